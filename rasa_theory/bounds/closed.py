@@ -1,0 +1,129 @@
+"""Closed forms: the allocation bound above e_rasa(k), and certified floors below it.
+
+sigma_ij is the j-th singular value of M_i, Gamma_i = M_i M_i^T, KF_m(S) the sum of the m largest eigenvalues of S.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.errors import InputError
+from rasa_theory.problem import LayerStack, RankBudget
+
+CERTIFICATES = ("closed",)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on e_rasa(k): squared, summed over layers, in the units of the input; and which argument gave it."""
+
+    value: float
+    name: str
+
+
+def allocate(S: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
+    """Hand the R places of the pool to the largest sigma_ij with j > q, whichever layer they are in.
+
+    S (L, m) holds the singular values of each layer, falling. Returns layer and index of the chosen ones, (R,) each;
+    there are always enough, since R = L k and k <= m - q.
+    """
+    q, (L, m) = budget.private_rank, S.shape
+    chosen = torch.topk(S[:, q:].reshape(-1), budget.pool_rank(L)).indices
+    width = max(m - q, 1)
+    return chosen // width, q + chosen % width
+
+
+def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
+    """e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
+
+    What D_i can do without any sharing: every pool term serves one layer, whichever needs it most. It is at most e_lora,
+    since giving every layer its own terms q+1 .. r is one choice among those it is the best of. e_lora - e_alloc is the
+    worth of unequal allocation, e_alloc - e_rasa that of true sharing. Raises InputError if r > min(b, a).
+    """
+    budget.check_fits(stack)
+    S = stack.unit().svd().S
+    rest = S**2
+    rest[:, : budget.private_rank] = 0
+    rest[allocate(S, budget)] = 0
+    return Bound(float(rest.sum()) * stack.scale**2, "allocation")
+
+
+def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "closed") -> Bound:
+    """A certified floor: the largest of zero, rank, stack and clipped bound, both orientations, less its rounding.
+
+    - rank: an update has rank <= q + R, so layer i leaves at least sum_{j>q+R} sigma_ij^2.
+    - stack: all updates side by side have rank <= L q + R = L r, so [M_1 .. M_L] leaves its own tail after L r.
+    - clipped: see `_clipped`.
+
+    Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not above
+    the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
+    """
+    budget.check_fits(stack)
+    if certificate not in CERTIFICATES:
+        raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
+    unit = stack.unit()
+    candidates = [Bound(0.0, "zero"), _rank(unit, budget)]
+    for view in (unit, unit.transpose()):
+        candidates += [_stack(view, budget), _clipped(view, budget)]
+    best = max(candidates, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
+    return Bound(best.value * stack.scale**2, best.name)
+
+
+def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
+    """sum_i sum_{j>q+R} sigma_ij^2. The tail norm moves by at most the error of M in norm (Mirsky)."""
+    rank = budget.private_rank + budget.pool_rank(unit.layers)
+    tail = float(linalg.tail_energy(unit.svd().S, rank).sum())
+    allowance = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
+    return Bound(max(math.sqrt(tail) - allowance, 0.0) ** 2, "rank")
+
+
+def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
+    """sum_{j>Lr} sigma_j([M_1 .. M_L])^2, from the eigenvalues of sum_i Gamma_i."""
+    m = unit.layers * budget.rank
+    eigenvalues = linalg.symmetric_eigenvalues(_gram(unit)).clamp_min(0)
+    return Bound(float(eigenvalues[: max(len(eigenvalues) - m, 0)].sum()) - _gram_allowance(unit, m), "stack")
+
+
+def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
+    """||M||^2 - sum_i sum_{j<=q} sigma_ij^2 - KF_R(sum_i clip(Gamma_i)), clip lowering the top q eigenvalues to the next.
+
+    Let P project on span(B_S), of rank <= R, and P_i on the rest of the columns of update i, of rank <= q. What layer i
+    keeps of its energy is at most tr((P + P_i) Gamma_i). Split Gamma_i = Y_i + clip(Gamma_i), Y_i >= 0 the part of the
+    top q eigenvalues above sigma_{i,q+1}^2. Since P + P_i <= I, tr((P + P_i) Y_i) <= tr Y_i; by Ky Fan
+    tr(P_i clip(Gamma_i)) <= q sigma_{i,q+1}^2 and tr(P sum_i clip(Gamma_i)) <= KF_R. The first two add up to the q
+    leading sigma_ij^2.
+    """
+    q, R = budget.private_rank, budget.pool_rank(unit.layers)
+    svd = unit.svd()
+    energy = svd.S**2  # (L, m)
+    following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
+    above = energy[:, :q] - following[:, None]
+    clipped = _gram(unit) - torch.einsum("ibq,iq,icq->bc", svd.U[:, :, :q], above, svd.U[:, :, :q])
+    pool = linalg.symmetric_eigenvalues(clipped).flip(0)[:R].clamp_min(0).sum()
+    value = unit.norm_squared - float(energy[:, :q].sum()) - float(pool)
+    return Bound(value - _gram_allowance(unit, R), "clipped")
+
+
+def _gram(unit: LayerStack) -> Tensor:
+    """sum_i M_i M_i^T in float64, (b, b)."""
+    b = unit.shape[0]
+    gram = torch.zeros(b, b, dtype=torch.float64, device=unit.device)
+    for tile in unit.tiles(rows=b):
+        M = tile.values.double()
+        gram += M @ M.mT
+    return gram
+
+
+def _gram_allowance(unit: LayerStack, m: int) -> float:
+    """How far a sum of m eigenvalues of a computed Gram matrix can be off.
+
+    The Gram matrix is a sum of L a products, its error in Frobenius norm at most L a eps ||M||^2; the eigenvalue solver's
+    backward error is a small multiple of b eps ||M||^2. A sum of m eigenvalues moves by at most sqrt(m) times that norm.
+    """
+    b, a = unit.shape
+    return 10 * math.sqrt(m + 1) * (unit.layers * a + b) * torch.finfo(torch.float64).eps * unit.norm_squared

@@ -1,0 +1,137 @@
+"""The loop: sweeps of exact block updates from one start, with its history, its stopping rules and the best point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from rasa_theory import updates
+from rasa_theory.errors import InputError
+from rasa_theory.factors import RasaFactors
+from rasa_theory.objective import reconstruction_error
+from rasa_theory.problem import LayerStack
+
+_DEGENERATE = 1e4  # pool terms of one layer, in units of ||M||, beyond which they are taken to diverge and cancel
+
+
+class StopReason(Enum):
+    """Why an iteration ended, as a sentence."""
+
+    CONVERGED = "The relative decrease over one sweep fell below the tolerance, or the error to rounding."
+    SWEEP_LIMIT = "The sweep limit was reached while the error still fell; raise max_sweeps."
+    DEGENERATE = "Pool terms grow and cancel: the infimum is not attained; the best finite iterate is returned."
+    NON_FINITE = "A factor became infinite or NaN; the best earlier iterate is returned."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every sweep. `error` is squared, in units of the input."""
+
+    start: str
+    sweep: int
+    max_sweeps: int
+    error: float
+
+
+Callback = Callable[[Progress], None]
+Sweep = Callable[[LayerStack, torch.Tensor, RasaFactors], tuple[RasaFactors, float]]
+
+
+def paper_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
+    """One iteration of the paper (Section 3): private SVDs, then D, B_S and A_S, each exact. Four passes over M.
+
+    The squared error that comes back is the direct residual.
+    """
+    factors = updates.update_private(unit, factors)
+    MA = unit.right(factors.shared_A.mT)
+    factors = updates.update_mixing(MA, layer_norms, factors)
+    factors = updates.update_shared_B(MA, layer_norms, factors)
+    MB = unit.left(factors.shared_B)
+    factors = updates.update_shared_B(MB, layer_norms, factors.transpose()).transpose()
+    return factors, reconstruction_error(unit, factors)
+
+
+def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
+    """All B~_i, B_S and D at once, then all A~_i, A_S and D: two passes over M.
+
+    The squared error comes from the products, unless rounding could show in it: an error of eps T, with T the squared
+    norms of M and of all terms, stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. Closer
+    to zero the direct residual is taken, one pass more.
+    """
+    for side in (unit, unit.transpose()):
+        factors = updates.orthonormalise_private_A(factors)
+        R, L = factors.shared_A.shape[0], factors.layers
+        shared_A = factors.shared_A.expand(L, -1, -1)
+        MA, MAt = side.right(torch.cat([shared_A, factors.private_A], 1).mT).split([R, factors.private_A.shape[1]], 2)
+        half = updates.joint_half(MA, MAt, layer_norms, factors)
+        factors = half.factors.transpose()
+    error, norm = float(half.error), math.sqrt(unit.norm_squared)
+    size = norm**2 + float((updates.term_norms(factors) ** 2).sum())
+    if not size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
+        error = reconstruction_error(unit, factors)
+    return factors, error
+
+
+SWEEPS: dict[str, Sweep] = {"paper": paper_sweep, "joint": joint_sweep}
+
+
+class Descent:
+    """Sweeps from one start, which may be interrupted and taken up again.
+
+    `unit` is a `LayerStack.unit()`; factors and errors are in its units. After `run`, `stop_reason` is None if the sweeps
+    asked for are done and nothing else ended it. `history` has the error of every iterate, the start's first; `best`
+    and `best_error` are those of the lowest.
+    """
+
+    def __init__(self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str) -> None:
+        self.unit, self.start = unit, start
+        self._sweep = SWEEPS[sweep]
+        self._norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype, device=unit.device).sqrt()
+        self.factors = updates.normalise_pool(factors)
+        error = reconstruction_error(unit, factors)
+        if not math.isfinite(error):
+            raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
+        self.best, self.best_error, self.history = self.factors, error, [error]
+        self.stop_reason: StopReason | None = None
+        self._lacks_private = sweep == "joint" and not bool(factors.private_A.any())
+
+    @property
+    def sweeps(self) -> int:
+        """How many sweeps have been done."""
+        return len(self.history) - 1
+
+    def run(self, max_sweeps: int, rtol: float, callback: Callback | None = None, scale: float = 1.0) -> Descent:
+        """Sweep until `max_sweeps` are done in all, or a stop reason shows; with rtol = 0 the error alone never stops it.
+
+        `scale` turns the errors that the callback is told into the units of the input.
+        """
+        with self.unit.suitable_threads():
+            while self.stop_reason is None and self.sweeps < max_sweeps:
+                self._step(rtol)
+                if callback is not None:
+                    callback(Progress(self.start, self.sweeps, max_sweeps, self.history[-1] * scale**2))
+        return self
+
+    def _step(self, rtol: float) -> None:
+        previous = self.history[-1]
+        try:
+            if self._lacks_private:  # the joint sweep needs row spaces to begin with
+                self.factors, self._lacks_private = updates.update_private(self.unit, self.factors), False
+            self.factors, error = self._sweep(self.unit, self._norms, self.factors)
+        except (torch.linalg.LinAlgError, ArithmeticError):
+            error = math.nan
+        if not math.isfinite(error):
+            self.stop_reason = StopReason.NON_FINITE
+            return
+        self.history.append(error)
+        if error < self.best_error:
+            self.best, self.best_error = self.factors, error
+        norm = math.sqrt(self.unit.norm_squared)
+        if float(updates.term_norms(self.factors).max()) > _DEGENERATE * norm > 0:
+            self.stop_reason = StopReason.DEGENERATE
+        elif rtol > 0 and (previous - error <= rtol * previous or math.sqrt(error) <= self.unit.rounding):
+            self.stop_reason = StopReason.CONVERGED

@@ -1,0 +1,10 @@
+"""The one exception that means "the input is wrong", so that the commands can tell it from a bug."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: one sentence that says what was found, what was expected and what to do.
+
+    The library raises it where a value enters; the commands print it and exit with status 2.
+    """

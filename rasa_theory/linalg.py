@@ -1,0 +1,152 @@
+"""The low-level numerics that everything else shares: spectra, leading subspaces, rank-safe solves, tolerances."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+_SMALL = 512 * 512
+
+
+@contextlib.contextmanager
+def suitable_threads(matrix: Tensor) -> Iterator[None]:
+    """Run on one thread of the CPU where the matrices (..., b, a) are small, b a <= 512^2.
+
+    There, threads gain nothing even on idle cores, and they wait at barriers by spinning, which makes a batch of small
+    decompositions many times slower as soon as another process wants the cores. Large matrices use torch's threads.
+    """
+    threads = torch.get_num_threads()
+    if matrix.device.type != "cpu" or threads == 1 or math.prod(matrix.shape[-2:]) > _SMALL:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition (..., b, a) -> U (..., b, m), S (..., m), Vh (..., m, a), m = min(b, a).
+
+    Divide and conquer (LAPACK gesdd) fails on rare finite matrices; those are done again by QR iteration (gesvd).
+    """
+    with suitable_threads(matrix):
+        try:
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+            if bool(torch.isfinite(S).all()):
+                return U, S, Vh
+        except torch.linalg.LinAlgError:
+            pass
+        return _svd_by_qr_iteration(matrix)
+
+
+def _svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, a = matrix.shape[-2:]
+    parts = [
+        scipy.linalg.svd(m.cpu().numpy(), full_matrices=False, lapack_driver="gesvd") for m in matrix.reshape(-1, b, a)
+    ]
+    U, S, Vh = (torch.stack([torch.as_tensor(p[j]) for p in parts]).to(matrix.device) for j in range(3))
+    lead = matrix.shape[:-2]
+    return U.reshape(*lead, *U.shape[1:]), S.reshape(*lead, S.shape[1]), Vh.reshape(*lead, *Vh.shape[1:])
+
+
+def symmetric_eigenvalues(gram: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices, ascending: (..., n, n) -> (..., n)."""
+    with suitable_threads(gram):
+        return torch.linalg.eigvalsh(gram)
+
+
+def tail_energy(sigma: Tensor, rank: int) -> Tensor:
+    """Squared singular values after the first `rank`, summed: (..., m) -> (...).
+
+    By Eckart-Young, the least squared Frobenius error of any rank-`rank` approximation.
+    """
+    return (sigma[..., rank:] ** 2).sum(-1)
+
+
+def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation of one matrix: (b, a) -> B (b, rank), A (rank, a), one of them orthonormal.
+
+    The leading eigenvectors of the smaller Gram matrix are several times cheaper than the SVD. They can lose up to
+    n eps sigma_1^2 of energy, n the size of the Gram matrix, which is harmless unless the remaining error is itself
+    small: where it falls below sigma_1^2 / 400 the loss could be seen beyond `rounding`, and the SVD is taken.
+    `exact` takes it at once.
+    """
+    b, a = matrix.shape
+    if rank == 0:
+        return matrix.new_zeros(b, 0), matrix.new_zeros(0, a)
+    if not exact and rank < min(b, a):
+        wide = a > b
+        tall = matrix.mT if wide else matrix  # (m, n), n <= m
+        energy, V = _leading_eigenvectors(tall.mT @ tall, rank)  # (rank,), (n, rank)
+        left = tall @ V  # (m, rank)
+        remaining = float((matrix * matrix).sum() - (left * left).sum())
+        if remaining > float(energy[-1]) / 400 > 0:
+            return (V, left.mT) if wide else (left, V.mT)
+    U, S, Vh = svd(matrix)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def _leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
+    n = gram.shape[0]
+    if gram.device.type == "cpu" and 4 * count < n:
+        values, vectors = scipy.linalg.eigh(
+            gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
+        )
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    with suitable_threads(gram):
+        values_, vectors_ = torch.linalg.eigh(gram)
+    return values_[-count:], vectors_[:, -count:]
+
+
+def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A = T Q with orthonormal rows in Q: (..., q, a) -> T (..., q, q), Q (..., q, a); needs q <= a.
+
+    Where A has dependent rows, Q holds further directions, so that its row space contains that of A.
+    """
+    Q, T = torch.linalg.qr(A.mT)
+    return T.mT, Q.mT
+
+
+def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+    """x that lowers x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m) -> (..., n, m).
+
+    The minimum-norm solution of G x = g in the coordinates scaled by 1 / sqrt(size), restricted to the eigenvectors v
+    of the scaled G for which
+    - the eigenvalue exceeds the rounding error of G, 10 n eps, and
+    - |v^T g| exceeds the rounding error of g.
+    Along each that is kept the quadratic falls (by (v^T g)^2 / eigenvalue), so an update by such an x never raises the
+    error, whatever the cut drops: the reason why updates are solved for their increment, from the residual's g.
+
+    `size` (..., n) holds the diagonal that G would have without cancellation; entries of size 0 (dead columns) stay
+    0. `noise` (..., n) is the rounding error of the rows of g, in norm.
+    """
+    n = gram.shape[-1]
+    if n == 0:
+        return torch.zeros_like(rhs)
+    eps = torch.finfo(gram.dtype).eps
+    s = torch.where(size > 0, size, 1).rsqrt() * (size > 0)
+    with suitable_threads(gram):
+        values, V = torch.linalg.eigh(s.unsqueeze(-1) * gram * s.unsqueeze(-2))
+    y = V.mT @ (s.unsqueeze(-1) * rhs)  # (..., n, m)
+    y_noise = ((V * V).mT @ (s * noise).unsqueeze(-1) ** 2).sqrt()  # (..., n, 1)
+    keep = (values > 10 * n * eps) & (torch.linalg.vector_norm(y, dim=-1) > y_noise.squeeze(-1))
+    inverse = torch.where(keep, 1 / torch.where(keep, values, 1), 0)
+    return s.unsqueeze(-1) * (V @ (inverse.unsqueeze(-1) * y))
+
+
+def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:
+    """The tolerance of every comparison between errors, in units of norm (not squared): 10 max(b, a) eps ||M||."""
+    return 10 * max(shape) * eps * norm
+
+
+def not_above(x: float, y: float, tolerance: float) -> bool:
+    """Whether the squared error x is at most y, up to a `tolerance` in units of norm; NaN is above everything."""
+    return math.sqrt(max(x, 0.0)) <= math.sqrt(max(y, 0.0)) + tolerance if x == x and y == y else False

@@ -1,0 +1,192 @@
+"""solve_rasa: the best found upper bound on e_rasa(k), from one start or from a race of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from rasa_theory import linalg
+from rasa_theory.descent import SWEEPS, Callback, Descent, StopReason
+from rasa_theory.errors import InputError
+from rasa_theory.factors import RasaFactors
+from rasa_theory.objective import layer_errors
+from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.starts import STARTS
+
+_RACE = ("allocation", "lora", "random", "random")
+_HEATS = ((12, 2), (48, 1))  # after so many sweeps each, so many of the best go on
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How to solve.
+
+    start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start from;
+    sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by less
+    than `rtol` of it (0: never). Raises InputError for anything else.
+    """
+
+    start: str | RasaFactors = "best"
+    sweep: str = "joint"
+    max_sweeps: int = 500
+    rtol: float = 1e-9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.start, str) and self.start not in ("best", *STARTS):
+            raise InputError(f"unknown start {self.start!r}; known: {', '.join(('best', *STARTS))}")
+        if self.sweep not in SWEEPS:
+            raise InputError(f"unknown sweep {self.sweep!r}; known: {', '.join(SWEEPS)}")
+        if self.max_sweeps < 1:
+            raise InputError(f"max_sweeps must be at least 1, got {self.max_sweeps}")
+        if not 0 <= self.rtol < 1:
+            raise InputError(f"rtol must be at least 0 and below 1, got {self.rtol}")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class RasaSolution:
+    """The best point found. Its error is an upper bound on e_rasa(k), not the optimum unless a lower bound meets it.
+
+    error: the direct residual of `factors`, squared, summed over layers, in units of the input, and `layer_errors` its
+    summands; history: the error after every sweep of the start that won, history[0] at the start; start: its name;
+    data_passes: how often all of M was read, the race and the final residual included.
+    """
+
+    error: float
+    layer_errors: list[float]
+    factors: RasaFactors
+    history: list[float]
+    start: str
+    sweep: str
+    stop_reason: StopReason
+    data_passes: int
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps of the start that won."""
+        return len(self.history) - 1
+
+
+def solve_rasa(
+    stack: LayerStack, budget: RankBudget, options: SolverOptions | None = None, callback: Callback | None = None
+) -> RasaSolution:
+    """Lower sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 by alternating exact minimisation (He et al., 2025, Section 3).
+
+    With starts "best" and "allocation" the error is at most `allocation_bound`, with "lora" at most e_lora, up to
+    `stack.rounding` in norm. `callback` is told of every sweep. Raises InputError if r > min(b, a), or if factors given
+    as a start do not fit.
+    """
+    options = options or SolverOptions()
+    budget.check_fits(stack)
+    return _race(stack, budget, options, {}, callback)
+
+
+def solve_path(
+    stack: LayerStack,
+    rank: int,
+    ks: Iterable[int],
+    options: SolverOptions | None = None,
+    callback: Callback | None = None,
+) -> dict[int, RasaSolution]:
+    """Solve for several k in rising order, so that the computed errors are nested: e_rasa(k+1) <= e_rasa(k).
+
+    Each k races the starts of `options` against the solution of the k before, one private term or more of every layer
+    moved into the pool (start "previous k"). Returns k -> solution, in rising order. Raises InputError for a bad k.
+    """
+    options = options or SolverOptions()
+    budgets = [RankBudget(rank, k) for k in sorted(set(ks))]
+    path: dict[int, RasaSolution] = {}
+    warm: dict[str, RasaFactors] = {}
+    for budget in budgets:
+        budget.check_fits(stack)
+        path[budget.shared_rank] = solution = _race(
+            stack,
+            budget,
+            options,
+            {name: move_to_pool(factors, budget) for name, factors in warm.items()},
+            callback,
+        )
+        warm = {"previous k": solution.factors}
+    return path
+
+
+def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:
+    """Nesting: the same updates with the smallest private terms of every layer moved into the pool.
+
+    From RaSA(r, k) to RaSA(r, k') with k' >= k. D_i is 1 on the layer's own new terms and 0 on those of the others.
+    """
+    q = budget.private_rank
+    T, At = linalg.orthonormal_rows(factors.private_A)
+    U, S, Vh = linalg.svd(factors.private_B @ T)  # (L, b, q_old) times orthonormal rows: terms in order of size
+    B, A = U * S[:, None], Vh @ At
+    L, b, given = B[:, :, q:].shape
+    own = torch.kron(torch.eye(L, dtype=B.dtype, device=B.device), B.new_ones(1, given))
+    return RasaFactors(
+        private_B=B[:, :, :q],
+        private_A=A[:, :q],
+        shared_B=torch.cat([factors.shared_B, B[:, :, q:].permute(1, 0, 2).reshape(b, L * given)], 1),
+        shared_A=torch.cat([factors.shared_A, A[:, q:].reshape(L * given, A.shape[2])]),
+        mixing=torch.cat([factors.mixing, own], 1),
+    )
+
+
+def _race(
+    stack: LayerStack,
+    budget: RankBudget,
+    options: SolverOptions,
+    warm: dict[str, RasaFactors],
+    callback: Callback | None,
+) -> RasaSolution:
+    """Run all starts for a few sweeps each, go on with the best of them, and return the lowest point seen by any."""
+    passes, unit = stack.data_passes, stack.unit()
+    runs = _starting_points(stack, unit, budget, options, warm)
+    alive = runs
+    for sweeps, survivors in _HEATS if len(runs) > 1 else ():
+        for run in alive:
+            run.run(min(sweeps, options.max_sweeps), options.rtol, callback, stack.scale)
+        alive = sorted(alive, key=lambda run: run.best_error)[:survivors]
+    for run in alive:
+        run.run(options.max_sweeps, options.rtol, callback, stack.scale)
+    best = min(runs, key=lambda run: run.best_error)
+    factors = best.best.scaled(stack.scale)
+    errors = layer_errors(stack, factors)
+    return RasaSolution(
+        error=math.fsum(errors),
+        layer_errors=errors,
+        factors=factors,
+        history=[e * stack.scale**2 for e in best.history],
+        start=best.start,
+        sweep=options.sweep,
+        stop_reason=best.stop_reason or StopReason.SWEEP_LIMIT,
+        data_passes=stack.data_passes - passes,
+    )
+
+
+def _starting_points(
+    stack: LayerStack, unit: LayerStack, budget: RankBudget, options: SolverOptions, warm: dict[str, RasaFactors]
+) -> list[Descent]:
+    points: list[tuple[str, RasaFactors]] = []
+    if isinstance(options.start, RasaFactors):
+        points.append(("given", _fitting(options.start, stack, budget).scaled(1 / stack.scale)))
+    else:
+        for n, name in enumerate(_RACE if options.start == "best" else (options.start,)):
+            seed = options.seed if _RACE[:n].count(name) == 0 else options.seed + 1_000_003
+            points.append((name, STARTS[name](unit, budget, seed)))
+    points += [(name, factors.scaled(1 / stack.scale)) for name, factors in warm.items()]
+    return [Descent(unit, factors, options.sweep, name) for name, factors in points]
+
+
+def _fitting(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> RasaFactors:
+    (b, a), q, R = stack.shape, budget.private_rank, budget.pool_rank(stack.layers)
+    wanted = {"private_B": (stack.layers, b, q), "shared_A": (R, a)}
+    for name, shape in wanted.items():
+        found = tuple(factors.named()[name].shape)
+        if found != shape:
+            raise InputError(f"the start's {name} has shape {found}, stack {stack.name!r} and budget need {shape}")
+    return dataclasses.replace(factors).to(stack.dtype, stack.device)

@@ -1,0 +1,174 @@
+"""The exact block updates, one per equation: (products with M, factors) -> factors.
+
+E_i = M_i - B~_i A~_i - B_S D_i A_S is the residual, `*` the elementwise product. Every update is an *increment* from the
+residual by `linalg.solve_increment`, so that the error never rises, whatever a singular Gram matrix makes it drop.
+All are written for the B side; the A side is the same update of the transposed stack and factors.
+Nothing here knows of time, stopping or devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.factors import RasaFactors
+from rasa_theory.problem import LayerStack
+
+
+def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False) -> RasaFactors:
+    """B~_i A~_i = the best rank-q approximation of M_i - B_S D_i A_S, for every i: the paper's SVD step.
+
+    The one update that needs M itself. `exact` takes full SVDs; otherwise `linalg.best_low_rank` decides.
+    """
+    b, q = stack.shape[0], factors.private_B.shape[2]
+    if q == 0:
+        return factors
+    B_S, A_S, D = factors.shared_B, factors.shared_A, factors.mixing
+    pairs = [
+        linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact) for i, _, M in stack.tiles(rows=b)
+    ]
+    return dataclasses.replace(
+        factors, private_B=torch.stack([B for B, _ in pairs]), private_A=torch.stack([A for _, A in pairs])
+    )
+
+
+def normalise_pool(factors: RasaFactors) -> RasaFactors:
+    """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
+    nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
+    nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
+    return dataclasses.replace(
+        factors,
+        shared_B=factors.shared_B / torch.where(nB > 0, nB, 1),
+        shared_A=factors.shared_A / torch.where(nA > 0, nA, 1)[:, None],
+        mixing=factors.mixing * (nB * nA),
+    )
+
+
+def term_norms(factors: RasaFactors) -> Tensor:
+    """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
+    nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
+    nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
+    return (factors.mixing.abs() * (nB * nA)).sum(1)
+
+
+def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
+    """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
+
+    Three terms of at most ||M_i||, ||B~_i A~_i|| and sum_j |d_ij| ||b_j|| ||a_j||, each a sum over b or a entries
+    whose rounding errors add up like their square root.
+    """
+    b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
+    private = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
+    eps = torch.finfo(factors.mixing.dtype).eps
+    return math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
+
+
+def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
+    """G = B_S^T B_S * A_S A_S^T (R, R) and g_i = diag(B_S^T E_i A_S^T) as rows (L, R), from MA_i = M_i A_S^T.
+
+    Along d_i + x the error is ||E_i||^2 - 2 x^T g_i + x^T G x.
+    """
+    Bt, At, B_S, A_S, D = factors.named().values()
+    G = (B_S.mT @ B_S) * (A_S @ A_S.mT)
+    g = (B_S * MA).sum(1) - ((B_S.mT @ Bt) * (A_S @ At.mT)).sum(2) - D @ G
+    return G, g
+
+
+def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> RasaFactors:
+    """Minimise over every D_i, the other factors held fixed.
+
+    Adds to d_i the solution of (B_S^T B_S * A_S A_S^T) x = diag(B_S^T E_i A_S^T). MA_i = M_i A_S^T, (L, b, R);
+    `layer_norms` (L,) are the ||M_i||. Pool columns are of unit norm.
+    """
+    G, g = mixing_system(MA, factors)
+    noise = _residual_noise(layer_norms, factors)[:, None].expand_as(g)
+    step = linalg.solve_increment(G.expand(len(g), *G.shape), g[..., None], G.diagonal().expand_as(g), noise)
+    return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
+
+
+def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> RasaFactors:
+    """Minimise over B_S, the other factors held fixed.
+
+    Adds to B_S the solution X of X [(A_S A_S^T) * (D^T D)] = sum_i E_i A_S^T D_i. MA_i = M_i A_S^T, (L, b, R);
+    `layer_norms` (L,) are the ||M_i||. Pool columns are of unit norm before and after.
+    """
+    Bt, At, B_S, A_S, D = factors.named().values()
+    AA = A_S @ A_S.mT  # (R, R)
+    G = AA * (D.mT @ D)
+    EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
+    g = (EA * D[:, None]).sum(0)  # (b, R)
+    noise = _residual_noise(layer_norms, factors) @ D.abs()  # (R,)
+    X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
+    return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
+
+
+class JointHalf(NamedTuple):
+    """Factors after one half of a joint sweep, and their squared error from the products alone."""
+
+    factors: RasaFactors
+    error: Tensor
+
+
+def joint_half(MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactors) -> JointHalf:
+    """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
+
+    The rows of A~_i are orthonormal. MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T
+    and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it leaves
+    has the residual product F_i = E_i A_S^T = M_i A_S^T - (M_i A~_i^T) W_i^T - B_S D_i C_i, so that
+        (increment of B_S) sum_i D_i C_i D_i = sum_i F_i D_i,
+        (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T F_i).
+    The error of the result is ||M||^2 - sum_i ||M_i A~_i^T||^2 - 2 sum_i d_i . diag(B_S^T (F_i + B_S D_i C_i))
+    + sum_i d_i^T (B_S^T B_S * C_i) d_i, exact to a few eps (||M||^2 + the squared norms of the terms).
+    """
+    _, At, B_S, A_S, D = factors.named().values()
+    W = A_S @ At.mT  # (L, R, q)
+    AA = A_S @ A_S.mT
+    C = AA - W @ W.mT  # (L, R, R)
+    P = MA - MAt @ W.mT  # (L, b, R): F_i + B_S D_i C_i
+    noise = _residual_noise(layer_norms, dataclasses.replace(factors, private_B=MAt))  # (L,)
+
+    F = P - (B_S * D[:, None]) @ C
+    G = (D[:, :, None] * C * D[:, None]).sum(0)
+    g = (F * D[:, None]).sum(0)  # (b, R)
+    X = linalg.solve_increment(G, g.mT, AA.diagonal() * (D * D).sum(0), math.sqrt(len(g)) * (noise @ D.abs())).mT
+    moved = normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
+    B_S, D = moved.shared_B, moved.mixing
+
+    G = (B_S.mT @ B_S) * C  # (L, R, R)
+    p = (B_S * P).sum(1)  # (L, R): diag(B_S^T P_i)
+    g = p - (G @ D[..., None])[..., 0]
+    size = AA.diagonal() * (B_S * B_S).sum(0)
+    D = D + linalg.solve_increment(G, g[..., None], size.expand_as(g), noise[:, None].expand_as(g))[..., 0]
+    error = (layer_norms**2).sum() - (MAt * MAt).sum() - 2 * (D * p).sum() + (D * (G @ D[..., None])[..., 0]).sum()
+    private_B = MAt - (B_S * D[:, None]) @ W
+    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), error)
+
+
+def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
+    """The same updates with orthonormal rows in every A~_i."""
+    T, Q = linalg.orthonormal_rows(factors.private_A)
+    return dataclasses.replace(factors, private_B=factors.private_B @ T, private_A=Q)
+
+
+def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
+    """By how much re-solving D alone lowers the squared error of `factors`, in closed form.
+
+    sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). At the LoRA embedding of Theorem 3.1 it
+    is a lower bound on e_lora - e_rasa(k), and it shows that the inequality is strict without subtracting two large
+    numbers. Directions whose g is rounding noise, or in which the Gram matrix is numerically singular, count as 0.
+    Reads M once, in float64.
+    """
+    unit = stack.unit()
+    factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))
+    MA = torch.zeros(factors.layers, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
+    for tile in unit.tiles():
+        MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
+    norms = torch.tensor(unit.layer_norms_squared, dtype=torch.float64, device=stack.device).sqrt()
+    _, g = mixing_system(MA, factors)
+    step = update_mixing(MA, norms, factors).mixing - factors.mixing
+    return float((step * g).sum()) * stack.scale**2
