@@ -1,13 +1,44 @@
 """How much more rank-sharing adapters (RaSA) express than LoRA, and why: reconstruction of fine-tuning updates."""
 
+from rasa_theory._version import __version__
+from rasa_theory.attempts import Attempt, random_attempt
 from rasa_theory.bounds import Bound, allocation_bound, lower_bound
 from rasa_theory.descent import Progress, StopReason
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.lora import LoraSolution, solve_lora
 from rasa_theory.objective import layer_errors, reconstruction_error
+from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
+from rasa_theory.sources import load
+from rasa_theory.study import study
 from rasa_theory.updates import mixing_drop
 
-__version__ = "0.1.0"
+__all__ = [
+    "Attempt",
+    "Bound",
+    "InputError",
+    "LayerStack",
+    "LoraFactors",
+    "LoraSolution",
+    "Progress",
+    "RankBudget",
+    "RasaFactors",
+    "RasaSolution",
+    "SolverOptions",
+    "StopReason",
+    "__version__",
+    "allocation_bound",
+    "layer_errors",
+    "load",
+    "lower_bound",
+    "mixing_drop",
+    "plot_iterations",
+    "random_attempt",
+    "reconstruction_error",
+    "solve_lora",
+    "solve_path",
+    "solve_rasa",
+    "study",
+]

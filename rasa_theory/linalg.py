@@ -100,7 +100,8 @@ def _leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = scipy.linalg.eigh(
             gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
         )
-        return torch.from_numpy(values), torch.from_numpy(vectors)
+        if len(values) == count:  # LAPACK syevr finds too few at times where eigenvalues coincide
+            return torch.from_numpy(values), torch.from_numpy(vectors)
     with suitable_threads(gram):
         values_, vectors_ = torch.linalg.eigh(gram)
     return values_[-count:], vectors_[:, -count:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,21 +99,26 @@ def solve_path(
     Each k races the starts of `options` against the solution of the k before, one private term or more of every layer
     moved into the pool (start "previous k"). Returns k -> solution, in rising order. Raises InputError for a bad k.
     """
+    return dict(iterate_path(stack, rank, ks, options, callback))
+
+
+def iterate_path(
+    stack: LayerStack,
+    rank: int,
+    ks: Iterable[int],
+    options: SolverOptions | None = None,
+    callback: Callback | None = None,
+) -> Iterator[tuple[int, RasaSolution]]:
+    """The same as `solve_path`, (k, solution) as each is finished."""
     options = options or SolverOptions()
     budgets = [RankBudget(rank, k) for k in sorted(set(ks))]
-    path: dict[int, RasaSolution] = {}
     warm: dict[str, RasaFactors] = {}
     for budget in budgets:
         budget.check_fits(stack)
-        path[budget.shared_rank] = solution = _race(
-            stack,
-            budget,
-            options,
-            {name: move_to_pool(factors, budget) for name, factors in warm.items()},
-            callback,
-        )
+        moved = {name: move_to_pool(factors, budget) for name, factors in warm.items()}
+        solution = _race(stack, budget, options, moved, callback)
+        yield budget.shared_rank, solution
         warm = {"previous k": solution.factors}
-    return path
 
 
 def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:

@@ -60,12 +60,13 @@ def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
     """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
 
     Three terms of at most ||M_i||, ||B~_i A~_i|| and sum_j |d_ij| ||b_j|| ||a_j||, each a sum over b or a entries
-    whose rounding errors add up like their square root.
+    whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too small a
+    value is not harmless: in a direction of eigenvalue w an error e of g that is taken for signal costs e^2 / w.
     """
     b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
     private = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
     eps = torch.finfo(factors.mixing.dtype).eps
-    return math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
+    return 4 * math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
 
 
 def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
@@ -155,13 +156,11 @@ def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
     return dataclasses.replace(factors, private_B=factors.private_B @ T, private_A=Q)
 
 
-def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
-    """By how much re-solving D alone lowers the squared error of `factors`, in closed form.
+def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:
+    """The same factors with D re-solved, in float64, and the drop of the squared error in closed form.
 
-    sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). At the LoRA embedding of Theorem 3.1 it
-    is a lower bound on e_lora - e_rasa(k), and it shows that the inequality is strict without subtracting two large
-    numbers. Directions whose g is rounding noise, or in which the Gram matrix is numerically singular, count as 0.
-    Reads M once, in float64.
+    The drop is sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is rounding noise,
+    or in which the Gram matrix is numerically singular, count as 0. Reads M once.
     """
     unit = stack.unit()
     factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))
@@ -169,6 +168,17 @@ def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
     for tile in unit.tiles():
         MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
     norms = torch.tensor(unit.layer_norms_squared, dtype=torch.float64, device=stack.device).sqrt()
-    _, g = mixing_system(MA, factors)
-    step = update_mixing(MA, norms, factors).mixing - factors.mixing
-    return float((step * g).sum()) * stack.scale**2
+    G, g = mixing_system(MA, factors)
+    solved = update_mixing(MA, norms, factors)
+    x = solved.mixing - factors.mixing
+    drop = float((x * (2 * g - x @ G)).sum()) * stack.scale**2  # as x^T g, but an error of x counts in second order
+    return solved.scaled(stack.scale), drop
+
+
+def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
+    """By how much re-solving D alone lowers the squared error of `factors`, in closed form: see `resolve_mixing`.
+
+    At the LoRA embedding of Theorem 3.1 it is a lower bound on e_lora - e_rasa(k), and it shows that the inequality is
+    strict without subtracting two large numbers.
+    """
+    return resolve_mixing(stack, factors)[1]

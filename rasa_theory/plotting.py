@@ -1,0 +1,77 @@
+"""Results -> figures. The only module that imports matplotlib, and never its global state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's palette, distinguishable for colour-blind eyes; the lines differ in dash as well.
+INK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+
+
+def plot_iterations(results: dict[str, Any]) -> Figure:
+    """Error against iteration of the random attempts, in units of e_lora: one panel per stack and k >= 1.
+
+    `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
+    the certified floor; dots mark the first iteration below e_lora.
+    """
+    panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
+    columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
+    lines = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(1.0 + 4.6 * columns, 1.3 + 3.1 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for ax, (row, run) in zip(axes.flat, panels, strict=False):
+        _panel(ax, row, run)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    if not panels:
+        axes[0, 0].text(0.5, 0.5, "no random attempts in these results", ha="center", va="center")
+        return figure
+    figure.supxlabel("iteration (one cycle over private SVD, D, $B_S$, $A_S$)", fontsize=12)
+    figure.supylabel("squared error / $e_{\\mathrm{LoRA}}$", fontsize=12)
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    return figure
+
+
+def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
+    unit = row["e_lora"]
+    levels = [run["e_allocation"] / unit, run["e_rasa"] / unit, run["lower_bound"] / unit]
+    ax.axhline(1.0, color=INK, linewidth=1.6)
+    for level, (color, dash) in zip(levels, ((GREEN, "--"), (BLUE, "-."), (PURPLE, ":")), strict=True):
+        ax.axhline(level, color=color, linestyle=dash, linewidth=1.8)
+    for attempt in run["attempts"]:
+        ratios = [error / unit for error in attempt["history"]]
+        ax.plot(range(1, len(ratios)), ratios[1:], color=ORANGE, linewidth=1.3, alpha=0.9, zorder=3)
+        if attempt["iterations"] is not None:
+            crossing = attempt["iterations"]
+            ax.plot(crossing, ratios[crossing], "o", color=ORANGE, markeredgecolor=INK, markersize=5.5, zorder=4)
+    last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
+    early = [attempt["history"][min(3, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
+    low, high = min(*levels, *last, 1.0), max(1.0, *early)
+    ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_title(_title(row, run), fontsize=12)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=10)
+
+
+def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
+    median = run["iterations_to_beat_lora"]
+    count = "most never beat LoRA" if median is None else f"median {median} iterations to beat LoRA"
+    name = row["name"] if len(row["name"]) <= 34 else "..." + row["name"][-31:]
+    return f"{name}, k = {run['k']}: {count}"
+
+
+def _legend() -> list[Line2D]:
+    return [
+        Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: first below LoRA)"),
+        Line2D([], [], color=INK, label="LoRA's optimum $e_{\\mathrm{LoRA}}$"),
+        Line2D([], [], color=GREEN, linestyle="--", label="allocation bound (no sharing)"),
+        Line2D([], [], color=BLUE, linestyle="-.", label="best found $e_{\\mathrm{RaSA}}$"),
+        Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
+    ]

@@ -1,0 +1,261 @@
+"""python -m rasa_theory.reconstruct: how well LoRA and RaSA of one budget reconstruct fine-tuning updates.
+
+Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 interrupted (what was finished is written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.errors import InputError
+from rasa_theory.plotting import plot_iterations
+from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
+from rasa_theory.rasa import SolverOptions
+from rasa_theory.report import history_csv, table, verdict_lines
+from rasa_theory.sources import Catalogue, StackSource, open_source, synthetic_stack
+from rasa_theory.sources.bundled import BUNDLED
+from rasa_theory.starts import STARTS
+from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
+
+DEFAULT_SOURCE = next(iter(BUNDLED))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(_parse(given), given)
+    except InputError as error:
+        print(f"rasa_theory.reconstruct: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before anything was finished
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m rasa_theory.reconstruct",
+        description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
+        epilog="Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
+    add("--k", type=_whole_numbers, default=(1,), metavar="K", help="ranks given to the pool; 0,1,2 is a path (1)")
+    add("--source", metavar="S", help=f"{DEFAULT_SOURCE} (default), synthetic, a .safetensors, .npy or .npz file, or a "
+        "directory of safetensors")
+    add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
+    add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
+    add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
+    add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
+    add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
+    add("--certificate", choices=CERTIFICATES, default="closed", help="which lower bounds to spend time on")
+    add("--sweeps", type=int, default=500, metavar="N", help="at most so many sweeps (%(default)s)")
+    add("--rtol", type=float, default=1e-9, metavar="X", help="stop when a sweep gains less than this share (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
+    add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
+    add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
+    add("--dtype", choices=("float64", "float32"), default="float64", help="of the computation (%(default)s)")
+    add("--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing")
+    add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--dry-run", action="store_true", help="only say what would run, its size and memory")
+    made = parser.add_argument_group("with --source synthetic")
+    made.add_argument("--layers", type=int, default=6, metavar="L", help="layers (%(default)s)")
+    made.add_argument("--shape", type=_shape, default=(384, 384), metavar="B,A", help="of a layer (384,384)")
+    made.add_argument("--spectrum", default="power:0.7", help="flat, power:P (j^-P) or exp:C (%(default)s)")
+    made.add_argument("--overlap", type=float, default=0.0, metavar="X", help="0: own singular bases, 1: common ones")
+    try:
+        return parser.parse_args(arguments)
+    except SystemExit as stop:  # --help
+        sys.exit(stop.code)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or a list such as 0,1,2") from None
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        b, a = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 384,384") from None
+    return b, a
+
+
+def _catalogue(args: argparse.Namespace) -> Catalogue:
+    if (args.base is None) != (args.tuned is None):
+        raise InputError("--base and --tuned go together: name both checkpoints")
+    if args.base is not None and args.source is not None:
+        raise InputError("--source and --base with --tuned exclude each other; give one of them")
+    if args.source == "synthetic":
+
+        def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
+            stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
+            return LayerStack(stack.values, "synthetic", dtype, device)
+
+        found = Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
+    elif args.base is not None:
+        found = open_source("", base=args.base, tuned=args.tuned)
+    else:
+        found = open_source(args.source or DEFAULT_SOURCE)
+    return found.matching(args.modules) if args.modules else found
+
+
+def _run(args: argparse.Namespace, given: list[str]) -> int:
+    solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
+    settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
+    dtype, device = compute_dtype(args.dtype), compute_device(args.device)
+    catalogue = _catalogue(args)
+    for source in catalogue.stacks:
+        _check_rank(source, args.rank)
+    text = sys.stderr if args.json else sys.stdout
+    if args.dry_run:
+        print(_plan(catalogue, settings, dtype, device), file=text)
+        return 0
+    out = None if args.out == "none" else _writable_folder(Path(args.out))
+
+    command = ["python", "-m", "rasa_theory.reconstruct", *given]
+    state = StudyState(new_results(settings, catalogue.source, command), {})
+    state.results["left_out"] = [{"name": name, "reason": reason} for name, reason in catalogue.left_out]
+    interrupted = False
+    stacks = (source.load(dtype, device) for source in catalogue.stacks)
+    try:
+        with _bar(len(catalogue.stacks), settings, args.quiet) as watch:
+            for _ in study_steps(stacks, settings, state, watch):
+                if out is not None:
+                    write_results(state, out)
+    except KeyboardInterrupt:
+        interrupted = True
+        if state.results["theorem_3_1"] == "holds":
+            state.results["theorem_3_1"] = "undecided"
+        if out is not None and state.results["stacks"]:
+            write_results(state, out)
+
+    print(table(state.results), file=text)
+    for line in verdict_lines(state.results, interrupted):
+        print(line, file=text)
+    if out is not None and state.results["stacks"]:
+        print(f"Files: {out}/ (results.json, history.csv, factors.safetensors, iterations.png, iterations.svg)", file=text)
+    if args.json:
+        print(json.dumps(state.results, indent=1, allow_nan=False))
+    return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
+
+
+def _check_rank(source: StackSource, rank: int) -> None:
+    if rank > min(source.shape):
+        raise InputError(
+            f"rank {rank} exceeds min(b, a) = {min(source.shape)} of stack {source.name!r} "
+            f"({source.shape[0]} x {source.shape[1]}); lower --rank or choose others with --modules"
+        )
+
+
+def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device) -> str:
+    lines, largest = [f"Source {catalogue.source}, on {device} in {str(dtype).removeprefix('torch.')}. Would solve:"], 0
+    for source in catalogue.stacks:
+        L, (b, a) = source.layers, source.shape
+        size = L * b * a * dtype.itemsize
+        memory = size + 8 * L * (min(b, a) * (b + a) + b * a)  # the stack, its SVDs in float64, and one of their inputs
+        largest = max(largest, memory)
+        ks = ", ".join(str(k) for k in settings.ks)
+        widest = max(RankBudget(settings.rank, k).private_rank + L * k for k in settings.ks)
+        lines.append(
+            f"  {source.name}: {L} x {b} x {a} ({size / 2**20:.1f} MiB), r = {settings.rank}, k = {ks}, "
+            f"update rank up to {min(widest, b, a)}, {settings.seeds} random attempts each"
+        )
+    lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
+    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
+    """Progress on standard error: tasks done (a solve or an attempt), stack, start, sweep, error, time left."""
+    tasks = stacks * sum(1 + (settings.seeds if k else 0) for k in settings.ks)
+    form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}] {desc}"
+    with tqdm(total=tasks, disable=quiet, file=sys.stderr, bar_format=form, dynamic_ncols=True, leave=False) as bar:
+
+        def watch(progress: StudyProgress) -> None:
+            error = "" if progress.ratio is None else f", error {progress.ratio:.4f} e_lora"
+            where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
+            bar.set_description_str(f"{where}, sweep {progress.sweep}{error}", refresh=False)
+            bar.update(progress.tasks_done - bar.n)
+            if progress.sweep % 10 == 0:
+                bar.refresh()
+
+        yield watch
+        bar.update(tasks - bar.n)
+
+
+# ---- files
+
+
+def write_results(state: StudyState, out: Path) -> None:
+    """Write all files of a run into the folder `out`, each whole or not at all. Raises InputError if that fails."""
+    figure = plot_iterations(state.results)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in state.factors.items()}
+    _write(out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode()))
+    _write(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
+    _write(out / "factors.safetensors", lambda f: f.write(save(tensors)))
+    _write(out / "iterations.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    _write(out / "iterations.svg", lambda f: figure.savefig(f, format="svg", metadata={"Date": None}))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            fill(file)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; name another folder with --out") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _writable_folder(path: Path) -> Path:
+    """The folder, made if need be; a file is written and removed there, so that a long run does not fail at its end."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path} is not a folder that can be made: {error.strerror or error}") from None
+    _write(path / "results.json.try", lambda f: f.write(b""))
+    (path / "results.json.try").unlink(missing_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Results -> text: the table and verdict that the command prints, and the long CSV of histories."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+_COLUMNS = (
+    "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
+)  # fmt: skip
+_EXPLANATION = (
+    "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum, e_rasa(k) lies between floor and best "
+    "found."
+)
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line per stack and k; errors as ratios, so that 1 is LoRA's optimum."""
+    rows = [_COLUMNS]
+    for row in results["stacks"]:
+        share = f"{row['e_lora'] / row['norm_squared']:.4f}" if row["norm_squared"] > 0 else "-"
+        for run in row["runs"]:
+            values = [_ratio(run[key], row["e_lora"]) for key in ("e_rasa", "e_allocation", "lower_bound")]
+            floor = f"{values[2]} {run['lower_bound_name']}"
+            stop = run["stop_reason"].lower().replace("_", " ")
+            rows.append(
+                (row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop)
+            )
+    widths = [max(len(line[i]) for line in rows) for i in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _EXPLANATION])
+
+
+def _ratio(error: float, e_lora: float) -> str:
+    return f"{error / e_lora:.5f}" if e_lora > 0 else "-"
+
+
+def _iterations(run: dict[str, Any]) -> str:
+    counts = [attempt["iterations"] for attempt in run["attempts"]]
+    if not counts:
+        return "-"
+    crossed = sorted(count for count in counts if count is not None)
+    median = run["iterations_to_beat_lora"]
+    spread = f"{crossed[0]}..{crossed[-1]}" if crossed else "none"
+    return f"{'never' if median is None else median} ({spread}; {len(crossed)} of {len(counts)})"
+
+
+def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
+    """The verdict on Theorem 3.1 in one sentence, and before it every law that failed."""
+    runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
+    lines = [
+        f"FAILED on {row['name']}, k = {run['k']}: {law.replace('_', ' ')}"
+        for row, run in runs
+        for law, holds in run["checks"].items()
+        if not holds
+    ]
+    counts = [attempt["iterations"] for _, run in runs for attempt in run["attempts"]]
+    below = sum(count is not None for count in counts)
+    positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)
+    sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
+    sentence += f" on {len(runs)} of stack and k; strict by the closed form on {positive}"
+    if counts:
+        sentence += f"; {below} of {len(counts)} random attempts came below LoRA by themselves"
+    return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
+
+
+def history_csv(results: dict[str, Any]) -> str:
+    """Long format: stack, k, start, seed, sweep, iteration, error (squared); the solver's runs have no seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["stack", "k", "start", "seed", "sweep", "iteration", "error"])
+    for row in results["stacks"]:
+        for run in row["runs"]:
+            for curve in ({**run, "seed": ""}, *run["attempts"]):
+                for iteration, error in enumerate(curve["history"]):
+                    head = [row["name"], run["k"], curve["start"], curve["seed"], curve["sweep"]]
+                    writer.writerow([*head, iteration, repr(error)])
+    return out.getvalue()

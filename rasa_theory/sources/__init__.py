@@ -1,0 +1,76 @@
+"""Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, and generators."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rasa_theory.errors import InputError
+from rasa_theory.problem import LayerStack, compute_device, compute_dtype
+from rasa_theory.sources.arrays import open_npy, open_npz
+from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
+from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
+from rasa_theory.sources.checkpoint import PICKLES, open_checkpoint, open_pair
+from rasa_theory.sources.synthetic import planted_stack, synthetic_stack
+
+__all__ = [
+    "BUNDLED",
+    "DEFAULT",
+    "Catalogue",
+    "LeftOut",
+    "StackSource",
+    "load",
+    "open_source",
+    "planted_stack",
+    "provenance",
+    "synthetic_stack",
+]
+
+
+def open_source(source: str = DEFAULT, *, base: str | None = None, tuned: str | None = None) -> Catalogue:
+    """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a checkpoint directory.
+
+    `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. No values are
+    read before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+    """
+    if base is not None and tuned is not None:
+        return open_pair(_existing(base), _existing(tuned))
+    if base is not None or tuned is not None:
+        given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
+        raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
+    if source in BUNDLED:
+        return open_bundled(source)
+    path = _existing(source)
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
+        return open_checkpoint(path)
+    if suffix == ".npy":
+        return open_npy(path)
+    if suffix == ".npz":
+        return open_npz(path)
+    raise InputError(
+        f"{source}: the kind of file {suffix!r} is not known; give a .safetensors, .npy or .npz file, "
+        f"a checkpoint directory, or a bundled set ({', '.join(BUNDLED)})"
+    )
+
+
+def load(
+    source: str = DEFAULT, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[list[LayerStack], list[LeftOut]]:
+    """All stacks of a source, as `open_source` finds them, in memory at once, and (name, reason) of the rest.
+
+    `dtype` and `device` as for LayerStack. Raises InputError as `open_source` and LayerStack do.
+    """
+    catalogue = open_source(source)
+    target = None if dtype is None else compute_dtype(dtype)
+    place = None if device is None else compute_device(device)
+    return [stack.load(target, place) for stack in catalogue.stacks], catalogue.left_out
+
+
+def _existing(source: str) -> Path:
+    name = os.path.expanduser(source)
+    if not os.path.exists(name):  # unlike Path.exists, False also for the empty name and for impossible ones
+        raise InputError(f"{source!r} does not exist; give a file, a directory or a bundled set ({', '.join(BUNDLED)})")
+    return Path(name)

@@ -1,0 +1,86 @@
+"""numpy files: `.npy` is one stack, mapped from disk; `.npz` holds stacks or matrices to be grouped. No pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rasa_theory.errors import InputError
+from rasa_theory.sources.catalogue import Catalogue, catalogue_of
+from rasa_theory.sources.grouping import Entry, LeftOut
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def open_npy(path: Path) -> Catalogue:
+    """The one stack of a `.npy` file, an (L, b, a) array, named by the file's stem.
+
+    Raises InputError if the file is damaged, holds Python objects, or an array of other axes or dtype.
+    """
+    with _sound(path), path.open("rb") as stream:
+        entry = _entry(stream, path.stem, path.stat().st_size, path)
+    if len(entry.shape) != 3:
+        raise InputError(f"{path}: expected one array with three axes (layers, b, a), found shape {entry.shape}")
+
+    def read(key: str) -> Tensor:
+        with _sound(path):  # mode "c": torch wants writable memory; the file itself is never written
+            return _as_tensor(np.lib.format.open_memmap(path, mode="c"))
+
+    return catalogue_of(str(path), [entry], read, lambda key: str(path))
+
+
+def open_npz(path: Path) -> Catalogue:
+    """The stacks of a `.npz` file. Raises InputError if it is damaged, holds Python objects, or no stack."""
+    with _sound(path), zipfile.ZipFile(path) as archive:
+        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+        left_out = [LeftOut(n, "not a numpy array") for n in archive.namelist() if not n.endswith(".npy")]
+        entries = []
+        for key, member in members.items():
+            with archive.open(member) as stream:
+                entries.append(_entry(stream, key, member.file_size, path))
+
+    def read(key: str) -> Tensor:
+        with _sound(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
+            return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
+
+    return catalogue_of(str(path), entries, read, lambda key: str(path), left_out)
+
+
+@contextlib.contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file is damaged, whatever numpy and zipfile raise on its bytes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        why = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(f"{path}: not a sound {path.suffix} file ({why}); save numeric arrays again") from None
+
+
+def _entry(stream: IO[bytes], key: str, size: int, path: Path) -> Entry:
+    """Name, shape and dtype from the header of an array in `size` bytes; no data is read."""
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"format version {version[0]}.{version[1]} is not for numeric arrays")
+    shape, _, dtype = _HEADERS[version](stream)
+    if dtype.hasobject:
+        raise InputError(f"{path}: {key!r} holds Python objects; pickles are never opened, save numeric arrays")
+    left = size - stream.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > left:
+        raise ValueError(f"{key!r} claims {dtype.name} of shape {shape}, but {left} bytes of data are there")
+    return Entry(key, shape, dtype.name)
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """In native byte order and at most 64 bits; memory is shared where possible."""
+    dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(array.astype(dtype, copy=False))

@@ -1,0 +1,160 @@
+"""Which tensors of a file form a stack, from their names, shapes and dtypes alone; nothing is read here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
+_LAYER = re.compile(rf"(?:\A|\.)(?:{'|'.join(LAYER_WORDS)})\.([0-9]+)(?=\.|\Z)")
+_NUMBER = re.compile(r"([0-9]+)")
+_FLOATING = re.compile(r"b?float(16|32|64|96|128)")
+
+
+class Entry(NamedTuple):
+    """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Group(NamedTuple):
+    """A stack to be: `layers` matrices of `shape` (b, a).
+
+    `keys` has one key per layer, in order, or the one key of a tensor that is the stack itself, (L, b, a).
+    """
+
+    name: str
+    layers: int
+    shape: tuple[int, int]
+    keys: list[str]
+
+
+class LeftOut(NamedTuple):
+    """A tensor, or a stack, that is not looked at, and why."""
+
+    name: str
+    reason: str
+
+
+class _Member(NamedTuple):
+    number: str
+    entry: Entry
+
+
+def is_floating(dtype: str) -> bool:
+    """Whether values of this dtype can be computed with: real, floating, 16 bits or more."""
+    return _FLOATING.fullmatch(dtype) is not None
+
+
+def group(entries: Iterable[Entry]) -> tuple[list[Group], list[LeftOut]]:
+    """The stacks that `entries` form, and the tensors that form none, with the reason.
+
+    A tensor with three axes is a stack, named by its key. Matrices are grouped by name: the number after the first
+    component `layers`, `layer`, `h`, `block` or `blocks` that a number follows is the layer; without one, the only
+    number that varies among names alike but for their numbers. All other numbers stay in the name, which has `*` in
+    the layer's place, and `[BxA]` at its end where the layers come in several shapes.
+    """
+    groups: list[Group] = []
+    left_out: list[LeftOut] = []
+    matrices: list[Entry] = []
+    for entry in entries:
+        if reason := _unusable(entry):
+            left_out.append(LeftOut(entry.name, reason))
+        elif len(entry.shape) == 2:
+            matrices.append(entry)
+        else:
+            L, b, a = entry.shape
+            groups.append(Group(entry.name, L, (b, a), [entry.name]))
+    families, unclear = _families(matrices)
+    left_out += unclear
+    for name, members in families.items():
+        found, rest = _split_by_shape(name, members)
+        groups += found
+        left_out += rest
+    return _with_unique_names(groups, left_out)
+
+
+def _unusable(entry: Entry) -> str | None:
+    """Why this tensor cannot be in any stack; None if it can."""
+    if entry.dtype.startswith(("float8_", "float6_", "float4")):
+        return f"{entry.dtype} needs its scales to be read; convert the checkpoint to bfloat16"
+    if not is_floating(entry.dtype):
+        return f"{entry.dtype} is not real floating point"
+    if 0 in entry.shape:
+        return f"shape {entry.shape} is empty"
+    if len(entry.shape) not in (2, 3):
+        return f"{len(entry.shape)} axes; a layer has 2, a stack of layers 3"
+    return None
+
+
+def _families(matrices: list[Entry]) -> tuple[dict[str, list[_Member]], list[LeftOut]]:
+    """Matrices by the name of their stack, each with the number of its layer."""
+    families: dict[str, list[_Member]] = {}
+    left_out: list[LeftOut] = []
+    alike: dict[tuple[str, ...], list[tuple[list[str], Entry]]] = {}
+    for entry in matrices:
+        if match := _LAYER.search(entry.name):
+            start, end = match.span(1)
+            name = f"{entry.name[:start]}*{entry.name[end:]}"
+            families.setdefault(name, []).append(_Member(_canonical(match[1]), entry))
+        else:
+            parts = _NUMBER.split(entry.name)  # text, number, text, .., text
+            alike.setdefault(tuple(parts[::2]), []).append((parts, entry))
+    for texts, members in alike.items():
+        columns = zip(*(parts for parts, _ in members), strict=True)
+        varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+        if len(varying) == 1:
+            (i,) = varying
+            parts = members[0][0]
+            name = "".join([*parts[:i], "*", *parts[i + 1 :]])
+            families.setdefault(name, []).extend(_Member(_canonical(p[i]), entry) for p, entry in members)
+            continue
+        reason = "the only tensor of its kind; a stack of matrices needs two layers or more"
+        if varying:
+            reason = (
+                f"{len(varying)} numbers vary among the names {'*'.join(texts)!r}, so which is the layer is unclear; "
+                "rename it to stand after 'layers.'"
+            )
+        left_out += [LeftOut(entry.name, reason) for _, entry in members]
+    return families, left_out
+
+
+def _canonical(digits: str) -> str:
+    """The number without leading zeros; as text, for a file may hold more digits than int() takes."""
+    return digits.lstrip("0") or "0"
+
+
+def _split_by_shape(name: str, members: list[_Member]) -> tuple[list[Group], list[LeftOut]]:
+    """One group per shape, layers in numeric order."""
+    members = sorted(members, key=lambda m: (len(m.number), m.number))
+    for one, next_ in pairwise(members):
+        if one.number == next_.number:
+            reason = f"layer {one.number} of {name!r} is there twice: {one.entry.name!r} and {next_.entry.name!r}"
+            return [], [LeftOut(m.entry.name, reason) for m in members]
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for _, entry in members:
+        by_shape.setdefault((entry.shape[0], entry.shape[1]), []).append(entry.name)
+    groups: list[Group] = []
+    left_out: list[LeftOut] = []
+    for (b, a), keys in by_shape.items():
+        full_name = name if len(by_shape) == 1 else f"{name}[{b}x{a}]"
+        if len(keys) > 1:
+            groups.append(Group(full_name, len(keys), (b, a), keys))
+        else:
+            left_out.append(LeftOut(keys[0], f"the only layer of {full_name!r}; a stack of matrices needs two or more"))
+    return groups, left_out
+
+
+def _with_unique_names(groups: list[Group], left_out: list[LeftOut]) -> tuple[list[Group], list[LeftOut]]:
+    """Drop stacks whose name is taken, as when a key itself contains `*`: results are filed by name."""
+    unique: dict[str, Group] = {}
+    for g in groups:
+        if g.name in unique:
+            left_out.append(LeftOut(g.name, "another stack of the file has the same name; rename one"))
+        else:
+            unique[g.name] = g
+    return list(unique.values()), left_out

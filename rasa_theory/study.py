@@ -1,0 +1,305 @@
+"""What the command computes: for every stack and k the bounds, the best found error, the attempts and the verdict.
+
+Results are plain data, as in data/results.schema.json.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory._version import __version__
+from rasa_theory.attempts import Attempt, median_iterations, random_attempt
+from rasa_theory.bounds import Bound, allocation_bound, lower_bound
+from rasa_theory.descent import Progress
+from rasa_theory.errors import InputError
+from rasa_theory.factors import RasaFactors, lora_parameters
+from rasa_theory.lora import LoraSolution, solve_lora
+from rasa_theory.objective import reconstruction_error
+from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.rasa import RasaSolution, SolverOptions, iterate_path
+from rasa_theory.updates import resolve_mixing
+
+WEIGHTS = ("none", "layer")
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to compute on every stack. Raises InputError for an impossible rank, k, weight or number of seeds."""
+
+    rank: int = 8
+    ks: tuple[int, ...] = (1,)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    certificate: str = "closed"
+    seeds: int = 5
+    weight: str = "none"
+
+    def __post_init__(self) -> None:
+        if not self.ks:
+            raise InputError("no k was given; name at least one, such as 1")
+        for k in self.ks:
+            RankBudget(self.rank, k)
+        if self.weight not in WEIGHTS:
+            raise InputError(f"unknown weight {self.weight!r}; known: {', '.join(WEIGHTS)}")
+        if self.seeds < 0:
+            raise InputError(f"seeds must be at least 0, got {self.seeds}")
+
+
+@dataclass(frozen=True)
+class StudyProgress:
+    """What a watcher is told: which stack and k, doing what, how far, and the error there in units of e_lora or None."""
+
+    stack: str
+    k: int
+    doing: str
+    sweep: int
+    max_sweeps: int
+    ratio: float | None
+    tasks_done: int
+
+
+@dataclass
+class StudyState:
+    """Everything finished so far: `results` as plain data, `factors` as named tensors <stack>/<k>/<public name>."""
+
+    results: dict[str, Any]
+    factors: dict[str, Tensor]
+
+
+Watch = Callable[[StudyProgress], None]
+
+
+def study(
+    stacks: Iterable[LayerStack],
+    rank: int = 8,
+    ks: Sequence[int] = (1,),
+    *,
+    solver: SolverOptions | None = None,
+    certificate: str = "closed",
+    seeds: int = 5,
+    weight: str = "none",
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """What `python -m rasa_theory.reconstruct` computes, as plain data: its JSON.
+
+    Per stack e_lora, and per k the best found e_rasa(k), bounds on both sides, `seeds` random attempts at the paper's
+    iteration count, and the verdict on Theorem 3.1. All errors are squared. Raises InputError for bad settings.
+    """
+    settings = StudySettings(rank, tuple(ks), solver or SolverOptions(), certificate, seeds, weight)
+    state = StudyState(new_results(settings), {})
+    for state in study_steps(stacks, settings, state, watch):  # noqa: B020 (the same object, grown)
+        pass
+    return state.results
+
+
+def new_results(settings: StudySettings, source: str = "", command: Sequence[str] = ()) -> dict[str, Any]:
+    """Results of which nothing is finished yet."""
+    return {
+        "schema": 1,
+        "command": list(command),
+        "rank": settings.rank,
+        "source": source,
+        "weight": settings.weight,
+        "seed": settings.solver.seed,
+        "environment": None,
+        "stacks": [],
+        "left_out": [],
+        "theorem_3_1": "undecided",
+    }
+
+
+def study_steps(
+    stacks: Iterable[LayerStack], settings: StudySettings, state: StudyState, watch: Watch | None = None
+) -> Iterator[StudyState]:
+    """Yield `state` after every (stack, k), grown by what was finished; an interruption leaves it whole."""
+    tasks = 0
+    for given in stacks:
+        stack, norms = given.normalised_layers() if settings.weight == "layer" else (given, None)
+        state.results["environment"] = state.results["environment"] or environment(stack)
+        lora = solve_lora(stack, settings.rank)
+        row = _stack_row(stack, lora)
+        told = _Teller(watch, stack.name, lora.error)
+        started, passes = time.perf_counter(), stack.data_passes
+        for k, solution in iterate_path(stack, settings.rank, settings.ks, settings.solver, told.solver):
+            solved = time.perf_counter() - started
+            told.now(k, "random attempts", tasks := tasks + 1)
+            budget = RankBudget(settings.rank, k)
+            attempts = []
+            for seed in range(settings.solver.seed, settings.solver.seed + (settings.seeds if k else 0)):
+                attempts.append(random_attempt(stack, budget, lora.error, seed, told.attempt))
+                told.now(k, "random attempts", tasks := tasks + 1)
+            floor = lower_bound(stack, budget, settings.certificate)
+            row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
+            if len(row["runs"]) == 1:
+                state.results["stacks"].append(row)
+            factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
+            for name, tensor in factors.named().items():
+                state.factors[f"{stack.name}/{k}/{name}"] = tensor
+            state.results["theorem_3_1"] = _overall(state.results)
+            told.now(k + 1, "solving", tasks)
+            started = time.perf_counter()
+            yield state
+        row["data_passes"] = stack.data_passes - passes
+    if not state.results["stacks"]:
+        raise InputError("no stack was given")
+
+
+class _Teller:
+    """Turns the solver's progress into the study's."""
+
+    def __init__(self, watch: Watch | None, stack: str, e_lora: float) -> None:
+        self._watch, self._stack, self._e_lora = watch, stack, e_lora
+        self._k, self._doing, self._tasks = 0, "solving", 0
+
+    def now(self, k: int, doing: str, tasks: int) -> None:
+        self._k, self._doing, self._tasks = k, doing, tasks
+
+    def solver(self, progress: Progress) -> None:
+        self._tell(f"solving from {progress.start}", progress)
+
+    def attempt(self, progress: Progress) -> None:
+        self._tell(self._doing, progress)
+
+    def _tell(self, doing: str, progress: Progress) -> None:
+        if self._watch is not None:
+            ratio = progress.error / self._e_lora if self._e_lora > 0 else None
+            self._watch(
+                StudyProgress(self._stack, self._k, doing, progress.sweep, progress.max_sweeps, ratio, self._tasks)
+            )
+
+
+def _stack_row(stack: LayerStack, lora: LoraSolution) -> dict[str, Any]:
+    return {
+        "name": stack.name,
+        "layers": stack.layers,
+        "shape": list(stack.shape),
+        "norm_squared": stack.norm_squared,
+        "layer_norms_squared": stack.layer_norms_squared,
+        "e_lora": lora.error,
+        "e_lora_interval": list(lora.interval),
+        "runs": [],
+    }
+
+
+def _run_row(
+    stack: LayerStack,
+    budget: RankBudget,
+    lora: LoraSolution,
+    solution: RasaSolution,
+    floor: Bound,
+    attempts: list[Attempt],
+    seconds: float,
+    settings: StudySettings,
+) -> dict[str, Any]:
+    drop, checks = check_theorem(stack, budget, lora, solution, floor)
+    spent = lora_parameters(stack.layers, stack.shape, budget.rank)
+    return {
+        "k": budget.shared_rank,
+        "e_rasa": solution.error,
+        "layer_errors": solution.layer_errors,
+        "e_allocation": allocation_bound(stack, budget).value,
+        "ratio": solution.error / lora.error if lora.error > 0 else None,
+        "lower_bound": floor.value,
+        "lower_bound_name": floor.name,
+        "mixing_drop": drop,
+        "start": solution.start,
+        "sweep": solution.sweep,
+        "sweeps": solution.sweeps,
+        "stop_reason": solution.stop_reason.name,
+        "seconds": seconds,
+        "data_passes": solution.data_passes,
+        "history": solution.history,
+        "iterations_to_beat_lora": median_iterations([attempt.iterations for attempt in attempts]),
+        "attempts": [
+            {"start": "random", "seed": a.seed, "sweep": "paper", "iterations": a.iterations, "history": a.history}
+            for a in attempts
+        ],
+        "parameters": {
+            "lora": spent,
+            "rasa": solution.factors.parameters,
+            "extra_percent": 100 * (solution.factors.parameters - spent) / spent,
+        },
+        "update_rank": solution.factors.update_rank,
+        "checks": checks,
+        "theorem_3_1": _verdict(checks, settings.solver.start),
+    }
+
+
+def check_theorem(
+    stack: LayerStack, budget: RankBudget, lora: LoraSolution, solution: RasaSolution, floor: Bound
+) -> tuple[float, dict[str, bool]]:
+    """The laws behind the verdict, each re-evaluated from the factors by the direct residual; each can fail.
+
+    Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and, by
+    name, whether each law holds.
+    """
+    close = stack.rounding
+    answer = reconstruction_error(stack, solution.factors)
+    drops, embedded_well, drops_well = [], True, True
+    for pooled in ("smallest", "largest"):
+        embedding = RasaFactors.from_lora(lora.factors, budget, pooled)
+        before = reconstruction_error(stack, embedding)
+        embedded_well &= linalg.not_above(before, lora.error, close) and linalg.not_above(lora.error, before, close)
+        solved, drop = resolve_mixing(stack, embedding)
+        after = reconstruction_error(stack, solved)
+        allowance = 2 * (2 * math.sqrt(before) * close + close**2)  # two errors, each known to `close` in norm
+        drops_well &= drop >= 0 and abs((before - after) - drop) <= allowance
+        drops.append(drop)
+    return max(drops), {
+        "embedding_reproduces_eckart_young": embedded_well,
+        "answer_is_not_above_e_lora": linalg.not_above(answer, lora.error, close),
+        "floor_is_not_above_answer": linalg.not_above(floor.value, answer, close),
+        "mixing_drop_is_what_solving_d_gives": drops_well,
+    }
+
+
+def _verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:
+    failed = {law for law, holds in checks.items() if not holds}
+    unaided = start == "random" or isinstance(start, RasaFactors)
+    if unaided and failed == {"answer_is_not_above_e_lora"}:
+        return "undecided"  # a local minimum above e_lora says nothing against the theorem
+    return "violated" if failed else "holds"
+
+
+def _overall(results: dict[str, Any]) -> str:
+    verdicts = {run["theorem_3_1"] for row in results["stacks"] for run in row["runs"]}
+    return next((v for v in ("violated", "undecided") if v in verdicts), "holds")
+
+
+def environment(stack: LayerStack) -> dict[str, Any]:
+    """Versions and hardware that the numbers depend on."""
+    return {
+        "rasa_theory": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else str(stack.device),
+        "dtype": str(stack.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in; None if it is installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,239 @@
+"""Each block update is the minimiser that it says it is, and never raises the error."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from problems import SHAPES, noise
+from strategies import measurable, nasty_stacks
+
+from rasa_theory import (
+    LayerStack,
+    RankBudget,
+    RasaFactors,
+    linalg,
+    mixing_drop,
+    reconstruction_error,
+    solve_lora,
+    updates,
+)
+from rasa_theory.starts import random_start
+
+
+def random_factors(L, b, a, r, k, seed=0):
+    """Factors of order one with unit pool columns, for any stack of that shape."""
+    q, R = r - k, L * k
+    shapes = (L, b, q), (L, q, a), (1, b, R), (1, R, a), (1, L, R)
+    Bt, At, B_S, A_S, D = (torch.as_tensor(noise(*shape, seed + 10 + n)) for n, shape in enumerate(shapes))
+    return updates.normalise_pool(RasaFactors(Bt, At, B_S[0], A_S[0], D[0]))
+
+
+def plain(factors):
+    return reference.Factors(*(t.numpy() for t in factors.named().values()))
+
+
+def norms(stack):
+    return torch.tensor(stack.layer_norms_squared, dtype=torch.float64).sqrt()
+
+
+def mixing(stack, f):
+    return updates.update_mixing(stack.right(f.shared_A.mT), norms(stack), f)
+
+
+def shared_B(stack, f):
+    return updates.update_shared_B(stack.right(f.shared_A.mT), norms(stack), f)
+
+
+def shared_A(stack, f):
+    return shared_B(stack.transpose(), f.transpose()).transpose()
+
+
+def joint(stack, f):
+    f = updates.orthonormalise_private_A(f)
+    return updates.joint_half(stack.right(f.shared_A.mT), stack.right(f.private_A.mT), norms(stack), f)
+
+
+def joint_B(stack, f):
+    return joint(stack, f).factors
+
+
+def joint_A(stack, f):
+    return joint(stack.transpose(), f.transpose()).factors.transpose()
+
+
+STEPS = {
+    "private": updates.update_private,
+    "mixing": mixing,
+    "shared_B": shared_B,
+    "shared_A": shared_A,
+    "joint_B": joint_B,
+    "joint_A": joint_A,
+}
+
+
+def literal(M, f):
+    """The same steps by the reference: name -> factors."""
+    T, t = M.transpose(0, 2, 1), reference.Factors(
+        f.At.transpose(0, 2, 1), f.Bt.transpose(0, 2, 1), f.A_S.T, f.B_S.T, f.D
+    )
+
+    def joint_half(M, f):
+        B_S, _ = reference.all_B(M, f.At, f.A_S, f.D)
+        Bt, D = reference.private_B_and_mixing(M, f.At, B_S, f.A_S)
+        return reference.error(M, Bt, f.At, B_S, f.A_S, D)
+
+    Bt, At = reference.private(M, f.Bt.shape[2], f.B_S, f.A_S, f.D)
+    return {
+        "private": reference.error(M, Bt, At, f.B_S, f.A_S, f.D),
+        "mixing": reference.error(M, *f._replace(D=reference.mixing(M, f.Bt, f.At, f.B_S, f.A_S))),
+        "shared_B": reference.error(M, *f._replace(B_S=reference.shared_B(M, f.Bt, f.At, f.A_S, f.D))),
+        "shared_A": reference.error(M, *f._replace(A_S=reference.shared_A(M, f.Bt, f.At, f.B_S, f.D))),
+        "joint_B": joint_half(M, f),
+        "joint_A": joint_half(T, t),
+    }
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), [*SHAPES, (3, 6, 5, 2, 0, 6), (1, 6, 5, 2, 1, 7)])
+def test_each_step_is_the_literal_minimiser(L, b, a, r, k, seed, step):
+    M, factors = noise(L, b, a, seed), random_factors(L, b, a, r, k, seed)
+    stack = LayerStack(M)
+    found = reconstruction_error(stack, STEPS[step](stack, factors))
+    assert found == pytest.approx(literal(M, plain(factors))[step], rel=1e-9)
+
+
+def test_steps_leave_the_other_factors_alone():
+    stack, f = LayerStack(noise(3, 6, 8, 1)), random_factors(3, 6, 8, 3, 1)
+    for step, moved in (
+        ("private", {"private_B", "private_A"}),
+        ("mixing", {"mixing"}),
+        ("shared_B", {"shared_B", "mixing"}),  # the columns' norms go into the mixing
+        ("shared_A", {"shared_A", "mixing"}),
+    ):
+        after = STEPS[step](stack, f).named()
+        # to rounding: unit columns are normalised again
+        assert {name for name, x in f.named().items() if not torch.allclose(x, after[name], atol=1e-15)} == moved
+
+
+def test_the_private_step_of_the_paper_and_the_short_cut_agree():
+    M, f = noise(3, 20, 30, 1), random_factors(3, 20, 30, 3, 1)
+    errors = [reconstruction_error(LayerStack(M), updates.update_private(LayerStack(M), f, exact=e)) for e in (0, 1)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-13)
+
+
+# ---- never up
+
+
+def assert_no_step_raises_the_error(stack, factors):
+    before = reconstruction_error(stack, factors)
+    for name, step in STEPS.items():
+        after = step(stack, factors)
+        allowed = max(measurable(stack, factors), measurable(stack, after))
+        assert linalg.not_above(reconstruction_error(stack, after), before, allowed), name
+
+
+@given(nasty_stacks(scales=(1.0,)))
+def test_no_step_raises_the_error(problem):
+    stack = problem.stack.unit()
+    L, b, a = problem.values.shape
+    assert_no_step_raises_the_error(stack, random_factors(L, b, a, problem.r, problem.k))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9, 1e-12, 0.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_two_nearly_cancelling_terms_do_no_harm(seed, gap, size):
+    """b_1 and b_2 agree to `gap`, a_1 and a_2 too, with weights `size` and -`size`."""
+    f = random_factors(3, 7, 6, 3, 1, seed)
+    B_S, A_S, D = f.shared_B.clone(), f.shared_A.clone(), f.mixing.clone()
+    B_S[:, 1] = B_S[:, 0] + gap * B_S[:, 1]
+    A_S[1] = A_S[0] + gap * A_S[1]
+    D[:, 0], D[:, 1] = size, -size
+    f = updates.normalise_pool(dataclasses.replace(f, shared_B=B_S, shared_A=A_S, mixing=D))
+    # the stack is what the factors make, and a little more: the error to be kept is small beside the terms
+    updates_of_f = np.stack([f.update(i).numpy() for i in range(3)])
+    assert_no_step_raises_the_error(LayerStack(updates_of_f + 1e-2 * noise(3, 7, 6, seed)), f)
+
+
+@pytest.mark.parametrize("dead", ["shared_B", "shared_A", "mixing", "private"])
+def test_dead_columns(dead):
+    """A pool term without a column, a row or a weight; no private term: finite, and never up."""
+    stack, f = LayerStack(noise(3, 6, 5)), random_factors(3, 6, 5, 3, 1)
+    changed = {name: x.clone() for name, x in f.named().items()}
+    if dead == "shared_A":
+        changed["shared_A"][1] = 0
+    elif dead == "private":
+        changed["private_B"].zero_()
+        changed["private_A"].zero_()
+    else:
+        changed[dead][:, 1] = 0
+    f = RasaFactors(**changed)
+    assert_no_step_raises_the_error(stack, f)
+    assert all(bool(torch.isfinite(x).all()) for step in STEPS.values() for x in step(stack, f).named().values())
+
+
+@pytest.mark.parametrize(
+    ("L", "b", "a", "r", "k"), [(4, 3, 9, 3, 3), (4, 9, 3, 3, 2), (4, 2, 2, 2, 2), (4, 1, 6, 1, 1)]
+)
+def test_more_pool_ranks_than_rows_or_columns(L, b, a, r, k):
+    assert_no_step_raises_the_error(LayerStack(noise(L, b, a)), random_factors(L, b, a, r, k))
+
+
+# ---- values that steps hand back
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+def test_the_error_of_a_joint_half_is_the_direct_residual(L, b, a, r, k, seed):
+    stack, f = LayerStack(noise(L, b, a, seed)), random_factors(L, b, a, r, k, seed)
+    for side, start in ((stack, f), (stack.transpose(), f.transpose())):
+        half = joint(side, start)
+        assert float(half.error) == pytest.approx(reconstruction_error(side, half.factors), rel=1e-12)
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+@pytest.mark.parametrize("pooled", ["smallest", "largest"])
+def test_mixing_drop_at_the_embedding_of_lora(L, b, a, r, k, seed, pooled):
+    """Positive, and what re-solving D measures: the inequality between RaSA and LoRA is strict."""
+    M = noise(L, b, a, seed)
+    stack = LayerStack(M)
+    f = RasaFactors.from_lora(solve_lora(stack, r).factors, RankBudget(r, k), pooled)
+    p = plain(f)
+    after = reference.error(M, *p._replace(D=reference.mixing(M, p.Bt, p.At, p.B_S, p.A_S)))
+    drop = mixing_drop(stack, f)
+    assert drop > 0
+    # the measured drop is a difference of two errors, each known to 1e-13 of itself
+    assert drop == pytest.approx(reference.error(M, *p) - after, rel=1e-8, abs=1e-13 * stack.norm_squared)
+
+
+@given(nasty_stacks())
+def test_mixing_drop_is_never_negative_nor_more_than_the_error(problem):
+    stack, size = problem.stack, 0.3 if problem.values.any() else 0.0
+    f = random_start(stack, problem.budget, seed=1, size=size)
+    drop, error = mixing_drop(stack, f), reconstruction_error(stack, f)
+    resolved, same = updates.resolve_mixing(stack, f)
+    assert drop == same >= 0
+    assert linalg.not_above(drop, error, measurable(stack, resolved))
+    left = reconstruction_error(stack, resolved)
+    assert linalg.not_above(left + drop, error, measurable(stack, resolved))
+    assert linalg.not_above(error, left + drop, measurable(stack, resolved))
+
+
+def test_mixing_drop_is_zero_where_nothing_can_be_gained():
+    stack = LayerStack(noise(1, 6, 5))
+    f = RasaFactors.from_lora(solve_lora(stack, 3).factors, RankBudget(3, 2))
+    assert mixing_drop(stack, f) == 0.0
+
+
+def test_changes_of_form_change_no_update():
+    f = random_factors(3, 7, 6, 3, 1)
+    loose = dataclasses.replace(f, shared_B=7 * f.shared_B, shared_A=f.shared_A / 3)
+    loose.shared_B[:, 2] = 0
+    for changed in (updates.normalise_pool(loose), updates.orthonormalise_private_A(loose)):
+        for i in range(3):
+            assert torch.allclose(changed.update(i), loose.update(i), rtol=0, atol=1e-13)
+    expected = [sum(torch.linalg.matrix_norm(torch.outer(f.shared_B[:, j], f.shared_A[j])) * abs(f.mixing[i, j])
+                    for j in range(3)) for i in range(3)]
+    assert torch.allclose(updates.term_norms(f), torch.stack(expected))
