@@ -211,7 +211,9 @@ def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int)
         c = encoder([p.body for p in batch], settings.code_tokens)
         logits = q @ c.T / settings.temperature
         target = torch.arange(len(batch))
-        loss = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+        loss = (
+            torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+        ) / 2
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
@@ -219,7 +221,9 @@ def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int)
         losses.append(float(loss.detach()))
         if step % 10 == 9 or step + 1 == settings.steps:
             left = (time.perf_counter() - started) / (step + 1) * (settings.steps - step - 1)
-            print(f"  step {step + 1}/{settings.steps}  loss {np.mean(losses[-10:]):.3f}  {left:.0f} s left", flush=True)
+            print(
+                f"  step {step + 1}/{settings.steps}  loss {np.mean(losses[-10:]):.3f}  {left:.0f} s left", flush=True
+            )
     return losses
 
 
@@ -290,14 +294,16 @@ def main(arguments: list[str] | None = None) -> None:
         tuned = base.clone()
         losses = finetune(tuned, train, settings, seed)
         deltas = updates(base.model, tuned.model)
-        runs.append({
-            "seed": seed,
-            "after": retrieval(tuned, test, settings),
-            "first_loss": float(np.mean(losses[:20])),
-            "last_loss": float(np.mean(losses[-20:])),
-            "seconds": round(time.perf_counter() - started, 1),
-            "update": update_statistics(base.model, deltas),
-        })
+        runs.append(
+            {
+                "seed": seed,
+                "after": retrieval(tuned, test, settings),
+                "first_loss": float(np.mean(losses[:20])),
+                "last_loss": float(np.mean(losses[-20:])),
+                "seconds": round(time.perf_counter() - started, 1),
+                "update": update_statistics(base.model, deltas),
+            }
+        )
         print(f"seed {seed}: {runs[-1]['after']} after {runs[-1]['seconds']} s", flush=True)
         if seed == args.ship:
             shipped = deltas
@@ -312,9 +318,13 @@ def main(arguments: list[str] | None = None) -> None:
         "runs": runs,
         "shipped_seed": args.ship,
         "kinds": KINDS,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")
+        },
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", "experiments/finetune_minilm.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": shlex.join(
+            ["python", "experiments/finetune_minilm.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
     }
     ship(shipped, provenance, args.out)
     print(f"wrote {args.out / 'minilm_code.safetensors'} and its provenance")

@@ -9,7 +9,7 @@ from enum import Enum
 
 import torch
 
-from rasa_theory import updates
+from rasa_theory import linalg, updates
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
@@ -59,14 +59,16 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
     """All B~_i, B_S and D at once, then all A~_i, A_S and D: two passes over M.
 
     The squared error comes from the products, unless rounding could show in it: an error of eps T, with T the squared
-    norms of M and of all terms, stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. Closer
+    norms of M and of all terms, stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||.
+    Closer
     to zero the direct residual is taken, one pass more.
     """
     for side in (unit, unit.transpose()):
         factors = updates.orthonormalise_private_A(factors)
         R, L = factors.shared_A.shape[0], factors.layers
         shared_A = factors.shared_A.expand(L, -1, -1)
-        MA, MAt = side.right(torch.cat([shared_A, factors.private_A], 1).mT).split([R, factors.private_A.shape[1]], 2)
+        products = side.right(torch.cat([shared_A, factors.private_A], 1).mT)
+        MA, MAt = products[:, :, :R], products[:, :, R:]
         half = updates.joint_half(MA, MAt, layer_norms, factors)
         factors = half.factors.transpose()
     error, norm = float(half.error), math.sqrt(unit.norm_squared)
@@ -82,7 +84,8 @@ SWEEPS: dict[str, Sweep] = {"paper": paper_sweep, "joint": joint_sweep}
 class Descent:
     """Sweeps from one start, which may be interrupted and taken up again.
 
-    `unit` is a `LayerStack.unit()`; factors and errors are in its units. After `run`, `stop_reason` is None if the sweeps
+    `unit` is a `LayerStack.unit()`; factors and errors are in its units. After `run`, `stop_reason` is None if the
+    sweeps
     asked for are done and nothing else ended it. `history` has the error of every iterate, the start's first; `best`
     and `best_error` are those of the lowest.
     """
@@ -105,7 +108,9 @@ class Descent:
         return len(self.history) - 1
 
     def run(self, max_sweeps: int, rtol: float, callback: Callback | None = None, scale: float = 1.0) -> Descent:
-        """Sweep until `max_sweeps` are done in all, or a stop reason shows; with rtol = 0 the error alone never stops it.
+        """Sweep until `max_sweeps` are done in all, or a stop reason shows.
+
+        With rtol = 0 the error alone never stops it.
 
         `scale` turns the errors that the callback is told into the units of the input.
         """
@@ -122,7 +127,7 @@ class Descent:
             if self._lacks_private:  # the joint sweep needs row spaces to begin with
                 self.factors, self._lacks_private = updates.update_private(self.unit, self.factors), False
             self.factors, error = self._sweep(self.unit, self._norms, self.factors)
-        except (torch.linalg.LinAlgError, ArithmeticError):
+        except (linalg.LinAlgError, ArithmeticError):
             error = math.nan
         if not math.isfinite(error):
             self.stop_reason = StopReason.NON_FINITE

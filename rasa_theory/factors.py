@@ -62,11 +62,13 @@ class RasaFactors:
             )
         L, b, q = self.private_B.shape
         R, a = self.shared_A.shape
-        _check_shapes({
-            "private_A": (self.private_A, (L, q, a)),
-            "shared_B": (self.shared_B, (b, R)),
-            "mixing": (self.mixing, (L, R)),
-        })
+        _check_shapes(
+            {
+                "private_A": (self.private_A, (L, q, a)),
+                "shared_B": (self.shared_B, (b, R)),
+                "mixing": (self.mixing, (L, R)),
+            }
+        )
 
     @classmethod
     def from_lora(cls, lora: LoraFactors, budget: RankBudget, pooled: str = "smallest") -> RasaFactors:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _SMALL = 512 * 512
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
             if bool(torch.isfinite(S).all()):
                 return U, S, Vh
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             pass
         return _svd_by_qr_iteration(matrix)
 
@@ -59,7 +60,8 @@ def _svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def symmetric_eigenvalues(gram: Tensor) -> Tensor:
     """Eigenvalues of symmetric matrices, ascending: (..., n, n) -> (..., n)."""
     with suitable_threads(gram):
-        return torch.linalg.eigvalsh(gram)
+        values: Tensor = torch.linalg.eigvalsh(gram)
+    return values
 
 
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:
@@ -140,7 +142,8 @@ def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> T
     y_noise = ((V * V).mT @ (s * noise).unsqueeze(-1) ** 2).sqrt()  # (..., n, 1)
     keep = (values > 10 * n * eps) & (torch.linalg.vector_norm(y, dim=-1) > y_noise.squeeze(-1))
     inverse = torch.where(keep, 1 / torch.where(keep, values, 1), 0)
-    return s.unsqueeze(-1) * (V @ (inverse.unsqueeze(-1) * y))
+    x: Tensor = s.unsqueeze(-1) * (V @ (inverse.unsqueeze(-1) * y))
+    return x
 
 
 def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:

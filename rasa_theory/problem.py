@@ -240,7 +240,7 @@ class LayerStack:
         """The exact SVD of every layer, in float64. Computed once (one pass) and kept for all views."""
         if self._store.svd is None:
             self._store.passes += 1
-            b, a = self.shape
+            b = self.shape[0]
             parts = [linalg.svd(tile.values.double()) for tile in self._tiles(1 / self._power, rows=b)]
             U, S, Vh = (torch.stack([part[j] for part in parts]) for j in range(3))
             self._store.svd = SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -63,8 +61,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
     add("--k", type=_whole_numbers, default=(1,), metavar="K", help="ranks given to the pool; 0,1,2 is a path (1)")
-    add("--source", metavar="S", help=f"{DEFAULT_SOURCE} (default), synthetic, a .safetensors, .npy or .npz file, or a "
-        "directory of safetensors")
+    add(
+        "--source",
+        metavar="S",
+        help=f"{DEFAULT_SOURCE} (default), synthetic, a .safetensors, .npy or .npz file, or a directory of safetensors",
+    )
     add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
     add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
@@ -72,12 +73,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
     add("--certificate", choices=CERTIFICATES, default="closed", help="which lower bounds to spend time on")
     add("--sweeps", type=int, default=500, metavar="N", help="at most so many sweeps (%(default)s)")
-    add("--rtol", type=float, default=1e-9, metavar="X", help="stop when a sweep gains less than this share (%(default)s)")
+    add(
+        "--rtol",
+        type=float,
+        default=1e-9,
+        metavar="X",
+        help="stop when a sweep gains less than this share (%(default)s)",
+    )
     add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
     add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
     add("--dtype", choices=("float64", "float32"), default="float64", help="of the computation (%(default)s)")
-    add("--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing")
+    add(
+        "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
+    )
     add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
     add("--dry-run", action="store_true", help="only say what would run, its size and memory")
@@ -160,7 +169,9 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     for line in verdict_lines(state.results, interrupted):
         print(line, file=text)
     if out is not None and state.results["stacks"]:
-        print(f"Files: {out}/ (results.json, history.csv, factors.safetensors, iterations.png, iterations.svg)", file=text)
+        print(
+            f"Files: {out}/ (results.json, history.csv, factors.safetensors, iterations.png, iterations.svg)", file=text
+        )
     if args.json:
         print(json.dumps(state.results, indent=1, allow_nan=False))
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
@@ -218,7 +229,9 @@ def write_results(state: StudyState, out: Path) -> None:
     """Write all files of a run into the folder `out`, each whole or not at all. Raises InputError if that fails."""
     figure = plot_iterations(state.results)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.factors.items()}
-    _write(out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode()))
+    _write(
+        out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode())
+    )
     _write(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
     _write(out / "factors.safetensors", lambda f: f.write(save(tensors)))
     _write(out / "iterations.png", lambda f: figure.savefig(f, format="png", dpi=150))

@@ -10,8 +10,8 @@ _COLUMNS = (
     "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
 )  # fmt: skip
 _EXPLANATION = (
-    "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum, e_rasa(k) lies between floor and best "
-    "found."
+    "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum; e_rasa(k) lies between floor "
+    "and best found."
 )
 
 
@@ -24,9 +24,7 @@ def table(results: dict[str, Any]) -> str:
             values = [_ratio(run[key], row["e_lora"]) for key in ("e_rasa", "e_allocation", "lower_bound")]
             floor = f"{values[2]} {run['lower_bound_name']}"
             stop = run["stop_reason"].lower().replace("_", " ")
-            rows.append(
-                (row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop)
-            )
+            rows.append((row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop))
     widths = [max(len(line[i]) for line in rows) for i in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _EXPLANATION])

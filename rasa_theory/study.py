@@ -59,7 +59,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """What a watcher is told: which stack and k, doing what, how far, and the error there in units of e_lora or None."""
+    """What a watcher is told: stack and k, doing what, how far, and the error there in units of e_lora or None."""
 
     stack: str
     k: int
@@ -99,8 +99,8 @@ def study(
     """
     settings = StudySettings(rank, tuple(ks), solver or SolverOptions(), certificate, seeds, weight)
     state = StudyState(new_results(settings), {})
-    for state in study_steps(stacks, settings, state, watch):  # noqa: B020 (the same object, grown)
-        pass
+    for _ in study_steps(stacks, settings, state, watch):
+        pass  # `state` grows
     return state.results
 
 
@@ -147,11 +147,11 @@ def study_steps(
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
             for name, tensor in factors.named().items():
                 state.factors[f"{stack.name}/{k}/{name}"] = tensor
+            row["data_passes"] = stack.data_passes - passes
             state.results["theorem_3_1"] = _overall(state.results)
             told.now(k + 1, "solving", tasks)
             started = time.perf_counter()
             yield state
-        row["data_passes"] = stack.data_passes - passes
     if not state.results["stacks"]:
         raise InputError("no stack was given")
 
@@ -242,7 +242,8 @@ def check_theorem(
 ) -> tuple[float, dict[str, bool]]:
     """The laws behind the verdict, each re-evaluated from the factors by the direct residual; each can fail.
 
-    Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and, by
+    Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and,
+    by
     name, whether each law holds.
     """
     close = stack.rounding

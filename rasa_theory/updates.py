@@ -1,6 +1,7 @@
 """The exact block updates, one per equation: (products with M, factors) -> factors.
 
-E_i = M_i - B~_i A~_i - B_S D_i A_S is the residual, `*` the elementwise product. Every update is an *increment* from the
+E_i = M_i - B~_i A~_i - B_S D_i A_S is the residual, `*` the elementwise product. Every update is an *increment* from
+the
 residual by `linalg.solve_increment`, so that the error never rises, whatever a singular Gram matrix makes it drop.
 All are written for the B side; the A side is the same update of the transposed stack and factors.
 Nothing here knows of time, stopping or devices.
@@ -29,9 +30,7 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
     if q == 0:
         return factors
     B_S, A_S, D = factors.shared_B, factors.shared_A, factors.mixing
-    pairs = [
-        linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact) for i, _, M in stack.tiles(rows=b)
-    ]
+    pairs = [linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact) for i, _, M in stack.tiles(rows=b)]
     return dataclasses.replace(
         factors, private_B=torch.stack([B for B, _ in pairs]), private_A=torch.stack([A for _, A in pairs])
     )
@@ -53,7 +52,8 @@ def term_norms(factors: RasaFactors) -> Tensor:
     """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
     nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
     nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
-    return (factors.mixing.abs() * (nB * nA)).sum(1)
+    norms: Tensor = (factors.mixing.abs() * (nB * nA)).sum(1)
+    return norms
 
 
 def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
@@ -66,7 +66,8 @@ def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
     b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
     private = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
     eps = torch.finfo(factors.mixing.dtype).eps
-    return 4 * math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
+    noise: Tensor = 4 * math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
+    return noise
 
 
 def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,8 @@ def joint_half(MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactor
     """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
 
     The rows of A~_i are orthonormal. MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T
-    and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it leaves
+    and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it
+    leaves
     has the residual product F_i = E_i A_S^T = M_i A_S^T - (M_i A~_i^T) W_i^T - B_S D_i C_i, so that
         (increment of B_S) sum_i D_i C_i D_i = sum_i F_i D_i,
         (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T F_i).
@@ -159,8 +161,8 @@ def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
 def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:
     """The same factors with D re-solved, in float64, and the drop of the squared error in closed form.
 
-    The drop is sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is rounding noise,
-    or in which the Gram matrix is numerically singular, count as 0. Reads M once.
+    The drop is sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is
+    rounding noise, or in which the Gram matrix is numerically singular, count as 0. Reads M once.
     """
     unit = stack.unit()
     factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))

@@ -66,9 +66,10 @@ def shared_A(M, Bt, At, B_S, D):
 def all_B(M, At, A_S, D):
     """B_S and every B~_i at once: [B_S, B~_1, .., B~_L] K = [M_1, .., M_L]."""
     L, q, _ = At.shape
-    K = np.vstack([np.hstack([np.diag(d) @ A_S for d in D])] + [
-        np.hstack([At[i] if i == j else np.zeros_like(At[i]) for j in range(L)]) for i in range(L)
-    ])
+    K = np.vstack(
+        [np.hstack([np.diag(d) @ A_S for d in D])]
+        + [np.hstack([At[i] if i == j else np.zeros_like(At[i]) for j in range(L)]) for i in range(L)]
+    )
     X = lstsq(K.T, np.hstack(list(M)).T).T
     R = len(A_S)
     return X[:, :R], np.stack([X[:, R + i * q : R + (i + 1) * q] for i in range(L)])

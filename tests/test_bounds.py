@@ -184,9 +184,10 @@ def test_invariances(problem):
         tolerance = slack(other, budget) + slack(stack, budget)
         assert close(solve_lora(other, problem.r).error, solve_lora(stack, problem.r).error, other)
         assert close(allocation_bound(other, budget).value, allocation_bound(stack, budget).value, other)
-        assert abs(lower_bound(other, budget).value - lower_bound(stack, budget).value) <= tolerance + 2 * math.sqrt(
-            lower_bound(stack, budget).value
-        ) * other.rounding
+        assert (
+            abs(lower_bound(other, budget).value - lower_bound(stack, budget).value)
+            <= tolerance + 2 * math.sqrt(lower_bound(stack, budget).value) * other.rounding
+        )
 
 
 @pytest.mark.parametrize("c", [2.0**-332, 2.0**332])

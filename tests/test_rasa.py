@@ -246,8 +246,11 @@ def quasi_newton(M, r, k, seed, starts=10):
         E = reference.residuals(M, Bt, At, B_S, A_S, D)
         EA, BE = E @ A_S.T, B_S.T @ E
         gradient = (
-            E @ At.transpose(0, 2, 1), Bt.transpose(0, 2, 1) @ E,
-            (EA * D[:, None]).sum(0), (D[:, :, None] * BE).sum(0), (B_S * EA).sum(1),
+            E @ At.transpose(0, 2, 1),
+            Bt.transpose(0, 2, 1) @ E,
+            (EA * D[:, None]).sum(0),
+            (D[:, :, None] * BE).sum(0),
+            (B_S * EA).sum(1),
         )
         return (E**2).sum(), -2 * np.concatenate([g.ravel() for g in gradient])
 

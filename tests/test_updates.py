@@ -76,8 +76,9 @@ STEPS = {
 
 def literal(M, f):
     """The same steps by the reference: name -> factors."""
-    T, t = M.transpose(0, 2, 1), reference.Factors(
-        f.At.transpose(0, 2, 1), f.Bt.transpose(0, 2, 1), f.A_S.T, f.B_S.T, f.D
+    T, t = (
+        M.transpose(0, 2, 1),
+        reference.Factors(f.At.transpose(0, 2, 1), f.Bt.transpose(0, 2, 1), f.A_S.T, f.B_S.T, f.D),
     )
 
     def joint_half(M, f):
@@ -234,6 +235,11 @@ def test_changes_of_form_change_no_update():
     for changed in (updates.normalise_pool(loose), updates.orthonormalise_private_A(loose)):
         for i in range(3):
             assert torch.allclose(changed.update(i), loose.update(i), rtol=0, atol=1e-13)
-    expected = [sum(torch.linalg.matrix_norm(torch.outer(f.shared_B[:, j], f.shared_A[j])) * abs(f.mixing[i, j])
-                    for j in range(3)) for i in range(3)]
+    expected = [
+        sum(
+            torch.linalg.matrix_norm(torch.outer(f.shared_B[:, j], f.shared_A[j])) * abs(f.mixing[i, j])
+            for j in range(3)
+        )
+        for i in range(3)
+    ]
     assert torch.allclose(updates.term_norms(f), torch.stack(expected))

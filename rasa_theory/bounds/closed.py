@@ -41,7 +41,8 @@ def allocate(S: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
 def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     """e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
 
-    What D_i can do without any sharing: every pool term serves one layer, whichever needs it most. It is at most e_lora,
+    What D_i can do without any sharing: every pool term serves one layer, whichever needs it most. It is at most
+    e_lora,
     since giving every layer its own terms q+1 .. r is one choice among those it is the best of. e_lora - e_alloc is the
     worth of unequal allocation, e_alloc - e_rasa that of true sharing. Raises InputError if r > min(b, a).
     """
@@ -60,7 +61,8 @@ def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "close
     - stack: all updates side by side have rank <= L q + R = L r, so [M_1 .. M_L] leaves its own tail after L r.
     - clipped: see `_clipped`.
 
-    Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not above
+    Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not
+    above
     the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
     """
     budget.check_fits(stack)
@@ -90,7 +92,9 @@ def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
 
 
 def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
-    """||M||^2 - sum_i sum_{j<=q} sigma_ij^2 - KF_R(sum_i clip(Gamma_i)), clip lowering the top q eigenvalues to the next.
+    """||M||^2 - sum_i sum_{j<=q} sigma_ij^2 - KF_R(sum_i clip(Gamma_i)).
+
+    clip lowers the top q eigenvalues to the next one.
 
     Let P project on span(B_S), of rank <= R, and P_i on the rest of the columns of update i, of rank <= q. What layer i
     keeps of its energy is at most tr((P + P_i) Gamma_i). Split Gamma_i = Y_i + clip(Gamma_i), Y_i >= 0 the part of the
@@ -122,8 +126,10 @@ def _gram(unit: LayerStack) -> Tensor:
 def _gram_allowance(unit: LayerStack, m: int) -> float:
     """How far a sum of m eigenvalues of a computed Gram matrix can be off.
 
-    The Gram matrix is a sum of L a products, its error in Frobenius norm at most L a eps ||M||^2; the eigenvalue solver's
-    backward error is a small multiple of b eps ||M||^2. A sum of m eigenvalues moves by at most sqrt(m) times that norm.
+    The Gram matrix is a sum of L a products, its error in Frobenius norm at most L a eps ||M||^2; the eigenvalue
+    solver's
+    backward error is a small multiple of b eps ||M||^2. A sum of m eigenvalues moves by at most sqrt(m) times that
+    norm.
     """
     b, a = unit.shape
     return 10 * math.sqrt(m + 1) * (unit.layers * a + b) * torch.finfo(torch.float64).eps * unit.norm_squared

@@ -10,7 +10,7 @@ from rasa_theory.problem import LayerStack, RankBudget
 
 
 def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:
-    """Factors whose error is `allocation_bound`: q leading singular terms private, the R next largest of all in the pool.
+    """Factors whose error is `allocation_bound`: q leading singular terms private, the R next largest in the pool.
 
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """

@@ -1,0 +1,58 @@
+"""A module imports only from lower floors, and only the command prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import rasa_theory
+
+ROOT = Path(rasa_theory.__file__).parent
+FLOORS = [
+    {"errors", "_version"},
+    {"linalg"},
+    {"problem"},
+    {"factors"},
+    {"sources", "objective", "bounds"},
+    {"lora", "updates"},
+    {"starts"},
+    {"descent"},
+    {"rasa", "attempts"},
+    {"study"},
+    {"plotting", "report"},
+    {"reconstruct"},
+]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(ROOT.rglob("*.py")) if room_of(path) != "__init__"]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {room_of(path) for path in modules()} == set(FLOOR)
+
+
+def test_imports_point_downwards() -> None:
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rasa_theory."):
+                there = node.module.split(".")[1]
+                if there != room_of(path) and FLOOR[there] >= FLOOR[room_of(path)]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {there}")
+    assert wrong == []
+
+
+def test_only_the_command_prints() -> None:
+    printing = {
+        room_of(path)
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == {"reconstruct"}

@@ -1,0 +1,212 @@
+"""The command, end to end: its files, its JSON, its laws, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rasa_theory as rt
+from rasa_theory import reconstruct
+
+study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
+SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def stack_file(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).standard_normal((3, 12, 10)) * np.logspace(0, -1, 10)
+    path = tmp_path / "updates.npy"
+    np.save(path, values)
+    return path
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    status = reconstruct.main([*arguments, "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    return status, json.loads(out) if out else {}, err
+
+
+def check_laws(results: dict[str, Any]) -> None:
+    jsonschema.validate(results, SCHEMA)
+    for row in results["stacks"]:
+        close = 10 * max(row["shape"]) * 2.3e-16 * math.sqrt(row["norm_squared"])
+        errors = []
+        for entry in row["runs"]:
+            chain = [entry["lower_bound"], entry["e_rasa"], entry["e_allocation"], row["e_lora"]]
+            for below, above in pairwise(chain):
+                assert math.sqrt(below) <= math.sqrt(above) + close
+            assert entry["mixing_drop"] >= 0
+            assert math.isclose(math.fsum(entry["layer_errors"]), entry["e_rasa"], rel_tol=1e-12)
+            errors.append(entry["e_rasa"])
+        assert all(math.sqrt(b) <= math.sqrt(a) + close for a, b in pairwise(errors))
+
+
+def test_bundled_updates_in_a_subprocess(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--rank", "8", "--k", "1", "--modules", "query"]
+    command += ["--seeds", "1", "--sweeps", "60", "--json", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    check_laws(results)
+    assert results["theorem_3_1"] == "holds"
+    assert results == json.loads((tmp_path / "rasa-results" / "results.json").read_text(encoding="utf-8"))
+    row = results["stacks"][0]
+    assert (row["name"], row["layers"], row["shape"]) == ("query", 6, [384, 384])
+    assert row["runs"][0]["parameters"]["extra_percent"] == pytest.approx(100 * 36 / (6 * 8 * 768))
+    assert {p.name for p in (tmp_path / "rasa-results").iterdir()} == {
+        "results.json", "history.csv", "factors.safetensors", "iterations.png", "iterations.svg"
+    }  # fmt: skip
+
+
+def test_a_path_over_k_writes_factors_that_have_the_reported_errors(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    status, results, _ = run(
+        ["--source", str(stack_file), "--rank", "3", "--k", "0,1,3", "--seeds", "2", "--out", str(out)], capsys
+    )
+    assert status == 0
+    check_laws(results)
+    stack = rt.LayerStack(np.load(stack_file), "updates")
+    tensors = load_file(out / "factors.safetensors")
+    for entry in results["stacks"][0]["runs"]:
+        prefix = f"updates/{entry['k']}/"
+        factors = rt.RasaFactors(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        assert rt.reconstruction_error(stack, factors) == pytest.approx(entry["e_rasa"], rel=1e-12)
+    with (out / "history.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    curves = sum(
+        len(e["history"]) + sum(len(a["history"]) for a in e["attempts"]) for e in results["stacks"][0]["runs"]
+    )
+    assert len(rows) == curves
+
+
+def test_same_seed_same_numbers(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "2", "--out", "none", "--sweeps", "40"]
+    first, second = (run(arguments, capsys)[1]["stacks"][0]["runs"][0] for _ in range(2))
+    for entry in (first, second):
+        del entry["seconds"]
+    assert first == second
+
+
+def test_layer_weights_scale_errors_and_scale_factors_back(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.load(stack_file) * np.array([1.0, 1e3, 0.0]).reshape(3, 1, 1)
+    np.save(stack_file, values)
+    out = tmp_path / "out"
+    arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--weight", "layer", "--out", str(out)]
+    status, results, _ = run(arguments, capsys)
+    assert status == 0
+    assert results["stacks"][0]["layer_norms_squared"] == pytest.approx([1.0, 1.0, 0.0])
+    tensors = {name.removeprefix("updates/1/"): t for name, t in load_file(out / "factors.safetensors").items()}
+    errors = rt.layer_errors(rt.LayerStack(values), rt.RasaFactors(**tensors))
+    norms = [float(np.sum(m * m)) or 1.0 for m in values]
+    assert [e / n for e, n in zip(errors, norms, strict=True)] == pytest.approx(
+        results["stacks"][0]["runs"][0]["layer_errors"], rel=1e-9, abs=1e-25
+    )
+
+
+def test_a_violated_law_is_exit_status_1(
+    stack_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = study.lower_bound
+    monkeypatch.setattr(study, "lower_bound", lambda *a: rt.Bound(3 * real(*a).value + 1e3, "clipped"))
+    status, results, err = run(["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--out", "none"], capsys)
+    assert status == 1
+    assert results["theorem_3_1"] == "violated"
+    assert "FAILED on updates, k = 1: floor is not above answer" in err
+
+
+def test_interruption_keeps_what_was_finished(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = study.random_attempt, []
+
+    def interrupted(*arguments: Any) -> rt.Attempt:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(study, "random_attempt", interrupted)
+    out = tmp_path / "out"
+    status, results, err = run(
+        ["--source", str(stack_file), "--rank", "2", "--k", "1,2", "--seeds", "2", "--out", str(out)], capsys
+    )
+    assert status == 130
+    assert [entry["k"] for entry in results["stacks"][0]["runs"]] == [1]
+    assert results["theorem_3_1"] == "undecided"
+    assert "interrupted" in err
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--rank", "2", "--k", "3"], "shared_rank 3 exceeds rank 2"),
+        (["--k", "-1"], "shared_rank must be at least 0, got -1"),
+        (["--k", "one"], "'one' is not a whole number"),
+        (["--rank", "11"], r"rank 11 exceeds min(b, a) = 10 of stack 'updates' (12 x 10)"),
+        (["--start", "warm"], "invalid choice: 'warm'"),
+        (["--rtol", "nan"], "rtol must be at least 0 and below 1, got nan"),
+        (["--sweeps", "0"], "max_sweeps must be at least 1, got 0"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["--modules", "nothing*"], "no stack matches --modules 'nothing*'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--base", "x"], "--base and --tuned go together"),
+        (["--seeds", "-2"], "seeds must be at least 0"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_status_2(
+    arguments: list[str], sentence: str, stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = reconstruct.main(["--source", str(stack_file), "--out", "none", *arguments])
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_output_path_that_is_a_file(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = reconstruct.main(["--source", str(stack_file), "--rank", "2", "--out", str(stack_file)])
+    assert status == 2
+    assert "is not a folder that can be made" in capsys.readouterr().err
+
+
+def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "none-made"
+    assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--dry-run", "--out", str(out)]) == 0
+    assert "updates: 3 x 12 x 10" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_synthetic_and_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", "synthetic", "--layers", "3", "--shape", "14,11", "--overlap", "0.5", "--rank", "3"]
+    status, results, _ = run([*arguments, "--dtype", "float32", "--seeds", "1", "--out", "none"], capsys)
+    assert status == 0
+    assert results["environment"]["dtype"] == "float32"
+    jsonschema.validate(results, SCHEMA)
+
+
+def test_figure_has_a_panel_for_every_stack_and_k() -> None:
+    stacks = [rt.LayerStack(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(i)), f"s{i}") for i in (0, 1)]
+    results = rt.study(stacks, rank=2, ks=(0, 1), seeds=1)
+    figure = rt.plot_iterations(results)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert [title.split(":")[0] for title in titles] == ["s0, k = 1", "s1, k = 1"]
