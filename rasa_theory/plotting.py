@@ -23,7 +23,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
     lines = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(1.0 + 4.6 * columns, 1.3 + 3.1 * lines), layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.6 * columns, 1.3 + 3.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax, (row, run) in zip(axes.flat, panels, strict=False):
         _panel(ax, row, run)
@@ -55,7 +55,7 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
     low, high = min(*levels, *last, 1.0), max(1.0, *early)
     ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(_title(row, run), fontsize=12)
+    ax.set_title(_title(row, run), fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=10)
 
@@ -64,7 +64,7 @@ def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
     median = run["iterations_to_beat_lora"]
     count = "most never beat LoRA" if median is None else f"median {median} iterations to beat LoRA"
     name = row["name"] if len(row["name"]) <= 34 else "..." + row["name"][-31:]
-    return f"{name}, k = {run['k']}: {count}"
+    return f"{name}, k = {run['k']}:\n{count}"
 
 
 def _legend() -> list[Line2D]:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -30,6 +31,7 @@ from rasa_theory.sources.bundled import BUNDLED
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
+_REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 DEFAULT_SOURCE = next(iter(BUNDLED))
 
 
@@ -209,14 +211,16 @@ def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable
     tasks = stacks * sum(1 + (settings.seeds if k else 0) for k in settings.ks)
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}] {desc}"
     with tqdm(total=tasks, disable=quiet, file=sys.stderr, bar_format=form, dynamic_ncols=True, leave=False) as bar:
+        shown = [0.0]
 
         def watch(progress: StudyProgress) -> None:
             error = "" if progress.ratio is None else f", error {progress.ratio:.4f} e_lora"
             where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
             bar.set_description_str(f"{where}, sweep {progress.sweep}{error}", refresh=False)
             bar.update(progress.tasks_done - bar.n)
-            if progress.sweep % 10 == 0:
+            if time.monotonic() - shown[0] > _REFRESH_SECONDS:
                 bar.refresh()
+                shown[0] = time.monotonic()
 
         yield watch
         bar.update(tasks - bar.n)

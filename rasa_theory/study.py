@@ -131,6 +131,8 @@ def study_steps(
         lora = solve_lora(stack, settings.rank)
         row = _stack_row(stack, lora)
         told = _Teller(watch, stack.name, lora.error)
+        following = iter([*sorted(set(settings.ks))[1:], None])
+        told.now(min(settings.ks), "solving", tasks)
         started, passes = time.perf_counter(), stack.data_passes
         for k, solution in iterate_path(stack, settings.rank, settings.ks, settings.solver, told.solver):
             solved = time.perf_counter() - started
@@ -149,7 +151,7 @@ def study_steps(
                 state.factors[f"{stack.name}/{k}/{name}"] = tensor
             row["data_passes"] = stack.data_passes - passes
             state.results["theorem_3_1"] = _overall(state.results)
-            told.now(k + 1, "solving", tasks)
+            told.now(next(following) or k, "solving", tasks)
             started = time.perf_counter()
             yield state
     if not state.results["stacks"]:
