@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ _COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _COMPUTE |= {torch.float32: torch.float32, torch.float64: torch.float64}
 _LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}  # beyond 2^+-this, squares or products leave the range
 _TILE_ELEMENTS = 1 << 22
+
+
+class Shaped(Protocol):
+    """Anything with a name and the shape (b, a) of its layers: a stack, or one that is not read yet."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class RankBudget:
         """R = L k, the ranks in the pool of `layers` layers."""
         return layers * self.shared_rank
 
-    def check_fits(self, stack: LayerStack) -> None:
+    def check_fits(self, stack: Shaped) -> None:
         """Raise InputError if r exceeds min(b, a) of `stack`."""
         b, a = stack.shape
         if self.rank > min(b, a):

@@ -26,13 +26,11 @@ from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
-from rasa_theory.sources import Catalogue, StackSource, open_source, synthetic_stack
-from rasa_theory.sources.bundled import BUNDLED
+from rasa_theory.sources import DEFAULT, Catalogue, StackSource, open_source, synthetic_stack
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
-DEFAULT_SOURCE = next(iter(BUNDLED))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add(
         "--source",
         metavar="S",
-        help=f"{DEFAULT_SOURCE} (default), synthetic, a .safetensors, .npy or .npz file, or a directory of safetensors",
+        help=f"{DEFAULT} (default), synthetic, a .safetensors, .npy or .npz file, or a directory of safetensors",
     )
     add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
@@ -133,7 +131,7 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     elif args.base is not None:
         found = open_source("", base=args.base, tuned=args.tuned)
     else:
-        found = open_source(args.source or DEFAULT_SOURCE)
+        found = open_source(args.source or DEFAULT)
     return found.matching(args.modules) if args.modules else found
 
 
@@ -143,7 +141,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     dtype, device = compute_dtype(args.dtype), compute_device(args.device)
     catalogue = _catalogue(args)
     for source in catalogue.stacks:
-        _check_rank(source, args.rank)
+        RankBudget(args.rank, 0).check_fits(source)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
         print(_plan(catalogue, settings, dtype, device), file=text)
@@ -177,14 +175,6 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     if args.json:
         print(json.dumps(state.results, indent=1, allow_nan=False))
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
-
-
-def _check_rank(source: StackSource, rank: int) -> None:
-    if rank > min(source.shape):
-        raise InputError(
-            f"rank {rank} exceeds min(b, a) = {min(source.shape)} of stack {source.name!r} "
-            f"({source.shape[0]} x {source.shape[1]}); lower --rank or choose others with --modules"
-        )
 
 
 def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device) -> str:
