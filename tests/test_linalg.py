@@ -64,6 +64,18 @@ def test_best_low_rank_meets_eckart_young_even_near_zero(shape, spectrum, exact)
         assert linalg.not_above(best, error, tolerance)
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_best_low_rank_sees_singular_values_that_a_gram_matrix_cannot(shape):
+    """1e-8 and below are rounding noise once squared; at rank 2 and 3 they decide which terms are kept."""
+    m = min(shape)
+    S = np.array([1.0, 1e-8, 1e-9, *[1e-10] * (m - 3)])
+    M = orthogonal(shape[0])[:, :m] * S @ orthogonal(shape[1], 1)[:m]
+    for rank in (2, 3):
+        B, A = linalg.best_low_rank(tensor(M), rank)
+        error, best = float(((M - (B @ A).numpy()) ** 2).sum()), float((S[rank:] ** 2).sum())
+        assert linalg.not_above(error, best, linalg.rounding(1.0, shape, EPS))
+
+
 def test_best_low_rank_where_all_singular_values_coincide():
     """Every Gram matrix is I to rounding; of two of them LAPACK's syevr finds no leading eigenvector at all."""
     for seed in range(400):

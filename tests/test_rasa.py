@@ -132,6 +132,16 @@ def test_the_path_is_nested(problem, sweep):
         assert not_above(path[k + 1].error, path[k].error, stack.rounding)
 
 
+def test_the_path_is_nested_even_where_the_start_of_a_larger_k_ends_higher():
+    """One sweep from a random pool does not even reach LoRA's optimum; the solution before does."""
+    stack, options = LayerStack(noise(3, 9, 8)), exactly(1, start="random")
+    alone = [solve_rasa(stack, RankBudget(3, k), options).error for k in range(4)]
+    assert alone[3] > alone[0]
+    path = solve_path(stack, 3, range(4), options)
+    assert all(not_above(path[k + 1].error, path[k].error, stack.rounding) for k in range(3))
+    assert path[3].start == "previous k"
+
+
 def test_lora_cannot_and_sharing_can():
     """On equal layers the pool counts L times: strictly below LoRA, by the amount that the closed form says."""
     problem = KNOWN["equal up to scale"]()

@@ -447,7 +447,7 @@ def test_overlap_brings_the_layers_together() -> None:
 
     assert distance(0.0) > distance(0.5) > distance(0.9) > distance(0.999) > 0.0
     assert distance(1 - 1e-8) < 1e-3  # continuous at 1
-    assert distance(1.0) == 0.0
+    assert distance(1.0) < 1e-14  # a batch of equal matrices may be rounded differently where memory is aligned so
 
 
 def test_seeds_decide_and_the_global_state_does_not() -> None:

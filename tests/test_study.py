@@ -1,0 +1,81 @@
+"""The verdict: each of its laws can fail, and the numbers beside it are what they are called."""
+
+import dataclasses
+import importlib
+
+import pytest
+from problems import noise
+
+from rasa_theory import Bound, LayerStack, RankBudget, RasaFactors, SolverOptions, mixing_drop, solve_lora, solve_rasa
+from rasa_theory import study as run_study
+from rasa_theory.starts import random_start
+
+study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
+
+STACK, BUDGET = LayerStack(100 * noise(3, 9, 8)), RankBudget(3, 1)
+LORA = solve_lora(STACK, 3)
+SOLUTION = solve_rasa(STACK, BUDGET, SolverOptions(max_sweeps=20))
+FLOOR = Bound(0.5 * SOLUTION.error, "clipped")
+
+
+def failed(lora=LORA, solution=SOLUTION, floor=FLOOR):
+    """The laws that do not hold."""
+    return {law for law, holds in study.check_theorem(STACK, BUDGET, lora, solution, floor)[1].items() if not holds}
+
+
+def test_every_law_holds_on_what_was_solved():
+    assert failed() == set()
+
+
+@pytest.mark.parametrize("factor", [1 - 1e-9, 1 + 1e-9])
+def test_a_wrong_e_lora_is_noticed_on_either_side(factor):
+    lora = dataclasses.replace(LORA, error=LORA.error * factor)
+    assert failed(lora=lora) == {"embedding_reproduces_eckart_young"}
+
+
+def test_an_answer_above_e_lora_is_noticed_from_its_factors_and_not_from_its_claim():
+    solution = dataclasses.replace(SOLUTION, factors=random_start(STACK, BUDGET))
+    assert failed(solution=solution) == {"answer_is_not_above_e_lora"}
+
+
+def test_a_floor_above_the_answer_is_noticed():
+    assert failed(floor=Bound(SOLUTION.error * (1 + 1e-9), "clipped")) == {"floor_is_not_above_answer"}
+    assert failed(floor=Bound(SOLUTION.error, "clipped")) == set()
+
+
+@pytest.mark.parametrize("factor", [1 - 1e-6, 1 + 1e-6, -1.0])
+def test_a_drop_that_is_not_what_solving_d_gives_is_noticed(factor, monkeypatch):
+    real = study.resolve_mixing
+
+    def doctored(stack, factors):
+        solved, drop = real(stack, factors)
+        return solved, drop * factor
+
+    monkeypatch.setattr(study, "resolve_mixing", doctored)
+    assert failed() == {"mixing_drop_is_what_solving_d_gives"}
+
+
+def test_the_drop_reported_is_the_larger_of_the_two_embeddings():
+    drops = [mixing_drop(STACK, RasaFactors.from_lora(LORA.factors, BUDGET, p)) for p in ("smallest", "largest")]
+    assert drops[0] != pytest.approx(drops[1], rel=0.1)
+    assert study.check_theorem(STACK, BUDGET, LORA, SOLUTION, FLOOR)[0] == max(drops)
+
+
+def test_a_random_start_above_e_lora_is_undecided_and_any_other_is_violated():
+    above = {"one": True, "answer_is_not_above_e_lora": False}
+    assert study._verdict(above, "random") == study._verdict(above, random_start(STACK, BUDGET)) == "undecided"
+    assert study._verdict(above, "best") == "violated"
+    assert study._verdict({**above, "one": False}, "random") == "violated"
+    assert study._verdict({"one": True}, "best") == "holds"
+
+
+def test_the_row_of_a_run_has_the_parameters_and_ratios_that_it_names():
+    results = run_study([STACK], rank=3, ks=(0, 2), seeds=1, solver=SolverOptions(max_sweeps=5))
+    (row,) = results["stacks"]
+    for run, k in zip(row["runs"], (0, 2), strict=True):
+        assert run["parameters"]["lora"] == 3 * 3 * (9 + 8)
+        assert run["parameters"]["rasa"] == 3 * 3 * (9 + 8) + 3 * 3 * k
+        assert run["parameters"]["extra_percent"] == pytest.approx(100 * 9 * k / 153)
+        assert run["ratio"] == run["e_rasa"] / row["e_lora"]
+        assert run["update_rank"] == min(3 - k + 3 * k, 8)
+        assert len(run["attempts"]) == (1 if k else 0)
