@@ -6,8 +6,10 @@ import csv
 import importlib
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,42 @@ def test_interruption_keeps_what_was_finished(
     assert results["theorem_3_1"] == "undecided"
     assert "interrupted" in err
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_real_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
+    """SIGINT to the command itself, as soon as the first of sixteen k is in the file."""
+    asked = list(range(1, 17))
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", "synthetic", "--shape", "96,80"]
+    command += ["--rank", "16", "--k", ",".join(map(str, asked)), "--rtol", "0", "--seeds", "1", "--sweeps", "150"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored where pytest runs in background
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "results.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert "UNDECIDED" in out
+    assert "interrupted, the rest was not run." in out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    check_laws(results)
+    finished = [entry["k"] for entry in results["stacks"][0]["runs"]]
+    assert finished == asked[: len(finished)]
+    assert 0 < len(finished) < len(asked)
+    assert results["theorem_3_1"] == "undecided"
+    tensors = load_file(tmp_path / "factors.safetensors")
+    assert {name.split("/")[1] for name in tensors} == {str(k) for k in finished}
+    assert not list(tmp_path.glob(".*"))  # no half-written file
 
 
 @pytest.mark.parametrize(
