@@ -18,6 +18,7 @@ from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.starts import STARTS
 
 _RACE = ("allocation", "lora", "random", "random")
+_SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
 _HEATS = ((12, 2), (48, 1))  # after so many sweeps each, so many of the best go on
 
 
@@ -48,6 +49,8 @@ class SolverOptions:
             raise InputError(f"rtol must be at least 0 and below 1, got {self.rtol}")
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}")
+        if self.seed >= _SEEDS:
+            raise InputError(f"seed must be below 2^62, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,14 @@ from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
-from rasa_theory.sources import DEFAULT, Catalogue, StackSource, open_source, synthetic_stack
+from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, open_source, synthetic_stack
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
+
+
+_FLAGS = {"shared_rank": "k", "max_sweeps": "sweeps"}  # where a flag is not called as in the library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,12 +119,24 @@ def _shape(text: str) -> tuple[int, int]:
     return b, a
 
 
+@contextlib.contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Sentences of the library begin with the name of the value; add the flag that it came from."""
+    try:
+        yield
+    except InputError as error:
+        name = str(error).split(" ", 1)[0]
+        raise InputError(f"{error} (--{_FLAGS.get(name, name)})") from None
+
+
 def _catalogue(args: argparse.Namespace) -> Catalogue:
     if (args.base is None) != (args.tuned is None):
         raise InputError("--base and --tuned go together: name both checkpoints")
     if args.base is not None and args.source is not None:
         raise InputError("--source and --base with --tuned exclude each other; give one of them")
     if args.source == "synthetic":
+        with _naming_flags():
+            check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
         def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
             stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
@@ -136,9 +151,10 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
-    solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
-    settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
-    dtype, device = compute_dtype(args.dtype), compute_device(args.device)
+    with _naming_flags():
+        solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
+        settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
+        dtype, device = compute_dtype(args.dtype), compute_device(args.device)
     catalogue = _catalogue(args)
     for source in catalogue.stacks:
         RankBudget(args.rank, 0).check_fits(source)
@@ -146,7 +162,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     if args.dry_run:
         print(_plan(catalogue, settings, dtype, device), file=text)
         return 0
-    out = None if args.out == "none" else _writable_folder(Path(args.out))
+    out = None if args.out == "none" else _writable_folder(args.out)
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
     state = StudyState(new_results(settings, catalogue.source, command), {})
@@ -253,12 +269,17 @@ def _umask() -> int:
     return mask
 
 
-def _writable_folder(path: Path) -> Path:
+def _writable_folder(name: str) -> Path:
     """The folder, made if need be; a file is written and removed there, so that a long run does not fail at its end."""
+    if not name:
+        raise InputError("--out '' names no folder; name one, or none to write nothing")
+    path = Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {path} is not a folder that can be made: {error.strerror or error}") from None
+        raise InputError(
+            f"--out {path} is not a folder that can be made: {error.strerror or error}; name another folder"
+        ) from None
     _write(path / "results.json.try", lambda f: f.write(b""))
     (path / "results.json.try").unlink(missing_ok=True)
     return path

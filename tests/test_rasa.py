@@ -455,6 +455,7 @@ def test_passes_over_the_data(sweep, passes):
         ({"rtol": 1.0}, "rtol must be at least 0 and below 1, got 1.0"),
         ({"rtol": math.nan}, "rtol must be at least 0 and below 1, got nan"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**62}, r"seed must be below 2\^62, got 4611686018427387904"),
     ],
 )
 def test_bad_options_are_named(options, sentence):

@@ -195,14 +195,23 @@ def test_a_real_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rank", "0"], "rank must be at least 1, got 0"),
-        (["--rank", "2", "--k", "3"], "shared_rank 3 exceeds rank 2"),
-        (["--k", "-1"], "shared_rank must be at least 0, got -1"),
+        (["--rank", "0"], "rank must be at least 1, got 0 (--rank)"),
+        (["--rank", "-3"], "rank must be at least 1, got -3 (--rank)"),
+        (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
+        (["--rank", "2", "--k", "3"], "shared_rank 3 exceeds rank 2 (--k)"),
+        (["--k", "-1"], "shared_rank must be at least 0, got -1 (--k)"),
+        (["--k", ""], "argument --k: '' is not a whole number"),
+        (["--k", "0.5"], "'0.5' is not a whole number"),
         (["--k", "one"], "'one' is not a whole number"),
         (["--rank", "11"], r"rank 11 exceeds min(b, a) = 10 of stack 'updates' (12 x 10)"),
         (["--start", "warm"], "invalid choice: 'warm'"),
         (["--rtol", "nan"], "rtol must be at least 0 and below 1, got nan"),
-        (["--sweeps", "0"], "max_sweeps must be at least 1, got 0"),
+        (["--rtol", "x"], "argument --rtol: invalid float value: 'x'"),
+        (["--sweeps", "0"], "max_sweeps must be at least 1, got 0 (--sweeps)"),
+        (["--seed", "-1"], "seed must be at least 0, got -1 (--seed)"),
+        (["--seed", str(2**64)], f"seed must be below 2^62, got {2**64} (--seed)"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--device", "toaster"], "device 'toaster' is not available on this machine; use cpu or auto (--device)"),
         (["--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["--modules", "nothing*"], "no stack matches --modules 'nothing*'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -221,10 +230,82 @@ def test_bad_usage_is_one_sentence_and_exit_status_2(
     assert sentence in err
 
 
-def test_output_path_that_is_a_file(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = reconstruct.main(["--source", str(stack_file), "--rank", "2", "--out", str(stack_file)])
-    assert status == 2
-    assert "is not a folder that can be made" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--overlap", "1.5"], "overlap must lie between 0 and 1, got 1.5 (--overlap)"),
+        (["--overlap", "nan"], "overlap must lie between 0 and 1, got nan (--overlap)"),
+        (["--overlap", "x"], "argument --overlap: invalid float value: 'x'"),
+        (["--spectrum", "log:2"], "spectrum 'log:2' is not flat, power:P or exp:C"),
+        (["--spectrum", "power:-1"], "such as power:0.7 (--spectrum)"),
+        (["--spectrum", ""], "spectrum '' is not flat"),
+        (["--layers", "0"], "layers must be at least 1, got 0 (--layers)"),
+        (["--shape", "0,9"], "shape must be two numbers B,A of at least 1, got (0, 9) (--shape)"),
+        (["--shape", "9"], "'9' is not a shape such as 384,384"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_synthetic_stack_is_refused_before_any_progress(
+    arguments: list[str], sentence: str, mode: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    status = reconstruct.main(["--source", "synthetic", "--rank", "2", "--out", str(out), *mode, *arguments])
+    printed, err = capsys.readouterr()
+    assert (status, printed) == (2, "")
+    assert err.startswith("rasa_theory.reconstruct: ")  # no bar before it
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "nan.npy": (np.full((2, 3, 4), np.nan), "stack 'nan': layer 0, entry (0, 0) is nan; all entries must be finite"),
+    "inf.npy": (np.full((2, 3, 4), np.inf), "stack 'inf': layer 0, entry (0, 0) is inf"),
+    "whole.npy": (np.ones((2, 3, 4), int), "no stack remains ('whole': int64 is not real floating point)"),
+    "complex.npy": (np.ones((2, 3, 4), complex), "complex128 is not real floating point"),
+    "objects.npy": (np.ones((2, 3, 4), object), "'objects' holds Python objects; pickles are never opened"),
+    "flat.npy": (np.ones((3, 4)), "expected one array with three axes (layers, b, a), found shape (3, 4)"),
+    "deep.npy": (np.ones((1, 2, 3, 4)), "expected one array with three axes (layers, b, a), found shape (1, 2, 3, 4)"),
+    "empty.npy": (np.ones((0, 3, 4)), "shape (0, 3, 4) is empty"),
+    "cut.npy": (b"\x93NUMPY\x01", "not a sound .npy file"),
+    "cut.safetensors": (b"\x10\0\0\0\0\0\0\0{", "not a sound safetensors file"),
+    "forged.safetensors": (b"\xff" * 7 + b"\x3f{}", "not a sound safetensors file"),
+    "missing.npy": (None, "does not exist; give a file, a directory or a bundled set (minilm-code)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_one_sentence_and_exit_status_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, sentence = BAD_FILES[name]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content, allow_pickle=True)
+    status = reconstruct.main(["--source", str(tmp_path / name), "--rank", "2", "--out", "none", "--quiet"])
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert str(tmp_path / name) in err
+    assert sentence in err
+
+
+def test_a_directory_without_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reconstruct.main(["--source", str(tmp_path), "--rank", "2", "--out", "none"]) == 2
+    assert f"{tmp_path}: the directory has no .safetensors file" in capsys.readouterr().err
+
+
+def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, sentence in (
+        (str(stack_file), "is not a folder that can be made: File exists; name another folder"),
+        (str(stack_file / "below"), "is not a folder that can be made: Not a directory"),
+        ("", "--out '' names no folder; name one, or none to write nothing"),
+    ):
+        assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--out", path]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err
+        assert err.count("\n") == 1
 
 
 def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

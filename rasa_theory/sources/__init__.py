@@ -13,7 +13,7 @@ from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
 from rasa_theory.sources.checkpoint import PICKLES, open_checkpoint, open_pair
-from rasa_theory.sources.synthetic import planted_stack, synthetic_stack
+from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
 
 __all__ = [
     "BUNDLED",
@@ -21,6 +21,7 @@ __all__ = [
     "Catalogue",
     "LeftOut",
     "StackSource",
+    "check_synthetic",
     "load",
     "open_source",
     "planted_stack",

@@ -25,13 +25,20 @@ def synthetic_stack(
     sqrt(overlap) G + sqrt(1 - overlap) G_i orthonormalised, G Gaussian and common to all layers, G_i the layer's own:
     independent bases at 0, the same ones at 1. Raises InputError for values out of range.
     """
-    generator = _generator(layers, shape, seed)
-    if not 0 <= overlap <= 1:
-        raise InputError(f"overlap must lie between 0 and 1, got {overlap}")
+    check_synthetic(layers, shape, spectrum, overlap, seed)
+    generator = torch.Generator().manual_seed(seed)
     b, a = shape
     sigma = singular_values(spectrum, min(b, a))
     U, V = (_bases(layers, n, min(b, a), overlap, generator) for n in (b, a))
     return LayerStack((U * sigma) @ V.mT, "synthetic")
+
+
+def check_synthetic(layers: int, shape: tuple[int, int], spectrum: str, overlap: float, seed: int) -> None:
+    """Raise InputError for arguments that `synthetic_stack` would refuse; nothing is made."""
+    _generator(layers, shape, seed)
+    if not 0 <= overlap <= 1:
+        raise InputError(f"overlap must lie between 0 and 1, got {overlap}")
+    singular_values(spectrum, 1)
 
 
 def planted_stack(
