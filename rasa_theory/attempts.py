@@ -41,9 +41,8 @@ def random_attempt(
     """Run at most 60 iterations; end 10 after the crossing, but not before the 30th.
 
     One iteration is one cycle of private SVDs, D, B_S and A_S (He et al., 2025, Section 3). The start is
-    `random_start`:
-    a random pool that nobody uses yet, unless `start` gives another. An error counts as below e_lora only if it is so
-    beyond the rounding of float64, 10 max(b, a) eps ||M|| in norm.
+    `random_start`: a random pool that nobody uses yet, unless `start` gives another. An error counts as below e_lora
+    only if it is so beyond the rounding of float64, 10 max(b, a) eps ||M|| in norm.
     """
     unit = stack.unit()
     factors = random_start(unit, budget, seed) if start is None else start.scaled(1 / stack.scale)

@@ -60,8 +60,7 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
 
     The squared error comes from the products, unless rounding could show in it: an error of eps T, with T the squared
     norms of M and of all terms, stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||.
-    Closer
-    to zero the direct residual is taken, one pass more.
+    Closer to zero the direct residual is taken, one pass more.
     """
     for side in (unit, unit.transpose()):
         factors = updates.orthonormalise_private_A(factors)
@@ -85,9 +84,8 @@ class Descent:
     """Sweeps from one start, which may be interrupted and taken up again.
 
     `unit` is a `LayerStack.unit()`; factors and errors are in its units. After `run`, `stop_reason` is None if the
-    sweeps
-    asked for are done and nothing else ended it. `history` has the error of every iterate, the start's first; `best`
-    and `best_error` are those of the lowest.
+    sweeps asked for are done and nothing else ended it. `history` has the error of every iterate, the start's first;
+    `best` and `best_error` are those of the lowest.
     """
 
     def __init__(self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str) -> None:
@@ -110,9 +108,8 @@ class Descent:
     def run(self, max_sweeps: int, rtol: float, callback: Callback | None = None, scale: float = 1.0) -> Descent:
         """Sweep until `max_sweeps` are done in all, or a stop reason shows.
 
-        With rtol = 0 the error alone never stops it.
-
-        `scale` turns the errors that the callback is told into the units of the input.
+        With rtol = 0 the error alone never stops it. `scale` turns the errors that the callback is told into the
+        units of the input.
         """
         with self.unit.suitable_threads():
             while self.stop_reason is None and self.sweeps < max_sweeps:

@@ -14,9 +14,8 @@ from rasa_theory.problem import LayerStack, RankBudget
 class LoraSolution:
     """The optimum of LoRA: `error` = e_lora, squared and summed over layers.
 
-    `interval` holds the exact value in spite of rounding; `layer_errors` are the summands; `factors` B (L, b, r)
-    carry the
-    singular values, A (L, r, a) has orthonormal rows, terms in order of falling size.
+    `interval` holds the exact value in spite of rounding; `layer_errors` are the summands; `factors` B (L, b, r) carry
+    the singular values, A (L, r, a) has orthonormal rows, terms in order of falling size.
     """
 
     error: float

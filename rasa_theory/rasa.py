@@ -27,9 +27,8 @@ class SolverOptions:
     """How to solve.
 
     start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start
-    from;
-    sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by less
-    than `rtol` of it (0: never). Raises InputError for anything else.
+    from; sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by
+    less than `rtol` of it (0: never). Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"

@@ -245,8 +245,7 @@ def check_theorem(
     """The laws behind the verdict, each re-evaluated from the factors by the direct residual; each can fail.
 
     Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and,
-    by
-    name, whether each law holds.
+    by name, whether each law holds.
     """
     close = stack.rounding
     answer = reconstruction_error(stack, solution.factors)

@@ -1,8 +1,7 @@
 """The exact block updates, one per equation: (products with M, factors) -> factors.
 
 E_i = M_i - B~_i A~_i - B_S D_i A_S is the residual, `*` the elementwise product. Every update is an *increment* from
-the
-residual by `linalg.solve_increment`, so that the error never rises, whatever a singular Gram matrix makes it drop.
+the residual by `linalg.solve_increment`, so that the error never rises, whatever a singular Gram matrix makes it drop.
 All are written for the B side; the A side is the same update of the transposed stack and factors.
 Nothing here knows of time, stopping or devices.
 """
@@ -121,8 +120,7 @@ def joint_half(MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactor
 
     The rows of A~_i are orthonormal. MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T
     and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it
-    leaves
-    has the residual product F_i = E_i A_S^T = M_i A_S^T - (M_i A~_i^T) W_i^T - B_S D_i C_i, so that
+    leaves has the residual product F_i = E_i A_S^T = M_i A_S^T - (M_i A~_i^T) W_i^T - B_S D_i C_i, so that
         (increment of B_S) sum_i D_i C_i D_i = sum_i F_i D_i,
         (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T F_i).
     The error of the result is ||M||^2 - sum_i ||M_i A~_i^T||^2 - 2 sum_i d_i . diag(B_S^T (F_i + B_S D_i C_i))

@@ -42,9 +42,9 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     """e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
 
     What D_i can do without any sharing: every pool term serves one layer, whichever needs it most. It is at most
-    e_lora,
-    since giving every layer its own terms q+1 .. r is one choice among those it is the best of. e_lora - e_alloc is the
-    worth of unequal allocation, e_alloc - e_rasa that of true sharing. Raises InputError if r > min(b, a).
+    e_lora, since giving every layer its own terms q+1 .. r is one choice among those it is the best of.
+    e_lora - e_alloc is the worth of unequal allocation, e_alloc - e_rasa that of true sharing. Raises InputError if
+    r > min(b, a).
     """
     budget.check_fits(stack)
     S = stack.unit().svd().S
@@ -62,8 +62,7 @@ def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "close
     - clipped: see `_clipped`.
 
     Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not
-    above
-    the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
+    above the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
     """
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:
@@ -127,9 +126,8 @@ def _gram_allowance(unit: LayerStack, m: int) -> float:
     """How far a sum of m eigenvalues of a computed Gram matrix can be off.
 
     The Gram matrix is a sum of L a products, its error in Frobenius norm at most L a eps ||M||^2; the eigenvalue
-    solver's
-    backward error is a small multiple of b eps ||M||^2. A sum of m eigenvalues moves by at most sqrt(m) times that
-    norm.
+    solver's backward error is a small multiple of b eps ||M||^2. A sum of m eigenvalues moves by at most sqrt(m) times
+    that norm.
     """
     b, a = unit.shape
     return 10 * math.sqrt(m + 1) * (unit.layers * a + b) * torch.finfo(torch.float64).eps * unit.norm_squared

@@ -11,9 +11,9 @@ from rasa_theory.problem import LayerStack, RankBudget
 def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: float = 0.0) -> RasaFactors:
     """Random unit columns in B_S and unit rows in A_S, no private terms, and D = 0.
 
-    The first step of a paper sweep is then the private SVD of M_i itself. With `size` > 0 the mixing is random
-    instead, so
-    that the pool terms of the layers have size^2 ||M||^2 in all. The same seed gives the same factors on every device.
+    The first step of a paper sweep is then the private SVD of M_i itself. With `size` > 0 the mixing is random instead,
+    so that the pool terms of the layers have size^2 ||M||^2 in all. The same seed gives the same factors on every
+    device.
     """
     generator = torch.Generator().manual_seed(seed)
     L, (b, a) = stack.layers, stack.shape
