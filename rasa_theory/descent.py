@@ -59,8 +59,8 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
     """All B~_i, B_S and D at once, then all A~_i, A_S and D: two passes over M.
 
     The squared error comes from the products, unless rounding could show in it: an error of eps T, with T the squared
-    norms of M and of all terms, stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||.
-    Closer to zero the direct residual is taken, one pass more.
+    norms of M and of the pool's terms (a private term is at most as large as M_i), stays below `LayerStack.rounding` in
+    norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on the direct residual is taken, one pass more.
     """
     for side in (unit, unit.transpose()):
         factors = updates.orthonormalise_private_A(factors)

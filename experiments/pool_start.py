@@ -1,0 +1,132 @@
+"""Where "about 10 iterations to beat LoRA" comes from: the size that the random pool has at the start.
+
+    python experiments/pool_start.py
+
+Paper sweeps from random pools whose terms have size^2 ||M||^2 in all, size 0 being D = 0 (a pool that nobody uses yet,
+so that the first private SVD is that of M_i itself), on bundled stacks and on a synthetic one; then joint sweeps from
+where each ended, to see in which minimum it lies. Written to --out:
+
+    pool_start.csv    one row per stack, size and seed: the first iteration below e_lora (empty: none), the error after
+                      the iterations and after the joint sweeps, both squared and in units of e_lora
+    pool_start.png    medians and ranges of the two
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+import rasa_theory as rt
+from rasa_theory.attempts import median_iterations
+from rasa_theory.sources import synthetic_stack
+from rasa_theory.starts import random_start
+
+COLUMNS = ("stack", "size", "seed", "iterations", "error", "error_after_joint_sweeps")
+STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+
+
+def stacks_by_name(names: list[str]) -> Iterator[rt.LayerStack]:
+    """The bundled stacks of those names; `synthetic` stands for sigma_j = j^-0.7 with half-common bases."""
+    bundled = {stack.name: stack for stack in rt.load("minilm-code")[0]}
+    for name in names:
+        yield synthetic_stack(spectrum="power:0.7", overlap=0.5) if name == "synthetic" else bundled[name]
+
+
+def attempt(
+    stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, size: float, seed: int, iterations: int, joint: int
+) -> dict[str, Any]:
+    """One row of the table."""
+    start = random_start(stack, budget, seed, size)
+    paper = rt.solve_rasa(stack, budget, rt.SolverOptions(start=start, sweep="paper", max_sweeps=iterations, rtol=0))
+    after = rt.solve_rasa(stack, budget, rt.SolverOptions(start=paper.factors, max_sweeps=joint, rtol=0))
+    crossing = next((n for n, error in enumerate(paper.history) if error < e_lora), None)
+    values = (stack.name, size, seed, crossing, paper.history[-1] / e_lora, after.error / e_lora)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def plot(rows: list[dict[str, Any]], iterations: int) -> Figure:
+    """Left: first iteration below LoRA against the pool's size, `never` on top. Right: the errors that follow."""
+    names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stack", "size"))
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    never = iterations * 1.12
+    for n, (name, (color, marker)) in enumerate(zip(names, STYLES, strict=False)):
+        groups = [[row for row in rows if row["stack"] == name and row["size"] == size] for size in sizes]
+        positions = [i + 0.12 * (n - (len(names) - 1) / 2) for i in range(len(sizes))]
+        counts = [[row["iterations"] for row in group] for group in groups]
+        medians = [median_iterations(c) for c in counts]
+        left.plot(positions, [never if m is None else m for m in medians], marker, color=color, ms=8, label=name)
+        for x, group in zip(positions, counts, strict=True):
+            heights = [never if c is None else c for c in group]
+            left.plot([x] * len(heights), heights, marker, color=color, ms=3.5, alpha=0.6)
+        ends = [sorted(row["error_after_joint_sweeps"] for row in group) for group in groups]
+        middle = [e[(len(e) - 1) // 2] for e in ends]
+        below = [m - e[0] for m, e in zip(middle, ends, strict=True)]
+        above = [e[-1] - m for m, e in zip(middle, ends, strict=True)]
+        right.errorbar(positions, middle, [below, above], fmt=marker, color=color, ms=7, capsize=3, label=name)
+    left.axhline(never, color="0.8", zorder=0)
+    left.annotate("never", (0.0, never), (4, 3), textcoords="offset points", xycoords=("axes fraction", "data"))
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_ylim(0, never * 1.08)
+    left.set_ylabel("iterations to beat LoRA\n(large: lower median, small: each)")
+    right.axhline(1.0, color="black", linewidth=1.2)
+    right.set_ylabel("squared error in the end / $e_{\\mathrm{LoRA}}$\n(median and range)")
+    right.legend(frameon=False)
+    for ax in (left, right):
+        ax.set_xticks(range(len(sizes)), ["D = 0" if size == 0 else f"{size:g}" for size in sizes])
+        ax.set_xlabel("norm of the random pool's terms at the start / $\\|M\\|$")
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", nargs="+", default=["query", "attention_output", "synthetic"])
+    parser.add_argument("--sizes", nargs="+", type=float, default=[0, 0.01, 0.03, 0.1, 0.3, 1, 3])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--k", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--joint-sweeps", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args()
+
+    budget = rt.RankBudget(options.rank, options.k)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(options.stacks) * len(options.sizes) * options.seeds) as bar:
+        for stack in stacks_by_name(options.stacks):
+            e_lora = rt.solve_lora(stack, options.rank).error
+            for size in options.sizes:
+                for seed in range(options.seeds):
+                    bar.set_description(f"{stack.name}, size {size:g}")
+                    rows.append(attempt(stack, budget, e_lora, size, seed, options.iterations, options.joint_sweeps))
+                    bar.update()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / "pool_start.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, options.iterations).savefig(options.out / "pool_start.png", dpi=130)
+    for name in options.stacks:
+        for size in options.sizes:
+            group = [row for row in rows if row["stack"] == name and row["size"] == size]
+            counts = [row["iterations"] for row in group]
+            ends = [row["error_after_joint_sweeps"] for row in group]
+            crossed = sum(count is not None for count in counts)
+            print(
+                f"{name:18} size {size:<5g} median {median_iterations(counts) or 'never'!s:6}"
+                f" {crossed} of {len(counts)}"
+                f"  in the end {min(ends):.5f} .. {max(ends):.5f}  mean {math.fsum(ends) / len(ends):.5f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
