@@ -8,19 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
 
 import torch
 from safetensors.torch import save
-from tqdm import tqdm
 
 from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
@@ -30,36 +26,21 @@ from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
-_REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
-
-
 _FLAGS = {"shared_rank": "k", "max_sweeps": "sweeps"}  # where a flag is not called as in the library
+_ON_NO_MEMORY = "take fewer or smaller stacks (--modules) or --dtype float32; --dry-run says how much a run needs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(_parse(given), given)
-    except InputError as error:
-        print(f"rasa_theory.reconstruct: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before anything was finished
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+    return exit_status("rasa_theory.reconstruct", lambda: _run(_parse(given), given), _ON_NO_MEMORY)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m rasa_theory.reconstruct",
         description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
         epilog="Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
@@ -98,10 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("--shape", type=_shape, default=(384, 384), metavar="B,A", help="of a layer (384,384)")
     made.add_argument("--spectrum", default="power:0.7", help="flat, power:P (j^-P) or exp:C (%(default)s)")
     made.add_argument("--overlap", type=float, default=0.0, metavar="X", help="0: own singular bases, 1: common ones")
-    try:
-        return parser.parse_args(arguments)
-    except SystemExit as stop:  # --help
-        sys.exit(stop.code)
+    return parser.parse_args(arguments)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -119,23 +97,13 @@ def _shape(text: str) -> tuple[int, int]:
     return b, a
 
 
-@contextlib.contextmanager
-def _naming_flags() -> Iterator[None]:
-    """Sentences of the library begin with the name of the value; add the flag that it came from."""
-    try:
-        yield
-    except InputError as error:
-        name = str(error).split(" ", 1)[0]
-        raise InputError(f"{error} (--{_FLAGS.get(name, name)})") from None
-
-
 def _catalogue(args: argparse.Namespace) -> Catalogue:
     if (args.base is None) != (args.tuned is None):
         raise InputError("--base and --tuned go together: name both checkpoints")
     if args.base is not None and args.source is not None:
         raise InputError("--source and --base with --tuned exclude each other; give one of them")
     if args.source == "synthetic":
-        with _naming_flags():
+        with naming_flags(_FLAGS):
             check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
         def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
@@ -151,7 +119,7 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
-    with _naming_flags():
+    with naming_flags(_FLAGS):
         solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
         dtype, device = compute_dtype(args.dtype), compute_device(args.device)
@@ -162,7 +130,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     if args.dry_run:
         print(_plan(catalogue, settings, dtype, device), file=text)
         return 0
-    out = None if args.out == "none" else _writable_folder(args.out)
+    out = output_folder(args.out)
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
     state = StudyState(new_results(settings, catalogue.source, command), {})
@@ -215,21 +183,14 @@ def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, dev
 def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
     """Progress on standard error: tasks done (a solve or an attempt), stack, start, sweep, error, time left."""
     tasks = stacks * sum(1 + (settings.seeds if k else 0) for k in settings.ks)
-    form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}] {desc}"
-    with tqdm(total=tasks, disable=quiet, file=sys.stderr, bar_format=form, dynamic_ncols=True, leave=False) as bar:
-        shown = [0.0]
+    with progress_bar(tasks, "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:
             error = "" if progress.ratio is None else f", error {progress.ratio:.4f} e_lora"
             where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
-            bar.set_description_str(f"{where}, sweep {progress.sweep}{error}", refresh=False)
-            bar.update(progress.tasks_done - bar.n)
-            if time.monotonic() - shown[0] > _REFRESH_SECONDS:
-                bar.refresh()
-                shown[0] = time.monotonic()
+            show(progress.tasks_done, f"{where}, sweep {progress.sweep}{error}")
 
         yield watch
-        bar.update(tasks - bar.n)
 
 
 # ---- files
@@ -239,50 +200,13 @@ def write_results(state: StudyState, out: Path) -> None:
     """Write all files of a run into the folder `out`, each whole or not at all. Raises InputError if that fails."""
     figure = plot_iterations(state.results)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.factors.items()}
-    _write(
+    write_file(
         out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode())
     )
-    _write(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
-    _write(out / "factors.safetensors", lambda f: f.write(save(tensors)))
-    _write(out / "iterations.png", lambda f: figure.savefig(f, format="png", dpi=150))
-    _write(out / "iterations.svg", lambda f: figure.savefig(f, format="svg", metadata={"Date": None}))
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            fill(file)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name another folder with --out") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _writable_folder(name: str) -> Path:
-    """The folder, made if need be; a file is written and removed there, so that a long run does not fail at its end."""
-    if not name:
-        raise InputError("--out '' names no folder; name one, or none to write nothing")
-    path = Path(name)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {path} is not a folder that can be made: {error.strerror or error}; name another folder"
-        ) from None
-    _write(path / "results.json.try", lambda f: f.write(b""))
-    (path / "results.json.try").unlink(missing_ok=True)
-    return path
+    write_file(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
+    write_file(out / "factors.safetensors", lambda f: f.write(save(tensors)))
+    write_file(out / "iterations.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    write_file(out / "iterations.svg", lambda f: figure.savefig(f, format="svg", metadata={"Date": None}))
 
 
 if __name__ == "__main__":

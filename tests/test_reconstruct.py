@@ -242,6 +242,7 @@ def test_bad_usage_is_one_sentence_and_exit_status_2(
         (["--layers", "0"], "layers must be at least 1, got 0 (--layers)"),
         (["--shape", "0,9"], "shape must be two numbers B,A of at least 1, got (0, 9) (--shape)"),
         (["--shape", "9"], "'9' is not a shape such as 384,384"),
+        (["--shape", f"1,{10**20}"], "layers and shape must be below 2^63"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"]])
@@ -256,6 +257,30 @@ def test_a_synthetic_stack_is_refused_before_any_progress(
     assert sentence in err
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [("1,100000000000000", " (one array asked for 7.45e+05 GiB)"), (f"1,{2**62}", "")]
+)
+def test_a_stack_too_large_for_memory_is_one_sentence_and_exit_status_2(
+    shape: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond any address space, so that the allocation fails at once."""
+    arguments = ["--source", "synthetic", "--rank", "1", "--shape", shape, "--out", "none", "--quiet"]
+    status = reconstruct.main(arguments)
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith(f"rasa_theory.reconstruct: there is not enough memory{wanted}; take fewer or smaller stacks")
+    assert err.count("\n") == 1
+
+
+def test_an_error_that_is_not_one_of_input_or_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(reconstruct, "open_source", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        reconstruct.main(["--out", "none"])
 
 
 BAD_FILES: dict[str, tuple[Any, str]] = {

@@ -90,6 +90,8 @@ def _generator(layers: int, shape: tuple[int, int], seed: int) -> torch.Generato
         raise InputError(f"layers must be at least 1, got {layers}")
     if len(shape) != 2 or min(shape) < 1:
         raise InputError(f"shape must be two numbers B,A of at least 1, got {tuple(shape)}")
+    if max(layers, *shape) >= 2**63:
+        raise InputError(f"layers and shape must be below 2^63, got {layers} and {tuple(shape)}")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}")
     return torch.Generator().manual_seed(seed)

@@ -1,0 +1,140 @@
+"""What the commands share: arguments, exit statuses, progress on standard error, files written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from tqdm import tqdm
+
+from rasa_theory.errors import InputError
+
+_REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
+_NO_MEMORY = re.compile("(can't|cannot) allocate|not enough memory|out of memory|size calculation overflowed", re.I)
+
+# ---- arguments and exit statuses
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and raises InputError where argparse would end the process."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def exit_status(name: str, action: Callable[[], int], on_no_memory: str) -> int:
+    """What `action` returns, or 2 with one sentence for bad input and too little memory, or 130 if interrupted.
+
+    `on_no_memory` says what the user may do where memory does not suffice.
+    """
+    try:
+        return action()
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for this on the CPU
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        print(f"{name}: there is not enough memory{_wanted(error)}; {on_no_memory}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before anything was finished
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _wanted(error: Exception) -> str:
+    found = re.search(r"allocate (\d+) bytes", str(error))
+    return f" (one array asked for {int(found[1]) / 2**30:.3g} GiB)" if found else ""
+
+
+@contextlib.contextmanager
+def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Sentences of the library begin with the name of the value; add the flag that it came from.
+
+    `flags` has those that are not called as in the library.
+    """
+    try:
+        yield
+    except InputError as error:
+        name = str(error).split(" ", 1)[0]
+        raise InputError(f"{error} (--{flags.get(name, name)})") from None
+
+
+# ---- progress
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
+    """Progress on standard error: yields show(done, what is being done); full when all went well."""
+    form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}] {desc}"
+    with tqdm(total=total, disable=quiet, file=sys.stderr, bar_format=form, dynamic_ncols=True, leave=False) as bar:
+        shown = 0.0
+
+        def show(done: int, doing: str) -> None:
+            nonlocal shown
+            bar.set_description_str(doing, refresh=False)
+            bar.update(done - bar.n)
+            if time.monotonic() - shown > _REFRESH_SECONDS:
+                bar.refresh()
+                shown = time.monotonic()
+
+        yield show
+        bar.update(total - bar.n)
+
+
+# ---- files
+
+
+def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file whole or not at all. Raises InputError if that fails."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            fill(file)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; name another folder with --out") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def output_folder(name: str) -> Path | None:
+    """The folder of --out, None for `none`, made if need be. Raises InputError if it cannot be written.
+
+    A file is written and removed there, so that a long run does not fail at its end.
+    """
+    if name == "none":
+        return None
+    if not name:
+        raise InputError("--out '' names no folder; name one, or none to write nothing")
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {path} is not a folder that can be made: {error.strerror or error}; name another folder"
+        ) from None
+    trial = path / "results.json.try"
+    write_file(trial, lambda file: file.write(b""))
+    trial.unlink(missing_ok=True)
+    return path
