@@ -20,17 +20,10 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.bounds import closed
+from rasa_theory.bounds import closed, floor_slack
 from rasa_theory.linalg import not_above
 
 ALL_KNOWN = KNOWN | {"shared bases": shared_bases, "planted": planted}
-
-
-def slack(stack, budget):
-    """Twice what rounding can take off a floor that is read from a Gram matrix, squared: computed, and allowed for."""
-    m = stack.layers * budget.rank
-    views = (stack.unit(), stack.unit().transpose())
-    return 2 * max(closed._gram_allowance(view, m) for view in views) * stack.scale**2
 
 
 def close(x, y, stack):
@@ -59,7 +52,7 @@ def test_against_the_literal_forms(L, b, a, r, k, seed):
     assert allocation_bound(stack, budget).value == pytest.approx(reference.allocation_bound(M, r, k), rel=1e-12)
     floor, best = lower_bound(stack, budget), max(expected.values())
     assert expected[floor.name] == pytest.approx(best, rel=1e-13)  # some coincide: clipped is stack at q = 0
-    assert best - slack(stack, budget) <= floor.value <= best
+    assert best - floor_slack(stack, budget) <= floor.value <= best
 
 
 @pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
@@ -72,9 +65,9 @@ def test_each_floor_by_itself(L, b, a, r, k, seed, flip):
     gamma = reference.dual_bound(M, M @ M.transpose(0, 2, 1), r, k)
     found = {f.__name__: f(stack.unit(), budget).value * stack.scale**2 for f in (closed._clipped, closed._stack)}
     rank = closed._rank(stack.unit(), budget).value * stack.scale**2
-    assert found["_clipped"] == pytest.approx(clipped, abs=slack(stack, budget))
-    assert found["_stack"] == pytest.approx(reference.stack_bound(M, r), abs=slack(stack, budget))
-    assert found["_stack"] == pytest.approx(gamma, abs=slack(stack, budget))
+    assert found["_clipped"] == pytest.approx(clipped, abs=floor_slack(stack, budget))
+    assert found["_stack"] == pytest.approx(reference.stack_bound(M, r), abs=floor_slack(stack, budget))
+    assert found["_stack"] == pytest.approx(gamma, abs=floor_slack(stack, budget))
     literal = reference.rank_bound(M, r, k)
     assert rank <= literal
     assert not_above(literal, rank, 2 * stack.rounding)  # one for the allowance that is taken off, one for comparing
@@ -103,7 +96,7 @@ def test_the_floor_meets_the_known_optimum(name, seed):
     problem = ALL_KNOWN[name](seed)
     stack = LayerStack(problem.values)
     floor = lower_bound(stack, problem.budget).value
-    assert problem.e_rasa - slack(stack, problem.budget) <= floor
+    assert problem.e_rasa - floor_slack(stack, problem.budget) <= floor
     assert not_above(floor, problem.e_rasa, stack.rounding)
 
 
@@ -181,7 +174,7 @@ def test_invariances(problem):
     }
     for values in changed.values():
         other = LayerStack(values)
-        tolerance = slack(other, budget) + slack(stack, budget)
+        tolerance = floor_slack(other, budget) + floor_slack(stack, budget)
         assert close(solve_lora(other, problem.r).error, solve_lora(stack, problem.r).error, other)
         assert close(allocation_bound(other, budget).value, allocation_bound(stack, budget).value, other)
         assert (

@@ -67,12 +67,31 @@ def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "close
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
+    candidates = [Bound(0.0, "zero"), *closed_floors(stack, budget)]
+    return max(candidates, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
+
+
+def closed_floors(stack: LayerStack, budget: RankBudget) -> list[Bound]:
+    """Each closed floor by itself: rank, and stack and clipped in both orientations. They can be negative.
+
+    Raises InputError if r > min(b, a).
+    """
+    budget.check_fits(stack)
     unit = stack.unit()
-    candidates = [Bound(0.0, "zero"), _rank(unit, budget)]
+    floors = [_rank(unit, budget)]
     for view in (unit, unit.transpose()):
-        candidates += [_stack(view, budget), _clipped(view, budget)]
-    best = max(candidates, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
-    return Bound(best.value * stack.scale**2, best.name)
+        floors += [_stack(view, budget), _clipped(view, budget)]
+    return [Bound(floor.value * stack.scale**2, floor.name) for floor in floors]
+
+
+def floor_slack(stack: LayerStack, budget: RankBudget) -> float:
+    """How far below the truth a floor that is read from a Gram matrix can lie: squared, in units of the input.
+
+    Twice its allowance: one that is taken off, and one by which rounding may have lowered what it is taken from.
+    """
+    m = stack.layers * budget.rank
+    views = (stack.unit(), stack.unit().transpose())
+    return 2 * max(_gram_allowance(view, m) for view in views) * stack.scale**2
 
 
 def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
