@@ -55,6 +55,22 @@ def term_norms(factors: RasaFactors) -> Tensor:
     return norms
 
 
+def term_size(stack: LayerStack, factors: RasaFactors) -> float:
+    """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
+    unit = factors.to(dtype=torch.float64).scaled(1 / stack.scale)
+    private = torch.linalg.matrix_norm(unit.private_B) * torch.linalg.matrix_norm(unit.private_A)
+    terms = torch.linalg.vector_norm(term_norms(unit) + private)
+    return (math.sqrt(stack.unit().norm_squared) + float(terms)) * stack.scale
+
+
+def measurable(stack: LayerStack, factors: RasaFactors) -> float:
+    """The tolerance of an error measured at `factors`, in units of norm.
+
+    Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
+    """
+    return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps)
+
+
 def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
     """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
 

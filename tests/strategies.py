@@ -1,14 +1,12 @@
 """Stacks on which careless numerics fail."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from hypothesis import strategies as st
 from problems import planted
 
-from rasa_theory import LayerStack, RankBudget, linalg, updates
+from rasa_theory import LayerStack, RankBudget
 
 KINDS = ("generic", "low rank", "repeated", "zero layers", "equal", "near duplicates", "uneven", "planted", "one entry")
 
@@ -58,15 +56,3 @@ def nasty_stacks(draw, scales=(1.0, 1e-100, 1e100, 1e-9, 3e7)):
         M[:] = 0
         M[-1, -1, -1] = 1
     return Nasty(M * draw(st.sampled_from(scales)), r, k)
-
-
-def measurable(stack, factors):
-    """The tolerance of an error measured at `factors`, in units of norm.
-
-    Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
-    """
-    unit = factors.to(dtype=torch.float64).scaled(1 / stack.scale)
-    private = torch.linalg.matrix_norm(unit.private_B) * torch.linalg.matrix_norm(unit.private_A)
-    terms = torch.linalg.vector_norm(updates.term_norms(unit) + private)
-    size = math.sqrt(stack.unit().norm_squared) + float(terms)
-    return linalg.rounding(size * stack.scale, stack.shape, stack.eps)

@@ -18,7 +18,7 @@ FLOORS = [
     {"starts"},
     {"descent"},
     {"rasa", "attempts"},
-    {"study"},
+    {"study", "bench"},
     {"plotting", "report"},
     {"reconstruct"},
 ]

@@ -12,7 +12,7 @@ import tensorly
 import torch
 from hypothesis import given
 from problems import KNOWN, SHAPES, noise, planted, shared_bases, zero
-from strategies import measurable, nasty_stacks
+from strategies import nasty_stacks
 from tensorly.decomposition import parafac
 
 from rasa_theory import (
@@ -32,6 +32,7 @@ from rasa_theory import (
 )
 from rasa_theory.linalg import not_above
 from rasa_theory.starts import STARTS, random_start
+from rasa_theory.updates import measurable
 
 BOTH = pytest.mark.parametrize("sweep", ["joint", "paper"])
 Q_ZERO = [(3, 6, 5, 2, 2, 9), (4, 8, 9, 2, 2, 10)]

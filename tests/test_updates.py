@@ -8,7 +8,7 @@ import reference
 import torch
 from hypothesis import given
 from problems import SHAPES, noise
-from strategies import measurable, nasty_stacks
+from strategies import nasty_stacks
 
 from rasa_theory import (
     LayerStack,
@@ -21,6 +21,7 @@ from rasa_theory import (
     updates,
 )
 from rasa_theory.starts import random_start
+from rasa_theory.updates import measurable
 
 
 def random_factors(L, b, a, r, k, seed=0):

@@ -134,6 +134,13 @@ def _equal(rng: Random) -> Draw:
     )
 
 
+def _near_duplicates(rng: Random) -> Draw:
+    """M_i = M + N_i, N_i of 1e-12 to 0.1 of its norm: pools with nearly equal columns, and terms that cancel."""
+    L, b, a = _sizes(rng)
+    values = _normal(rng, 1, b, a) + 10.0 ** rng.uniform(-12, -1) * _normal(rng, L, b, a)
+    return Draw(torch.from_numpy(values), _budget(rng, min(b, a)))
+
+
 def _shared_bases(rng: Random) -> Draw:
     """M_i = U diag(s_i) V^T, k = r: all but the R columns with the largest sum_i s_ij^2."""
     L, b, a = _sizes(rng, low=6)
@@ -239,6 +246,7 @@ FAMILIES = {
     "decaying": Family("independent bases, sigma_j = j^-P or exp(-P j)", _decaying),
     "overlapping": Family("bases that the layers have in common in part", _overlapping),
     "equal": Family("layers equal up to scale; optimum known", _equal),
+    "near-duplicates": Family("layers that differ by 1e-12 to 0.1 of their norm", _near_duplicates),
     "shared-bases": Family("common singular bases, k = r; optimum known", _shared_bases),
     "orthogonal-columns": Family("mutually orthogonal column spaces, k = r; optimum known", _orthogonal_columns),
     "orthogonal-rows": Family("mutually orthogonal row spaces, k = r; optimum known", _orthogonal_rows),

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.bench.evidence import Evidence, MixingStep, layer_residuals, measurable, residual
+from rasa_theory.bench.evidence import Evidence, MixingStep, layer_residuals, residual
 from rasa_theory.bounds import floor_slack
 from rasa_theory.descent import StopReason
 from rasa_theory.problem import LayerStack
 from rasa_theory.rasa import RasaSolution, SolverOptions
+from rasa_theory.updates import measurable, term_size
 
 Margin = float | None
 
@@ -120,10 +121,10 @@ def _drop_measured(e: Evidence) -> Margin:
 
 
 def _drop_margin(e: Evidence, step: MixingStep) -> float:
-    """Both errors are known to `measurable` in norm; their difference is no better known."""
-    known = _squared(step.before, measurable(e.stack, step.factors))
-    known += _squared(step.after, measurable(e.stack, step.solved))
-    return _in_units(abs(step.before - step.after - step.drop), known)
+    """Both errors are known to `measurable` in norm, and the drop as any sum of products of terms."""
+    before, after = measurable(e.stack, step.factors), measurable(e.stack, step.solved)
+    tolerance = _squared(step.before, before) + _squared(step.after, after) + after * term_size(e.stack, step.solved)
+    return _in_units(abs(step.before - step.after - step.drop), tolerance)
 
 
 # ---- what a solution says of itself
@@ -170,7 +171,7 @@ def _crossing(e: Evidence) -> Margin:
 
 def _power_of_two(e: Evidence) -> Margin:
     """Exactly: the scaling inside the package only moves exponents."""
-    options, c = SolverOptions(max_sweeps=3, rtol=0, seed=e.instance.seed), 2.0**20
+    options, c = SolverOptions(start="random", max_sweeps=3, rtol=0, seed=e.instance.seed), 2.0**20
     scaled = LayerStack(e.values * c, e.stack.name)
     one, other = (e.subject.solve_rasa(stack, e.budget, options) for stack in (e.stack, scaled))
     return 0.0 if other.history == [c**2 * x for x in one.history] and other.error == c**2 * one.error else math.inf
@@ -205,12 +206,17 @@ def _allocation_meets_optimum(e: Evidence) -> Margin:
 
 
 def _answer_meets_optimum(e: Evidence) -> Margin:
-    """Where sweeps have ended by themselves; where allocation is the optimum, always."""
+    """Where sweeps have ended by themselves; where allocation is the optimum, always.
+
+    They end when one of them gains less than rtol of the error; the families for which this is asked converge by more
+    than half a sweep, so that less than that is left to gain.
+    """
     if e.known is None or "solver" not in e.known.met_by:
         return None
     if "allocation" not in e.known.met_by and e.answer.stop_reason is StopReason.SWEEP_LIMIT:
         return None
-    return excess(e.answer.error, e.known.e_rasa, e.stack.rounding)
+    optimum, rtol = e.known.e_rasa, SolverOptions().rtol
+    return _in_units(e.answer.error - optimum, _squared(optimum, e.stack.rounding) + rtol * optimum)
 
 
 # ---- invariances of the closed forms
