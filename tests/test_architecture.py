@@ -20,7 +20,7 @@ FLOORS = [
     {"rasa", "attempts"},
     {"study", "bench"},
     {"plotting", "report"},
-    {"reconstruct"},
+    {"reconstruct", "verify"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -55,4 +55,4 @@ def test_only_the_commands_print() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing == {"console", "reconstruct"}
+    assert printing == {"console", "reconstruct", "verify"}

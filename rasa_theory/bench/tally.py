@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,7 @@ class Tally:
 
 def replay_command(file: str) -> str:
     """The one command that tries a failed instance again."""
-    return f"python -m rasa_theory.verify --replay {file}"
+    return f"python -m rasa_theory.verify --replay {shlex.quote(file)}"
 
 
 def results(

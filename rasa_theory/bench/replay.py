@@ -1,0 +1,84 @@
+"""A failing instance as one `.npz` file, and back."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from rasa_theory.bench.evidence import BenchSettings
+from rasa_theory.bench.instances import Draw, Instance, Known
+from rasa_theory.bench.laws import LAWS
+from rasa_theory.errors import InputError
+from rasa_theory.problem import LayerStack, RankBudget
+
+_MET_BY = ("solver", "floor", "allocation")
+
+
+class Replay(NamedTuple):
+    """What a file asks for: an instance, the laws to try on it, and how."""
+
+    instance: Instance
+    laws: list[str]
+    settings: BenchSettings
+
+
+def save_replay(replay: Replay, file: IO[bytes]) -> None:
+    """Write values, r, k, seed, law and what else the same outcome needs."""
+    instance, draw, settings = replay.instance, replay.instance.draw, replay.settings
+    held: dict[str, Any] = {"values": draw.values.numpy(), "r": draw.budget.rank, "k": draw.budget.shared_rank}
+    held |= {"seed": instance.seed, "law": replay.laws, "family": instance.family, "number": instance.number}
+    held |= {"sweeps": settings.sweeps, "certificate": settings.certificate}
+    if draw.known is not None:
+        held |= {"optimum": draw.known.e_rasa, "met_by": sorted(draw.known.met_by)}
+    np.savez(file, **held)
+
+
+def load_replay(path: Path, **instead: Any) -> Replay:
+    """Read a file of `save_replay`, or one made by hand: `values` (L, b, a), `r` and `k` are enough, for all laws.
+
+    Settings in `instead` that are not None take the place of the file's. Raises InputError, naming the file, for
+    anything that is missing, damaged or impossible. Pickles are never opened.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            held = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; name a .npz file that a failed run has written") from None
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: not a sound .npz file; name one that a failed run has written") from None
+    try:
+        return _replay(held, instead)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: an entry is of the wrong kind ({error})") from None
+
+
+def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
+    missing = [name for name in ("values", "r", "k") if name not in held]
+    if missing:
+        raise InputError(f"it holds no {missing[0]!r}; values (L, b, a), r and k are needed")
+    stack, budget = LayerStack(held["values"], "values"), RankBudget(int(held["r"]), int(held["k"]))
+    budget.check_fits(stack)
+    laws = [str(law) for law in np.atleast_1d(held.get("law", np.array(list(LAWS))))]
+    unknown = [law for law in laws if law not in LAWS]
+    if unknown:
+        raise InputError(f"unknown law {unknown[0]!r}; --list names those that there are")
+    given = {"sweeps": int, "certificate": str}
+    settings = {name: kind(held[name]) for name, kind in given.items() if name in held}
+    settings |= {name: value for name, value in instead.items() if value is not None}
+    draw = Draw(stack.values, budget, _known(held))
+    instance = Instance(str(held.get("family", "replay")), int(held.get("number", 0)), int(held.get("seed", 0)), draw)
+    return Replay(instance, laws, BenchSettings(**settings))
+
+
+def _known(held: dict[str, Any]) -> Known | None:
+    if "optimum" not in held:
+        return None
+    met_by = frozenset(str(name) for name in np.atleast_1d(held.get("met_by", [])))
+    if not met_by <= set(_MET_BY):
+        raise InputError(f"met_by holds {sorted(met_by)}, of which only {', '.join(_MET_BY)} are known")
+    return Known(float(held["optimum"]), met_by)

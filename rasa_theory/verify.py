@@ -1,0 +1,146 @@
+"""python -m rasa_theory.verify: the laws around Theorem 3.1, tried on random instances of many families.
+
+Exit status: 0 every law held, 1 a law failed, 2 bad input or usage, 130 interrupted (what was finished is tallied).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rasa_theory.bench.evidence import BenchSettings, Subject
+from rasa_theory.bench.instances import FAMILIES, Instance, draw_instance
+from rasa_theory.bench.laws import LAWS
+from rasa_theory.bench.replay import Replay, load_replay, save_replay
+from rasa_theory.bench.tally import Tally, results
+from rasa_theory.bench.text import describe, table, verdict_lines
+from rasa_theory.bench.trial import Trial, run_trial
+from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.errors import InputError
+from rasa_theory.problem import LayerStack
+from rasa_theory.study import environment
+
+_SEEDS = 2**62
+
+
+def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
+    """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(
+        "rasa_theory.verify", lambda: _run(_parse(given), given, subject or Subject()), "give --replay a smaller stack"
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m rasa_theory.verify",
+        description="Try the laws around Theorem 3.1 on random instances: order of the bounds, nesting, known optima, "
+        "invariances, monotone histories, reported errors.",
+        epilog="A failing instance is written to --out, in a file that --replay tries again.",
+    )
+    add = parser.add_argument
+    add("--instances", type=int, default=300, metavar="N", help="so many, of the families in turn (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
+    add("--families", metavar="A,B", help="only these (all); --list names them")
+    add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({BenchSettings().sweeps})")
+    add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
+    add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
+    add("--list", action="store_true", help="say what the families and laws are")
+    add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
+    add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
+    if args.list:
+        print(describe())
+        return 0
+    chosen = {"sweeps": args.sweeps, "certificate": args.certificate}
+    if args.replay is not None:
+        replay = load_replay(Path(args.replay), **chosen)
+        work, settings, laws, asked, out = iter([replay.instance]), replay.settings, replay.laws, 1, None
+    else:
+        with naming_flags({}):
+            settings = BenchSettings(**{name: value for name, value in chosen.items() if value is not None})
+        work, laws, asked = _instances(args), list(LAWS), args.instances
+        out = output_folder(args.out)
+
+    tally, started, interrupted = Tally(), time.perf_counter(), False
+    try:
+        with progress_bar(asked, "instances", args.quiet) as show:
+            for instance in work:
+                show(tally.instances, _doing(instance, tally))
+                trial = run_trial(instance, subject, settings, laws)
+                tally.add(trial, _keep(trial, settings, out))
+    except KeyboardInterrupt:
+        interrupted = True
+
+    found = results(
+        tally,
+        settings,
+        seed=args.seed,
+        asked=asked,
+        command=["python", "-m", "rasa_theory.verify", *given],
+        environment=environment(LayerStack(torch.zeros(1, 1, 1, dtype=torch.float64))),
+        seconds=time.perf_counter() - started,
+    )
+    _report(found, args.json, out, interrupted)
+    return 130 if interrupted else 1 if tally.failures else 0
+
+
+def _instances(args: argparse.Namespace) -> Iterator[Instance]:
+    """The instances asked for, of the families in turn. Raises InputError for an impossible number, seed or family."""
+    if args.instances < 1:
+        raise InputError(f"--instances must be at least 1, got {args.instances}")
+    if not 0 <= args.seed < _SEEDS:
+        raise InputError(f"--seed must lie between 0 and 2^62 - 1, got {args.seed}")
+    families = list(FAMILIES) if args.families is None else args.families.split(",")
+    for name in families:
+        if name not in FAMILIES:
+            raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
+    turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
+    return (draw_instance(family, number, args.seed) for family, number in turns)
+
+
+def _doing(instance: Instance, tally: Tally) -> str:
+    (L, b, a), budget = instance.draw.values.shape, instance.draw.budget
+    failed = f"; {len(tally.failures)} failed so far" if tally.failures else ""
+    return f"{instance.family}, {L} x {b} x {a}, r = {budget.rank}, k = {budget.shared_rank}{failed}"
+
+
+def _keep(trial: Trial, settings: BenchSettings, out: Path | None) -> str | None:
+    """Write the file that reproduces a failing trial; returns its name."""
+    if out is None or not trial.failed:
+        return None
+    instance = trial.instance
+    path = out / "failures" / f"{instance.family}-{instance.number}-{instance.seed}.npz"
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
+    return str(path)
+
+
+def _report(found: dict[str, Any], as_json: bool, out: Path | None, interrupted: bool) -> None:
+    text = sys.stderr if as_json else sys.stdout
+    encoded = json.dumps(found, indent=1, allow_nan=False)
+    if found["families"]:
+        print(table(found), file=text)
+    for line in verdict_lines(found, interrupted):
+        print(line, file=text)
+    if out is not None:
+        write_file(out / "verify.json", lambda file: file.write(f"{encoded}\n".encode()))
+        print(f"File: {out / 'verify.json'}", file=text)
+    if as_json:
+        print(encoded)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
