@@ -78,8 +78,15 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
     """Progress on standard error: yields show(done, what is being done); full when all went well."""
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}] {desc}"
-    look = {"bar_format": form, "dynamic_ncols": True, "leave": False, "mininterval": _REFRESH_SECONDS}
-    with tqdm(total=total, disable=quiet, file=sys.stderr, **look) as bar:
+    with tqdm(
+        total=total,
+        disable=quiet,
+        file=sys.stderr,
+        bar_format=form,
+        dynamic_ncols=True,
+        leave=False,
+        mininterval=_REFRESH_SECONDS,
+    ) as bar:
         shown = 0.0
 
         def show(done: int, doing: str) -> None:
