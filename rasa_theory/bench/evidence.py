@@ -16,6 +16,7 @@ from rasa_theory import updates
 from rasa_theory.attempts import Attempt, random_attempt
 from rasa_theory.bench.instances import Instance, Known
 from rasa_theory.bounds import Bound, allocation_bound, closed_floors, lower_bound
+from rasa_theory.bounds.closed import CERTIFICATES
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.lora import LoraSolution, solve_lora
@@ -38,12 +39,13 @@ class Subject:
     allocation_bound: Callable[[LayerStack, RankBudget], Bound] = allocation_bound
     closed_floors: Callable[[LayerStack, RankBudget], list[Bound]] = closed_floors
     lower_bound: Callable[[LayerStack, RankBudget, str], Bound] = lower_bound
+    embed: Callable[[LoraFactors, RankBudget, str], RasaFactors] = RasaFactors.from_lora
     resolve_mixing: Callable[[LayerStack, RasaFactors], tuple[RasaFactors, float]] = updates.resolve_mixing
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Which certificate is asked for, and how many sweeps the answer may take. Raises InputError for sweeps < 1."""
+    """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
 
     certificate: str = "closed"
     sweeps: int = 20
@@ -51,6 +53,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.sweeps < 1:
             raise InputError(f"sweeps must be at least 1, got {self.sweeps}")
+        if self.certificate not in CERTIFICATES:
+            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}")
 
 
 class MixingStep(NamedTuple):
@@ -137,7 +141,7 @@ class Evidence:
     def embeddings(self) -> list[MixingStep]:
         """D re-solved at LoRA's optimum, each layer's k smallest terms in the pool, and each layer's k largest."""
         kinds = ("smallest", "largest")
-        return [self._mixing_step(RasaFactors.from_lora(self.lora.factors, self.budget, kind)) for kind in kinds]
+        return [self._mixing_step(self.subject.embed(self.lora.factors, self.budget, kind)) for kind in kinds]
 
     @functools.cached_property
     def random_mixing(self) -> MixingStep:
