@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
+import torch
 
 import rasa_theory as rt
+from rasa_theory import verify
 from rasa_theory.bench.evidence import BenchSettings, Subject
-from rasa_theory.bench.instances import draw_instance
+from rasa_theory.bench.instances import FAMILIES, draw_instance
 from rasa_theory.bench.laws import LAWS
-from rasa_theory.bench.trial import run_trial
+from rasa_theory.bench.trial import Trial, run_trial
 
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "verify.schema.json").read_text(encoding="utf-8"))
 HONEST = Subject()
@@ -129,11 +135,11 @@ def swapped(factors: rt.LoraFactors, budget: rt.RankBudget, pooled: str) -> rt.R
 
 BROKEN: list[tuple[str, str, Subject]] = [
     ("answer_below_lora", "gaussian", solver(worse_than_lora)),
-    ("answer_below_allocation", "orthogonal-rows", solver(only_lora)),
+    ("answer_below_allocation", "orthogonal-columns", solver(only_lora)),
     ("allocation_below_lora", "equal", allocation(lambda stack, budget: 1 + 1e9 * budget.shared_rank)),
     ("rank_floor", "equal", floor("rank")),
-    ("stack_floor", "orthogonal-rows", floor("stack")),
-    ("clipped_floor", "orthogonal-rows", floor("clipped")),
+    ("stack_floor", "orthogonal-columns", floor("stack")),
+    ("clipped_floor", "orthogonal-columns", floor("clipped")),
     ("certificate", "equal", certificate(1.01)),
     ("certificate_is_the_best", "equal", certificate(0.99)),
     ("allocation_nested", "gaussian", allocation(lambda stack, budget: 1.0 + (budget.shared_rank > 0))),
@@ -161,7 +167,7 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("floor_below_optimum", "shared-bases", floor("stack")),
     ("floor_meets_optimum", "shared-bases", certificate(0.99)),
     ("allocation_meets_optimum", "no-sharing", allocation(lambda stack, budget: 1 - 1e-9)),
-    ("answer_meets_optimum", "orthogonal-rows", solver(only_lora)),
+    ("answer_meets_optimum", "orthogonal-columns", solver(only_lora)),
     ("scaled", "gaussian", lora(lambda stack, solution: 1 + 1e-9 * stack.norm_squared)),
     ("rotated", "gaussian", lora(lambda stack, solution: 1 + 1e-9 * entry(stack))),
     ("permuted", "gaussian", lora(lambda stack, solution: 1 + 1e-9 * solution.layer_errors[0] / solution.error)),
@@ -171,13 +177,196 @@ BROKEN: list[tuple[str, str, Subject]] = [
 ]
 
 
+@functools.cache
+def honest(family: str) -> Trial:
+    return run_trial(draw_instance(family, 0, seed=0), HONEST, FEW)
+
+
 @pytest.mark.parametrize(("law", "family", "broken"), BROKEN, ids=[f"{i}-{row[0]}" for i, row in enumerate(BROKEN)])
 def test_a_broken_law_is_noticed_and_an_honest_one_holds(law: str, family: str, broken: Subject) -> None:
-    instance = draw_instance(family, 0, seed=0)
-    assert run_trial(instance, HONEST, FEW, [law]).outcomes[law].holds
-    assert not run_trial(instance, broken, FEW, [law]).outcomes[law].holds
+    assert honest(family).outcomes[law].holds
+    assert not run_trial(draw_instance(family, 0, seed=0), broken, FEW, [law]).outcomes[law].holds
 
 
 def test_every_law_is_broken_above() -> None:
     """But for the one that only a wrong optimum can break: see the next."""
     assert {law for law, _, _ in BROKEN} | {"answer_above_optimum"} == set(LAWS)
+
+
+# ---- the command
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str], subject: Subject = HONEST) -> tuple[int, Any, str]:
+    status = verify.main([*arguments, "--json", "--quiet"], subject)
+    out, err = capsys.readouterr()
+    if not out:
+        return status, None, err
+    jsonschema.validate(json.loads(out), SCHEMA)
+    return status, json.loads(out), err
+
+
+def test_every_law_holds_on_an_instance_of_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--instances", str(len(FAMILIES)), "--sweeps", "1", "--out", str(tmp_path)]
+    status, found, err = run(arguments, capsys)
+    assert status == 0, err
+    assert [family["name"] for family in found["families"]] == list(FAMILIES)
+    assert {law["name"] for family in found["families"] for law in family["laws"]} == set(LAWS)
+    assert all(law["worst_margin"] <= 1 for family in found["families"] for law in family["laws"])
+    assert found["verdict"] == "holds"
+    assert f"HOLDS: 0 violations in {sum(family['checks'] for family in found['families'])} checks" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["verify.json"]
+    assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8")) == found
+    strict = {family["name"]: family["strict"] for family in found["families"]}
+    assert (strict["gaussian"], strict["no-sharing"], strict["orthogonal-rows"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("law", "family", "broken"),
+    [
+        ("answer_below_lora", "gaussian", solver(worse_than_lora)),
+        ("rank_floor", "equal", floor("rank")),
+        ("joint_falls", "gaussian", rising("random", "joint")),
+        ("drop_measured", "gaussian", drop(1.01)),
+        ("allocation_below_lora", "gaussian", allocation(lambda stack, budget: 2.0)),
+        ("error_is_residual", "gaussian", solver(lambda *given: {"error": given[3].error * (1 - 1e-9)})),
+    ],
+)
+def test_a_violation_is_exit_status_1_and_a_file_that_reproduces_it(
+    law: str, family: str, broken: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--families", family, "--instances", "1", "--sweeps", "2", "--out", str(tmp_path / "with space")]
+    status, found, err = run(arguments, capsys, broken)
+    (failure,) = found["failures"]
+    assert (status, found["verdict"]) == (1, "violated")
+    assert law in {broken_law["name"] for broken_law in failure["laws"]}
+    assert f"FAILED on {family} 0" in err
+    assert f"again: {failure['replay']}" in err
+    python, dash_m, module, *again = shlex.split(failure["replay"])
+    assert (python, dash_m, module) == ("python", "-m", "rasa_theory.verify")
+    status, repeated, _ = run(again, capsys, broken)
+    assert status == 1
+    assert repeated["failures"][0]["laws"] == failure["laws"]
+    status, repeated, _ = run(again, capsys)
+    assert (status, repeated["verdict"]) == (0, "holds")
+    assert {held["name"] for held in repeated["families"][0]["laws"]} == {held["name"] for held in failure["laws"]}
+
+
+def test_what_is_raised_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--families", "thin", "--instances", "1", "--out", "none"]
+    status, found, err = run(arguments, capsys, Subject(solve_rasa=fails))
+    assert status == 1
+    assert "power_of_two (ArithmeticError: no such number)" in err
+    assert "again: no file was written; run with --out DIR" in err
+    assert found["failures"][0]["replay"] is None
+
+
+def test_a_file_made_by_hand_is_tried_on_every_law_and_a_wrong_optimum_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(0).standard_normal((2, 5, 4))
+    np.savez(tmp_path / "mine.npz", values=values, r=2, k=1)
+    status, found, _ = run(["--replay", str(tmp_path / "mine.npz"), "--sweeps", "3"], capsys)
+    assert (status, found["sweeps"], found["families"][0]["name"]) == (0, 3, "replay")
+    assert {law["name"] for law in found["families"][0]["laws"]} == {n for n in LAWS if "optimum" not in n}
+    optimum = rt.solve_lora(rt.LayerStack(values), 2).error
+    np.savez(tmp_path / "wrong.npz", values=values, r=2, k=0, optimum=optimum * 1.01, law="answer_above_optimum")
+    status, found, _ = run(["--replay", str(tmp_path / "wrong.npz")], capsys)
+    assert status == 1
+    assert [law["name"] for law in found["failures"][0]["laws"]] == ["answer_above_optimum"]
+
+
+def test_an_interruption_tallies_what_was_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def attempt(*given: Any) -> rt.Attempt:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rt.random_attempt(*given)
+
+    arguments = ["--families", "thin", "--instances", "9", "--out", str(tmp_path)]
+    status, found, err = run(arguments, capsys, Subject(random_attempt=attempt))
+    assert status == 130
+    assert (found["instances"], found["finished"], found["verdict"]) == (9, 2, "undecided")
+    assert "UNDECIDED: 0 violations in" in err
+    assert err.rstrip().splitlines()[-2].endswith("interrupted, the rest was not run.")
+    assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8")) == found
+
+
+def test_an_instance_depends_on_seed_family_and_number_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    one, same, other = (draw_instance("planted", 3, seed).draw for seed in (5, 5, 6))
+    assert torch.equal(one.values, same.values)
+    assert one.values.shape != other.values.shape or not torch.equal(one.values, other.values)
+    arguments = ["--families", "thin", "--instances", "2", "--seed", "7", "--out", "none"]
+    first, second = (run(arguments, capsys)[1] for _ in range(2))
+    assert first["families"] == second["families"]
+
+
+def test_the_list_and_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in (*FAMILIES, *LAWS))
+    assert verify.main(["--families", "thin", "--instances", "1", "--out", "none", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(f"\n{law} " in out for law in LAWS)
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--instances", "0"], "--instances must be at least 1, got 0"),
+        (["--instances", "many"], "argument --instances: invalid int value: 'many'"),
+        (["--seed", "-1"], "--seed must lie between 0 and 2^62 - 1, got -1"),
+        (["--families", "gaussian,odd"], "--families: 'odd' is none of gaussian, decaying"),
+        (["--families", ""], "--families: '' is none of gaussian"),
+        (["--sweeps", "0"], "sweeps must be at least 1, got 0 (--sweeps)"),
+        (["--certificate", "best"], "argument --certificate: invalid choice: 'best'"),
+        (["--out", ""], "--out '' names no folder"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--replay", "missing.npz"], "missing.npz does not exist"),
+        (["--replay", "."], ".: not a sound .npz file"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_status_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = verify.main(arguments)
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("rasa_theory.verify: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+GOOD: dict[str, Any] = {"values": np.ones((2, 4, 3)), "r": 2, "k": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"values": None}, "it holds no 'values'; values (L, b, a), r and k are needed"),
+        ({"values": np.full((2, 4, 3), np.nan)}, "layer 0, entry (0, 0) is nan"),
+        ({"values": np.ones((4, 3))}, "expected three axes (layers, b, a), found shape (4, 3)"),
+        ({"r": 4}, "rank 4 exceeds min(b, a) = 3"),
+        ({"k": 3}, "shared_rank 3 exceeds rank 2"),
+        ({"k": "one"}, "an entry is of the wrong kind"),
+        ({"r": np.ones(2)}, "an entry is of the wrong kind"),
+        ({"law": "gravity"}, "unknown law 'gravity'; --list names those that there are"),
+        ({"certificate": "best"}, "certificate 'best' is none of closed"),
+        ({"optimum": 0.0, "met_by": ["luck"]}, "met_by holds ['luck']"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"values": np.ones((2, 4, 3), object)}, "not a sound .npz file"),
+    ],
+)
+def test_bad_replays_are_one_sentence_and_exit_status_2(
+    changed: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez(path, **{name: value for name, value in (GOOD | changed).items() if value is not None})
+    status, found, err = run(["--replay", str(path)], capsys)
+    assert (status, found) == (2, None)
+    assert err.startswith(f"rasa_theory.verify: {path}: ")
+    assert sentence in err
+    assert err.count("\n") == 1

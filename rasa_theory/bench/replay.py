@@ -13,6 +13,7 @@ from rasa_theory.bench.instances import Draw, Instance, Known
 from rasa_theory.bench.laws import LAWS
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.rasa import SolverOptions
 
 _MET_BY = ("solver", "floor", "allocation")
 
@@ -71,7 +72,8 @@ def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
     settings = {name: kind(held[name]) for name, kind in given.items() if name in held}
     settings |= {name: value for name, value in instead.items() if value is not None}
     draw = Draw(stack.values, budget, _known(held))
-    instance = Instance(str(held.get("family", "replay")), int(held.get("number", 0)), int(held.get("seed", 0)), draw)
+    seed = SolverOptions(seed=int(held.get("seed", 0))).seed
+    instance = Instance(str(held.get("family", "replay")), int(held.get("number", 0)), seed, draw)
     return Replay(instance, laws, BenchSettings(**settings))
 
 

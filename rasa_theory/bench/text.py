@@ -26,7 +26,7 @@ def describe() -> str:
     laws = {name: law.statement for name, law in LAWS.items()}
     parts = (("Families:", families), ("Laws, each to rounding (10 max(b, a) eps ||M|| in norm):", laws))
     return "\n".join(
-        line for title, names in parts for line in [title, *(f"  {name:<24}{what}" for name, what in names.items())]
+        line for title, names in parts for line in [title, *(f"  {name:<26}{what}" for name, what in names.items())]
     )
 
 
