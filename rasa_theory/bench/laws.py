@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.bench.evidence import Evidence, MixingStep, layer_residuals, residual
+from rasa_theory.bench.evidence import BenchSettings, Evidence, MixingStep, layer_residuals, residual
 from rasa_theory.bounds import floor_slack
 from rasa_theory.descent import StopReason
 from rasa_theory.problem import LayerStack
@@ -206,17 +206,20 @@ def _allocation_meets_optimum(e: Evidence) -> Margin:
 
 
 def _answer_meets_optimum(e: Evidence) -> Margin:
-    """Where sweeps have ended by themselves; where allocation is the optimum, always.
+    """Where allocation is the optimum, always; else where the race had its sweeps and ended by itself.
 
-    They end when one of them gains less than rtol of the error; the families for which this is asked converge by more
-    than half a sweep, so that less than that is left to gain.
+    Cut short it may end at a closed-form start: of equal layers those are saddles. Sweeps end when one of them gains
+    less than rtol of the error; the families for which this is asked converge by more than half a sweep, so that less
+    than that is left to gain.
     """
     if e.known is None or "solver" not in e.known.met_by:
         return None
-    if "allocation" not in e.known.met_by and e.answer.stop_reason is StopReason.SWEEP_LIMIT:
+    ended = e.answer.stop_reason is not StopReason.SWEEP_LIMIT and e.settings.sweeps >= BenchSettings().sweeps
+    if "allocation" not in e.known.met_by and not ended:
         return None
     optimum, rtol = e.known.e_rasa, SolverOptions().rtol
-    return _in_units(e.answer.error - optimum, _squared(optimum, e.stack.rounding) + rtol * optimum)
+    tolerance = _squared(optimum, measurable(e.stack, e.answer.factors)) + rtol * optimum
+    return _in_units(e.answer.error - optimum, tolerance)
 
 
 # ---- invariances of the closed forms
