@@ -31,7 +31,7 @@ def describe() -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line per family, then a line per law with its worst margin in every family."""
+    """A line per family, then a line per law that was tried with its worst margin in every family."""
     families = results["families"]
     rows = [_HEAD, *(_family_row(n, family) for n, family in enumerate(families, 1))]
     lines = _aligned(rows, left=(1, 7))
@@ -39,7 +39,8 @@ def table(results: dict[str, Any]) -> str:
     lines += textwrap.wrap(_LEGEND, 120)
     margins = [{law["name"]: law for law in family["laws"]} for family in families]
     grid = [("law", *(str(n) for n in range(1, len(families) + 1)))]
-    grid += [(law, *(_cell(held.get(law)) for held in margins)) for law in results["statements"]]
+    tried = [law for law in results["statements"] if any(law in held for held in margins)]
+    grid += [(law, *(_cell(held.get(law)) for held in margins)) for law in tried]
     return "\n".join([*lines, *_aligned(grid, left=(0,), gap=" ")])
 
 
