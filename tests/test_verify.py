@@ -318,7 +318,7 @@ def test_the_list_and_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--instances", "0"], "--instances must be at least 1, got 0"),
         (["--instances", "many"], "argument --instances: invalid int value: 'many'"),
-        (["--seed", "-1"], "--seed must lie between 0 and 2^62 - 1, got -1"),
+        (["--seed", "-1"], "seed must be at least 0, got -1 (--seed)"),
         (["--families", "gaussian,odd"], "--families: 'odd' is none of gaussian, decaying"),
         (["--families", ""], "--families: '' is none of gaussian"),
         (["--sweeps", "0"], "sweeps must be at least 1, got 0 (--sweeps)"),
