@@ -38,7 +38,7 @@ def random_attempt(
     callback: Callback | None = None,
     start: RasaFactors | None = None,
 ) -> Attempt:
-    """Run at most 60 iterations; end 10 after the crossing, but not before the 30th.
+    """Run at most 60 iterations; end 10 after the crossing, but not before the 30th, unless the pool degenerates.
 
     One iteration is one cycle of private SVDs, D, B_S and A_S (He et al., 2025, Section 3). The start is
     `random_start`: a random pool that nobody uses yet, unless `start` gives another. An error counts as below e_lora

@@ -39,7 +39,9 @@ def exit_status(name: str, action: Callable[[], int], on_no_memory: str) -> int:
     `on_no_memory` says what the user may do where memory does not suffice.
     """
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -48,6 +50,9 @@ def exit_status(name: str, action: Callable[[], int], on_no_memory: str) -> int:
             raise
         print(f"{name}: there is not enough memory{_wanted(error)}; {on_no_memory}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads on, as in `.. | head`; what is to be written to files has been
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # before anything was finished
         print("interrupted", file=sys.stderr)
         return 130

@@ -34,6 +34,16 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
 
+def whole_number(name: str, value: Any) -> int:
+    """`value` as an int; raises InputError, naming `name`, if it is none (True and 2.0 are none)."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class RankBudget:
     """Ranks of one layer: r = `rank` in all, k = `shared_rank` of them given to the pool.
@@ -46,13 +56,7 @@ class RankBudget:
 
     def __post_init__(self) -> None:
         for name in ("rank", "shared_rank"):
-            value = getattr(self, name)
-            try:
-                if isinstance(value, bool):
-                    raise TypeError
-                object.__setattr__(self, name, operator.index(value))
-            except TypeError:
-                raise InputError(f"{name} must be a whole number, got {value!r}") from None
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
         if self.shared_rank < 0:
@@ -279,9 +283,13 @@ class LayerStack:
 
     def normalised_layers(self) -> tuple[LayerStack, list[float]]:
         """A copy with every nonzero M_i divided by its norm, and the norms (1 for zero layers)."""
-        norms = [math.sqrt(x) if x > 0 else 1.0 for x in self.layer_norms_squared]
-        factors = torch.tensor(norms, dtype=self.dtype, device=self.device).reshape(-1, 1, 1)
-        return LayerStack(self._M / factors, self.name), norms
+        M = self.values
+        largest = M.abs().amax((1, 2)).double()  # squares of a layer that is 1e-160 of the others leave the range
+        units = M / torch.where(largest > 0, largest, 1).to(M.dtype)[:, None, None]
+        relative = torch.linalg.matrix_norm(units.double())
+        divisors = torch.where(largest > 0, relative, 1).to(M.dtype)[:, None, None]
+        norms = torch.where(largest > 0, largest * relative, 1)
+        return LayerStack(units / divisors, self.name), norms.tolist()
 
     def __repr__(self) -> str:
         b, a = self.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rasa_theory.descent import SWEEPS, Callback, Descent, StopReason
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import layer_errors
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.starts import STARTS
 
 _RACE = ("allocation", "lora", "random", "random")
@@ -38,10 +37,15 @@ class SolverOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.start, str) and self.start not in ("best", *STARTS):
-            raise InputError(f"unknown start {self.start!r}; known: {', '.join(('best', *STARTS))}")
+        if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
+            found = repr(self.start) if isinstance(self.start, str) else f"of type {type(self.start).__name__}"
+            raise InputError(f"unknown start {found}; known: {', '.join(('best', *STARTS))}, or RasaFactors")
         if self.sweep not in SWEEPS:
             raise InputError(f"unknown sweep {self.sweep!r}; known: {', '.join(SWEEPS)}")
+        for name in ("max_sweeps", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        if not isinstance(self.rtol, int | float):
+            raise InputError(f"rtol must be a number, got {self.rtol!r}")
         if self.max_sweeps < 1:
             raise InputError(f"max_sweeps must be at least 1, got {self.max_sweeps}")
         if not 0 <= self.rtol < 1:
@@ -197,4 +201,4 @@ def _fitting(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> Ras
         found = tuple(factors.named()[name].shape)
         if found != shape:
             raise InputError(f"the start's {name} has shape {found}, stack {stack.name!r} and budget need {shape}")
-    return dataclasses.replace(factors).to(stack.dtype, stack.device)
+    return factors.to(stack.dtype, stack.device)

@@ -114,7 +114,7 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     elif args.base is not None:
         found = open_source("", base=args.base, tuned=args.tuned)
     else:
-        found = open_source(args.source or DEFAULT)
+        found = open_source(DEFAULT if args.source is None else args.source)
     return found.matching(args.modules) if args.modules else found
 
 

@@ -45,14 +45,18 @@ def _iterations(run: dict[str, Any]) -> str:
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
-    """The verdict on Theorem 3.1 in one sentence, and before it every law that failed."""
+    """The verdict on Theorem 3.1 in one sentence, and before it every law that failed or could not be decided."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
-    lines = [
-        f"FAILED on {row['name']}, k = {run['k']}: {law.replace('_', ' ')}"
-        for row, run in runs
-        for law, holds in run["checks"].items()
-        if not holds
-    ]
+    lines = []
+    for row, run in runs:
+        where = f"{row['name']}, k = {run['k']}"
+        if run["theorem_3_1"] == "undecided":
+            lines.append(
+                f"On {where} the start {run['start']} ended above e_lora, in a local minimum: nothing is decided"
+            )
+        else:
+            laws = [law.replace("_", " ") for law, holds in run["checks"].items() if not holds]
+            lines += [f"FAILED on {where}: {law}" for law in laws]
     counts = [attempt["iterations"] for _, run in runs for attempt in run["attempts"]]
     below = sum(count is not None for count in counts)
     positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)

@@ -5,7 +5,6 @@ Results are plain data, as in data/results.schema.json.
 
 from __future__ import annotations
 
-import math
 import platform
 import subprocess
 import sys
@@ -22,15 +21,15 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory._version import __version__
 from rasa_theory.attempts import Attempt, median_iterations, random_attempt
-from rasa_theory.bounds import Bound, allocation_bound, lower_bound
+from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, lower_bound
 from rasa_theory.descent import Progress
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors, lora_parameters
 from rasa_theory.lora import LoraSolution, solve_lora
 from rasa_theory.objective import reconstruction_error
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.rasa import RasaSolution, SolverOptions, iterate_path
-from rasa_theory.updates import measurable, resolve_mixing, term_size
+from rasa_theory.updates import drop_allowance, resolve_mixing
 
 WEIGHTS = ("none", "layer")
 
@@ -49,8 +48,10 @@ class StudySettings:
     def __post_init__(self) -> None:
         if not self.ks:
             raise InputError("no k was given; name at least one, such as 1")
-        for k in self.ks:
-            RankBudget(self.rank, k)
+        object.__setattr__(self, "ks", tuple(sorted({RankBudget(self.rank, k).shared_rank for k in self.ks})))
+        object.__setattr__(self, "seeds", whole_number("seeds", self.seeds))
+        if self.certificate not in CERTIFICATES:
+            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}")
         if self.weight not in WEIGHTS:
             raise InputError(f"unknown weight {self.weight!r}; known: {', '.join(WEIGHTS)}")
         if self.seeds < 0:
@@ -131,7 +132,7 @@ def study_steps(
         lora = solve_lora(stack, settings.rank)
         row = _stack_row(stack, lora)
         told = _Teller(watch, stack.name, lora.error)
-        following = iter([*sorted(set(settings.ks))[1:], None])
+        following = iter([*settings.ks[1:], None])
         told.now(min(settings.ks), "solving", tasks)
         started, passes = time.perf_counter(), stack.data_passes
         for k, solution in iterate_path(stack, settings.rank, settings.ks, settings.solver, told.solver):
@@ -144,11 +145,10 @@ def study_steps(
                 told.now(k, "random attempts", tasks := tasks + 1)
             floor = lower_bound(stack, budget, settings.certificate)
             row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
+            factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
+            state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
             if len(row["runs"]) == 1:
                 state.results["stacks"].append(row)
-            factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
-            for name, tensor in factors.named().items():
-                state.factors[f"{stack.name}/{k}/{name}"] = tensor
             row["data_passes"] = stack.data_passes - passes
             state.results["theorem_3_1"] = _overall(state.results)
             told.now(next(following) or k, "solving", tasks)
@@ -256,7 +256,7 @@ def check_theorem(
         embedded_well &= linalg.not_above(before, lora.error, close) and linalg.not_above(lora.error, before, close)
         solved, drop = resolve_mixing(stack, embedding)
         after = reconstruction_error(stack, solved)
-        allowance = _drop_allowance(stack, before, after, solved)
+        allowance = drop_allowance(stack, embedding, before, solved, after)
         drops_well &= drop >= 0 and abs((before - after) - drop) <= allowance
         drops.append(drop)
     return max(drops), {
@@ -265,17 +265,6 @@ def check_theorem(
         "floor_is_not_above_answer": linalg.not_above(floor.value, answer, close),
         "mixing_drop_is_what_solving_d_gives": drops_well,
     }
-
-
-def _drop_allowance(stack: LayerStack, before: float, after: float, solved: RasaFactors) -> float:
-    """How far the measured drop may be from the closed form, squared, when D is re-solved.
-
-    The error before is known to `stack.rounding` in norm, the one after to `measurable`, since terms may cancel there;
-    the closed form is a sum of products of those terms, known to eps times the square of their size.
-    """
-    close, measured = stack.rounding, measurable(stack, solved)
-    known = 2 * (math.sqrt(before) * close + math.sqrt(after) * measured) + close**2 + measured**2
-    return known + measured * term_size(stack, solved)
 
 
 def _verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:

@@ -55,20 +55,25 @@ def term_norms(factors: RasaFactors) -> Tensor:
     return norms
 
 
+def _layer_term_norms(factors: RasaFactors) -> Tensor:
+    """Per layer, ||B~_i|| ||A~_i|| plus the norms of its pool terms: (L,)."""
+    private: Tensor = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
+    return private + term_norms(factors)
+
+
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    unit = factors.to(dtype=torch.float64).scaled(1 / stack.scale)
-    private = torch.linalg.matrix_norm(unit.private_B) * torch.linalg.matrix_norm(unit.private_A)
-    terms = torch.linalg.vector_norm(term_norms(unit) + private)
+    terms = torch.linalg.vector_norm(_layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)))
     return (math.sqrt(stack.unit().norm_squared) + float(terms)) * stack.scale
 
 
-def measurable(stack: LayerStack, factors: RasaFactors) -> float:
+def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None) -> float:
     """The tolerance of an error measured at `factors`, in units of norm.
 
     Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
+    `eps` is the stack's unless another precision was used.
     """
-    return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps)
+    return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
 
 
 def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
@@ -79,9 +84,8 @@ def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
     value is not harmless: in a direction of eigenvalue w an error e of g that is taken for signal costs e^2 / w.
     """
     b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
-    private = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
     eps = torch.finfo(factors.mixing.dtype).eps
-    noise: Tensor = 4 * math.sqrt(max(b, a)) * eps * (layer_norms + private + term_norms(factors))
+    noise: Tensor = 4 * math.sqrt(max(b, a)) * eps * (layer_norms + _layer_term_norms(factors))
     return noise
 
 
@@ -173,10 +177,9 @@ def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
 
 
 def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:
-    """The same factors with D re-solved, in float64, and the drop of the squared error in closed form.
+    """The same factors with D re-solved, in float64, and a certified drop of the squared error: see `mixing_drop`.
 
-    The drop is sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is
-    rounding noise, or in which the Gram matrix is numerically singular, count as 0. Reads M once.
+    Reads M twice.
     """
     unit = stack.unit()
     factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))
@@ -184,17 +187,47 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
     for tile in unit.tiles():
         MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
     norms = torch.tensor(unit.layer_norms_squared, dtype=torch.float64, device=stack.device).sqrt()
-    G, g = mixing_system(MA, factors)
     solved = update_mixing(MA, norms, factors)
+    return solved.scaled(stack.scale), _certified_drop(unit, norms, factors, solved) * stack.scale**2
+
+
+def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors, solved: RasaFactors) -> float:
+    """sum_i <2 E_i - X_i, X_i> for the change X_i = B_S diag(x_i) A_S of update i, less its rounding; at least 0.
+
+    That is sum_i 2 x_i^T g_i - x_i^T G x_i, but where pool terms nearly cancel in X_i their rounding counts once, not
+    squared: X_i is known to eps sum_j |x_ij| in norm, E_i to eps times the size of its own terms.
+    """
     x = solved.mixing - factors.mixing
-    drop = float((x * (2 * g - x @ G)).sum()) * stack.scale**2  # as x^T g, but an error of x counts in second order
-    return solved.scaled(stack.scale), drop
+    drop, E2, X2 = (torch.zeros(factors.layers, dtype=torch.float64) for _ in range(3))
+    for i, rows, M in unit.tiles():
+        E = M.double() - factors.update(i, rows)
+        X = (factors.shared_B[rows] * x[i]) @ factors.shared_A
+        for total, values in ((drop, (2 * E - X) * X), (E2, E * E), (X2, X * X)):
+            total[i] += float(values.sum())
+    E_norm, X_norm = E2.sqrt(), X2.sqrt()
+    sizes = (layer_norms + _layer_term_norms(factors)).cpu()
+    error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
+    eps = torch.finfo(torch.float64).eps
+    return max(float(drop.sum()) - linalg.rounding(float(error.sum()), unit.shape, eps), 0.0)
+
+
+def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solved: RasaFactors, after: float) -> float:
+    """How far before - after may be from the drop that `resolve_mixing` certifies, squared.
+
+    With m the sum of what errors at `factors` and `solved` are known to in norm (`measurable`, in float64): the two
+    errors are off by at most 2 sqrt(before) m, 2 sqrt(after) m and m^2 in all, the drop by its own allowance, whose
+    ||X|| is at most sqrt(before) + sqrt(after) and whose terms are those of m: 6 (sqrt(before) + sqrt(after)) m.
+    """
+    eps = torch.finfo(torch.float64).eps
+    m = measurable(stack, factors, eps) + measurable(stack, solved, eps)
+    return 8 * (math.sqrt(before) + math.sqrt(after)) * m + m**2
 
 
 def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
-    """By how much re-solving D alone lowers the squared error of `factors`, in closed form: see `resolve_mixing`.
+    """By how much re-solving D alone lowers the squared error of `factors`, in closed form, less its rounding.
 
-    At the LoRA embedding of Theorem 3.1 it is a lower bound on e_lora - e_rasa(k), and it shows that the inequality is
-    strict without subtracting two large numbers.
+    sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is rounding noise, or
+    in which the Gram matrix is numerically singular, count as 0. At the LoRA embedding of Theorem 3.1 it is a lower
+    bound on e_lora - e_rasa(k), and it shows that the inequality is strict without subtracting two large numbers.
     """
     return resolve_mixing(stack, factors)[1]

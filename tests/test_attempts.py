@@ -49,6 +49,13 @@ def test_an_error_counts_as_below_only_beyond_rounding(crossing, c):
         assert attempt.history == history[: len(attempt.history)]
 
 
+def test_in_float32_the_margin_is_that_of_the_residual_which_is_float64():
+    stack, budget = LayerStack(noise(3, 9, 8), dtype="float32"), RankBudget(2, 1)
+    history = random_attempt(stack, budget, NEVER, seed=0).history
+    e_lora = (math.sqrt(history[7]) + 1e-12 * math.sqrt(stack.norm_squared)) ** 2
+    assert random_attempt(stack, budget, e_lora, seed=0).iterations == 7
+
+
 def test_an_attempt_ends_ten_after_its_crossing_but_not_before_the_thirtieth_nor_after_the_sixtieth():
     stack, budget = LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
     history = random_attempt(stack, budget, NEVER, seed=0).history

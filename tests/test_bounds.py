@@ -20,7 +20,7 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.bounds import closed, floor_slack
+from rasa_theory.bounds import closed, closed_floors, floor_slack
 from rasa_theory.linalg import not_above
 
 ALL_KNOWN = KNOWN | {"shared bases": shared_bases, "planted": planted}
@@ -216,3 +216,26 @@ def test_bad_input_is_named():
     for rank, sentence in ((4, "rank 4 exceeds"), (0, "rank must be at least 1, got 0")):
         with pytest.raises(InputError, match=sentence):
             solve_lora(stack, rank)
+
+
+def test_the_better_orientation_of_clipped_counts():
+    """Columns are common to all layers, rows are not: the two sides certify different amounts, and both are tried."""
+    rng = np.random.default_rng(0)
+    M = orthogonal(12)[:, :4] @ rng.standard_normal((3, 4, 9)) + 0.3 * rng.standard_normal((3, 12, 9))
+    budget = RankBudget(3, 1)
+    for values in (M, M.transpose(0, 2, 1)):
+        floors = [f.value for f in closed_floors(LayerStack(values), budget) if f.name == "clipped"]
+        assert abs(floors[0] - floors[1]) > 0.01 * max(floors)
+        assert lower_bound(LayerStack(values), budget).value >= max(floors)
+
+
+@pytest.mark.parametrize("tail", [1.0, 1e-7, 1e-12])
+def test_the_interval_of_e_lora_holds_it_near_zero_too(tail):
+    """Singular values 1 (twice) and `tail` (six times): e_lora at r = 2 is 6 tail^2, known to `rounding` in norm."""
+    M = (orthogonal(9)[:, :8] * np.array([1, 1, *[tail] * 6])) @ orthogonal(8, 1)
+    stack = LayerStack(M[None])
+    lora = solve_lora(stack, 2)
+    low, high = lora.interval
+    assert low <= 6 * tail**2 <= high
+    assert math.sqrt(high) == pytest.approx(math.sqrt(lora.error) + stack.rounding, rel=1e-9)
+    assert math.sqrt(low) == pytest.approx(max(math.sqrt(lora.error) - stack.rounding, 0.0), rel=1e-9)

@@ -145,6 +145,19 @@ def test_solve_increment_does_not_act_on_noise():
     assert x[:, 0].tolist() == [1.0, 0.0, 0.0]
 
 
+def test_solve_increment_measures_noise_in_the_scaled_coordinates():
+    """Rows of unequal size: each is signal or noise by its own measure, whatever the size of the others."""
+    size = torch.tensor([1e-8, 1.0, 1e8], dtype=torch.float64)
+    for g, noise_of_rows, kept in (
+        ([1e-4, 1.0, 1e4], [1e-5, 0.1, 1e3], [True, True, True]),
+        ([1e-4, 1.0, 1e4], [1e-3, 0.1, 1e3], [False, True, True]),
+        ([1e-4, 1.0, 1e4], [1e-5, 0.1, 1e5], [True, True, False]),
+    ):
+        x = linalg.solve_increment(torch.diag(size), tensor(g)[:, None], size, tensor(noise_of_rows))[:, 0]
+        expected = torch.where(torch.tensor(kept), tensor(g) / size, 0.0)
+        assert torch.allclose(x, expected, rtol=1e-12, atol=0)
+
+
 def test_solve_increment_of_nothing():
     assert linalg.solve_increment(torch.zeros(0, 0), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)).shape == (0, 4)
 

@@ -243,3 +243,14 @@ def test_normalised_layers():
 
 def test_repr_names_what_matters():
     assert repr(LayerStack(noise(3, 5, 4), "query")) == "LayerStack('query', 3 x 5 x 4, torch.float64, cpu)"
+
+
+def test_normalised_layers_of_a_view_and_of_tiny_layers():
+    M = noise(3, 4, 5)
+    M[1] *= 1e-170  # its square underflows
+    stack = LayerStack(M * 1024)
+    for view in (stack, stack.unit(), stack.transpose()):
+        normalised, norms = view.normalised_layers()
+        assert normalised.layer_norms_squared == pytest.approx([1, 1, 1], rel=1e-12)
+        expected = np.linalg.norm(view.values.numpy() * [[[1]], [[1e170]], [[1]]], axis=(1, 2)) * [1, 1e-170, 1]
+        assert norms == pytest.approx(list(expected), rel=1e-12)

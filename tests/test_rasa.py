@@ -443,6 +443,21 @@ def test_passes_over_the_data(sweep, passes):
     assert many - few == 10 * passes
 
 
+def test_the_race_goes_on_with_its_best(monkeypatch):
+    """Sweeps that change nothing but the number: e_alloc < e_lora < ||M||^2, so that allocation comes first."""
+
+    def halving(unit, norms, factors):
+        return factors, reconstruction_error(unit, factors) / 2
+
+    monkeypatch.setitem(descent.SWEEPS, "joint", halving)
+    told, stack, budget = [], LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
+    solution = solve_rasa(stack, budget, exactly(100), callback=told.append)
+    swept = {start: max(p.sweep for p in told if p.start == start) for start in {p.start for p in told}}
+    assert swept == {"allocation": 100, "lora": 48, "random": 12}
+    assert solution.start == "allocation"
+    assert solution.error == pytest.approx(allocation_bound(stack, budget).value, rel=1e-12)
+
+
 # ---- bad input
 
 
@@ -456,6 +471,10 @@ def test_passes_over_the_data(sweep, passes):
         ({"rtol": 1.0}, "rtol must be at least 0 and below 1, got 1.0"),
         ({"rtol": math.nan}, "rtol must be at least 0 and below 1, got nan"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"start": None}, "unknown start of type NoneType; known: best"),
+        ({"max_sweeps": 2.5}, "max_sweeps must be a whole number, got 2.5"),
+        ({"rtol": "1"}, "rtol must be a number, got '1'"),
+        ({"seed": math.nan}, "seed must be a whole number, got nan"),
         ({"seed": 2**62}, r"seed must be below 2\^62, got 4611686018427387904"),
     ],
 )

@@ -133,6 +133,27 @@ def test_a_violated_law_is_exit_status_1(
     assert "FAILED on updates, k = 1: floor is not above answer" in err
 
 
+def test_a_local_minimum_above_lora_is_undecided_and_not_called_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "updates.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((3, 9, 8)))
+    arguments = ["--source", str(path), "--rank", "3", "--start", "random", "--sweeps", "1", "--seeds", "0"]
+    status, results, err = run([*arguments, "--out", "none"], capsys)
+    assert (status, results["theorem_3_1"]) == (0, "undecided")
+    assert "On updates, k = 1 the start random ended above e_lora, in a local minimum" in err
+    assert "FAILED" not in err
+
+
+def test_a_reader_that_leaves_is_no_error(stack_file: Path) -> None:
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", str(stack_file), "--rank", "2"]
+    command += ["--seeds", "0", "--sweeps", "2", "--quiet", "--json", "--out", "none"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # type: ignore[union-attr]
+        assert b"Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+        assert process.wait() == 0
+
+
 def test_interruption_keeps_what_was_finished(
     stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

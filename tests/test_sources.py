@@ -500,3 +500,11 @@ def test_planted_values_out_of_range_are_refused() -> None:
         planted_stack(2, (6, 4), RankBudget(5, 1))
     with pytest.raises(InputError, match=r"noise must be finite and not negative, got -0.1"):
         planted_stack(2, (6, 4), RankBudget(2, 1), noise=-0.1)
+
+
+def test_at_overlap_one_half_the_bases_share_half_of_their_energy() -> None:
+    """sqrt(x) G + sqrt(1 - x) G_i, long columns: two layers' bases have the expected cosine x, here 1/2."""
+    M = synthetic_stack(2, (4000, 2), spectrum="flat", overlap=0.5).values
+    U = [torch.linalg.qr(m)[0] for m in M]
+    cosines = torch.linalg.svdvals(U[0].mT @ U[1])
+    assert cosines.tolist() == pytest.approx([0.5, 0.5], abs=0.05)

@@ -8,18 +8,21 @@ from problems import noise
 
 from rasa_theory import (
     Bound,
+    InputError,
     LayerStack,
     RankBudget,
     RasaFactors,
     SolverOptions,
     lower_bound,
     mixing_drop,
+    reconstruction_error,
     solve_lora,
     solve_rasa,
 )
 from rasa_theory import study as run_study
 from rasa_theory.bench.instances import draw_instance
 from rasa_theory.starts import random_start
+from rasa_theory.updates import drop_allowance
 
 study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
 
@@ -54,21 +57,32 @@ def test_a_floor_above_the_answer_is_noticed():
     assert failed(floor=Bound(SOLUTION.error, "clipped")) == set()
 
 
-@pytest.mark.parametrize("factor", [1 - 1e-6, 1 + 1e-6, -1.0])
-def test_a_drop_that_is_not_what_solving_d_gives_is_noticed(factor, monkeypatch):
-    real = study.resolve_mixing
+@pytest.mark.parametrize("amount", [2.0, -2.0, -1e6])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_drop_that_is_not_what_solving_d_gives_is_noticed(dtype, amount, monkeypatch):
+    """In units of what the measured drop is known to; errors at given factors are measured in float64 always."""
+    stack, real = LayerStack(STACK.values, dtype=dtype), study.resolve_mixing
+    lora, solution = solve_lora(stack, 3), solve_rasa(stack, BUDGET, SolverOptions(max_sweeps=20))
 
     def doctored(stack, factors):
-        solved, drop = real(stack, factors)
-        return solved, drop * factor
+        solved, _ = real(stack, factors)
+        before, after = (reconstruction_error(stack, f) for f in (factors, solved))
+        return solved, before - after + amount * drop_allowance(stack, factors, before, solved, after)
 
+    assert all(study.check_theorem(stack, BUDGET, lora, solution, FLOOR)[1].values())
     monkeypatch.setattr(study, "resolve_mixing", doctored)
+    checks = study.check_theorem(stack, BUDGET, lora, solution, FLOOR)[1]
+    assert {law for law, holds in checks.items() if not holds} == {"mixing_drop_is_what_solving_d_gives"}
+
+
+def test_a_negative_drop_is_noticed(monkeypatch):
+    monkeypatch.setattr(study, "resolve_mixing", lambda stack, factors: (factors, -1e-300))
     assert failed() == {"mixing_drop_is_what_solving_d_gives"}
 
 
 @pytest.mark.parametrize("number", [91, 119])
 def test_terms_that_cancel_are_no_violation(number):
-    """Layers that differ by 1e-6: re-solving D makes terms of 40 ||M||, the drop is known to eps times their square."""
+    """Layers that differ by 1e-6: re-solving D makes terms of 40 ||M||."""
     draw = draw_instance("near-duplicates", number, seed=0).draw
     stack, budget = LayerStack(draw.values), draw.budget
     lora, solution = solve_lora(stack, budget.rank), solve_rasa(stack, budget, SolverOptions(max_sweeps=1))
@@ -85,7 +99,8 @@ def test_the_drop_reported_is_the_larger_of_the_two_embeddings():
 def test_a_random_start_above_e_lora_is_undecided_and_any_other_is_violated():
     above = {"one": True, "answer_is_not_above_e_lora": False}
     assert study._verdict(above, "random") == study._verdict(above, random_start(STACK, BUDGET)) == "undecided"
-    assert study._verdict(above, "best") == "violated"
+    for start in ("best", "lora", "allocation"):
+        assert study._verdict(above, start) == "violated"
     assert study._verdict({**above, "one": False}, "random") == "violated"
     assert study._verdict({"one": True}, "best") == "holds"
 
@@ -100,3 +115,30 @@ def test_the_row_of_a_run_has_the_parameters_and_ratios_that_it_names():
         assert run["ratio"] == run["e_rasa"] / row["e_lora"]
         assert run["update_rank"] == min(3 - k + 3 * k, 8)
         assert len(run["attempts"]) == (1 if k else 0)
+
+
+def test_one_violation_outweighs_what_is_undecided():
+    def results(*verdicts):
+        return {"stacks": [{"runs": [{"theorem_3_1": v}]} for v in verdicts]}
+
+    assert study._overall(results("undecided", "violated", "holds")) == "violated"
+    assert study._overall(results("holds", "undecided")) == "undecided"
+    assert study._overall(results("holds", "holds")) == "holds"
+
+
+def test_attempts_count_on_from_the_seed():
+    results = run_study([STACK], rank=2, ks=(1,), seeds=3, solver=SolverOptions(max_sweeps=1, seed=40))
+    assert [a["seed"] for a in results["stacks"][0]["runs"][0]["attempts"]] == [40, 41, 42]
+
+
+def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once():
+    assert study.StudySettings(rank=3, ks=(2, 1, 2)).ks == (1, 2)
+    for bad, sentence in (
+        ({"certificate": "clsoed"}, "certificate 'clsoed' is none of closed"),
+        ({"seeds": 1.5}, "seeds must be a whole number, got 1.5"),
+        ({"seeds": -1}, "seeds must be at least 0"),
+        ({"weight": "rows"}, "unknown weight 'rows'"),
+        ({"ks": ()}, "no k was given"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            study.StudySettings(**bad)

@@ -21,7 +21,7 @@ from rasa_theory.bounds import floor_slack
 from rasa_theory.descent import StopReason
 from rasa_theory.problem import LayerStack
 from rasa_theory.rasa import RasaSolution, SolverOptions
-from rasa_theory.updates import measurable, term_size
+from rasa_theory.updates import drop_allowance, measurable
 
 Margin = float | None
 
@@ -121,9 +121,7 @@ def _drop_measured(e: Evidence) -> Margin:
 
 
 def _drop_margin(e: Evidence, step: MixingStep) -> float:
-    """Both errors are known to `measurable` in norm, and the drop as any sum of products of terms."""
-    before, after = measurable(e.stack, step.factors), measurable(e.stack, step.solved)
-    tolerance = _squared(step.before, before) + _squared(step.after, after) + after * term_size(e.stack, step.solved)
+    tolerance = drop_allowance(e.stack, step.factors, step.before, step.solved, step.after)
     return _in_units(abs(step.before - step.after - step.drop), tolerance)
 
 

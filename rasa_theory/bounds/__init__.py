@@ -1,5 +1,13 @@
 """Values between which e_rasa(k) lies, each with a proof; none of them runs a solver."""
 
-from rasa_theory.bounds.closed import Bound, allocate, allocation_bound, closed_floors, floor_slack, lower_bound
+from rasa_theory.bounds.closed import (
+    CERTIFICATES,
+    Bound,
+    allocate,
+    allocation_bound,
+    closed_floors,
+    floor_slack,
+    lower_bound,
+)
 
-__all__ = ["Bound", "allocate", "allocation_bound", "closed_floors", "floor_slack", "lower_bound"]
+__all__ = ["CERTIFICATES", "Bound", "allocate", "allocation_bound", "closed_floors", "floor_slack", "lower_bound"]

@@ -89,9 +89,8 @@ def floor_slack(stack: LayerStack, budget: RankBudget) -> float:
 
     Twice its allowance: one that is taken off, and one by which rounding may have lowered what it is taken from.
     """
-    m = stack.layers * budget.rank
     views = (stack.unit(), stack.unit().transpose())
-    return 2 * max(_gram_allowance(view, m) for view in views) * stack.scale**2
+    return 2 * max(_gram_allowance(view, max(stack.shape)) for view in views) * stack.scale**2
 
 
 def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
@@ -104,9 +103,9 @@ def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
 
 def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
     """sum_{j>Lr} sigma_j([M_1 .. M_L])^2, from the eigenvalues of sum_i Gamma_i."""
-    m = unit.layers * budget.rank
+    rest = max(unit.shape[0] - unit.layers * budget.rank, 0)
     eigenvalues = linalg.symmetric_eigenvalues(_gram(unit)).clamp_min(0)
-    return Bound(float(eigenvalues[: max(len(eigenvalues) - m, 0)].sum()) - _gram_allowance(unit, m), "stack")
+    return Bound(float(eigenvalues[:rest].sum()) - _gram_allowance(unit, rest), "stack")
 
 
 def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
