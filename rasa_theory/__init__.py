@@ -13,6 +13,7 @@ from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
 from rasa_theory.sources import load
 from rasa_theory.study import study
+from rasa_theory.subspaces import SharedSubspaceSpectrum, shared_subspace_spectrum
 from rasa_theory.updates import mixing_drop
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RankBudget",
     "RasaFactors",
     "RasaSolution",
+    "SharedSubspaceSpectrum",
     "SolverOptions",
     "StopReason",
     "__version__",
@@ -37,6 +39,7 @@ __all__ = [
     "plot_iterations",
     "random_attempt",
     "reconstruction_error",
+    "shared_subspace_spectrum",
     "solve_lora",
     "solve_path",
     "solve_rasa",

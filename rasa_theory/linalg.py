@@ -64,6 +64,13 @@ def symmetric_eigenvalues(gram: Tensor) -> Tensor:
     return values
 
 
+def symmetric_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and orthonormal eigenvectors: (n, n) -> (n,), (n, n)."""
+    with suitable_threads(gram):
+        values, vectors = torch.linalg.eigh(gram)
+    return values, vectors
+
+
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:
     """Squared singular values after the first `rank`, summed: (..., m) -> (...).
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"problem"},
     {"factors"},
     {"sources", "objective", "bounds"},
-    {"lora", "updates"},
+    {"lora", "updates", "subspaces"},
     {"starts"},
     {"descent"},
     {"rasa", "attempts"},

@@ -1,0 +1,81 @@
+"""How much column and row space the layers share: the spectrum of the mean projector on their leading subspaces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.problem import LayerStack, RankBudget
+
+
+@dataclass(frozen=True)
+class SharedSubspaceSpectrum:
+    """Eigenvalues of (1/L) sum_i P_i, P_i the projector on the leading `rank` singular directions of M_i.
+
+    columns (min(b, L rank),) and rows (min(a, L rank),) are falling, in [0, 1]; those beyond are 0. A direction that
+    all layers use has eigenvalue 1, one that n of them use at least n / L. `unrelated` holds the level that layers
+    without anything in common stay below, (columns, rows): see `unrelated_level`.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    unrelated: tuple[float, float]
+
+
+def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpectrum:
+    """Whether there is anything to share, before anything is solved: the mean projectors of both sides.
+
+    A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R, since every
+    span(B_S) lies in the column space of every layer. Singular directions at rounding level do not count. Raises
+    InputError unless 1 <= rank <= min(b, a).
+    """
+    RankBudget(rank, 0).check_fits(stack)
+    U, V = leading_subspaces(stack, rank)
+    spectra = [mean_projector(W)[0] for W in (U, V)]
+    columns, rows = (unrelated_level(stack.layers, rank / n) for n in stack.shape)
+    return SharedSubspaceSpectrum(spectra[0], spectra[1], (columns, rows))
+
+
+def unrelated_level(layers: int, share: float) -> float:
+    """What the eigenvalues of the mean of L random projectors stay below: share = c, the rank per dimension.
+
+    (1 + (L - 2) c + 2 sqrt((L - 1) c (1 - c))) / L, and 1 from c = 1 - 1/L on, where L subspaces meet. Random
+    projectors are free in the limit of large dimension, and this is the right edge of the L-fold free convolution of
+    (1 - c) delta_0 + c delta_1; for L = 2 it says that the largest cosine between two subspaces is 2 sqrt(c (1 - c)).
+    In finite dimension n the largest eigenvalue fluctuates about it by a few n^(-2/3).
+    """
+    L, c = layers, share
+    if c >= 1 - 1 / L:
+        return 1.0
+    return (1 + (L - 2) * c + 2 * math.sqrt((L - 1) * c * (1 - c))) / L
+
+
+def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading singular directions of every layer, float64: U (L, b, rank), V (L, a, rank).
+
+    Columns whose singular value is rounding noise of the layer are 0.
+    """
+    U, S, Vh = stack.unit().svd()
+    noise = linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1]
+    real = (S[:, None, :rank] > noise[..., None]).to(U.dtype)
+    return U[:, :, :rank] * real, Vh[:, :rank].mT * real
+
+
+def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of (1/L) sum_i U_i U_i^T, falling: (L, b, m) -> values (n,), vectors (b, n), n = min(b, L m).
+
+    By the smaller of the two Gram matrices of [U_1 .. U_L] / sqrt(L); vectors of eigenvalues near 0 are then inexact.
+    """
+    L, b, m = U.shape
+    joined = U.permute(1, 0, 2).reshape(b, L * m) / math.sqrt(L)
+    if b <= L * m:
+        values, vectors = linalg.symmetric_eigenpairs(joined @ joined.mT)
+        return values.flip(0), vectors.flip(1)
+    values, coefficients = linalg.symmetric_eigenpairs(joined.mT @ joined)
+    vectors = joined @ coefficients
+    norms = torch.linalg.vector_norm(vectors, dim=0)
+    return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
