@@ -105,6 +105,11 @@ class Descent:
         """How many sweeps have been done."""
         return len(self.history) - 1
 
+    @property
+    def solved(self) -> bool:
+        """Whether the lowest error is zero to rounding."""
+        return math.sqrt(self.best_error) <= self.unit.rounding
+
     def run(self, max_sweeps: int, rtol: float, callback: Callback | None = None, scale: float = 1.0) -> Descent:
         """Sweep until `max_sweeps` are done in all, or a stop reason shows.
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ def symmetric_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
     with suitable_threads(gram):
         values, vectors = torch.linalg.eigh(gram)
     return values, vectors
+
+
+def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (x : y) of y X v = x Y v, and a real basis of eigenvectors: (n, n) twice -> x, y (n,), V (n, n).
+
+    x and y are complex; the two columns of a complex pair are the real and the imaginary part of its vector. Columns
+    are of unit norm. On the CPU, in float64. Raises LinAlgError if the iteration fails.
+    """
+    try:
+        (x, y), V = scipy.linalg.eig(X.cpu().numpy(), Y.cpu().numpy(), homogeneous_eigvals=True)
+    except (np.linalg.LinAlgError, ValueError) as error:  # no convergence; entries that are not finite
+        raise LinAlgError(str(error)) from None
+    real = np.where(x.imag < 0, V.imag, V.real)
+    norms = np.linalg.norm(real, axis=0)
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(real / np.where(norms > 0, norms, 1))
 
 
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:

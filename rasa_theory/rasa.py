@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from rasa_theory import linalg
+from rasa_theory.bounds import allocation_bound
 from rasa_theory.descent import SWEEPS, Callback, Descent, StopReason
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import layer_errors
 from rasa_theory.problem import LayerStack, RankBudget, whole_number
-from rasa_theory.starts import STARTS
+from rasa_theory.starts import PROMISES, STARTS, allocation_start
 
-_RACE = ("allocation", "lora", "random", "random")
+_RACE = ("pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
 _HEATS = ((12, 2), (48, 1))  # after so many sweeps each, so many of the best go on
 
@@ -26,8 +27,9 @@ class SolverOptions:
     """How to solve.
 
     start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start
-    from; sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by
-    less than `rtol` of it (0: never). Raises InputError for anything else.
+    from. "pencil" needs conditions on the stack; where they do not hold, "allocation" takes its place, and the
+    solution says so. sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers
+    the error by less than `rtol` of it (0: never). Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"
@@ -155,11 +157,20 @@ def _race(
     warm: dict[str, RasaFactors],
     callback: Callback | None,
 ) -> RasaSolution:
-    """Run all starts for a few sweeps each, go on with the best of them, and return the lowest point seen by any."""
+    """Run all starts for a few sweeps each, go on with the best of them, and return the lowest point seen by any.
+
+    A start whose error reaches rounding level ends the race: nothing can be lower.
+    """
     passes, unit = stack.data_passes, stack.unit()
-    runs = _starting_points(stack, unit, budget, options, warm)
-    alive = runs
-    for sweeps, survivors in _HEATS if len(runs) > 1 else ():
+    racing = options.start == "best" or bool(warm)
+    runs: list[Descent] = []
+    for run in _starting_points(stack, unit, budget, options, warm):
+        first = min(_HEATS[0][0], options.max_sweeps) if racing else options.max_sweeps
+        runs.append(run.run(first, options.rtol, callback, stack.scale))
+        if run.solved:
+            break
+    alive = [run for run in runs if run.solved] or runs
+    for sweeps, survivors in _HEATS if len(alive) > 1 else ():
         for run in alive:
             run.run(min(sweeps, options.max_sweeps), options.rtol, callback, stack.scale)
         alive = sorted(alive, key=lambda run: run.best_error)[:survivors]
@@ -182,16 +193,34 @@ def _race(
 
 def _starting_points(
     stack: LayerStack, unit: LayerStack, budget: RankBudget, options: SolverOptions, warm: dict[str, RasaFactors]
-) -> list[Descent]:
-    points: list[tuple[str, RasaFactors]] = []
+) -> Iterator[Descent]:
+    """What is to be run, made one at a time, so that a race that is decided makes no more of them."""
     if isinstance(options.start, RasaFactors):
-        points.append(("given", _fitting(options.start, stack, budget).scaled(1 / stack.scale)))
+        given = _fitting(options.start, stack, budget).scaled(1 / stack.scale)
+        yield Descent(unit, given, options.sweep, "given")
+    elif options.start == "best":
+        yield from _racers(unit, budget, options)
     else:
-        for n, name in enumerate(_RACE if options.start == "best" else (options.start,)):
-            seed = options.seed if _RACE[:n].count(name) == 0 else options.seed + 1_000_003
-            points.append((name, STARTS[name](unit, budget, seed)))
-    points += [(name, factors.scaled(1 / stack.scale)) for name, factors in warm.items()]
-    return [Descent(unit, factors, options.sweep, name) for name, factors in points]
+        name, factors = options.start, STARTS[options.start](unit, budget, options.seed)
+        if factors is None:
+            name, factors = "allocation", allocation_start(unit, budget)
+        yield Descent(unit, factors, options.sweep, name)
+    for name, factors in warm.items():
+        yield Descent(unit, factors.scaled(1 / stack.scale), options.sweep, name)
+
+
+def _racers(unit: LayerStack, budget: RankBudget, options: SolverOptions) -> Iterator[Descent]:
+    """The starts of the race; those with conditions only where they promise something and begin below e_alloc(k)."""
+    e_alloc = allocation_bound(unit, budget).value
+    for n, name in enumerate(_RACE):
+        if name in PROMISES and not PROMISES[name](unit, budget):
+            continue
+        seed = options.seed if _RACE[:n].count(name) == 0 else options.seed + 1_000_003
+        factors = STARTS[name](unit, budget, seed)
+        if factors is not None:
+            run = Descent(unit, factors, options.sweep, name)
+            if name not in PROMISES or run.best_error < e_alloc:
+                yield run
 
 
 def _fitting(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> RasaFactors:

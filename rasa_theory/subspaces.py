@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import SVD, LayerStack, RankBudget
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,17 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
     vectors = joined @ coefficients
     norms = torch.linalg.vector_norm(vectors, dim=0)
     return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
+
+
+def leading_of_all(svd: SVD, count: int) -> tuple[Tensor, Tensor]:
+    """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L]."""
+    spaces = []
+    for W in (svd.U * svd.S[:, None], svd.Vh.mT * svd.S[:, None]):
+        gram = torch.einsum("lbm,lcm->bc", W, W)
+        spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
+    return spaces[0], spaces[1]
+
+
+def core(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
+    """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p)."""
+    return (X.mT @ svd.U * svd.S[:, None]) @ (svd.Vh @ Y)

@@ -100,4 +100,4 @@ KNOWN = {
     "orthogonal rows": orthogonal_rows,
     "zero": zero,
 }
-"""Those that the default solver reaches whatever the seed; `shared_bases` and `planted` have local minima."""
+"""Those that the default solver reaches whatever the seed; see test_starts.py for `shared_bases` and `planted`."""

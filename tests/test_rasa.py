@@ -210,15 +210,15 @@ def test_known_optima_are_reached(name, seed, sweep):
 
 
 def test_shared_bases_have_local_minima():
-    """Six of these ten seeds reach the optimum to 1e-6; allocation is a saddle here, so it is random starts that do."""
+    """Allocation is a saddle here, and random starts reach the optimum at some of ten seeds only."""
     excess = []
     for seed in range(10):
         problem = shared_bases(seed)
         stack = LayerStack(problem.values)
-        error = solve_rasa(stack, problem.budget, SolverOptions(seed=seed)).error
+        error = solve_rasa(stack, problem.budget, SolverOptions(start="random", seed=seed)).error
         assert not_above(problem.e_rasa, error, stack.rounding)
         excess.append(error / problem.e_rasa - 1)
-    assert min(excess) <= 1e-6
+    assert min(excess) <= 1e-6 < 0.01 < max(excess)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -226,7 +226,7 @@ def test_shared_bases_have_local_minima():
 def test_planted_factors_are_found_again_from_nearby(L, b, a, r, k, seed):
     """From the factors themselves zero; with 5 % noise on each, 300 sweeps remove all but 1e-6 of the error.
 
-    From afar the sweeps do not find them: alternating minimisation has local minima on planted stacks.
+    From afar the sweeps do not find them, algebra does: see test_starts.py.
     """
     rng, q, R = np.random.default_rng(seed), r - k, L * k
     shapes = {"shared_B": (b, R), "mixing": (L, R), "shared_A": (R, a), "private_B": (L, b, q), "private_A": (L, q, a)}
@@ -299,7 +299,8 @@ def test_as_low_as_ten_quasi_newton_runs(L, b, a, r, k, often):
 def test_starts_have_the_errors_that_they_promise(L, b, a, r, k, seed):
     M = noise(L, b, a, seed)
     stack, budget = LayerStack(M), RankBudget(r, k)
-    errors = {name: reconstruction_error(stack, start(stack, budget, 0)) for name, start in STARTS.items()}
+    names = ("allocation", "lora", "random")
+    errors = {name: reconstruction_error(stack, STARTS[name](stack, budget, 0)) for name in names}
     assert errors["allocation"] == pytest.approx(reference.allocation_bound(M, r, k), rel=1e-12)
     assert errors["lora"] == pytest.approx(reference.e_lora(M, r), rel=1e-12)
     assert errors["random"] == pytest.approx(stack.norm_squared, rel=1e-13)
@@ -464,7 +465,7 @@ def test_the_race_goes_on_with_its_best(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"start": "bset"}, "unknown start 'bset'; known: best, allocation, lora, random"),
+        ({"start": "bset"}, "unknown start 'bset'; known: best, allocation, lora, random, pencil"),
         ({"sweep": "als"}, "unknown sweep 'als'; known: paper, joint"),
         ({"max_sweeps": 0}, "max_sweeps must be at least 1, got 0"),
         ({"rtol": -1e-9}, "rtol must be at least 0 and below 1, got -1e-09"),

@@ -1,4 +1,7 @@
-"""Where an iteration can start: one file each, a function (stack, budget, seed) -> RasaFactors, and its name here."""
+"""Where an iteration can start: one file each, a function (stack, budget, seed) -> RasaFactors, and its name here.
+
+A start that needs conditions returns None where they do not hold; `PROMISES` says, cheaply, whether it is worth racing.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.starts.allocation import allocation_start
 from rasa_theory.starts.lora import lora_start
+from rasa_theory.starts.pencil import pencil_promises, pencil_start
 from rasa_theory.starts.random import random_start
 
-STARTS: dict[str, Callable[[LayerStack, RankBudget, int], RasaFactors]] = {
+STARTS: dict[str, Callable[[LayerStack, RankBudget, int], RasaFactors | None]] = {
     "allocation": allocation_start,
     "lora": lora_start,
     "random": random_start,
+    "pencil": pencil_start,
 }
+PROMISES: dict[str, Callable[[LayerStack, RankBudget], bool]] = {"pencil": pencil_promises}
 
-__all__ = ["STARTS", "allocation_start", "lora_start", "random_start"]
+__all__ = ["PROMISES", "STARTS", "allocation_start", "lora_start", "pencil_start", "random_start"]
