@@ -17,7 +17,7 @@ from rasa_theory.objective import layer_errors
 from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.starts import PROMISES, STARTS, allocation_start
 
-_RACE = ("pencil", "allocation", "lora", "random", "random")
+_RACE = ("common", "pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
 _HEATS = ((12, 2), (48, 1))  # after so many sweeps each, so many of the best go on
 
@@ -27,9 +27,9 @@ class SolverOptions:
     """How to solve.
 
     start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start
-    from. "pencil" needs conditions on the stack; where they do not hold, "allocation" takes its place, and the
-    solution says so. sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers
-    the error by less than `rtol` of it (0: never). Raises InputError for anything else.
+    from. "common" and "pencil" need conditions on the stack; where they do not hold, "allocation" takes their place,
+    and the solution says so. sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep
+    lowers the error by less than `rtol` of it (0: never). Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"

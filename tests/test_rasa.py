@@ -465,7 +465,7 @@ def test_the_race_goes_on_with_its_best(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"start": "bset"}, "unknown start 'bset'; known: best, allocation, lora, random, pencil"),
+        ({"start": "bset"}, "unknown start 'bset'; known: best, allocation, lora, random, common, pencil"),
         ({"sweep": "als"}, "unknown sweep 'als'; known: paper, joint"),
         ({"max_sweeps": 0}, "max_sweeps must be at least 1, got 0"),
         ({"rtol": -1e-9}, "rtol must be at least 0 and below 1, got -1e-09"),

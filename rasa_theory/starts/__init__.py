@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.starts.allocation import allocation_start
+from rasa_theory.starts.common import common_promises, common_start
 from rasa_theory.starts.lora import lora_start
 from rasa_theory.starts.pencil import pencil_promises, pencil_start
 from rasa_theory.starts.random import random_start
@@ -18,8 +19,12 @@ STARTS: dict[str, Callable[[LayerStack, RankBudget, int], RasaFactors | None]] =
     "allocation": allocation_start,
     "lora": lora_start,
     "random": random_start,
+    "common": common_start,
     "pencil": pencil_start,
 }
-PROMISES: dict[str, Callable[[LayerStack, RankBudget], bool]] = {"pencil": pencil_promises}
+PROMISES: dict[str, Callable[[LayerStack, RankBudget], bool]] = {
+    "common": common_promises,
+    "pencil": pencil_promises,
+}
 
-__all__ = ["PROMISES", "STARTS", "allocation_start", "lora_start", "pencil_start", "random_start"]
+__all__ = ["PROMISES", "STARTS", "allocation_start", "common_start", "lora_start", "pencil_start", "random_start"]
