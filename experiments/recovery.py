@@ -1,0 +1,177 @@
+"""Are planted factors found again? Recovery against noise, from the default race and from a random pool.
+
+    python experiments/recovery.py
+
+Stacks made of normal factors of the budget, plus normal noise of a given share of their norm, for every shape
+(L, b, a, r, k). Written to --out:
+
+    recovery.csv    one row per shape, noise, seed and start: the squared error in units of what statistics leave of the
+                    noise, 1 - dof / (L b a) of its energy (without noise: of ||M||^2); the squared distance of the
+                    solution from the planted updates in units of what the free parameters take up of the noise,
+                    dof / (L b a) of its energy (likewise); and the error in units of the certified floor
+    recovery.png    left: share of the seeds that recover; right: median and range of the distance
+
+A run recovers if its error is at most 1.02 of what statistics leave and its distance at most 1.5 times what
+the free parameters take up; without noise, if the error is at most 1e-18 ||M||^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import rasa_theory as rt
+
+Shape = tuple[int, int, int, int, int]
+SHAPES: tuple[Shape, ...] = (
+    (6, 80, 70, 4, 2),
+    (8, 100, 90, 4, 1),
+    (5, 60, 60, 3, 3),
+    (16, 160, 160, 8, 1),
+    (32, 320, 300, 8, 1),
+)
+COLUMNS = ("layers", "b", "a", "rank", "k", "noise", "seed", "start", "winner", "stop_reason", "sweeps", "seconds")
+COLUMNS += ("error", "distance", "error_over_floor", "recovered")
+STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#D55E00", "v"))
+
+
+def degrees_of_freedom(shape: Shape) -> int:
+    """Free numbers in the factors: L rank-q matrices, R pool terms up to the scale of b_j and a_j, and the mixing."""
+    L, b, a, r, k = shape
+    q, R = r - k, L * k
+    return L * q * (a + b - q) + R * (a + b - 2) + L * R
+
+
+def planted(shape: Shape, noise: float, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The planted updates, and the noise to be added: (L, b, a) each."""
+    L, b, a, r, k = shape
+    rng, q, R = np.random.default_rng(seed), r - k, L * k
+    B_S, D, A_S = (rng.standard_normal(s) for s in ((b, R), (L, R), (R, a)))
+    M = rng.standard_normal((L, b, q)) @ rng.standard_normal((L, q, a)) + (B_S * D[:, None]) @ A_S
+    N = rng.standard_normal(M.shape)
+    return M, noise * np.linalg.norm(M) / np.linalg.norm(N) * N
+
+
+def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) -> dict[str, Any]:
+    """One row of the table."""
+    M, N = planted(shape, noise, seed)
+    L, b, a, r, k = shape
+    stack, budget = rt.LayerStack(M + N), rt.RankBudget(r, k)
+    began = time.perf_counter()
+    solution = rt.solve_rasa(stack, budget, rt.SolverOptions(start=start, max_sweeps=max_sweeps, seed=seed))
+    seconds = time.perf_counter() - began
+    energy, share = float((N**2).sum()), degrees_of_freedom(shape) / (L * b * a)
+    left, taken = ((1 - share) * energy, share * energy) if noise else (stack.norm_squared,) * 2
+    error = solution.error / left
+    distance = rt.reconstruction_error(rt.LayerStack(M), solution.factors) / taken
+    floor = rt.lower_bound(stack, budget).value
+    recovered = error <= 1.02 and distance <= 1.5 if noise else error <= 1e-18
+    values = (*shape, noise, seed, start, solution.start, solution.stop_reason.name, solution.sweeps, round(seconds, 2))
+    values += (error, distance, solution.error / floor if floor > 0 else None, int(recovered))
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def shape_of(row: dict[str, Any]) -> Shape:
+    return row["layers"], row["b"], row["a"], row["rank"], row["k"]
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """Recovery rate and distance against the noise, which lies at equal steps; open symbols: from a random pool."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    noises = sorted({row["noise"] for row in rows})
+    for n, (shape, style) in enumerate(zip(dict.fromkeys(map(shape_of, rows)), STYLES, strict=False)):
+        for start in ("best", "random"):
+            group = [row for row in rows if shape_of(row) == shape and row["start"] == start]
+            _draw(axes, noises, group, 0.1 * (n - 2), style, start == "best", str(shape) if start == "best" else None)
+    rate, distance = axes
+    rate.set_ylabel("share of seeds that recover")
+    rate.plot([], [], "-", color="0.3", label="default race")
+    rate.plot([], [], "--", color="0.3", label="from a random pool")
+    rate.legend(frameon=False, title="(L, b, a, r, k)", loc="center left")
+    distance.set_yscale("log")
+    distance.axhline(1, color="black", linewidth=1.2, zorder=0)
+    distance.set_ylabel("squared distance from the planted updates\n/ what the free parameters take up of the noise")
+    for ax in axes:
+        ax.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
+        ax.set_xlabel("norm of the noise / norm of the planted updates")
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw(
+    axes: NDArray[Any],
+    noises: list[float],
+    rows: list[dict[str, Any]],
+    shift: float,
+    style: tuple[str, str],
+    full: bool,
+    label: str | None,
+) -> None:
+    color, marker = style
+    look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "linewidth": 1.2, "ls": "-" if full else "--"}
+    look |= {"markerfacecolor": color if full else "white"}
+    present = [noise for noise in noises if any(row["noise"] == noise for row in rows)]
+    groups = [[row for row in rows if row["noise"] == noise] for noise in present]
+    x = [noises.index(noise) + shift for noise in present]
+    rate, distance = axes
+    rate.plot(x, [sum(row["recovered"] for row in group) / len(group) for group in groups], label=label, **look)
+    noisy = [n for n, noise in enumerate(present) if noise > 0]
+    _ranges(distance, [x[n] for n in noisy], [[row["distance"] for row in groups[n]] for n in noisy], look)
+
+
+def _ranges(ax: Axes, x: list[float], values: list[list[float]], look: dict[str, Any]) -> None:
+    middle = [sorted(v)[(len(v) - 1) // 2] for v in values]
+    below = [m - min(v) for m, v in zip(middle, values, strict=True)]
+    above = [max(v) - m for m, v in zip(middle, values, strict=True)]
+    ax.errorbar(x, middle, [below, above], capsize=2, **look)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--noises", nargs="+", type=float, default=[0, 1e-3, 0.1, 0.3, 1, 2])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--largest-seeds", type=int, default=3, help="of the largest shape (%(default)s)")
+    parser.add_argument("--random-seeds", type=int, default=3, help="of the runs from a random pool (%(default)s)")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many of the shapes")
+    parser.add_argument("--sweeps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args()
+
+    seeds = {shape: options.largest_seeds if shape is SHAPES[-1] else options.seeds for shape in SHAPES}
+    runs = []
+    for shape in SHAPES[: options.shapes]:
+        for noise in options.noises:
+            runs += [(shape, noise, seed, "best") for seed in range(seeds[shape])]
+            runs += [(shape, noise, seed, "random") for seed in range(min(options.random_seeds, seeds[shape]))]
+    rows = [attempt(*run, options.sweeps) for run in tqdm(runs)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / "recovery.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows).savefig(options.out / "recovery.png", dpi=130)
+    for shape in dict.fromkeys(shape for shape, *_ in runs):
+        for noise in options.noises:
+            for start in ("best", "random"):
+                group = [r for r in rows if (shape_of(r), r["noise"], r["start"]) == (shape, noise, start)]
+                errors, distances = ([row[key] for row in group] for key in ("error", "distance"))
+                print(
+                    f"{shape!s:24} noise {noise:<6g} {start:7} {sum(row['recovered'] for row in group)} of {len(group)}"
+                    f"  error {min(errors):.4g} .. {max(errors):.4g}  distance up to {max(distances):.4g}"
+                    f"  {math.fsum(row['seconds'] for row in group) / len(group):.1f} s"
+                )
+
+
+if __name__ == "__main__":
+    main()
