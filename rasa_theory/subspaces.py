@@ -84,8 +84,10 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
 def leading_of_all(svd: SVD, count: int) -> tuple[Tensor, Tensor]:
     """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L]."""
     spaces = []
-    for W in (svd.U * svd.S[:, None], svd.Vh.mT * svd.S[:, None]):
-        gram = torch.einsum("lbm,lcm->bc", W, W)
+    for U in (svd.U, svd.Vh.mT):
+        gram = U.new_zeros(U.shape[1], U.shape[1])
+        for U_i, S_i in zip(U, svd.S, strict=True):
+            gram += (U_i * S_i**2) @ U_i.mT
         spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
     return spaces[0], spaces[1]
 
