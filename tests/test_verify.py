@@ -278,14 +278,14 @@ def test_a_file_made_by_hand_is_tried_on_every_law_and_a_wrong_optimum_is_notice
 def test_an_interruption_tallies_what_was_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = []
 
-    def attempt(*given: Any) -> rt.Attempt:
-        asked.append(1)
+    def bound(*given: Any) -> rt.Bound:
+        asked.append(given[0].name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return rt.random_attempt(*given)
+        return rt.lower_bound(*given)
 
     arguments = ["--families", "thin", "--instances", "9", "--out", str(tmp_path)]
-    status, found, err = run(arguments, capsys, Subject(random_attempt=attempt))
+    status, found, err = run(arguments, capsys, Subject(lower_bound=bound))
     assert status == 130
     assert (found["instances"], found["finished"], found["verdict"]) == (9, 2, "undecided")
     assert "UNDECIDED: 0 violations in" in err

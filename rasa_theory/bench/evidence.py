@@ -24,8 +24,8 @@ from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
 from rasa_theory.starts import random_start
 
-_PATH_SWEEPS = 3
-_RANDOM_SWEEPS = {"joint": 15, "paper": 10}
+_PATH_SWEEPS = 2
+_RANDOM_SWEEPS = {"joint": 8, "paper": 30}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Evidence:
 
     @functools.cached_property
     def attempt(self) -> Attempt:
-        """The paper's iteration from a random start."""
+        """The iteration count from a random start."""
         return self.subject.random_attempt(self.stack, self.budget, self.lora.error, self.instance.seed)
 
     @functools.cached_property

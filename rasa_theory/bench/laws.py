@@ -160,7 +160,9 @@ def _reporting(e: Evidence, solution: RasaSolution) -> float:
 
 
 def _crossing(e: Evidence) -> Margin:
-    """The count names the first iteration with an error below e_lora."""
+    """The count names the first iteration with an error below e_lora. Every fourth instance: it takes its time."""
+    if e.instance.number % 4:
+        return None
     history, count = e.attempt.history, e.attempt.iterations
     before = history if count is None else history[:count]
     margins = [excess(e.lora.error, x, e.stack.rounding) for x in before]
@@ -169,7 +171,7 @@ def _crossing(e: Evidence) -> Margin:
 
 def _power_of_two(e: Evidence) -> Margin:
     """Exactly: the scaling inside the package only moves exponents."""
-    options, c = SolverOptions(start="random", max_sweeps=3, rtol=0, seed=e.instance.seed), 2.0**20
+    options, c = SolverOptions(start="random", max_sweeps=2, rtol=0, seed=e.instance.seed), 2.0**20
     scaled = LayerStack(e.values * c, e.stack.name)
     one, other = (e.subject.solve_rasa(stack, e.budget, options) for stack in (e.stack, scaled))
     return 0.0 if other.history == [c**2 * x for x in one.history] and other.error == c**2 * one.error else math.inf

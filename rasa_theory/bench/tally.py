@@ -30,7 +30,7 @@ class LawTally:
 
 @dataclass
 class FamilyTally:
-    """Of one family: instances, those with a strict inequality, those whose random attempt crossed, and its laws."""
+    """Of one family: instances, those with a strict inequality, those on which the iteration crossed, and its laws."""
 
     instances: int = 0
     strict: int = 0

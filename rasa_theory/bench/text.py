@@ -11,8 +11,8 @@ from rasa_theory.bench.laws import LAWS
 _SHOWN = 10
 _HEAD = ("#", "family", "instances", "checks", "violations", "strict", "crossed", "worst margin")
 _EXPLANATION = (
-    "strict: mixing_drop > 0 at LoRA's optimum, hence e_rasa(k) < e_lora; crossed: iterations of the paper from a "
-    "random start came below e_lora."
+    "strict: mixing_drop > 0 at LoRA's optimum, hence e_rasa(k) < e_lora; crossed: 30 iterations of the paper "
+    "from a random start came below e_lora."
 )
 _LEGEND = (
     "Worst margin of each law, in units of its tolerance, by number of family: a law fails above 1; < 0 is a strict "
