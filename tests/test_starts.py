@@ -1,5 +1,6 @@
 """The algebraic starts: planted factors found again, exactly and under noise; known optima; where they do not apply."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_common_needs_no_room_for_all_private_spaces_side_by_side():
         solution = solve_rasa(stack, RankBudget(4, 1))
         assert solution.start == "common"
         assert solution.error <= 1e-20 * stack.norm_squared
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_pool_of_which_each_layer_uses_about_half(shape, seed):
+    """Then no direction is common to all layers, and it is the pencil that finds the factors."""
+    *_, r, k = shape
+    truth = planted_factors(seed, *shape)
+    used = (np.arange(shape[0])[:, None] + np.zeros(shape[0] * k)) % 2  # every second layer, another choice per term
+    used = torch.as_tensor(np.random.default_rng(seed).permuted(used, axis=0))
+    truth = dataclasses.replace(truth, mixing=truth.mixing * used)
+    stack = LayerStack(torch.stack([truth.update(i) for i in range(shape[0])]))
+    solution = solve_rasa(stack, RankBudget(r, k))
+    assert solution.start == "pencil"
+    assert solution.error <= 1e-20 * stack.norm_squared
+    assert max(largest_angle(truth, solution.factors)) <= 1e-5
 
 
 # ---- under noise

@@ -30,7 +30,14 @@ def common_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
 
     Under noise, directions count by what stands above it: U_i in the mean projector with weight 1 - (e_i / sigma_ij)^2,
     e_i the next singular value after q + R; U_i' by energy, from (I - U_S U_S^T) U_i diag(sigma_i). Without noise
-    neither changes anything. Returns None where the conditions do not hold, or where every pencil is singular.
+    neither changes anything. Without those weights a layer whose U_i'^T M_i V_i' is nearly singular can start so far
+    off that its own terms stay in a local minimum.
+
+    Recovery stops working where the condition fails. For k = r (plain CP) that is R > min(b, a); else private spaces
+    meet outside the pool, and what they share passes for pool. Whenever L r <= min(b, a) it holds, since then
+    (L - 1) (min(b, a) - R) >= (L - 1) L q. Pool terms that some layers do not use (d_ij = 0) have eigenvalues below 1
+    and are missed too: there `pencil_start` is exact, if b, a >= L r. Returns None where the conditions do not hold, or
+    where every pencil is singular.
     """
     if not _fits(stack, budget):
         return None

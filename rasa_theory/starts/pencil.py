@@ -35,7 +35,8 @@ def pencil_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
     the lowest error counts.
 
     On other stacks K_i is the leading part of M_i, and the result is a start like any other; for k = r and layers with
-    common singular bases it is the optimum. With noise it deteriorates quickly, since the L clusters of private
+    common singular bases it is the optimum. Unlike `common_start` it does not ask that every layer uses every pool
+    term. With noise it deteriorates quickly, since the L clusters of private
     eigenvalues crowd the pool's. Returns None where the conditions do not hold: k = 0, L = 1, L r > min(b, a), or a
     stack so degenerate that every pencil is singular.
     """
