@@ -145,6 +145,14 @@ def test_under_noise_the_error_is_what_statistics_leave(shape, eta, seed):
     assert solution.error == pytest.approx(left_over(*shape) * energy, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_near_the_noise_hardly_count(seed):
+    """Before any sweep the error is within a quarter of what statistics leave; with equal weights it is a half above."""
+    stack, energy = with_noise(seed, SMALL[2], 0.3)
+    error = reconstruction_error(stack, common_start(stack, RankBudget(3, 3)))
+    assert error <= 1.25 * left_over(*SMALL[2]) * energy
+
+
 def test_a_miss_does_not_look_like_a_hit():
     """Both end; the certified floor tells them apart, by a factor."""
     shape = SMALL[0]
@@ -270,6 +278,14 @@ def test_a_solved_start_ends_the_race():
     told = []
     solve_rasa(LayerStack(planted(0, *SMALL[2]).values), RankBudget(3, 3), callback=told.append)
     assert {progress.start for progress in told} == {"common"}
+
+
+def test_a_start_that_begins_above_allocation_is_not_raced():
+    stack, budget, told = LayerStack(noise(4, 20, 18)), RankBudget(3, 1), []
+    assert PROMISES["pencil"](stack, budget)
+    assert reconstruction_error(stack, pencil_start(stack, budget)) > allocation_bound(stack, budget).value
+    solve_rasa(stack, budget, SolverOptions(max_sweeps=12), callback=told.append)
+    assert {progress.start for progress in told} == {"allocation", "lora", "random"}
 
 
 def test_common_finds_the_pools_spaces():

@@ -96,11 +96,11 @@ def test_the_drop_reported_is_the_larger_of_the_two_embeddings():
     assert study.check_theorem(STACK, BUDGET, LORA, SOLUTION, FLOOR)[0] == max(drops)
 
 
-def test_a_random_start_above_e_lora_is_undecided_and_any_other_is_violated():
+def test_starts_that_promise_nothing_are_undecided_above_e_lora_and_any_other_is_violated():
     above = {"one": True, "answer_is_not_above_e_lora": False}
     assert study._verdict(above, "random") == study._verdict(above, random_start(STACK, BUDGET)) == "undecided"
-    for start in ("best", "lora", "allocation"):
-        assert study._verdict(above, start) == "violated"
+    assert study._verdict(above, "common") == study._verdict(above, "pencil") == "undecided"
+    assert all(study._verdict(above, start) == "violated" for start in ("best", "allocation", "lora"))
     assert study._verdict({**above, "one": False}, "random") == "violated"
     assert study._verdict({"one": True}, "best") == "holds"
 
