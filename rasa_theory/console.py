@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
+from rasa_theory._version import __version__
 from rasa_theory.errors import InputError
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
@@ -28,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=f"rasa_theory {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")

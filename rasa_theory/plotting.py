@@ -18,7 +18,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     """Error against iteration of the random attempts, in units of e_lora: one panel per stack and k >= 1.
 
     `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
-    the certified floor; dots mark the first iteration below e_lora.
+    the certified floor (or a note names it, where it lies far below); dots mark the first iteration below e_lora.
     """
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
@@ -40,9 +40,9 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
 
 def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
     unit = row["e_lora"]
-    levels = [run["e_allocation"] / unit, run["e_rasa"] / unit, run["lower_bound"] / unit]
+    allocation, best, floor = (run[key] / unit for key in ("e_allocation", "e_rasa", "lower_bound"))
     ax.axhline(1.0, color=INK, linewidth=1.6)
-    for level, (color, dash) in zip(levels, ((GREEN, "--"), (BLUE, "-."), (PURPLE, ":")), strict=True):
+    for level, color, dash in ((allocation, GREEN, "--"), (best, BLUE, "-."), (floor, PURPLE, ":")):
         ax.axhline(level, color=color, linestyle=dash, linewidth=1.8)
     for attempt in run["attempts"]:
         ratios = [error / unit for error in attempt["history"]]
@@ -52,7 +52,13 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
             ax.plot(crossing, ratios[crossing], "o", color=ORANGE, markeredgecolor=INK, markersize=5.5, zorder=4)
     last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
     early = [attempt["history"][min(3, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
-    low, high = min(*levels, *last, 1.0), max(1.0, *early)
+    low, high = min(allocation, best, *last, 1.0), max(1.0, *early)
+    if floor >= 2 * low - high:  # else it would leave the curves less than half of the panel
+        low = min(low, floor)
+    else:
+        note = f"certified floor: {floor:.3f}, below"
+        ax.text(0.02, 0.03, note, color=PURPLE, fontsize=10, transform=ax.transAxes, weight="bold")
+        low -= 0.12 * (high - low)
     ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(_title(row, run), fontsize=11)
@@ -62,7 +68,9 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
     median = run["iterations_to_beat_lora"]
-    count = "most never beat LoRA" if median is None else f"median {median} iterations to beat LoRA"
+    crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
+    count = f"{crossed} of {len(run['attempts'])} starts beat LoRA"
+    count += "" if median is None else f", median after {median} iterations"
     name = row["name"] if len(row["name"]) <= 34 else "..." + row["name"][-31:]
     return f"{name}, k = {run['k']}:\n{count}"
 

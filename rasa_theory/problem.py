@@ -254,9 +254,12 @@ class LayerStack:
         """The exact SVD of every layer, in float64. Computed once (one pass) and kept for all views."""
         if self._store.svd is None:
             self._store.passes += 1
-            b = self.shape[0]
-            parts = [linalg.svd(tile.values.double()) for tile in self._tiles(1 / self._power, rows=b)]
-            U, S, Vh = (torch.stack([part[j] for part in parts]) for j in range(3))
+            L, (b, a) = self.layers, self.shape
+            m = min(b, a)
+            shapes = ((L, b, m), (L, m), (L, m, a))
+            U, S, Vh = (torch.empty(shape, dtype=torch.float64, device=self.device) for shape in shapes)
+            for tile in self._tiles(1 / self._power, rows=b):
+                U[tile.layer], S[tile.layer], Vh[tile.layer] = linalg.svd(tile.values.double())
             self._store.svd = SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
         U, S, Vh = self._store.svd
         S = S * self.scale

@@ -22,11 +22,21 @@ from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
-from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, open_source, synthetic_stack
+from rasa_theory.sources import (
+    DEFAULT,
+    UNMATCHED,
+    Catalogue,
+    StackSource,
+    check_synthetic,
+    open_source,
+    synthetic_stack,
+)
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
 _FLAGS = {"shared_rank": "k", "max_sweeps": "sweeps"}  # where a flag is not called as in the library
+_SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
+_SHOWN = 3
 _ON_NO_MEMORY = "take fewer or smaller stacks (--modules) or --dtype float32; --dry-run says how much a run needs"
 
 
@@ -48,7 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add(
         "--source",
         metavar="S",
-        help=f"{DEFAULT} (default), synthetic, a .safetensors, .npy or .npz file, or a directory of safetensors",
+        help=f"updates (tuned minus base, not weights): {DEFAULT} (default), synthetic, a .safetensors, .npy or .npz "
+        "file, or a directory of safetensors",
     )
     add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
@@ -75,11 +86,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress bar")
     add("--dry-run", action="store_true", help="only say what would run, its size and memory")
     made = parser.add_argument_group("with --source synthetic")
-    made.add_argument("--layers", type=int, default=6, metavar="L", help="layers (%(default)s)")
-    made.add_argument("--shape", type=_shape, default=(384, 384), metavar="B,A", help="of a layer (384,384)")
-    made.add_argument("--spectrum", default="power:0.7", help="flat, power:P (j^-P) or exp:C (%(default)s)")
-    made.add_argument("--overlap", type=float, default=0.0, metavar="X", help="0: own singular bases, 1: common ones")
-    return parser.parse_args(arguments)
+    made.add_argument("--layers", type=int, metavar="L", help="layers (6)")
+    made.add_argument("--shape", type=_shape, metavar="B,A", help="of a layer (384,384)")
+    made.add_argument("--spectrum", metavar="S", help="flat, power:P (j^-P) or exp:C (power:0.7)")
+    made.add_argument("--overlap", type=float, metavar="X", help="0: own singular bases (default), 1: common ones")
+    args = parser.parse_args(arguments)
+    for name, default in _SYNTHETIC.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.source != "synthetic":
+            raise InputError(f"--{name} goes with --source synthetic, and nothing else")
+    return args
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -131,6 +148,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         print(_plan(catalogue, settings, dtype, device), file=text)
         return 0
     out = output_folder(args.out)
+    _say_left_out(catalogue)
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
     state = StudyState(new_results(settings, catalogue.source, command), {})
@@ -161,12 +179,21 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
 
 
+def _say_left_out(catalogue: Catalogue) -> None:
+    """What of the source is not looked at, on standard error: the first few, and how many in all."""
+    unwanted = [(name, why) for name, why in catalogue.left_out if not why.startswith(UNMATCHED)]
+    for name, why in unwanted[:_SHOWN]:
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    if len(unwanted) > _SHOWN:
+        print(f"left out: {len(unwanted) - _SHOWN} more, listed by --dry-run and in results.json", file=sys.stderr)
+
+
 def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device) -> str:
     lines, largest = [f"Source {catalogue.source}, on {device} in {str(dtype).removeprefix('torch.')}. Would solve:"], 0
     for source in catalogue.stacks:
         L, (b, a) = source.layers, source.shape
         size = L * b * a * dtype.itemsize
-        memory = size + 8 * L * (min(b, a) * (b + a) + b * a)  # the stack, its SVDs in float64, and one of their inputs
+        memory = size + 8 * (L * min(b, a) * (b + a) + 4 * b * a)  # the stack, its SVDs in float64, work on one layer
         largest = max(largest, memory)
         ks = ", ".join(str(k) for k in settings.ks)
         widest = max(RankBudget(settings.rank, k).private_rank + L * k for k in settings.ks)

@@ -145,6 +145,48 @@ def test_a_local_minimum_above_lora_is_undecided_and_not_called_a_failure(
     assert "FAILED" not in err
 
 
+def test_what_is_left_out_is_said_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rng = tmp_path / "updates.npz", np.random.default_rng(0)
+    shapes = {
+        "h.0.q": (6, 5),
+        "h.1.q": (6, 5),
+        "h.2.q": (6, 4),
+        "bias": (6,),
+        "one": (6, 5),
+        "two": (3,),
+        "three": (2,),
+    }
+    np.savez(path, **{name: rng.standard_normal(shape) for name, shape in shapes.items()})
+    arguments = ["--source", str(path), "--rank", "2", "--sweeps", "1", "--seeds", "0", "--out", "none", "--quiet"]
+    status, results, err = run(arguments, capsys)
+    lines = [line for line in err.splitlines() if line.startswith("left out: ")]
+    assert status == 0
+    assert len(results["left_out"]) == 5
+    assert len(lines) == 4
+    assert lines[-1] == "left out: 2 more, listed by --dry-run and in results.json"
+    assert run([*arguments, "--modules", "h.*"], capsys)[2].count("left out") == err.count("left out")
+
+
+def test_updates_that_are_zero_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "zero.npy", np.zeros((2, 4, 3)))
+    arguments = ["--source", str(tmp_path / "zero.npy"), "--rank", "1", "--seeds", "0", "--out", "none"]
+    status, _, err = run(arguments, capsys)
+    assert status == 0
+    assert "zero: all updates are zero; nothing to reconstruct" in err
+
+
+def test_flags_of_synthetic_stacks_go_with_no_other_source(
+    stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reconstruct.main(["--source", str(stack_file), "--layers", "3"]) == 2
+    assert "--layers goes with --source synthetic, and nothing else" in capsys.readouterr().err
+
+
+def test_an_empty_source_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reconstruct.main(["--source", "", "--out", "none"]) == 2
+    assert "'' does not exist" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_error(stack_file: Path) -> None:
     command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", str(stack_file), "--rank", "2"]
     command += ["--seeds", "0", "--sweeps", "2", "--quiet", "--json", "--out", "none"]

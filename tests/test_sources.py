@@ -508,3 +508,13 @@ def test_at_overlap_one_half_the_bases_share_half_of_their_energy() -> None:
     U = [torch.linalg.qr(m)[0] for m in M]
     cosines = torch.linalg.svdvals(U[0].mT @ U[1])
     assert cosines.tolist() == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def test_the_factors_of_an_adapter_are_not_taken_for_updates() -> None:
+    keys = [f"base_model.model.h.{i}.attn.lora_{f}.weight" for i in range(2) for f in "AB"]
+    groups, left_out = group(
+        [*(Entry(key, (4, 8), "float32") for key in keys), Entry("my.lora_Alpha", (2, 4, 8), "float32")]
+    )
+    assert [g.name for g in groups] == ["my.lora_Alpha"]
+    assert [name for name, _ in left_out] == keys
+    assert all("a factor of an adapter, not an update" in reason for _, reason in left_out)

@@ -147,7 +147,7 @@ def test_under_noise_the_error_is_what_statistics_leave(shape, eta, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_directions_near_the_noise_hardly_count(seed):
-    """Before any sweep the error is within a quarter of what statistics leave; with equal weights it is a half above."""
+    """Before any sweep the error is within a quarter of what statistics leave; with equal weights a half above."""
     stack, energy = with_noise(seed, SMALL[2], 0.3)
     error = reconstruction_error(stack, common_start(stack, RankBudget(3, 3)))
     assert error <= 1.25 * left_over(*SMALL[2]) * energy

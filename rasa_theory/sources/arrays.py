@@ -28,7 +28,10 @@ def open_npy(path: Path) -> Catalogue:
     with _sound(path), path.open("rb") as stream:
         entry = _entry(stream, path.stem, path.stat().st_size, path)
     if len(entry.shape) != 3:
-        raise InputError(f"{path}: expected one array with three axes (layers, b, a), found shape {entry.shape}")
+        raise InputError(
+            f"{path}: expected one array with three axes (layers, b, a), found shape "
+            f"{entry.shape}; matrices go into one .npz, each under a name with its layer number"
+        )
 
     def read(key: str) -> Tensor:
         with _sound(path):  # mode "c": torch wants writable memory; the file itself is never written

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
 _LAYER = re.compile(rf"(?:\A|\.)(?:{'|'.join(LAYER_WORDS)})\.([0-9]+)(?=\.|\Z)")
+_ADAPTER = re.compile(r"(?:\A|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|\Z)")
 _NUMBER = re.compile(r"([0-9]+)")
 _FLOATING = re.compile(r"b?float(16|32|64|96|128)")
 
@@ -86,6 +87,10 @@ def _unusable(entry: Entry) -> str | None:
         return f"{entry.dtype} is not real floating point"
     if 0 in entry.shape:
         return f"shape {entry.shape} is empty"
+    if _ADAPTER.search(entry.name):
+        return (
+            "a factor of an adapter, not an update; give the products B A times their scaling, or a merged checkpoint"
+        )
     if len(entry.shape) not in (2, 3):
         return f"{len(entry.shape)} axes; a layer has 2, a stack of layers 3"
     return None
