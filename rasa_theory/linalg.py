@@ -66,7 +66,7 @@ def symmetric_eigenvalues(gram: Tensor) -> Tensor:
 
 
 def symmetric_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and orthonormal eigenvectors: (n, n) -> (n,), (n, n)."""
+    """Eigenvalues of symmetric matrices, ascending, and their eigenvectors: (..., n, n) -> (..., n), (..., n, n)."""
     with suitable_threads(gram):
         values, vectors = torch.linalg.eigh(gram)
     return values, vectors
@@ -85,6 +85,17 @@ def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     real = np.where(x.imag < 0, V.imag, V.real)
     norms = np.linalg.norm(real, axis=0)
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(real / np.where(norms > 0, norms, 1))
+
+
+def ky_fan(symmetric: Tensor, m: int) -> Tensor:
+    """KF_m(S), the sum of the m largest nonnegative eigenvalues of S: (..., n, n) -> (...).
+
+    It is the maximum of tr(X S) over 0 <= X <= I with tr X <= m, so it rises with S and is subadditive.
+    """
+    n = symmetric.shape[-1]
+    if m == 0:
+        return symmetric.new_zeros(symmetric.shape[:-2])
+    return symmetric_eigenvalues(symmetric)[..., max(n - m, 0) :].clamp_min(0).sum(-1)
 
 
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:
@@ -109,7 +120,7 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
     if not exact and rank < min(b, a):
         wide = a > b
         tall = matrix.mT if wide else matrix  # (m, n), n <= m
-        energy, V = _leading_eigenvectors(tall.mT @ tall, rank)  # (rank,), (n, rank)
+        energy, V = leading_eigenpairs(tall.mT @ tall, rank)  # (rank,), (n, rank)
         left = tall @ V  # (m, rank)
         remaining = float((matrix * matrix).sum() - (left * left).sum())
         if remaining > float(energy[-1]) / 400 > 0:
@@ -118,7 +129,7 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
     return U[:, :rank] * S[:rank], Vh[:rank]
 
 
-def _leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
     n = gram.shape[0]
     if gram.device.type == "cpu" and 4 * count < n:
@@ -127,8 +138,7 @@ def _leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         )
         if len(values) == count:  # LAPACK syevr finds too few at times where eigenvalues coincide
             return torch.from_numpy(values), torch.from_numpy(vectors)
-    with suitable_threads(gram):
-        values_, vectors_ = torch.linalg.eigh(gram)
+    values_, vectors_ = symmetric_eigenpairs(gram)
     return values_[-count:], vectors_[:, -count:]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.plotting import plot_iterations

@@ -22,7 +22,7 @@ from rasa_theory.bench.replay import Replay, load_replay, save_replay
 from rasa_theory.bench.tally import Tally, results
 from rasa_theory.bench.text import describe, table, verdict_lines
 from rasa_theory.bench.trial import Trial, run_trial
-from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack

@@ -149,3 +149,19 @@ def clipped_Y(M, q):
     U, S, _ = np.linalg.svd(M, full_matrices=False)
     following = S[:, q] ** 2 if q < S.shape[1] else np.zeros(len(M))
     return np.einsum("ibj,ij,icj->ibc", U[:, :, :q], S[:, :q] ** 2 - following[:, None], U[:, :, :q])
+
+
+def capping(M, index):
+    """N^{1/2} for N = min(1, t/S), S = sum_i M_i^T M_i, t its eigenvalue number index + 1; None where t = 0."""
+    values, X = np.linalg.eigh((M.transpose(0, 2, 1) @ M).sum(0))
+    if index >= len(values) or values[-1 - index] <= 1e-12 * values[-1]:
+        return None
+    return X @ np.diag(np.sqrt(np.minimum(1, values[-1 - index] / np.maximum(values, 1e-300)))) @ X.T
+
+
+def split_bound(M, T, r, k):
+    """What columns leave of M (I - T T^T)^{1/2} plus what rows leave of M T, both by their clipped bounds."""
+    values, X = np.linalg.eigh(np.eye(len(T)) - T @ T.T)
+    K = X @ np.diag(np.sqrt(np.maximum(values, 0))) @ X.T
+    sides = (M @ K, (M @ T).transpose(0, 2, 1))
+    return sum(dual_bound(side, clipped_Y(side, r - k), r, k) for side in sides)

@@ -15,8 +15,7 @@ from torch import Tensor
 from rasa_theory import updates
 from rasa_theory.attempts import Attempt, random_attempt
 from rasa_theory.bench.instances import Instance, Known
-from rasa_theory.bounds import Bound, allocation_bound, closed_floors, lower_bound
-from rasa_theory.bounds.closed import CERTIFICATES
+from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.lora import LoraSolution, solve_lora

@@ -72,7 +72,7 @@ def _allocation_below_lora(e: Evidence) -> Margin:
 
 
 def _floor(name: str) -> Callable[[Evidence], Margin]:
-    return lambda e: excess(e.closed.floors[name], e.lowest, e.stack.rounding)
+    return lambda e: excess(e.closed.floors.get(name, 0.0), e.lowest, e.stack.rounding)
 
 
 def _certificate(e: Evidence) -> Margin:
@@ -195,7 +195,7 @@ def _floor_meets_optimum(e: Evidence) -> Margin:
     """A floor lies at most twice its allowance below the truth: `floor_slack`, and `rounding` where it is in norm."""
     if e.known is None or "floor" not in e.known.met_by:
         return None
-    tolerance = floor_slack(e.stack, e.budget) + _squared(e.known.e_rasa, 2 * e.stack.rounding)
+    tolerance = floor_slack(e.stack, e.certificate.name) + _squared(e.known.e_rasa, 2 * e.stack.rounding)
     return _in_units(e.known.e_rasa - e.certificate.value, tolerance)
 
 
@@ -233,10 +233,10 @@ def _unchanged(e: Evidence, values: Tensor, c: float = 1.0) -> float:
     other = LayerStack(values, e.stack.name)
     new, old, close = e.forms(other), e.closed, other.rounding
     margins = [difference(x, c**2 * y, close) for x, y in zip(new[:2], old[:2], strict=True)]
-    slack = max(floor_slack(other, e.budget), c**2 * floor_slack(e.stack, e.budget))
-    for name, floor in old.floors.items():
-        tolerance = slack + _squared(c**2 * floor, 2 * close)
-        margins.append(_in_units(abs(new.floors[name] - c**2 * floor), tolerance))
+    for name in old.floors.keys() | new.floors.keys():
+        x, y = new.floors.get(name, 0.0), c**2 * old.floors.get(name, 0.0)
+        slack = max(floor_slack(other, name), c**2 * floor_slack(e.stack, name))
+        margins.append(_in_units(abs(x - y), slack + _squared(y, 2 * close)))
     return max(margins)
 
 
@@ -271,6 +271,7 @@ LAWS = {
     "rank_floor": Law("the rank floor is not above the least error of any point found", _floor("rank")),
     "stack_floor": Law("the stack floor is not above it", _floor("stack")),
     "clipped_floor": Law("the clipped floor is not above it", _floor("clipped")),
+    "split_floor": Law("the split floor is not above it", _floor("split")),
     "certificate": Law("the floor of --certificate is not above it", _certificate),
     "certificate_is_the_best": Law("no closed floor is above the floor of --certificate", _certificate_is_the_best),
     "allocation_nested": Law("e_alloc(k+1) <= e_alloc(k)", _allocation_nested),

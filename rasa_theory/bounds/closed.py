@@ -6,16 +6,14 @@ sigma_ij is the j-th singular value of M_i, Gamma_i = M_i M_i^T, KF_m(S) the sum
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, RankBudget
-
-CERTIFICATES = ("closed",)
 
 
 @dataclass(frozen=True)
@@ -54,43 +52,34 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     return Bound(float(rest.sum()) * stack.scale**2, "allocation")
 
 
-def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "closed") -> Bound:
-    """A certified floor: the largest of zero, rank, stack and clipped bound, both orientations, less its rounding.
+def closed_floors(stack: LayerStack, budget: RankBudget) -> list[Bound]:
+    """Every closed form below e_rasa(k), both orientations, each less its rounding. They can be negative.
 
+    - zero.
     - rank: an update has rank <= q + R, so layer i leaves at least sum_{j>q+R} sigma_ij^2.
     - stack: all updates side by side have rank <= L q + R = L r, so [M_1 .. M_L] leaves its own tail after L r.
     - clipped: see `_clipped`.
-
-    Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not
-    above the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
-    """
-    budget.check_fits(stack)
-    if certificate not in CERTIFICATES:
-        raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
-    candidates = [Bound(0.0, "zero"), *closed_floors(stack, budget)]
-    return max(candidates, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
-
-
-def closed_floors(stack: LayerStack, budget: RankBudget) -> list[Bound]:
-    """Each closed floor by itself: rank, and stack and clipped in both orientations. They can be negative.
+    - split: see `_split`.
 
     Raises InputError if r > min(b, a).
     """
     budget.check_fits(stack)
-    unit = stack.unit()
-    floors = [_rank(unit, budget)]
+    unit, m = stack.unit(), stack.layers * budget.rank
+    floors = [Bound(0.0, "zero"), _rank(unit, budget)]
     for view in (unit, unit.transpose()):
         floors += [_stack(view, budget), _clipped(view, budget)]
+        floors += [_split(view, budget, T) for T in cappings(view, (m, m + m // 2))]
     return [Bound(floor.value * stack.scale**2, floor.name) for floor in floors]
 
 
-def floor_slack(stack: LayerStack, budget: RankBudget) -> float:
-    """How far below the truth a floor that is read from a Gram matrix can lie: squared, in units of the input.
+def floor_slack(stack: LayerStack, name: str) -> float:
+    """How far below the truth a floor that is read from Gram matrices can lie: squared, in units of the input.
 
     Twice its allowance: one that is taken off, and one by which rounding may have lowered what it is taken from.
     """
     views = (stack.unit(), stack.unit().transpose())
-    return 2 * max(_gram_allowance(view, max(stack.shape)) for view in views) * stack.scale**2
+    times = 2 * math.sqrt(max(stack.shape)) if name == "split" else 1.0
+    return 2 * times * max(_gram_allowance(view, max(stack.shape)) for view in views) * stack.scale**2
 
 
 def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
@@ -125,9 +114,63 @@ def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
     following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
     above = energy[:, :q] - following[:, None]
     clipped = _gram(unit) - torch.einsum("ibq,iq,icq->bc", svd.U[:, :, :q], above, svd.U[:, :, :q])
-    pool = linalg.symmetric_eigenvalues(clipped).flip(0)[:R].clamp_min(0).sum()
-    value = unit.norm_squared - float(energy[:, :q].sum()) - float(pool)
+    value = unit.norm_squared - float(energy[:, :q].sum()) - float(linalg.ky_fan(clipped, R))
     return Bound(value - _gram_allowance(unit, R), "clipped")
+
+
+def cappings(view: LayerStack, indices: Sequence[int]) -> list[Tensor]:
+    """T = N^{1/2} (a, a), N = min(1, t/S) as a function of S = sum_i M_i^T M_i, t its eigenvalue number index + 1.
+
+    sum_i (M_i T)^T M_i T = min(S, t): the leading row directions, which layers share, are brought down to the rest.
+    An index with t = 0 (S of lower rank, or smaller) is left out. T is shrunk by more than its rounding error, which
+    is a few a eps in norm, so that T T^T <= I.
+    """
+    a = view.shape[1]
+    eps = torch.finfo(torch.float64).eps
+    values, X = linalg.symmetric_eigenpairs(_gram(view.transpose()))
+    levels = [values[-1 - index] for index in indices if index < a]
+    shrink = 1 - 100 * a * eps
+    return [shrink * (X * (t / values.clamp_min(t)).sqrt()) @ X.mT for t in levels if t > a * eps * view.norm_squared]
+
+
+def _split(view: LayerStack, budget: RankBudget, T: Tensor) -> Bound:
+    """||M||^2 - C({M_i (I - N) M_i^T}) - C({T^T M_i^T M_i T}), N = T T^T <= I, C as in `clipped_energy`.
+
+    With E_i the residuals and K K^T = I - N, ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. Times a matrix from the right,
+    updates keep their structure: columns in R shared and q private directions, and the same for rows. So the first
+    term is at least what columns leave of M_i K, the second at least what rows leave of M_i T.
+
+    Rounding: M_i T is off by a eps ||M_i|| ||T||_F <= a sqrt(a) eps ||M_i||, which enters both sides twice.
+    """
+    b, a = view.shape
+    columns, rows = [], []
+    for tile in view.tiles(rows=b):
+        M = tile.values.double()
+        A = M @ T
+        columns.append(M @ M.mT - A @ A.mT)
+        rows.append(A.mT @ A)
+    captured = clipped_energy(columns, view, budget) + clipped_energy(rows, view, budget)
+    allowance = 2 * math.sqrt(a) * _gram_allowance(view, view.layers * budget.rank)
+    return Bound(view.norm_squared - captured - allowance, "split")
+
+
+def clipped_energy(parts: list[Tensor], view: LayerStack, budget: RankBudget) -> float:
+    """C({g_i}) = sum_i KF_q(g_i) + KF_R(sum_i clip(g_i)) >= sum_i tr (P + P_i) g_i, for g_i >= 0 (n, n).
+
+    The argument of `_clipped`, for any g_i in place of Gamma_i.
+    """
+    q, R = budget.private_rank, budget.pool_rank(view.layers)
+    own, pooled = 0.0, torch.zeros_like(parts[0])
+    for g in parts:
+        if q == 0:
+            pooled += g
+            continue
+        values, V = linalg.leading_eigenpairs(g, min(q + 1, len(g)))  # ascending
+        following = values[0] if q < len(g) else values.new_zeros(())
+        values, V = values[-q:], V[:, -q:]
+        own += float(values.clamp_min(0).sum())
+        pooled += g - (V * (values - following)) @ V.mT
+    return own + float(linalg.ky_fan(pooled, R))
 
 
 def _gram(unit: LayerStack) -> Tensor:
