@@ -217,7 +217,7 @@ def test_allocate_names_the_layer_and_the_place():
 
 def test_bad_input_is_named():
     stack = LayerStack(noise(2, 3, 4), "mine")
-    with pytest.raises(InputError, match="unknown certificate 'best'; known: closed"):
+    with pytest.raises(InputError, match="unknown certificate 'best'; known: closed, dual, two-sided"):
         lower_bound(stack, RankBudget(1, 1), certificate="best")
     for bound in (lower_bound, allocation_bound):
         with pytest.raises(InputError, match=r"rank 4 exceeds min\(b, a\) = 3 of stack 'mine'"):

@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 from rasa_theory.bounds.closed import Bound, closed_floors
+from rasa_theory.bounds.dual import search_dual
+from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
+from rasa_theory.bounds.two_sided import search_two_sided
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, RankBudget
 
-CERTIFICATES = ("closed",)
+CERTIFICATES = ("closed", "dual", "two-sided")
+"""Each includes those before it."""
 
 
-def lower_bound(stack: LayerStack, budget: RankBudget, certificate: str = "closed") -> Bound:
+def lower_bound(
+    stack: LayerStack,
+    budget: RankBudget,
+    certificate: str = "closed",
+    options: FloorOptions | None = None,
+    watch: SearchWatch | None = None,
+) -> Bound:
     """A certified floor below e_rasa(k): the largest of its kind, and the name of the argument that gave it.
 
-    Spectra are exact ones in float64. From each bound its rounding allowance is taken off, so that the value is not
-    above the truth. Raises InputError if r > min(b, a) or `certificate` is unknown.
+    - closed: `closed_floors`, immediately.
+    - dual: also the best found of `dual_value`, per orientation at most `options.max_seconds`.
+    - two-sided: also the best found of `two_sided_value`, at most twice that.
+
+    However a search ends, its value is a formula that holds at every point, with exact spectra in float64, less its
+    rounding; where nothing is left to search for (k = 0, one layer, e_lora = 0) the closed forms stand alone.
+    `watch` is told about every step. Raises InputError if r > min(b, a) or `certificate` is unknown.
     """
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
-    best = max(closed_floors(stack.unit(), budget), key=lambda bound: bound.value)  # the first of equals: zero
+    unit, options = stack.unit(), options or FloorOptions()
+    bounds = closed_floors(unit, budget)
+    open_question = unit.layers > 1 and budget.shared_rank > 0 and level_of(unit.svd().S, budget.rank) > 0
+    told = None if watch is None else _in_units(stack, watch)
+    with stack.suitable_threads():
+        if open_question and certificate != "closed" and budget.private_rank > 0:
+            bounds += [Bound(search_dual(v, budget, options, told), "dual") for v in (unit, unit.transpose())]
+        if open_question and certificate == "two-sided":
+            bounds.append(Bound(search_two_sided(unit, budget, options, told), "two-sided"))
+    best = max(bounds, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
     return Bound(best.value * stack.scale**2, best.name)
+
+
+def _in_units(stack: LayerStack, watch: SearchWatch) -> SearchWatch:
+    """The watch of a search on `stack.unit()`, told in the units of `stack`."""
+
+    def told(progress: SearchProgress) -> None:
+        watch(progress._replace(value=progress.value * stack.scale**2))
+
+    return told

@@ -1,0 +1,80 @@
+"""The dual floor: for any Y_i >= 0 a lower bound on e_rasa(k), and a search for good ones.
+
+Gamma_i = M_i M_i^T, KF_m(S) is the sum of the m largest nonnegative eigenvalues of S, m = L r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.bounds.search import FloorOptions, Search, SearchWatch, captured_smoothly, clip_factors, leading_basis
+from rasa_theory.problem import LayerStack, RankBudget
+
+
+def captured_energy(pairs: Iterable[tuple[Tensor, Tensor]], layers: int, budget: RankBudget) -> float:
+    """KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i)) >= sum_i tr Z_i g_i, for Y_i = F_i F_i^T.
+
+    `pairs` yields (g_i (n, n) symmetric, F_i (n, p)) layer by layer. Z_i = P + P_i is any projector on a space of R
+    dimensions that all layers share, and q more of layer i, orthogonal to it.
+
+    Proof: Z_i <= Q, the projector on all of these spaces together, of rank at most R + L q = L r. As Y_i >= 0,
+    sum_i tr Z_i Y_i <= tr Q sum_i Y_i <= KF_Lr(sum_i Y_i). What remains of sum_i tr Z_i g_i is
+    tr P sum_i (g_i - Y_i) <= KF_R and, layer by layer, tr P_i (g_i - Y_i) <= KF_q (Ky Fan, three times).
+    """
+    own, whole, pooled = 0.0, torch.zeros(()), torch.zeros(())
+    for g, F in pairs:
+        Y = F @ F.mT
+        rest = g - Y
+        own += float(linalg.ky_fan(rest, budget.private_rank))
+        whole, pooled = whole + Y, pooled + rest
+    m, R = layers * budget.rank if whole.any() else 0, budget.pool_rank(layers)
+    return own + float(linalg.ky_fan(whole, m)) + float(linalg.ky_fan(pooled, R))
+
+
+def dual_value(view: LayerStack, budget: RankBudget, F: Tensor) -> float:
+    """||M||^2 - `captured_energy` of (Gamma_i, F_i) less its rounding: below e_rasa(k) for any F (L, b, p) whatever.
+
+    The columns of the best update of layer i lie in a space as Z_i projects on, so it captures at most
+    tr Z_i Gamma_i of ||M_i||^2. Y_i = Gamma_i gives the stack floor, the part of Gamma_i above its eigenvalue q + 1 the clipped one.
+
+    Rounding: Y_i = F_i F_i^T is positive semidefinite by construction; what is computed are the eigenvalues of sums of
+    at most L (a + p) products, off by that many eps times Omega = ||M||^2 + ||F||^2 in Frobenius norm, and by a small
+    multiple of b eps Omega in the eigenvalue solver. A sum of m eigenvalues moves by at most sqrt(m) times that, three
+    such sums of at most L r eigenvalues are taken, and 10 is left for the constants. -inf if F is not finite.
+    """
+    L, (b, a) = view.layers, view.shape
+    F = F.double()
+    energy = view.norm_squared + float((F * F).sum())
+    if not math.isfinite(energy):
+        return -math.inf
+    layers = (tile.values.double() for tile in view.tiles(rows=b))
+    captured = captured_energy(((M @ M.mT, F[i]) for i, M in enumerate(layers)), L, budget)
+    return view.norm_squared - captured - rounding_allowance(L * (a + F.shape[2]) + b, L * budget.rank, energy)
+
+
+def rounding_allowance(terms: int, m: int, energy: float) -> float:
+    """How far three sums of at most m eigenvalues can be off, if `terms` roundings of size eps `energy` went in."""
+    return 30 * math.sqrt(m + 1) * terms * torch.finfo(torch.float64).eps * energy
+
+
+def search_dual(view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> float:
+    """`dual_value` at the F that a search in the leading `options.width` directions ends with.
+
+    For q = 0 or R = 0 nothing can be gained over the stack and the rank floor: KF is subadditive, so Y = 0 is optimal.
+    """
+    V = leading_basis(view, budget, options.width_of(view, budget))  # (b, n)
+    X = view.left(V.to(view.dtype)).double()  # (L, a, n)
+    search = Search.of("dual", view, budget, options, watch)
+    g = X.mT @ X / search.level
+
+    def objective(F: Tensor) -> tuple[float, float, list[Tensor]]:
+        found = captured_smoothly(g, F, budget, search.mu)
+        return found.smooth, found.exact, [found.slope_F]
+
+    *_, (F,) = search.stages(objective, [clip_factors(g, budget)])
+    return dual_value(view, budget, math.sqrt(search.level) * V @ F)
