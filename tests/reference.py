@@ -137,11 +137,24 @@ def stack_bound(M, r):
     return float((np.linalg.svd(np.hstack(list(M)), compute_uv=False)[len(M) * r :] ** 2).sum())
 
 
+def captured(g, Y, r, k):
+    """KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i))."""
+    rest, L = g - Y, len(g)
+    return ky_fan(Y.sum(0), L * r) + sum(ky_fan(G, r - k) for G in rest) + ky_fan(rest.sum(0), L * k)
+
+
 def dual_bound(M, Y, r, k):
-    """||M||^2 - KF_Lr(sum_i Y_i) - sum_i KF_q(Gamma_i - Y_i) - KF_R(sum_i (Gamma_i - Y_i)), for any Y_i >= 0."""
-    rest = M @ M.transpose(0, 2, 1) - Y
-    own = sum(ky_fan(G, r - k) for G in rest)
-    return float((M**2).sum()) - ky_fan(Y.sum(0), len(M) * r) - own - ky_fan(rest.sum(0), len(M) * k)
+    """||M||^2 - C({M_i M_i^T}, Y) with C as in `captured`, for any Y_i >= 0."""
+    return float((M**2).sum()) - captured(M @ M.transpose(0, 2, 1), Y, r, k)
+
+
+def two_sided_bound(M, T, U, s, Y, Y_rows, r, k):
+    """||M||^2 - C({M_i (I - T T^T) M_i^T + U_i U_i^T / s_i}) - C({V_i^T V_i / (1 - s_i)}), where U_i + V_i = M_i T."""
+    V = M @ T - U
+    s = s[:, None, None]
+    columns = M @ (np.eye(len(T)) - T @ T.T) @ M.transpose(0, 2, 1) + U @ U.transpose(0, 2, 1) / s
+    rows = V.transpose(0, 2, 1) @ V / (1 - s)
+    return float((M**2).sum()) - captured(columns, Y, r, k) - captured(rows, Y_rows, r, k)
 
 
 def clipped_Y(M, q):

@@ -6,7 +6,7 @@ Gamma_i = M_i M_i^T, KF_m(S) is the sum of the m largest nonnegative eigenvalues
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,31 +16,44 @@ from rasa_theory.bounds.search import FloorOptions, Search, SearchWatch, capture
 from rasa_theory.problem import LayerStack, RankBudget
 
 
-def captured_energy(pairs: Iterable[tuple[Tensor, Tensor]], layers: int, budget: RankBudget) -> float:
-    """KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i)) >= sum_i tr Z_i g_i, for Y_i = F_i F_i^T.
+@dataclass
+class CapturedEnergy:
+    """C = KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i)) >= sum_i tr Z_i g_i, for Y_i = F_i F_i^T.
 
-    `pairs` yields (g_i (n, n) symmetric, F_i (n, p)) layer by layer. Z_i = P + P_i is any projector on a space of R
+    Layers come one by one, (g_i (n, n) symmetric, F_i (n, p)). Z_i = P + P_i is any projector on a space of R
     dimensions that all layers share, and q more of layer i, orthogonal to it.
 
     Proof: Z_i <= Q, the projector on all of these spaces together, of rank at most R + L q = L r. As Y_i >= 0,
     sum_i tr Z_i Y_i <= tr Q sum_i Y_i <= KF_Lr(sum_i Y_i). What remains of sum_i tr Z_i g_i is
     tr P sum_i (g_i - Y_i) <= KF_R and, layer by layer, tr P_i (g_i - Y_i) <= KF_q (Ky Fan, three times).
     """
-    own, whole, pooled = 0.0, torch.zeros(()), torch.zeros(())
-    for g, F in pairs:
+
+    budget: RankBudget
+    layers: int
+    own: float = 0.0
+    whole: Tensor | float = 0.0
+    pooled: Tensor | float = 0.0
+
+    def add(self, g: Tensor, F: Tensor) -> None:
+        """Count one layer in."""
         Y = F @ F.mT
         rest = g - Y
-        own += float(linalg.ky_fan(rest, budget.private_rank))
-        whole, pooled = whole + Y, pooled + rest
-    m, R = layers * budget.rank if whole.any() else 0, budget.pool_rank(layers)
-    return own + float(linalg.ky_fan(whole, m)) + float(linalg.ky_fan(pooled, R))
+        self.own += float(linalg.ky_fan(rest, self.budget.private_rank))
+        self.whole, self.pooled = self.whole + Y, self.pooled + rest
+
+    def total(self) -> float:
+        """C, after all layers."""
+        m, R = self.layers * self.budget.rank, self.budget.pool_rank(self.layers)
+        return self.own + sum(
+            float(linalg.ky_fan(torch.as_tensor(S), n)) for S, n in ((self.whole, m), (self.pooled, R))
+        )
 
 
 def dual_value(view: LayerStack, budget: RankBudget, F: Tensor) -> float:
-    """||M||^2 - `captured_energy` of (Gamma_i, F_i) less its rounding: below e_rasa(k) for any F (L, b, p) whatever.
+    """||M||^2 - `CapturedEnergy` of (Gamma_i, F_i) less its rounding: below e_rasa(k) for any F (L, b, p) whatever.
 
-    The columns of the best update of layer i lie in a space as Z_i projects on, so it captures at most
-    tr Z_i Gamma_i of ||M_i||^2. Y_i = Gamma_i gives the stack floor, the part of Gamma_i above its eigenvalue q + 1 the clipped one.
+    The columns of the update of layer i lie in a space that some Z_i projects on, so it captures at most tr Z_i Gamma_i
+    of ||M_i||^2. Y_i = Gamma_i gives the stack floor, the part of Gamma_i above its eigenvalue q + 1 the clipped one.
 
     Rounding: Y_i = F_i F_i^T is positive semidefinite by construction; what is computed are the eigenvalues of sums of
     at most L (a + p) products, off by that many eps times Omega = ||M||^2 + ||F||^2 in Frobenius norm, and by a small
@@ -52,9 +65,11 @@ def dual_value(view: LayerStack, budget: RankBudget, F: Tensor) -> float:
     energy = view.norm_squared + float((F * F).sum())
     if not math.isfinite(energy):
         return -math.inf
-    layers = (tile.values.double() for tile in view.tiles(rows=b))
-    captured = captured_energy(((M @ M.mT, F[i]) for i, M in enumerate(layers)), L, budget)
-    return view.norm_squared - captured - rounding_allowance(L * (a + F.shape[2]) + b, L * budget.rank, energy)
+    captured = CapturedEnergy(budget, L)
+    for i, tile in enumerate(view.tiles(rows=b)):
+        M = tile.values.double()
+        captured.add(M @ M.mT, F[i])
+    return view.norm_squared - captured.total() - rounding_allowance(L * (a + F.shape[2]) + b, L * budget.rank, energy)
 
 
 def rounding_allowance(terms: int, m: int, energy: float) -> float:

@@ -185,7 +185,7 @@ def clip_factors(g: Tensor, budget: RankBudget) -> Tensor:
 
 
 class Captured(NamedTuple):
-    """Of `captured_energy`: smoothed value, value, gradient in g (L, n, n) of the former, and in F (L, n, p)."""
+    """Of `CapturedEnergy`: smoothed value, value, gradient in g (L, n, n) of the former, and in F (L, n, p)."""
 
     smooth: float
     exact: float

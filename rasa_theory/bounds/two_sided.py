@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds.closed import cappings
-from rasa_theory.bounds.dual import captured_energy, rounding_allowance
+from rasa_theory.bounds.dual import CapturedEnergy, rounding_allowance
 from rasa_theory.bounds.search import FloorOptions, Search, SearchWatch, captured_smoothly, clip_factors, leading_basis
 from rasa_theory.problem import LayerStack, RankBudget
 
@@ -31,19 +31,19 @@ class Division:
 
 
 def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) -> float:
-    """||M||^2 - C({g_i}) - C({h_i}) less its rounding, below e_rasa(k) for any division: C is `captured_energy`, with
+    """||M||^2 - C({g_i}) - C({h_i}) less its rounding, below e_rasa(k) for any division: C is `CapturedEnergy`, with
 
         A_i = M_i T = U_i + V_i,  g_i = M_i M_i^T - A_i A_i^T + U_i U_i^T / s_i,  h_i = V_i^T V_i / (1 - s_i).
 
-    Proof: let X_i be the best update, E_i = M_i - X_i its residual, and K K^T = I - T T^T, so that
-    ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. The columns of X_i K and X_i T lie in the range of Z_i, a projector on R shared
-    and q private directions; so do the rows of X_i T for such a W_i (they are those of A_S T and of A~_i T).
+    Proof: let X_i be any updates of the budget, E_i = M_i - X_i, and K K^T = I - T T^T, so that
+    ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. The columns of X_i K and X_i T lie in the range of Z_i, a projector on R
+    shared and q private directions; so do the rows of X_i T for such a W_i (they are those of A_S T and of A~_i T).
     - ||E_i K||^2 >= ||(I - Z_i) M_i K||^2 = ||M_i K||^2 - tr Z_i M_i (I - T T^T) M_i^T.
     - X_i T = Z_i X_i T W_i, and Z_i A_i W_i is the nearest such matrix: ||E_i T||^2 >= ||A_i||^2 - ||Z_i A_i W_i||^2.
     - ||Z_i A_i W_i|| <= ||Z_i U_i W_i|| + ||Z_i V_i W_i|| <= ||Z_i U_i|| + ||V_i W_i||, and
       (x + y)^2 <= x^2 / s + y^2 / (1 - s).
 
-    Together sum_i ||E_i||^2 >= ||M||^2 - sum_i tr Z_i g_i - sum_i tr W_i h_i, and `captured_energy` bounds each sum.
+    Together sum_i ||E_i||^2 >= ||M||^2 - sum_i tr Z_i g_i - sum_i tr W_i h_i, and `CapturedEnergy` bounds each sum.
 
     Rounding: as for `dual_value`, with Omega = sum_i ((||M_i||^2 + ||U_i||^2) / s_i + tr Y_i
     + (||M_i||^2 + ||V_i||^2) / (1 - s_i) + tr Y'_i), and with sqrt(a) times as many roundings, since M_i T is computed
@@ -56,19 +56,19 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
         return -math.inf
     T = T * (1 - 100 * a * torch.finfo(torch.float64).eps) / max(1.0, float(torch.linalg.matrix_norm(T, 2)))
     energy = float((F * F).sum() + (H * H).sum())
-    columns, rows = [], []
+    columns, rows = CapturedEnergy(budget, L), CapturedEnergy(budget, L)
     for i, tile in enumerate(view.tiles(rows=b)):
         M = tile.values.double()
         A = M @ T
         U = division.U(i, A)
         V = A - U
-        columns.append((M @ M.mT - A @ A.mT + U @ U.mT / s[i], F[i]))
-        rows.append((V.mT @ V / (1 - s[i]), H[i]))
+        columns.add(M @ M.mT - A @ A.mT + U @ U.mT / s[i], F[i])
+        rows.add(V.mT @ V / (1 - s[i]), H[i])
         size = float((M * M).sum())
         energy += (size + float((U * U).sum())) / float(s[i]) + (size + float((V * V).sum())) / float(1 - s[i])
     if not math.isfinite(energy):
         return -math.inf
-    captured = captured_energy(columns, L, budget) + captured_energy(rows, L, budget)
+    captured = columns.total() + rows.total()
     terms = 4 * math.sqrt(a) * (L * (a + b + F.shape[2] + H.shape[2]))
     return view.norm_squared - captured - rounding_allowance(int(terms), L * budget.rank, energy)
 
