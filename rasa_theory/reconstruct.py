@@ -213,9 +213,9 @@ def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable
     with progress_bar(tasks, "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:
-            error = "" if progress.ratio is None else f", error {progress.ratio:.4f} e_lora"
+            error = "" if progress.ratio is None else f": {progress.ratio:.4f} e_lora"
             where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
-            show(progress.tasks_done, f"{where}, sweep {progress.sweep}{error}")
+            show(progress.tasks_done, f"{where}, step {progress.sweep}{error}")
 
         yield watch
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory._version import __version__
 from rasa_theory.attempts import Attempt, median_iterations, random_attempt
-from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, lower_bound
+from rasa_theory.bounds import CERTIFICATES, Bound, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.descent import Progress
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors, lora_parameters
@@ -60,7 +60,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """What a watcher is told: stack and k, doing what, how far, and the error there in units of e_lora or None."""
+    """What a watcher is told: stack and k, doing what, how far, and the error or floor there in units of e_lora."""
 
     stack: str
     k: int
@@ -143,7 +143,8 @@ def study_steps(
             for seed in range(settings.solver.seed, settings.solver.seed + (settings.seeds if k else 0)):
                 attempts.append(random_attempt(stack, budget, lora.error, seed, told.attempt))
                 told.now(k, "random attempts", tasks := tasks + 1)
-            floor = lower_bound(stack, budget, settings.certificate)
+            told.now(k, "certifying", tasks)
+            floor = lower_bound(stack, budget, settings.certificate, watch=told.certificate)
             row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
             state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
@@ -174,12 +175,16 @@ class _Teller:
     def attempt(self, progress: Progress) -> None:
         self._tell(self._doing, progress)
 
+    def certificate(self, progress: SearchProgress) -> None:
+        self._tell_of(f"{self._doing}, {progress.search}", progress.iteration, progress.max_iterations, progress.value)
+
     def _tell(self, doing: str, progress: Progress) -> None:
+        self._tell_of(doing, progress.sweep, progress.max_sweeps, progress.error)
+
+    def _tell_of(self, doing: str, step: int, most: int, value: float) -> None:
         if self._watch is not None:
-            ratio = progress.error / self._e_lora if self._e_lora > 0 else None
-            self._watch(
-                StudyProgress(self._stack, self._k, doing, progress.sweep, progress.max_sweeps, ratio, self._tasks)
-            )
+            ratio = value / self._e_lora if self._e_lora > 0 else None
+            self._watch(StudyProgress(self._stack, self._k, doing, step, most, ratio, self._tasks))
 
 
 def _stack_row(stack: LayerStack, lora: LoraSolution) -> dict[str, Any]:

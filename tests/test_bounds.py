@@ -49,6 +49,12 @@ def aligned_rows():
     return noise(3, 24, 24) * np.logspace(1, -1, 24)
 
 
+def decaying():
+    """sigma_j = j^-0.3 in four unrelated layers."""
+    U, _, V = np.linalg.svd(noise(4, 20, 20))
+    return U * np.arange(1, 21) ** -0.3 @ V
+
+
 # ---- values
 
 
@@ -82,9 +88,9 @@ def test_each_floor_by_itself(L, b, a, r, k, seed, flip):
 
 
 def test_every_floor_is_the_best_one_somewhere():
-    """A large shared spectrum favours `clipped`, equal layers `rank`, k = r on orthogonal layers `stack`."""
+    """A few examples: falling spectra favour `clipped`, equal layers `rank`, common rows `split`."""
     names = {lower_bound(LayerStack(p.values), p.budget).name for p in (make() for make in ALL_KNOWN.values())}
-    names.add(lower_bound(LayerStack(noise(4, 20, 20)), RankBudget(4, 1)).name)
+    names.add(lower_bound(LayerStack(decaying()), RankBudget(4, 1)).name)
     names.add(lower_bound(LayerStack(aligned_rows()), RankBudget(4, 4)).name)
     assert names == {"zero", "rank", "stack", "clipped", "split"}
 

@@ -142,3 +142,14 @@ def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once()
     ):
         with pytest.raises(InputError, match=sentence):
             study.StudySettings(**bad)
+
+
+def test_the_watcher_is_told_of_every_part():
+    told = []
+    run_study(
+        [STACK], rank=3, ks=(1,), seeds=1, solver=SolverOptions(max_sweeps=2), certificate="dual", watch=told.append
+    )
+    assert {"solving from allocation", "random attempts", "certifying, dual"} <= {p.doing for p in told}
+    certifying = [p for p in told if p.doing == "certifying, dual"]
+    assert all(p.ratio * LORA.error <= SOLUTION.error for p in certifying)
+    assert all(1 <= p.sweep <= p.max_sweeps for p in certifying)
