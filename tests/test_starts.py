@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import recovery
 import scipy.optimize
 import torch
 from hypothesis import given
@@ -304,3 +305,13 @@ def test_common_finds_the_pools_spaces():
     for found, planted_ in ((factors.shared_B, truth.shared_B), (factors.shared_A.mT, truth.shared_A.mT)):
         Q = torch.linalg.qr(planted_)[0]
         assert float(torch.linalg.vector_norm(found - Q @ (Q.mT @ found))) <= 1e-10
+
+
+def test_the_recovery_experiment_on_a_small_shape():
+    shape = (6, 40, 36, 3, 1)
+    exact, noisy = (recovery.attempt(shape, noise, 0, "best", 100) for noise in (0.0, 0.01))
+    assert recovery.degrees_of_freedom(shape) == 6 * 2 * 74 + 6 * 74 + 36
+    assert exact["recovered"] == noisy["recovered"] == 1
+    assert exact["error"] <= 1e-18
+    assert noisy["error"] == pytest.approx(1, abs=0.02)
+    assert noisy["distance"] == pytest.approx(1, abs=0.15)
