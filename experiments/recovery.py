@@ -98,7 +98,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     rate.set_ylabel("share of seeds that recover")
     rate.plot([], [], "-", color="0.3", label="default race")
     rate.plot([], [], "--", color="0.3", label="from a random pool")
-    rate.legend(frameon=False, title="(L, b, a, r, k)", loc="center left")
+    distance.legend(*rate.get_legend_handles_labels(), frameon=False, title="(L, b, a, r, k)", loc="upper right")
     distance.set_yscale("log")
     distance.axhline(1, color="black", linewidth=1.2, zorder=0)
     distance.set_ylabel("squared distance from the planted updates\n/ what the free parameters take up of the noise")
