@@ -62,12 +62,12 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
         A = M @ T
         U = division.U(i, A)
         V = A - U
-        columns.add(M @ M.mT - A @ A.mT + U @ U.mT / s[i], F[i])
-        rows.add(V.mT @ V / (1 - s[i]), H[i])
         size = float((M * M).sum())
         energy += (size + float((U * U).sum())) / float(s[i]) + (size + float((V * V).sum())) / float(1 - s[i])
-    if not math.isfinite(energy):
-        return -math.inf
+        if not math.isfinite(energy):
+            return -math.inf
+        columns.add(M @ M.mT - A @ A.mT + U @ U.mT / s[i], F[i])
+        rows.add(V.mT @ V / (1 - s[i]), H[i])
     captured = columns.total() + rows.total()
     terms = 4 * math.sqrt(a) * (L * (a + b + F.shape[2] + H.shape[2]))
     return view.norm_squared - captured - rounding_allowance(int(terms), L * budget.rank, energy)
