@@ -66,7 +66,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
     add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
-    add("--certificate", choices=CERTIFICATES, default="closed", help="which lower bounds to spend time on")
+    add(
+        "--certificate",
+        choices=CERTIFICATES,
+        default="closed",
+        help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
+    )
     add("--sweeps", type=int, default=500, metavar="N", help="at most so many sweeps (%(default)s)")
     add(
         "--rtol",
@@ -208,14 +213,14 @@ def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, dev
 
 @contextlib.contextmanager
 def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
-    """Progress on standard error: tasks done (a solve or an attempt), stack, start, sweep, error, time left."""
-    tasks = stacks * sum(1 + (settings.seeds if k else 0) for k in settings.ks)
-    with progress_bar(tasks, "tasks", quiet) as show:
+    """Progress on standard error: tasks done (a solve, attempt or floor), stack, start, step, error, time left."""
+    with progress_bar(stacks * sum(settings.tasks(k) for k in settings.ks), "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:
-            error = "" if progress.ratio is None else f": {progress.ratio:.4f} e_lora"
+            counted, valued = ("iteration", "at") if progress.doing.endswith("floor") else ("sweep", "error")
+            value = "" if progress.ratio is None else f", {valued} {progress.ratio:.4f} e_lora"
             where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
-            show(progress.tasks_done, f"{where}, step {progress.sweep}{error}")
+            show(progress.tasks_done, f"{where}, {counted} {progress.sweep}{value}")
 
         yield watch
 

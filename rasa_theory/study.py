@@ -36,7 +36,10 @@ WEIGHTS = ("none", "layer")
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to compute on every stack. Raises InputError for an impossible rank, k, weight or number of seeds."""
+    """What to compute on every stack.
+
+    Raises InputError for an impossible rank, k, certificate, weight or number of seeds.
+    """
 
     rank: int = 8
     ks: tuple[int, ...] = (1,)
@@ -51,16 +54,23 @@ class StudySettings:
         object.__setattr__(self, "ks", tuple(sorted({RankBudget(self.rank, k).shared_rank for k in self.ks})))
         object.__setattr__(self, "seeds", whole_number("seeds", self.seeds))
         if self.certificate not in CERTIFICATES:
-            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}")
+            raise InputError(f"unknown certificate {self.certificate!r}; known: {', '.join(CERTIFICATES)}")
         if self.weight not in WEIGHTS:
             raise InputError(f"unknown weight {self.weight!r}; known: {', '.join(WEIGHTS)}")
         if self.seeds < 0:
             raise InputError(f"seeds must be at least 0, got {self.seeds}")
 
+    def tasks(self, k: int) -> int:
+        """What progress counts on one stack: the solve, the attempts, and the floor where it is searched for."""
+        return 1 + (self.seeds + (self.certificate != "closed") if k else 0)
+
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """What a watcher is told: stack and k, doing what, how far, and the error or floor there in units of e_lora."""
+    """What a watcher is told: stack and k, doing what, how far, and the error there in units of e_lora or None.
+
+    While a floor is searched for, `sweep` counts the iterations and `ratio` is the floor.
+    """
 
     stack: str
     k: int
@@ -137,14 +147,15 @@ def study_steps(
         started, passes = time.perf_counter(), stack.data_passes
         for k, solution in iterate_path(stack, settings.rank, settings.ks, settings.solver, told.solver):
             solved = time.perf_counter() - started
+            base = tasks
             told.now(k, "random attempts", tasks := tasks + 1)
             budget = RankBudget(settings.rank, k)
             attempts = []
             for seed in range(settings.solver.seed, settings.solver.seed + (settings.seeds if k else 0)):
                 attempts.append(random_attempt(stack, budget, lora.error, seed, told.attempt))
                 told.now(k, "random attempts", tasks := tasks + 1)
-            told.now(k, "certifying", tasks)
-            floor = lower_bound(stack, budget, settings.certificate, watch=told.certificate)
+            floor = lower_bound(stack, budget, settings.certificate, None, told.floor)
+            told.now(k, "floor", tasks := base + settings.tasks(k))
             row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
             state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
@@ -175,16 +186,16 @@ class _Teller:
     def attempt(self, progress: Progress) -> None:
         self._tell(self._doing, progress)
 
-    def certificate(self, progress: SearchProgress) -> None:
-        self._tell_of(f"{self._doing}, {progress.search}", progress.iteration, progress.max_iterations, progress.value)
+    def floor(self, progress: SearchProgress) -> None:
+        self._say(f"{progress.search} floor", progress.iteration, progress.max_iterations, progress.value)
 
     def _tell(self, doing: str, progress: Progress) -> None:
-        self._tell_of(doing, progress.sweep, progress.max_sweeps, progress.error)
+        self._say(doing, progress.sweep, progress.max_sweeps, progress.error)
 
-    def _tell_of(self, doing: str, step: int, most: int, value: float) -> None:
+    def _say(self, doing: str, step: int, steps: int, value: float) -> None:
         if self._watch is not None:
             ratio = value / self._e_lora if self._e_lora > 0 else None
-            self._watch(StudyProgress(self._stack, self._k, doing, step, most, ratio, self._tasks))
+            self._watch(StudyProgress(self._stack, self._k, doing, step, steps, ratio, self._tasks))
 
 
 def _stack_row(stack: LayerStack, lora: LoraSolution) -> dict[str, Any]:

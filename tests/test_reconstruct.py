@@ -96,6 +96,20 @@ def test_a_path_over_k_writes_factors_that_have_the_reported_errors(
     assert len(rows) == curves
 
 
+def test_each_certificate_is_at_least_the_one_before(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    floors = []
+    for certificate in ("closed", "dual", "two-sided"):
+        arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--out", "none", "--k", "0,1"]
+        status, results, _ = run([*arguments, "--certificate", certificate], capsys)
+        assert status == 0
+        check_laws(results)
+        floors.append([entry["lower_bound"] for entry in results["stacks"][0]["runs"]])
+        if certificate != "closed":
+            assert results["stacks"][0]["runs"][1]["lower_bound_name"] == certificate
+    assert floors[0][0] == floors[1][0] == floors[2][0]
+    assert floors[0][1] < floors[1][1] < floors[2][1]
+
+
 def test_same_seed_same_numbers(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "2", "--out", "none", "--sweeps", "40"]
     first, second = (run(arguments, capsys)[1]["stacks"][0]["runs"][0] for _ in range(2))

@@ -105,6 +105,20 @@ def test_starts_that_promise_nothing_are_undecided_above_e_lora_and_any_other_is
     assert study._verdict({"one": True}, "best") == "holds"
 
 
+def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
+    told = []
+    settings = study.StudySettings(3, (0, 1), SolverOptions(max_sweeps=5), "two-sided", seeds=1)
+    run_study([STACK], 3, (0, 1), solver=settings.solver, certificate="two-sided", seeds=1, watch=told.append)
+    assert {p.doing for p in told if p.k == 1} >= {"dual floor", "two-sided floor", "random attempts"}
+    (floor,) = (run["lower_bound"] for run in run_study([STACK], 3, certificate="closed", seeds=0)["stacks"][0]["runs"])
+    assert all(p.ratio <= 1 for p in told if p.doing.endswith("floor"))
+    assert max(p.ratio for p in told if p.doing.endswith("floor")) * LORA.error >= floor
+    assert [settings.tasks(k) for k in (0, 1)] == [1, 3]
+    assert told[-1].tasks_done <= 4
+    with pytest.raises(InputError, match="unknown certificate 'best'; known: closed, dual, two-sided"):
+        study.StudySettings(certificate="best")
+
+
 def test_the_row_of_a_run_has_the_parameters_and_ratios_that_it_names():
     results = run_study([STACK], rank=3, ks=(0, 2), seeds=1, solver=SolverOptions(max_sweeps=5))
     (row,) = results["stacks"]
@@ -134,7 +148,7 @@ def test_attempts_count_on_from_the_seed():
 def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once():
     assert study.StudySettings(rank=3, ks=(2, 1, 2)).ks == (1, 2)
     for bad, sentence in (
-        ({"certificate": "clsoed"}, "certificate 'clsoed' is none of closed"),
+        ({"certificate": "clsoed"}, "unknown certificate 'clsoed'; known: closed"),
         ({"seeds": 1.5}, "seeds must be a whole number, got 1.5"),
         ({"seeds": -1}, "seeds must be at least 0"),
         ({"weight": "rows"}, "unknown weight 'rows'"),
@@ -142,14 +156,3 @@ def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once()
     ):
         with pytest.raises(InputError, match=sentence):
             study.StudySettings(**bad)
-
-
-def test_the_watcher_is_told_of_every_part():
-    told = []
-    run_study(
-        [STACK], rank=3, ks=(1,), seeds=1, solver=SolverOptions(max_sweeps=2), certificate="dual", watch=told.append
-    )
-    assert {"solving from allocation", "random attempts", "certifying, dual"} <= {p.doing for p in told}
-    certifying = [p for p in told if p.doing == "certifying, dual"]
-    assert all(p.ratio * LORA.error <= SOLUTION.error for p in certifying)
-    assert all(1 <= p.sweep <= p.max_sweeps for p in certifying)
