@@ -140,7 +140,7 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("rank_floor", "equal", floor("rank")),
     ("stack_floor", "orthogonal-columns", floor("stack")),
     ("clipped_floor", "orthogonal-columns", floor("clipped")),
-    ("split_floor", "orthogonal-rows", floor("split")),
+    ("split_floor", "shared-bases", floor("split")),
     ("certificate", "equal", certificate(1.01)),
     ("certificate_is_the_best", "equal", certificate(0.99)),
     ("allocation_nested", "gaussian", allocation(lambda stack, budget: 1.0 + (budget.shared_rank > 0))),
