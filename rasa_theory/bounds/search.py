@@ -31,7 +31,7 @@ class FloorOptions:
     """What a search may spend on each orientation of a stack.
 
     It stops when what smoothing hides is below `rtol` of e_lora, after `max_iterations` or after `max_seconds`.
-    `width`: it looks at so many leading directions of each side (None: 5 L r, where k = r 7 L r).
+    `width`: it looks at so many leading directions of each side (None: 5 L r, where k = r 6 L r).
     Raises InputError for a limit that is not positive.
     """
 
@@ -48,7 +48,7 @@ class FloorOptions:
 
     def width_of(self, stack: LayerStack, budget: RankBudget) -> int:
         """The number of directions of each side; a side with fewer takes them all."""
-        return self.width or (5 if budget.private_rank else 7) * stack.layers * budget.rank
+        return self.width or (5 if budget.private_rank else 6) * stack.layers * budget.rank
 
 
 class SearchProgress(NamedTuple):
@@ -119,7 +119,7 @@ class Search:
 
         for self.mu in _SMOOTHING:
             limit = min(_STAGE, self.options.max_iterations - self.iteration)
-            settings = {"maxiter": limit, "maxcor": 20, "ftol": 1e-3 * self.options.rtol, "gtol": 0.0}
+            settings = {"maxiter": limit, "maxcor": 5, "ftol": 1e-3 * self.options.rtol, "gtol": 0.0}
             x = scipy.optimize.minimize(
                 evaluate, x, jac=True, method="L-BFGS-B", callback=self._tell, options=settings
             ).x

@@ -1,0 +1,87 @@
+"""How far every certified floor comes up to the best found error, and what it costs.
+
+    python experiments/floors.py
+
+On the bundled updates, for every stack and k one row of floors.csv in --out; all errors are squared and in units of e_lora:
+
+    best_found, allocation       the solver's error and the allocation bound, both above e_rasa(k)
+    closed, closed_name          the best closed form, and which it was
+    dual, two_sided              the floors with a search, each at least the one before; with their seconds
+    gap                          best_found - two_sided: what is not known
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import rasa_theory as rt
+
+COLUMNS = (
+    "stack", "k", "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
+    "two_sided", "two_sided_seconds", "gap",
+)  # fmt: skip
+
+
+def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: Any) -> dict[str, Any]:
+    """One row of the table. A floor's seconds are those of its own search, both orientations."""
+
+    def watch(progress: Any) -> None:
+        at = f"{progress.search} {progress.iteration}: {progress.value / e_lora:.4f}"
+        bar.set_description(f"{stack.name}, k = {budget.shared_rank}, {at}")
+
+    floors, clock = {}, {}
+    for name in ("closed", "dual", "two-sided"):
+        started = time.perf_counter()
+        floors[name] = rt.lower_bound(stack, budget, name, watch=watch)
+        clock[name] = time.perf_counter() - started
+    ratios = {name: floor.value / e_lora for name, floor in floors.items()}
+    values = (
+        stack.name, budget.shared_rank, best_found / e_lora, rt.allocation_bound(stack, budget).value / e_lora,
+        ratios["closed"], floors["closed"].name, ratios["dual"], round(clock["dual"] - clock["closed"], 1),
+        ratios["two-sided"], round(clock["two-sided"] - clock["dual"], 1), best_found / e_lora - ratios["two-sided"],
+    )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", nargs="+", help="all bundled ones unless named")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--ks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--sweeps", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args()
+
+    stacks = [s for s in rt.load("minilm-code")[0] if options.stacks is None or s.name in options.stacks]
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (
+        tqdm(total=len(stacks) * len(options.ks)) as bar,
+        open(options.out / "floors.csv", "w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for stack in stacks:
+            e_lora = rt.solve_lora(stack, options.rank).error
+            bar.set_description(f"{stack.name}, solving")
+            solver = rt.SolverOptions(max_sweeps=options.sweeps)
+            for k, solution in rt.solve_path(stack, options.rank, options.ks, solver).items():
+                found = row(stack, rt.RankBudget(options.rank, k), e_lora, solution.error, bar)
+                writer.writerow(found)
+                file.flush()
+                bar.update()
+                tqdm.write(
+                    f"{stack.name:18} k = {k}  best found {found['best_found']:.5f}"
+                    f"  closed {found['closed']:.5f} {found['closed_name']:8}"
+                    f"  dual {found['dual']:.5f} ({found['dual_seconds']:.0f} s)"
+                    f"  two-sided {found['two_sided']:.5f} ({found['two_sided_seconds']:.0f} s)  gap {found['gap']:.5f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
