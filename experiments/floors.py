@@ -2,7 +2,7 @@
 
     python experiments/floors.py
 
-On the bundled updates, for every stack and k one row of floors.csv in --out; all errors are squared and in units of e_lora:
+On the bundled updates; for every stack and k one row of floors.csv in --out, errors squared and in units of e_lora:
 
     best_found, allocation       the solver's error and the allocation bound, both above e_rasa(k)
     closed, closed_name          the best closed form, and which it was

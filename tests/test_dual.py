@@ -190,10 +190,11 @@ def test_capped_weights_are_the_nearest_point(w, m):
 
 def test_smoothing_hides_at_most_half_mu_m_and_its_gradient_is_the_maximiser():
     S = torch.tensor(noise(1, 6, 6)[0])
-    S, mu, h = S + S.mT, 0.3, 1e-6
+    S, mu, h = S + S.mT, 4.0, 1e-6  # so much that the maximiser has weights inside (0, 1)
     found = smoothed_ky_fan(S, 2, mu)
     assert found.exact == pytest.approx(reference.ky_fan(S.numpy(), 2))
     assert found.exact - mu * 2 / 2 <= found.smooth <= found.exact
+    assert float((found.X @ found.X - found.X).abs().max()) > 0.1
     direction = torch.tensor(noise(1, 6, 6, 1)[0])
     direction = direction + direction.mT
     ends = [smoothed_ky_fan(S + sign * h * direction, 2, mu).smooth for sign in (1, -1)]
