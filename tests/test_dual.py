@@ -17,12 +17,13 @@ from rasa_theory import (
     LayerStack,
     RankBudget,
     SolverOptions,
+    linalg,
     lower_bound,
     solve_lora,
     solve_rasa,
 )
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
-from rasa_theory.bounds.search import capped_weights, smoothed_ky_fan
+from rasa_theory.bounds.search import Search, capped_weights, smoothed_ky_fan
 from rasa_theory.linalg import not_above
 
 QUICK = FloorOptions(max_iterations=30)
@@ -199,3 +200,18 @@ def test_smoothing_hides_at_most_half_mu_m_and_its_gradient_is_the_maximiser():
     direction = direction + direction.mT
     ends = [smoothed_ky_fan(S + sign * h * direction, 2, mu).smooth for sign in (1, -1)]
     assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(float((found.X * direction).sum()), rel=1e-6)
+
+
+def test_an_eigenvalue_problem_that_fails_ends_the_search_at_what_it_has():
+    stack, budget = LayerStack(decaying()).unit(), RankBudget(3, 1)
+    calls = []
+
+    def objective(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise linalg.LinAlgError
+        return float((x**2).sum()), float((x**2).sum()), [2 * x]
+
+    search = Search.of("dual", stack, budget, FloorOptions(), None)
+    (found,) = list(search.stages(objective, [torch.full((2,), 3.0, dtype=torch.float64)]))
+    assert float((found[0] ** 2).sum()) == search.best <= 18

@@ -134,7 +134,7 @@ def cappings(view: LayerStack, indices: Sequence[int]) -> list[Tensor]:
 
 
 def _split(view: LayerStack, budget: RankBudget, T: Tensor) -> Bound:
-    """||M||^2 - C({M_i (I - N) M_i^T}) - C({T^T M_i^T M_i T}), N = T T^T <= I, C as in `clipped_energy`.
+    """||M||^2 - C({M_i (I - N) M_i^T}) - C({T^T M_i^T M_i T}), N = T T^T <= I, C as in `ClippedEnergy`.
 
     With E_i the residuals and K K^T = I - N, ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. Times a matrix from the right,
     updates keep their structure: columns in R shared and q private directions, and the same for rows. So the first
@@ -143,34 +143,43 @@ def _split(view: LayerStack, budget: RankBudget, T: Tensor) -> Bound:
     Rounding: M_i T is off by a eps ||M_i|| ||T||_F <= a sqrt(a) eps ||M_i||, which enters both sides twice.
     """
     b, a = view.shape
-    columns, rows = [], []
+    columns, rows = ClippedEnergy(budget, view.layers), ClippedEnergy(budget, view.layers)
     for tile in view.tiles(rows=b):
         M = tile.values.double()
         A = M @ T
-        columns.append(M @ M.mT - A @ A.mT)
-        rows.append(A.mT @ A)
-    captured = clipped_energy(columns, view, budget) + clipped_energy(rows, view, budget)
+        columns.add(M @ M.mT - A @ A.mT)
+        rows.add(A.mT @ A)
+    captured = columns.total() + rows.total()
     allowance = 2 * math.sqrt(a) * _gram_allowance(view, view.layers * budget.rank)
     return Bound(view.norm_squared - captured - allowance, "split")
 
 
-def clipped_energy(parts: list[Tensor], view: LayerStack, budget: RankBudget) -> float:
-    """C({g_i}) = sum_i KF_q(g_i) + KF_R(sum_i clip(g_i)) >= sum_i tr (P + P_i) g_i, for g_i >= 0 (n, n).
+@dataclass
+class ClippedEnergy:
+    """C = sum_i KF_q(g_i) + KF_R(sum_i clip(g_i)) >= sum_i tr (P + P_i) g_i, for g_i >= 0 (n, n), one by one.
 
     The argument of `_clipped`, for any g_i in place of Gamma_i.
     """
-    q, R = budget.private_rank, budget.pool_rank(view.layers)
-    own, pooled = 0.0, torch.zeros_like(parts[0])
-    for g in parts:
-        if q == 0:
-            pooled += g
-            continue
-        values, V = linalg.leading_eigenpairs(g, min(q + 1, len(g)))  # ascending
-        following = values[0] if q < len(g) else values.new_zeros(())
-        values, V = values[-q:], V[:, -q:]
-        own += float(values.clamp_min(0).sum())
-        pooled += g - (V * (values - following)) @ V.mT
-    return own + float(linalg.ky_fan(pooled, R))
+
+    budget: RankBudget
+    layers: int
+    own: float = 0.0
+    pooled: Tensor | float = 0.0
+
+    def add(self, g: Tensor) -> None:
+        """Count one layer in."""
+        q = self.budget.private_rank
+        if q > 0:
+            values, V = linalg.leading_eigenpairs(g, min(q + 1, len(g)))  # ascending
+            following = values[0] if q < len(g) else values.new_zeros(())
+            values, V = values[-q:], V[:, -q:]
+            self.own += float(values.clamp_min(0).sum())
+            g = g - (V * (values - following)) @ V.mT
+        self.pooled = self.pooled + g
+
+    def total(self) -> float:
+        """C, after all layers."""
+        return self.own + float(linalg.ky_fan(torch.as_tensor(self.pooled), self.budget.pool_rank(self.layers)))
 
 
 def _gram(unit: LayerStack) -> Tensor:
