@@ -92,10 +92,14 @@ def ky_fan(symmetric: Tensor, m: int) -> Tensor:
 
     It is the maximum of tr(X S) over 0 <= X <= I with tr X <= m, so it rises with S and is subadditive.
     """
-    n = symmetric.shape[-1]
     if m == 0:
         return symmetric.new_zeros(symmetric.shape[:-2])
-    return symmetric_eigenvalues(symmetric)[..., max(n - m, 0) :].clamp_min(0).sum(-1)
+    return largest_nonnegative(symmetric_eigenvalues(symmetric), m)
+
+
+def largest_nonnegative(values: Tensor, m: int) -> Tensor:
+    """The sum of the m largest of `values`, ascending (..., n), that are not negative: (...)."""
+    return values[..., max(values.shape[-1] - m, 0) :].clamp_min(0).sum(-1)
 
 
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:

@@ -104,6 +104,7 @@ class _Store:
 
     passes: int = 0
     svd: SVD | None = None
+    grams: dict[bool, Tensor] = field(default_factory=dict)  # by whether the view is transposed
     layer_norms_squared: Tensor | None = field(default=None)
 
 
@@ -264,6 +265,18 @@ class LayerStack:
         U, S, Vh = self._store.svd
         S = S * self.scale
         return SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
+
+    def gram(self) -> Tensor:
+        """sum_i M_i M_i^T in float64, (b, b). Computed once per orientation (one pass) and kept for all views."""
+        if self._flipped not in self._store.grams:
+            self._store.passes += 1
+            b = self.shape[0]
+            gram = torch.zeros(b, b, dtype=torch.float64, device=self.device)
+            for tile in self._tiles(1 / self._power, rows=b):
+                M = tile.values.double()
+                gram += M @ M.mT
+            self._store.grams[self._flipped] = gram
+        return self._store.grams[self._flipped] * self.scale**2
 
     def suitable_threads(self) -> AbstractContextManager[None]:
         """Within it, torch uses the number of threads that suits matrices of this size."""

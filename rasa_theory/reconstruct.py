@@ -24,8 +24,8 @@ from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
 from rasa_theory.sources import (
     DEFAULT,
-    UNMATCHED,
     Catalogue,
+    LeftOut,
     StackSource,
     check_synthetic,
     open_source,
@@ -137,7 +137,7 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         found = open_source("", base=args.base, tuned=args.tuned)
     else:
         found = open_source(DEFAULT if args.source is None else args.source)
-    return found.matching(args.modules) if args.modules else found
+    return found
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
@@ -145,7 +145,8 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
         dtype, device = compute_dtype(args.dtype), compute_device(args.device)
-    catalogue = _catalogue(args)
+    whole = _catalogue(args)
+    catalogue = whole.matching(args.modules)
     for source in catalogue.stacks:
         RankBudget(args.rank, 0).check_fits(source)
     text = sys.stderr if args.json else sys.stdout
@@ -153,7 +154,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         print(_plan(catalogue, settings, dtype, device), file=text)
         return 0
     out = output_folder(args.out)
-    _say_left_out(catalogue)
+    _say_left_out(whole.left_out)
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
     state = StudyState(new_results(settings, catalogue.source, command), {})
@@ -184,13 +185,12 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
 
 
-def _say_left_out(catalogue: Catalogue) -> None:
-    """What of the source is not looked at, on standard error: the first few, and how many in all."""
-    unwanted = [(name, why) for name, why in catalogue.left_out if not why.startswith(UNMATCHED)]
-    for name, why in unwanted[:_SHOWN]:
+def _say_left_out(left_out: Sequence[LeftOut]) -> None:
+    """What of the source is in no stack, on standard error: the first few, and how many in all."""
+    for name, why in left_out[:_SHOWN]:
         print(f"left out: {name}: {why}", file=sys.stderr)
-    if len(unwanted) > _SHOWN:
-        print(f"left out: {len(unwanted) - _SHOWN} more, listed by --dry-run and in results.json", file=sys.stderr)
+    if len(left_out) > _SHOWN:
+        print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in results.json", file=sys.stderr)
 
 
 def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device) -> str:

@@ -60,16 +60,13 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     counts = [attempt["iterations"] for _, run in runs for attempt in run["attempts"]]
     below = sum(count is not None for count in counts)
     positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)
-    lines += [f"{row['name']}: all updates are zero; nothing to reconstruct" for row in _zero(results)]
+    zero = [row["name"] for row in results["stacks"] if row["norm_squared"] == 0]
+    lines += [f"{name}: all updates are zero; nothing to reconstruct" for name in zero]
     sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
     if counts:
         sentence += f"; {below} of {len(counts)} random attempts came below LoRA by themselves"
     return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
-
-
-def _zero(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in results["stacks"] if row["norm_squared"] == 0]
 
 
 def history_csv(results: dict[str, Any]) -> str:

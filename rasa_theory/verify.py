@@ -120,8 +120,9 @@ def _keep(trial: Trial, settings: BenchSettings, out: Path | None) -> str | None
     if out is None or not trial.failed:
         return None
     instance = trial.instance
-    path = out / "failures" / f"{instance.family}-{instance.number}-{instance.seed}.npz"
-    path.parent.mkdir(exist_ok=True)
+    folder = out / "failures"
+    output_folder(str(folder))
+    path = folder / f"{instance.family}-{instance.number}-{instance.seed}.npz"
     write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
     return str(path)
 

@@ -93,7 +93,7 @@ def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
 def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
     """sum_{j>Lr} sigma_j([M_1 .. M_L])^2, from the eigenvalues of sum_i Gamma_i."""
     rest = max(unit.shape[0] - unit.layers * budget.rank, 0)
-    eigenvalues = linalg.symmetric_eigenvalues(_gram(unit)).clamp_min(0)
+    eigenvalues = linalg.symmetric_eigenvalues(unit.gram()).clamp_min(0)
     return Bound(float(eigenvalues[:rest].sum()) - _gram_allowance(unit, rest), "stack")
 
 
@@ -113,7 +113,7 @@ def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
     energy = svd.S**2  # (L, m)
     following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
     above = energy[:, :q] - following[:, None]
-    clipped = _gram(unit) - torch.einsum("ibq,iq,icq->bc", svd.U[:, :, :q], above, svd.U[:, :, :q])
+    clipped = unit.gram() - torch.einsum("ibq,iq,icq->bc", svd.U[:, :, :q], above, svd.U[:, :, :q])
     value = unit.norm_squared - float(energy[:, :q].sum()) - float(linalg.ky_fan(clipped, R))
     return Bound(value - _gram_allowance(unit, R), "clipped")
 
@@ -127,7 +127,7 @@ def cappings(view: LayerStack, indices: Sequence[int]) -> list[Tensor]:
     """
     a = view.shape[1]
     eps = torch.finfo(torch.float64).eps
-    values, X = linalg.symmetric_eigenpairs(_gram(view.transpose()))
+    values, X = linalg.symmetric_eigenpairs(view.transpose().gram())
     levels = [values[-1 - index] for index in indices if index < a]
     shrink = 1 - 100 * a * eps
     return [shrink * (X * (t / values.clamp_min(t)).sqrt()) @ X.mT for t in levels if t > a * eps * view.norm_squared]
@@ -180,16 +180,6 @@ class ClippedEnergy:
     def total(self) -> float:
         """C, after all layers."""
         return self.own + float(linalg.ky_fan(torch.as_tensor(self.pooled), self.budget.pool_rank(self.layers)))
-
-
-def _gram(unit: LayerStack) -> Tensor:
-    """sum_i M_i M_i^T in float64, (b, b)."""
-    b = unit.shape[0]
-    gram = torch.zeros(b, b, dtype=torch.float64, device=unit.device)
-    for tile in unit.tiles(rows=b):
-        M = tile.values.double()
-        gram += M @ M.mT
-    return gram
 
 
 def _gram_allowance(unit: LayerStack, m: int) -> float:

@@ -34,11 +34,10 @@ def lower_bound(
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
     unit, options = stack.unit(), options or FloorOptions()
-    with stack.suitable_threads():
-        bounds = closed_floors(unit, budget)
     open_question = unit.layers > 1 and budget.shared_rank > 0 and level_of(unit.svd().S, budget.rank) > 0
     told = None if watch is None else _in_units(stack, watch)
     with stack.suitable_threads():
+        bounds = closed_floors(unit, budget)
         if open_question and certificate != "closed" and budget.private_rank > 0:
             bounds += [Bound(search_dual(v, budget, options, told), "dual") for v in (unit, unit.transpose())]
         if open_question and certificate == "two-sided":

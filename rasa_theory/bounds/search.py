@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -84,11 +84,10 @@ class Search:
     e_lora: float
     options: FloorOptions
     watch: SearchWatch | None
-    seconds: float
+    deadline: float  # of time.perf_counter()
     mu: float = _SMOOTHING[0]
     iteration: int = 0
     best: float = math.inf
-    started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def of(
@@ -98,7 +97,8 @@ class Search:
         S = view.svd().S
         level = level_of(S, budget.rank)
         e_lora = float(linalg.tail_energy(S, budget.rank).sum())
-        return cls(name, level, view.norm_squared / level, e_lora / level, options, watch, options.max_seconds)
+        deadline = time.perf_counter() + options.max_seconds
+        return cls(name, level, view.norm_squared / level, e_lora / level, options, watch, deadline)
 
     def stages(self, objective: Objective, start: list[Tensor]) -> Iterator[list[Tensor]]:
         """After every stage of constant smoothing, the best parameters so far; lower smoothing follows."""
@@ -126,17 +126,14 @@ class Search:
                 x = scipy.optimize.minimize(
                     evaluate, x, jac=True, method="L-BFGS-B", callback=self._tell, options=settings
                 ).x
-            except (
-                linalg.LinAlgError
-            ):  # a line search that left the range of numbers; what was kept is as good as before
-                gap = 0.0
+            except linalg.LinAlgError:
+                gap = 0.0  # a line search that left the range of numbers; what was kept is as good as before
             yield kept
             if self._spent() or gap <= self.options.rtol * self.e_lora:
                 return
 
     def _spent(self) -> bool:
-        late = time.perf_counter() - self.started > self.seconds
-        return late or self.iteration >= self.options.max_iterations
+        return time.perf_counter() > self.deadline or self.iteration >= self.options.max_iterations
 
     def _tell(self, _: Vector) -> None:
         self.iteration += 1
@@ -163,11 +160,10 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     following = energy[:, budget.rank : budget.rank + 1]
     floor = following.clamp_min(torch.finfo(torch.float64).tiny + 1e-12 * float(following.mean()))
     weights = (energy / floor).clamp_max(1) ** 4
-    spread, gram = torch.zeros(2, len(U[0]), len(U[0]), dtype=U.dtype, device=U.device)
-    for u, w, e in zip(U, weights, energy, strict=True):
+    spread = U.new_zeros(U.shape[1], U.shape[1])
+    for u, w in zip(U, weights, strict=True):
         spread += (u * w) @ u.mT
-        gram += (u * e) @ u.mT
-    values, X = linalg.symmetric_eigenpairs(gram)
+    values, X = linalg.symmetric_eigenpairs(view.gram())
     t = values[max(len(values) - 1 - view.layers * budget.rank, 0)].clamp_min(1e-12 * values[-1])
     spread += (X * (values / t).clamp(0, 1) ** 4) @ X.mT
     return linalg.symmetric_eigenpairs(spread)[1][:, -width:]
@@ -227,13 +223,12 @@ class KyFan(NamedTuple):
 
 def smoothed_ky_fan(S: Tensor, m: int, mu: float) -> KyFan:
     """Over 0 <= X <= I, tr X <= m; S (.., n, n) symmetric."""
-    n = S.shape[-1]
     if m == 0:
         return KyFan(0.0, 0.0, torch.zeros_like(S))
     values, V = linalg.symmetric_eigenpairs(S)
     x = capped_weights(values / mu, m)
     smooth = (x * (values - mu / 2 * x)).sum()
-    exact = values[..., max(n - m, 0) :].clamp_min(0).sum()
+    exact = linalg.largest_nonnegative(values, m).sum()
     return KyFan(float(smooth), float(exact), (V * x[..., None, :]) @ V.mT)
 
 

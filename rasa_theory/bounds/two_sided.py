@@ -152,8 +152,7 @@ def search_two_sided(view: LayerStack, budget: RankBudget, options: FloorOptions
     """
     begun = [_begin(side, budget, options, watch) for side in (view, view.transpose())]
     searching = min(begun, key=lambda one: one.search.best)
-    searching.search.started = begun[0].search.started  # one clock for both sides
-    searching.search.seconds = 2 * options.max_seconds
+    searching.search.deadline = begun[0].search.deadline + options.max_seconds  # what both sides may take together
     best = searching.value(budget, searching.found)
     for found in searching.rest:
         value = searching.value(budget, found)

@@ -11,14 +11,13 @@ from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, compute_device, compute_dtype
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
-from rasa_theory.sources.catalogue import UNMATCHED, Catalogue, LeftOut, StackSource
+from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
 from rasa_theory.sources.checkpoint import PICKLES, open_checkpoint, open_pair
 from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
 
 __all__ = [
     "BUNDLED",
     "DEFAULT",
-    "UNMATCHED",
     "Catalogue",
     "LeftOut",
     "StackSource",

@@ -13,9 +13,8 @@ from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, compute_dtype
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
 
-__all__ = ["UNMATCHED", "Catalogue", "LeftOut", "StackSource", "catalogue_of"]
+__all__ = ["Catalogue", "LeftOut", "StackSource", "catalogue_of"]
 
-UNMATCHED = "does not match --modules"
 _SHOWN = 5
 
 
@@ -53,7 +52,7 @@ class Catalogue:
         if not kept:
             names = ", ".join(repr(s.name) for s in self.stacks)
             raise InputError(f"{self.source}: no stack matches --modules {wanted}; there are {names}")
-        dropped = [LeftOut(s.name, f"{UNMATCHED} {wanted}") for s in self.stacks if s not in kept]
+        dropped = [LeftOut(s.name, f"does not match --modules {wanted}") for s in self.stacks if s not in kept]
         return Catalogue(self.source, kept, self.left_out + dropped)
 
 

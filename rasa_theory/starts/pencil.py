@@ -43,9 +43,7 @@ def pencil_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
     if not _fits(stack, budget):
         return None
     unit, generator = stack.unit(), torch.Generator().manual_seed(seed)
-    svd, q = unit.svd(), budget.private_rank
-    U, V = leading_of_all(svd, stack.layers * budget.rank)
-    K = core(svd, U, V)
+    q, (U, V, K) = budget.private_rank, _compressed(unit, budget)
     solved = linalg.rounding(math.sqrt(unit.norm_squared), stack.shape, stack.eps) ** 2
     best, lowest = None, math.inf
     for _ in range(_TRIES):
@@ -63,9 +61,15 @@ def pencil_promises(stack: LayerStack, budget: RankBudget) -> bool:
     if not _fits(stack, budget):
         return False
     unit = stack.unit()
-    svd = unit.svd()
-    K = core(svd, *leading_of_all(svd, stack.layers * budget.rank))
+    K = _compressed(unit, budget)[2]
     return unit.norm_squared - float((K * K).sum()) < allocation_bound(unit, budget).value
+
+
+def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, Tensor]:
+    """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
+    svd = unit.svd()
+    U, V = leading_of_all(svd, unit.layers * budget.rank)
+    return U, V, core(svd, U, V)
 
 
 def _fits(stack: LayerStack, budget: RankBudget) -> bool:
