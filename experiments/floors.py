@@ -43,7 +43,7 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
     ratios = {name: floor.value / e_lora for name, floor in floors.items()}
     values = (
         stack.name, budget.shared_rank, best_found / e_lora, rt.allocation_bound(stack, budget).value / e_lora,
-        ratios["closed"], floors["closed"].name, ratios["dual"], round(clock["dual"] - clock["closed"], 1),
+        ratios["closed"], floors["closed"].name, ratios["dual"], max(0.0, round(clock["dual"] - clock["closed"], 1)),
         ratios["two-sided"], round(clock["two-sided"] - clock["dual"], 1), best_found / e_lora - ratios["two-sided"],
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
