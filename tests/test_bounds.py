@@ -95,6 +95,16 @@ def test_every_floor_is_the_best_one_somewhere():
     assert names == {"zero", "rank", "stack", "clipped", "split"}
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_floor_of_plain_cp_is_one_below_every_k(k):
+    """e_rasa(r) <= e_rasa(k): on common rows the split form of k = r is above all forms of the k asked for."""
+    stack = LayerStack(aligned_rows())
+    own = max(floor.value for floor in closed_floors(stack, RankBudget(4, k)))
+    floor = lower_bound(stack, RankBudget(4, k))
+    assert floor == lower_bound(stack, RankBudget(4, 4))
+    assert own < 0.98 * floor.value < solve_rasa(stack, RankBudget(4, k), SolverOptions(max_sweeps=30)).error
+
+
 def test_lora_interval_and_factors():
     M = noise(3, 6, 5)
     stack = LayerStack(M)

@@ -22,7 +22,8 @@ def lower_bound(
 ) -> Bound:
     """A certified floor below e_rasa(k): the largest of its kind, and the name of the argument that gave it.
 
-    - closed: `closed_floors`, immediately.
+    - closed: `closed_floors`, immediately; those of k = r too, since e_rasa(r) <= e_rasa(k) (move private terms into
+      the pool), and the split form of plain CP can be the higher one.
     - dual: also the best found of `dual_value`, per orientation at most `options.max_seconds`.
     - two-sided: also the best found of `two_sided_value`, at most twice that.
 
@@ -38,6 +39,8 @@ def lower_bound(
     told = None if watch is None else _in_units(stack, watch)
     with stack.suitable_threads():
         bounds = closed_floors(unit, budget)
+        if budget.private_rank > 0:
+            bounds += closed_floors(unit, RankBudget(budget.rank, budget.rank))
         if open_question and certificate != "closed" and budget.private_rank > 0:
             bounds += [Bound(search_dual(v, budget, options, told), "dual") for v in (unit, unit.transpose())]
         if open_question and certificate == "two-sided":
