@@ -108,7 +108,7 @@ def _solve_pool(K: Tensor, seed: int) -> Pool | None:
         pool = pencil_pool(K, 0, generator)
         if pool is None:
             continue
-        factors = RasaFactors(none, none.mT, *(t.to(K.device) for t in pool)).scaled(1 / stack.scale)
+        factors = RasaFactors(none, none.mT, *pool).scaled(1 / stack.scale)
         factors, error = _sweeps(unit, norms, updates.normalise_pool(factors))
         if error < lowest:
             best, lowest = factors.scaled(stack.scale), error

@@ -36,22 +36,21 @@ def pencil_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
 
     On other stacks K_i is the leading part of M_i, and the result is a start like any other; for k = r and layers with
     common singular bases it is the optimum. Unlike `common_start` it does not ask that every layer uses every pool
-    term. With noise it deteriorates quickly, since the L clusters of private
-    eigenvalues crowd the pool's. Returns None where the conditions do not hold: k = 0, L = 1, L r > min(b, a), or a
-    stack so degenerate that every pencil is singular.
+    term. With noise it deteriorates quickly, since the L clusters of private eigenvalues crowd the pool's. Returns None
+    where the conditions do not hold: k = 0, L = 1, L r > min(b, a), or a stack so degenerate that every pencil is
+    singular.
     """
     if not _fits(stack, budget):
         return None
     unit, generator = stack.unit(), torch.Generator().manual_seed(seed)
     q, (U, V, K) = budget.private_rank, _compressed(unit, budget)
-    solved = linalg.rounding(math.sqrt(unit.norm_squared), stack.shape, stack.eps) ** 2
     best, lowest = None, math.inf
     for _ in range(_TRIES):
         pool = pencil_pool(K, q, generator)
         error = math.inf if pool is None else _error_beside(K, pool, q)
         if error < lowest:
             best, lowest = pool, error
-        if lowest <= solved:
+        if lowest**0.5 <= unit.rounding:
             break
     return None if best is None else beside_pool(stack, Pool(U @ best.B, best.A @ V.mT, best.D), q)
 
@@ -86,10 +85,10 @@ def pencil_pool(K: Tensor, private_rank: int, generator: torch.Generator) -> Poo
     sum_i alpha_i d_ij / sum_i beta_i d_ij. Assigning q eigenvalues to every layer leaves the pool's. Its columns of
     Y = K(beta) X are B up to scale, its rows of X^-1 are A, and d_ij = [Y^-1 K_i X]_jj. With (alpha_i : beta_i) at
     equal angles, in random order, the private clusters are as far apart as L clusters can be. Where noise makes
-    eigenvalues complex, the real and the imaginary part of a vector span the same space. None if the pencil is
-    singular, or so nearly that terms of ||K|| / eps would have to cancel.
+    eigenvalues complex, the real and the imaginary part of a vector span the same space. Computed on the CPU, returned
+    where K lies. None if the pencil is singular, or so nearly that terms of ||K|| / eps would have to cancel.
     """
-    L, q = K.shape[0], private_rank
+    L, q, device = K.shape[0], private_rank, K.device
     angle = math.pi / L * (torch.randperm(L, generator=generator) + torch.rand(1, generator=generator)).double()
     gain = (0.5 + torch.rand(L, generator=generator)).double()
     alpha, beta = torch.cos(angle), torch.sin(angle)
@@ -106,7 +105,9 @@ def pencil_pool(K: Tensor, private_rank: int, generator: torch.Generator) -> Poo
     except linalg.LinAlgError:
         return None
     norms = torch.linalg.vector_norm(found.B, dim=0) * torch.linalg.vector_norm(found.A, dim=1) * found.D.abs()
-    return found if float(norms.sum()) < float(torch.linalg.vector_norm(K)) / torch.finfo(K.dtype).eps else None
+    if not float(norms.sum()) < float(torch.linalg.vector_norm(K)) / torch.finfo(K.dtype).eps:
+        return None
+    return Pool(*(t.to(device) for t in found))
 
 
 def _of_the_pool(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor, q: int) -> Tensor:
@@ -127,8 +128,8 @@ def _of_the_pool(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor, q: int) -> T
 
 def _error_beside(K: Tensor, pool: Pool, q: int) -> float:
     """sum_i sum_{j>q} sigma_j(K_i - B D_i A)^2."""
-    B, A, D = (t.to(K.device) for t in pool)
-    return float(linalg.tail_energy(linalg.svd(K - (B * D[:, None]) @ A)[1], q).sum())
+    rest = K - (pool.B * pool.D[:, None]) @ pool.A
+    return float(linalg.tail_energy(linalg.svd(rest)[1], q).sum())
 
 
 def beside_pool(stack: LayerStack, pool: Pool, private_rank: int) -> RasaFactors:
