@@ -29,13 +29,13 @@ from rasa_theory.problem import LayerStack
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.study import environment
 
+_NAME = "rasa_theory.verify"
+
 
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
     """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(
-        "rasa_theory.verify", lambda: _run(_parse(given), given, subject or Subject()), "give --replay a smaller stack"
-    )
+    return exit_status(_NAME, lambda: _run(_parse(given), given, subject or Subject()), "give --replay a smaller stack")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -63,14 +63,15 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
     if args.list:
         print(describe())
         return 0
-    chosen = {"sweeps": args.sweeps, "certificate": args.certificate}
+    flags = {"sweeps": args.sweeps, "certificate": args.certificate}
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    with naming_flags({}):
+        settings = BenchSettings(**chosen)
+        SolverOptions(seed=args.seed)
     if args.replay is not None:
         replay = load_replay(Path(args.replay), **chosen)
         work, settings, laws, asked, out = iter([replay.instance]), replay.settings, replay.laws, 1, None
     else:
-        with naming_flags({}):
-            settings = BenchSettings(**{name: value for name, value in chosen.items() if value is not None})
-            SolverOptions(seed=args.seed)
         work, laws, asked = _instances(args), list(LAWS), args.instances
         out = output_folder(args.out)
 
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
             for instance in work:
                 show(tally.instances, _doing(instance, tally))
                 trial = run_trial(instance, subject, settings, laws)
-                tally.add(trial, _keep(trial, settings, out))
+                tally.add(trial, _keep(trial, settings, out) if args.replay is None else args.replay)
     except KeyboardInterrupt:
         interrupted = True
 
@@ -116,14 +117,20 @@ def _doing(instance: Instance, tally: Tally) -> str:
 
 
 def _keep(trial: Trial, settings: BenchSettings, out: Path | None) -> str | None:
-    """Write the file that reproduces a failing trial; returns its name."""
+    """Write the file that reproduces a failing trial; returns its name, or None where there is none.
+
+    If it cannot be written, that is said, and the run goes on: a violation that was found is not lost.
+    """
     if out is None or not trial.failed:
         return None
-    instance = trial.instance
-    folder = out / "failures"
-    output_folder(str(folder))
+    instance, folder = trial.instance, out / "failures"
     path = folder / f"{instance.family}-{instance.number}-{instance.seed}.npz"
-    write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
+    try:
+        output_folder(str(folder))
+        write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
+    except InputError as error:
+        print(f"{_NAME}: {error}", file=sys.stderr)
+        return None
     return str(path)
 
 

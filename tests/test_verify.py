@@ -244,9 +244,10 @@ def test_a_violation_is_exit_status_1_and_a_file_that_reproduces_it(
     assert f"again: {failure['replay']}" in err
     python, dash_m, module, *again = shlex.split(failure["replay"])
     assert (python, dash_m, module) == ("python", "-m", "rasa_theory.verify")
-    status, repeated, _ = run(again, capsys, broken)
+    status, repeated, err = run(again, capsys, broken)
     assert status == 1
-    assert repeated["failures"][0]["laws"] == failure["laws"]
+    assert repeated["failures"] == [failure]
+    assert f"again: {failure['replay']}" in err
     status, repeated, _ = run(again, capsys)
     assert (status, repeated["verdict"]) == (0, "holds")
     assert {held["name"] for held in repeated["families"][0]["laws"]} == {held["name"] for held in failure["laws"]}
@@ -259,6 +260,20 @@ def test_what_is_raised_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "power_of_two (ArithmeticError: no such number)" in err
     assert "again: no file was written; run with --out DIR" in err
     assert found["failures"][0]["replay"] is None
+
+
+def test_a_violation_whose_file_cannot_be_written_is_told_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failures").write_text("a file in the place of the folder", encoding="utf-8")
+    arguments = ["--families", "thin", "--instances", "1", "--out", str(tmp_path)]
+    status, found, err = run(arguments, capsys, Subject(solve_rasa=fails))
+    assert (status, found["verdict"]) == (1, "violated")
+    assert found["failures"][0]["file"] is None
+    sentence = f"--out {tmp_path / 'failures'} is not a folder that can be made: File exists; name another folder"
+    assert err.startswith(f"rasa_theory.verify: {sentence}\n")
+    assert "again: no file was written; run with --out DIR" in err
+    assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8")) == found
 
 
 def test_a_file_made_by_hand_is_tried_on_every_law_and_a_wrong_optimum_is_noticed(
@@ -328,6 +343,7 @@ def test_the_list_and_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--replay", "missing.npz"], "missing.npz does not exist"),
         (["--replay", "."], ".: not a sound .npz file"),
+        (["--replay", "any.npz", "--sweeps", "0"], "verify: sweeps must be at least 1, got 0 (--sweeps)"),
     ],
 )
 def test_bad_usage_is_one_sentence_and_exit_status_2(

@@ -40,8 +40,8 @@ def save_replay(replay: Replay, file: IO[bytes]) -> None:
 def load_replay(path: Path, **instead: Any) -> Replay:
     """Read a file of `save_replay`, or one made by hand: `values` (L, b, a), `r` and `k` are enough, for all laws.
 
-    Settings in `instead` that are not None take the place of the file's. Raises InputError, naming the file, for
-    anything that is missing, damaged or impossible. Pickles are never opened.
+    Settings in `instead` take the place of the file's. Raises InputError, naming the file, for anything that is
+    missing, damaged or impossible. Pickles are never opened.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -70,7 +70,7 @@ def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
         raise InputError(f"unknown law {unknown[0]!r}; --list names those that there are")
     given = {"sweeps": int, "certificate": str}
     settings = {name: kind(held[name]) for name, kind in given.items() if name in held}
-    settings |= {name: value for name, value in instead.items() if value is not None}
+    settings |= instead
     draw = Draw(stack.values, budget, _known(held))
     seed = SolverOptions(seed=int(held.get("seed", 0))).seed
     instance = Instance(str(held.get("family", "replay")), int(held.get("number", 0)), seed, draw)
