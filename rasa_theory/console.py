@@ -136,20 +136,20 @@ def _umask() -> int:
 def output_folder(name: str) -> Path | None:
     """The folder of --out, None for `none`, made if need be. Raises InputError if it cannot be written.
 
-    A file is written and removed there, so that a long run does not fail at its end.
+    A file without a name is opened there, so that a long run does not fail at its end.
     """
     if name == "none":
         return None
     if not name:
         raise InputError("--out '' names no folder; name one, or none to write nothing")
     path = Path(name)
+    verb = "made"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        verb = "written to"
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(
-            f"--out {path} is not a folder that can be made: {error.strerror or error}; name another folder"
+            f"--out {path} is not a folder that can be {verb}: {error.strerror or error}; name another folder"
         ) from None
-    trial = path / "results.json.try"
-    write_file(trial, lambda file: file.write(b""))
-    trial.unlink(missing_ok=True)
     return path

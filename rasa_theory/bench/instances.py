@@ -18,7 +18,7 @@ from rasa_theory.sources import open_source, planted_stack, synthetic_stack
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Random = np.random.Generator
 
-ALL = frozenset({"solver", "floor", "allocation"})
+MET_BY_ALL = frozenset({"solver", "floor", "allocation"})
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _orthogonal_columns(rng: Random) -> Draw:
     values = np.stack([Q[:, m * i : m * (i + 1)] @ X for i, X in enumerate(_normal(rng, L, m, a))])
     values *= rng.uniform(0.3, 3.0, (L, 1, 1))
     energy = np.sort(np.linalg.svd(values, compute_uv=False).ravel() ** 2)
-    return Draw(torch.from_numpy(values), RankBudget(r, r), Known(float(energy[: -L * r].sum()), ALL))
+    return Draw(torch.from_numpy(values), RankBudget(r, r), Known(float(energy[: -L * r].sum()), MET_BY_ALL))
 
 
 def _orthogonal_rows(rng: Random) -> Draw:
@@ -189,7 +189,7 @@ def _rank_deficient(rng: Random) -> Draw:
     rank = int(rng.integers(1, budget.rank + 1))
     values = _normal(rng, L, b, rank) @ _normal(rng, L, rank, a)
     values[rng.random(L) < 0.3] = 0
-    return Draw(torch.from_numpy(values), budget, Known(0.0, ALL))
+    return Draw(torch.from_numpy(values), budget, Known(0.0, MET_BY_ALL))
 
 
 def _extreme(rng: Random) -> Draw:
@@ -207,7 +207,7 @@ def _thin(rng: Random) -> Draw:
     values = _normal(rng, L, b, a)
     values = values.transpose(0, 2, 1).copy() if rng.random() < 0.5 else values
     budget = _budget(rng, min(b, a))
-    return Draw(torch.from_numpy(values), budget, Known(0.0, ALL) if budget.rank == min(b, a) else None)
+    return Draw(torch.from_numpy(values), budget, Known(0.0, MET_BY_ALL) if budget.rank == min(b, a) else None)
 
 
 def _no_sharing(rng: Random) -> Draw:
@@ -216,7 +216,7 @@ def _no_sharing(rng: Random) -> Draw:
     alone = rng.random() < 0.5
     values = _normal(rng, 1 if alone else L, b, a) * np.linspace(1, 0.1, a)
     budget = _budget(rng, min(b, a), None if alone else 0)
-    return Draw(torch.from_numpy(values), budget, Known(_tail(values, budget.rank), ALL))
+    return Draw(torch.from_numpy(values), budget, Known(_tail(values, budget.rank), MET_BY_ALL))
 
 
 def _single_precision(rng: Random) -> Draw:

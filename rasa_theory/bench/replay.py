@@ -9,13 +9,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from rasa_theory.bench.evidence import BenchSettings
-from rasa_theory.bench.instances import Draw, Instance, Known
+from rasa_theory.bench.instances import MET_BY_ALL, Draw, Instance, Known
 from rasa_theory.bench.laws import LAWS
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.rasa import SolverOptions
-
-_MET_BY = ("solver", "floor", "allocation")
 
 
 class Replay(NamedTuple):
@@ -81,6 +79,6 @@ def _known(held: dict[str, Any]) -> Known | None:
     if "optimum" not in held:
         return None
     met_by = frozenset(str(name) for name in np.atleast_1d(held.get("met_by", [])))
-    if not met_by <= set(_MET_BY):
-        raise InputError(f"met_by holds {sorted(met_by)}, of which only {', '.join(_MET_BY)} are known")
+    if not met_by <= MET_BY_ALL:
+        raise InputError(f"met_by holds {sorted(met_by)}; known: {', '.join(sorted(MET_BY_ALL))}")
     return Known(float(held["optimum"]), met_by)
