@@ -28,10 +28,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: Any) -> dict[str, Any]:
+def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: tqdm) -> dict[str, Any]:
     """One row of the table. A floor's seconds are those of its own search, both orientations."""
 
-    def watch(progress: Any) -> None:
+    def watch(progress: rt.SearchProgress) -> None:
         at = f"{progress.search} {progress.iteration}: {progress.value / e_lora:.4f}"
         bar.set_description(f"{stack.name}, k = {budget.shared_rank}, {at}")
 
@@ -58,7 +58,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()
 
-    stacks = [s for s in rt.load("minilm-code")[0] if options.stacks is None or s.name in options.stacks]
+    bundled = {stack.name: stack for stack in rt.load("minilm-code")[0]}
+    unknown = set(options.stacks or ()) - set(bundled)
+    if unknown:
+        parser.error(f"--stacks: {min(unknown)!r} is none of {', '.join(bundled)}")
+    stacks = [bundled[name] for name in options.stacks or bundled]
     options.out.mkdir(parents=True, exist_ok=True)
     with (
         tqdm(total=len(stacks) * len(options.ks)) as bar,

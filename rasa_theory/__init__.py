@@ -2,7 +2,7 @@
 
 from rasa_theory._version import __version__
 from rasa_theory.attempts import Attempt, random_attempt
-from rasa_theory.bounds import Bound, FloorOptions, allocation_bound, lower_bound
+from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.descent import Progress, StopReason
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
@@ -28,6 +28,7 @@ __all__ = [
     "RankBudget",
     "RasaFactors",
     "RasaSolution",
+    "SearchProgress",
     "SharedSubspaceSpectrum",
     "SolverOptions",
     "StopReason",

@@ -169,6 +169,20 @@ def test_limits_are_positive(name):
         FloorOptions(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max_iterations", 2.5, "max_iterations must be a whole number, got 2.5"),
+        ("width", "all", "width must be a whole number, got 'all'"),
+        ("max_seconds", None, "max_seconds must be a number, got None"),
+        ("rtol", math.nan, "rtol must be positive, got nan"),
+    ],
+)
+def test_limits_are_numbers(name, value, sentence):
+    with pytest.raises(InputError, match=sentence):
+        FloorOptions(**{name: value})
+
+
 # ---- what the search stands on
 
 

@@ -59,23 +59,24 @@ def closed_floors(stack: LayerStack, budget: RankBudget) -> list[Bound]:
     - rank: an update has rank <= q + R, so layer i leaves at least sum_{j>q+R} sigma_ij^2.
     - stack: all updates side by side have rank <= L q + R = L r, so [M_1 .. M_L] leaves its own tail after L r.
     - clipped: see `_clipped`.
-    - split: see `_split`.
+    - split: see `_split`, with N of `cappings` at L r and at 3/2 L r.
 
     Raises InputError if r > min(b, a).
     """
     budget.check_fits(stack)
-    unit, m = stack.unit(), stack.layers * budget.rank
+    unit, Lr = stack.unit(), stack.layers * budget.rank
     floors = [Bound(0.0, "zero"), _rank(unit, budget)]
     for view in (unit, unit.transpose()):
         floors += [_stack(view, budget), _clipped(view, budget)]
-        floors += [_split(view, budget, T) for T in cappings(view, (m, m + m // 2))]
+        floors += [_split(view, budget, T) for T in cappings(view, (Lr, Lr + Lr // 2))]
     return [Bound(floor.value * stack.scale**2, floor.name) for floor in floors]
 
 
 def floor_slack(stack: LayerStack, name: str) -> float:
-    """How far below the truth a floor that is read from Gram matrices can lie: squared, in units of the input.
+    """How far below its exact value the closed floor `name`, read from Gram matrices, can lie: squared, in input units.
 
-    Twice its allowance: one that is taken off, and one by which rounding may have lowered what it is taken from.
+    Twice its allowance: one that is taken off, and one by which rounding may have lowered what it is taken from. That
+    of `_split` is 2 sqrt(a) times those of the others.
     """
     views = (stack.unit(), stack.unit().transpose())
     times = 2 * math.sqrt(max(stack.shape)) if name == "split" else 1.0

@@ -29,7 +29,8 @@ def lower_bound(
 
     However a search ends, its value is a formula that holds at every point, with exact spectra in float64, less its
     rounding; where nothing is left to search for (k = 0, one layer, e_lora = 0) the closed forms stand alone.
-    `watch` is told about every step. Raises InputError if r > min(b, a) or `certificate` is unknown.
+    `watch` is told of every step, a `SearchProgress` with the floor in units of the stack. Raises InputError if
+    r > min(b, a) or `certificate` is unknown.
     """
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:

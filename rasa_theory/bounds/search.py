@@ -19,10 +19,9 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, whole_number
 
 _SMOOTHING = (0.3, 0.1, 0.03, 0.01, 0.003)  # in units of the level, the mean of sigma_{i,r+1}^2
-
 _STAGE = 60  # iterations with one smoothing, at most
 
 
@@ -31,10 +30,11 @@ class FloorOptions:
     """What a search may spend on each orientation of a stack.
 
     It stops when what smoothing hides is below `rtol` of e_lora, after `max_iterations` or after `max_seconds`.
-    What is left out by looking at leading directions only costs little: of 384, 240 cost the dual floor of fine-tuning
-    updates 0.0002 of e_lora and the two-sided one 0.0014 at k = 1, 160 and 192 cost 0.0006 and 0.004.
-    `width`: it looks at so many leading directions of each side (None: 5 L r, where k = r 6 L r).
-    Raises InputError for a limit that is not positive.
+    `width`: it looks at so many leading directions of each side (None: 5 L r, where k = r 6 L r). What the others would
+    add is little: of 384, looking at 240 only costs the dual floor of fine-tuning updates 0.0002 of e_lora and the
+    two-sided one 0.0014 at k = 1; at 160 and 192, 0.0006 and 0.004.
+    Raises InputError for a limit that is no number or not positive, and for a number of steps or directions that is
+    not whole.
     """
 
     max_iterations: int = 240
@@ -45,7 +45,13 @@ class FloorOptions:
     def __post_init__(self) -> None:
         for name in ("max_iterations", "max_seconds", "rtol", "width"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if name == "width" and value is None:
+                continue
+            if name in ("max_iterations", "width"):
+                object.__setattr__(self, name, whole_number(name, value))
+            elif not isinstance(value, int | float):
+                raise InputError(f"{name} must be a number, got {value!r}")
+            if not value > 0:
                 raise InputError(f"{name} must be positive, got {value}")
 
     def width_of(self, stack: LayerStack, budget: RankBudget) -> int:
@@ -71,6 +77,9 @@ Objective = Callable[..., tuple[float, float, list[Tensor]]]
 @dataclass
 class Search:
     """Minimise a convex bound on the captured energy, in units of `level`, over several blocks of parameters.
+
+    `level` is that of `level_of`; `total`, `e_lora` and `best` are ||M||^2, e_lora and the lowest bound so far, in its
+    units.
 
     KF_m(S) = max tr(X S) over 0 <= X <= I with tr X <= m has corners where eigenvalues meet, and the minimum lies in
     such corners. Less mu/2 ||X||^2 it has a gradient, the maximiser X, and differs by at most mu m / 2. L-BFGS runs on
