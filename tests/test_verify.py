@@ -329,6 +329,12 @@ def test_the_list_and_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"The first draws {len(FAMILIES)} families" in readme
+    assert f"tries {len(LAWS)} laws on each" in readme
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
