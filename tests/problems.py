@@ -30,6 +30,11 @@ def noise(L, b, a, seed=0):
     return np.random.default_rng(seed).standard_normal((L, b, a))
 
 
+def decaying(L=3, b=16, a=18, seed=0):
+    """A spectrum like that of fine-tuning updates."""
+    return noise(L, b, a, seed) * np.arange(1, a + 1) ** -0.7
+
+
 def orthogonal(n, seed=0):
     """A random orthogonal matrix."""
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]

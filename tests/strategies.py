@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from problems import planted
 
-from rasa_theory import LayerStack, RankBudget
+from rasa_theory import LayerStack, RankBudget, SolverOptions, solve_rasa
 
 KINDS = ("generic", "low rank", "repeated", "zero layers", "equal", "near duplicates", "uneven", "planted", "one entry")
 
@@ -56,3 +56,9 @@ def nasty_stacks(draw, scales=(1.0, 1e-100, 1e100, 1e-9, 3e7)):
         M[:] = 0
         M[-1, -1, -1] = 1
     return Nasty(M * draw(st.sampled_from(scales)), r, k)
+
+
+def best_error(problem):
+    """The lowest error of two short solves."""
+    found = (SolverOptions(start=start, max_sweeps=25, rtol=1e-5) for start in ("random", "allocation"))
+    return min(solve_rasa(problem.stack, problem.budget, options).error for options in found)

@@ -73,8 +73,7 @@ def with_noise(seed, shape, eta):
 
 def left_over(L, b, a, r, k):
     """The share of the noise that a fit of so many free parameters leaves: 1 - dof / (L b a)."""
-    q, R = r - k, L * k
-    return 1 - (L * q * (a + b - q) + R * (a + b - 2) + L * R) / (L * b * a)
+    return 1 - recovery.degrees_of_freedom((L, b, a, r, k)) / (L * b * a)
 
 
 # ---- without noise
