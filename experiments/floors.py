@@ -41,10 +41,13 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
         floors[name] = rt.lower_bound(stack, budget, name, watch=watch)
         clock[name] = time.perf_counter() - started
     ratios = {name: floor.value / e_lora for name, floor in floors.items()}
+    dual_seconds, two_sided_seconds = (
+        max(0.0, round(clock[name] - clock[before], 1)) for name, before in (("dual", "closed"), ("two-sided", "dual"))
+    )
     values = (
         stack.name, budget.shared_rank, best_found / e_lora, rt.allocation_bound(stack, budget).value / e_lora,
-        ratios["closed"], floors["closed"].name, ratios["dual"], max(0.0, round(clock["dual"] - clock["closed"], 1)),
-        ratios["two-sided"], round(clock["two-sided"] - clock["dual"], 1), best_found / e_lora - ratios["two-sided"],
+        ratios["closed"], floors["closed"].name, ratios["dual"], dual_seconds,
+        ratios["two-sided"], two_sided_seconds, best_found / e_lora - ratios["two-sided"],
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -75,7 +75,7 @@ def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) 
     error = solution.error / left
     distance = rt.reconstruction_error(rt.LayerStack(M), solution.factors) / taken
     floor = rt.lower_bound(stack, budget).value
-    recovered = error <= 1.02 and distance <= 1.5 if noise else error <= 1e-18
+    recovered = (error <= 1.02 and distance <= 1.5) if noise else error <= 1e-18
     values = (*shape, noise, seed, start, solution.start, solution.stop_reason.name, solution.sweeps, round(seconds, 2))
     values += (error, distance, solution.error / floor if floor > 0 else None, int(recovered))
     return dict(zip(COLUMNS, values, strict=True))

@@ -145,8 +145,7 @@ class Evidence:
     @functools.cached_property
     def random_mixing(self) -> MixingStep:
         """D re-solved where all layers use a random pool."""
-        size = 0.3 if bool(self.values.any()) else 0.0
-        return self._mixing_step(random_start(self.stack, self.budget, self.instance.seed, size))
+        return self._mixing_step(random_start(self.stack, self.budget, self.instance.seed, size=0.3))
 
     @functools.cached_property
     def lowest(self) -> float:

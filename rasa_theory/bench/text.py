@@ -55,7 +55,7 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
         lines.append(f"  again: {failure['replay'] or 'no file was written; run with --out DIR'}")
     more = len(results["failures"]) - _SHOWN
     if more > 0:
-        lines.append(f"and {more} more instances, in the files beside these")
+        lines.append(f"and {more} more instances, listed by --json and in verify.json")
     checks, violations = (sum(family[key] for family in results["families"]) for key in ("checks", "violations"))
     sentence = f"{results['verdict'].upper()}: {violations} violations in {checks} checks"
     sentence += f" on {results['finished']} instances ({results['seconds']:.0f} s)"
