@@ -202,3 +202,14 @@ def test_looking_at_the_leading_directions_only_costs_little(k, width, cost):
     e_lora = solve_lora(stack, 4).error / stack.scale**2
     few, all_ = (search_two_sided(stack.unit(), budget, FloorOptions(width=n), None) for n in (width, 48))
     assert all_ - cost * e_lora <= few <= all_ + 0.002 * e_lora
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-80, 1e-161])
+def test_what_lies_below_the_rounding_of_a_search_is_not_searched(size):
+    """In units of 1e-322 the numbers of a search would be infinite, and its eigenvalue problems fail."""
+    M, seen = np.zeros((3, 6, 6)), []
+    for i, j in np.ndindex(3, 6):
+        M[i, (i + j) % 6, (2 * i + j) % 6] = size if j > 0 else 1.0
+    stack = LayerStack(M)
+    assert lower_bound(stack, RankBudget(2, 1), "two-sided", QUICK, seen.append) == lower_bound(stack, RankBudget(2, 1))
+    assert seen == []

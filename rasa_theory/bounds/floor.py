@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from rasa_theory.bounds.closed import Bound, closed_floors
 from rasa_theory.bounds.dual import search_dual
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
@@ -28,7 +30,9 @@ def lower_bound(
     - two-sided: also the best found of `two_sided_value`, at most twice that.
 
     However a search ends, its value is a formula that holds at every point, with exact spectra in float64, less its
-    rounding; where nothing is left to search for (k = 0, one layer, e_lora = 0) the closed forms stand alone.
+    rounding; where nothing is left to search for the closed forms stand alone: k = 0, one layer, or sigma_{i,r+1}^2 so
+    small that e_lora <= sum_i (m - r) sigma_{i,r+1}^2, m = min(b, a), is less than the rounding of a search, whose
+    value would be negative.
     `watch` is told of every step, a `SearchProgress` with the floor in units of the stack. Raises InputError if
     r > min(b, a) or `certificate` is unknown.
     """
@@ -36,7 +40,8 @@ def lower_bound(
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
     unit, options = stack.unit(), options or FloorOptions()
-    open_question = unit.layers > 1 and budget.shared_rank > 0 and level_of(unit.svd().S, budget.rank) > 0
+    resolved = level_of(unit.svd().S, budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+    open_question = unit.layers > 1 and budget.shared_rank > 0 and resolved
     told = None if watch is None else _in_units(stack, watch)
     with stack.suitable_threads():
         bounds = closed_floors(unit, budget)
