@@ -374,9 +374,15 @@ GOOD: dict[str, Any] = {"values": np.ones((2, 4, 3)), "r": 2, "k": 1}
         ({"values": np.ones((4, 3))}, "expected three axes (layers, b, a), found shape (4, 3)"),
         ({"r": 4}, "rank 4 exceeds min(b, a) = 3"),
         ({"k": 3}, "shared_rank 3 exceeds rank 2"),
-        ({"k": "one"}, "an entry is of the wrong kind"),
+        ({"k": "one"}, "k must be a whole number, got 'one'"),
+        ({"r": 2.7}, "r must be a whole number, got 2.7"),
+        ({"r": math.inf}, "r must be a whole number, got inf"),
         ({"r": np.ones(2)}, "an entry is of the wrong kind"),
         ({"law": "gravity"}, "unknown law 'gravity'; --list names those that there are"),
+        ({"law": np.array([], str)}, "its 'law' is empty"),
+        ({"sweeps": 1.5}, "sweeps must be a whole number, got 1.5"),
+        ({"optimum": -1.0}, "optimum must be a finite number, at least 0, got -1.0"),
+        ({"optimum": math.nan}, "optimum must be a finite number, at least 0, got nan"),
         ({"certificate": "best"}, "certificate 'best' is none of closed"),
         ({"optimum": 0.0, "met_by": ["luck"]}, "met_by holds ['luck']"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
@@ -393,3 +399,29 @@ def test_bad_replays_are_one_sentence_and_exit_status_2(
     assert err.startswith(f"rasa_theory.verify: {path}: ")
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_damaged_files_and_those_of_another_kind_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "array.npy", GOOD["values"])
+    np.savez_compressed(tmp_path / "whole.npz", **GOOD)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for n in range(0, len(whole), 7):
+        (tmp_path / f"{n}.npz").write_bytes(whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :])
+    unsound = 0
+    for path in tmp_path.iterdir():
+        status, _, err = run(["--replay", str(path), "--sweeps", "1"], capsys)
+        assert status in (0, 2)  # some bytes, such as times, do not matter
+        if status == 2:
+            unsound += 1
+            assert err.startswith(f"rasa_theory.verify: {path}: ")
+            assert err.count("\n") == 1
+    assert unsound > 10
+
+
+def test_where_no_law_applies_nothing_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "none.npz", **GOOD, law="floor_below_optimum")  # but no optimum
+    status, found, err = run(["--replay", str(tmp_path / "none.npz")], capsys)
+    assert (status, found["verdict"], found["families"][0]["checks"]) == (0, "undecided", 0)
+    assert "UNDECIDED: 0 violations in 0 checks on 1 instances" in err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -12,8 +14,11 @@ from rasa_theory.bench.evidence import BenchSettings
 from rasa_theory.bench.instances import MET_BY_ALL, Draw, Instance, Known
 from rasa_theory.bench.laws import LAWS
 from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.rasa import SolverOptions
+
+_UNSOUND = (OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for damaged archives, for `.npy` files, and for ones with a password."""
 
 
 class Replay(NamedTuple):
@@ -42,11 +47,11 @@ def load_replay(path: Path, **instead: Any) -> Replay:
     missing, damaged or impossible. Pickles are never opened.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            held = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            held = {name: np.asarray(archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name a .npz file that a failed run has written") from None
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile):
+    except _UNSOUND:
         raise InputError(f"{path}: not a sound .npz file; name one that a failed run has written") from None
     try:
         return _replay(held, instead)
@@ -60,19 +65,26 @@ def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
     missing = [name for name in ("values", "r", "k") if name not in held]
     if missing:
         raise InputError(f"it holds no {missing[0]!r}; values (L, b, a), r and k are needed")
-    stack, budget = LayerStack(held["values"], "values"), RankBudget(int(held["r"]), int(held["k"]))
+    stack, budget = LayerStack(held["values"], "values"), RankBudget(_whole(held, "r"), _whole(held, "k"))
     budget.check_fits(stack)
     laws = [str(law) for law in np.atleast_1d(held.get("law", np.array(list(LAWS))))]
+    if not laws:
+        raise InputError("its 'law' is empty; leave it out to try all")
     unknown = [law for law in laws if law not in LAWS]
     if unknown:
         raise InputError(f"unknown law {unknown[0]!r}; --list names those that there are")
-    given = {"sweeps": int, "certificate": str}
-    settings = {name: kind(held[name]) for name, kind in given.items() if name in held}
+    settings: dict[str, Any] = {"sweeps": _whole(held, "sweeps")} if "sweeps" in held else {}
+    settings |= {"certificate": str(held["certificate"])} if "certificate" in held else {}
     settings |= instead
     draw = Draw(stack.values, budget, _known(held))
-    seed = SolverOptions(seed=int(held.get("seed", 0))).seed
-    instance = Instance(str(held.get("family", "replay")), int(held.get("number", 0)), seed, draw)
+    seed = SolverOptions(seed=_whole(held, "seed")).seed
+    instance = Instance(str(held.get("family", "replay")), _whole(held, "number"), seed, draw)
     return Replay(instance, laws, BenchSettings(**settings))
+
+
+def _whole(held: dict[str, Any], name: str) -> int:
+    """The entry of this name, 0 if there is none."""
+    return whole_number(name, held[name].item()) if name in held else 0
 
 
 def _known(held: dict[str, Any]) -> Known | None:
@@ -81,4 +93,7 @@ def _known(held: dict[str, Any]) -> Known | None:
     met_by = frozenset(str(name) for name in np.atleast_1d(held.get("met_by", [])))
     if not met_by <= MET_BY_ALL:
         raise InputError(f"met_by holds {sorted(met_by)}; known: {', '.join(sorted(MET_BY_ALL))}")
-    return Known(float(held["optimum"]), met_by)
+    optimum = float(held["optimum"])
+    if not 0 <= optimum < math.inf:
+        raise InputError(f"optimum must be a finite number, at least 0, got {optimum}")
+    return Known(optimum, met_by)

@@ -69,10 +69,10 @@ def _broken(law: dict[str, Any]) -> str:
 
 def _family_row(n: int, family: dict[str, Any]) -> tuple[str, ...]:
     count = family["instances"]
-    worst = max(family["laws"], key=lambda law: (law["violations"] > 0, _size(law)))
+    worst = max(family["laws"], key=lambda law: (law["violations"] > 0, _size(law)), default=None)
     shares = [f"{100 * family[key] / count:.0f} %" for key in ("strict", "crossed")]
     numbers = [str(family[key]) for key in ("instances", "checks", "violations")]
-    return (str(n), family["name"], *numbers, *shares, f"{_cell(worst)} {worst['name']}")
+    return (str(n), family["name"], *numbers, *shares, "-" if worst is None else f"{_cell(worst)} {worst['name']}")
 
 
 def _size(law: dict[str, Any]) -> float:
