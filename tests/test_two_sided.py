@@ -204,12 +204,13 @@ def test_looking_at_the_leading_directions_only_costs_little(k, width, cost):
     assert all_ - cost * e_lora <= few <= all_ + 0.002 * e_lora
 
 
+@pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("size", [1e-9, 1e-80, 1e-161])
-def test_what_lies_below_the_rounding_of_a_search_is_not_searched(size):
+def test_what_lies_below_the_rounding_of_a_search_is_not_searched(size, r):
     """In units of 1e-322 the numbers of a search would be infinite, and its eigenvalue problems fail."""
     M, seen = np.zeros((3, 6, 6)), []
     for i, j in np.ndindex(3, 6):
-        M[i, (i + j) % 6, (2 * i + j) % 6] = size if j > 0 else 1.0
-    stack = LayerStack(M)
-    assert lower_bound(stack, RankBudget(2, 1), "two-sided", QUICK, seen.append) == lower_bound(stack, RankBudget(2, 1))
+        M[i, (i + j) % 6, (2 * i + j) % 6] = 1.0 if j < r else size
+    stack, budget = LayerStack(M), RankBudget(r, 1)
+    assert lower_bound(stack, budget, "two-sided", QUICK, seen.append) == lower_bound(stack, budget)
     assert seen == []

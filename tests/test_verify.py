@@ -96,14 +96,24 @@ def floor(name: str, factor: float = 1.01) -> Subject:
     )
 
 
+def floors_by_shape(axis: int) -> Subject:
+    """Floors that are lower the longer one axis is."""
+    return Subject(
+        closed_floors=lambda stack, budget: [
+            rt.Bound(bound.value * (1 - 1e-3 * stack.shape[axis]), bound.name)
+            for bound in HONEST.closed_floors(stack, budget)
+        ]
+    )
+
+
 def certificate(factor: float) -> Subject:
     return Subject(lower_bound=lambda *asked: rt.Bound(rt.lower_bound(*asked).value * factor, "scaled"))
 
 
-def drop(factor: float) -> Subject:
+def drop(factor: float, where: Callable[[rt.RasaFactors], bool] = lambda factors: True) -> Subject:
     def resolve(stack: rt.LayerStack, factors: rt.RasaFactors) -> tuple[rt.RasaFactors, float]:
         solved, found = HONEST.resolve_mixing(stack, factors)
-        return solved, found * factor
+        return solved, found * (factor if where(factors) else 1)
 
     return Subject(resolve_mixing=resolve)
 
@@ -128,9 +138,19 @@ def entry(stack: rt.LayerStack) -> float:
     return float(stack.values[0, 0, 0]) / math.sqrt(stack.norm_squared)
 
 
-def swapped(factors: rt.LoraFactors, budget: rt.RankBudget, pooled: str) -> rt.RasaFactors:
-    right = rt.RasaFactors.from_lora(factors, budget, pooled)
-    return dataclasses.replace(right, mixing=right.mixing.flip(0))
+def swapped(kind: str) -> Subject:
+    """The embedding of this kind with the layers' mixing in the wrong order."""
+
+    def embed(factors: rt.LoraFactors, budget: rt.RankBudget, pooled: str) -> rt.RasaFactors:
+        right = rt.RasaFactors.from_lora(factors, budget, pooled)
+        return dataclasses.replace(right, mixing=right.mixing.flip(0)) if pooled == kind else right
+
+    return Subject(embed=embed)
+
+
+def all_share(factors: rt.RasaFactors) -> bool:
+    """So at a random pool; at an embedding every pool term serves one layer."""
+    return bool((factors.mixing != 0).all())
 
 
 BROKEN: list[tuple[str, str, Subject]] = [
@@ -147,10 +167,13 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("path_nested", "gaussian", path(lambda found: dict(zip(found, reversed(found.values()), strict=True)))),
     ("path_begins_at_lora", "gaussian", path(lambda found: found | {0: found[max(found)]})),
     ("lora_factors", "gaussian", lora(lambda stack, solution: 1 - 1e-9)),
-    ("embedding", "gaussian", Subject(embed=swapped)),
+    ("embedding", "gaussian", swapped("smallest")),
+    ("embedding", "gaussian", swapped("largest")),
     ("drop_nonnegative", "gaussian", drop(-1.0)),
     ("drop_measured", "gaussian", drop(1.01)),
     ("drop_measured", "gaussian", drop(0.99)),
+    ("drop_measured", "gaussian", drop(1.01, all_share)),
+    ("drop_measured", "gaussian", drop(1.01, lambda factors: not all_share(factors))),
     ("answer_falls", "gaussian", rising("best", "joint")),
     ("joint_falls", "gaussian", rising("random", "joint")),
     ("paper_falls", "gaussian", rising("random", "paper")),
@@ -166,6 +189,7 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("crossing", "gaussian", counting(-1)),
     ("power_of_two", "gaussian", solver(last_digit)),
     ("floor_below_optimum", "shared-bases", floor("stack")),
+    ("floor_below_optimum", "equal", certificate(1.01)),
     ("floor_meets_optimum", "shared-bases", certificate(0.99)),
     ("allocation_meets_optimum", "no-sharing", allocation(lambda stack, budget: 1 - 1e-9)),
     ("answer_meets_optimum", "orthogonal-columns", solver(only_lora)),
@@ -173,6 +197,8 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("rotated", "gaussian", lora(lambda stack, solution: 1 + 1e-9 * entry(stack))),
     ("permuted", "gaussian", lora(lambda stack, solution: 1 + 1e-9 * solution.layer_errors[0] / solution.error)),
     ("transposed", "gaussian", allocation(lambda stack, budget: 1 + 1e-9 * stack.shape[0])),
+    ("transposed", "decaying", floors_by_shape(0)),
+    ("transposed", "decaying", floors_by_shape(1)),
     ("padded", "gaussian", allocation(lambda stack, budget: 1 + 1e-9 * sum(stack.shape))),
     ("answer_below_lora", "gaussian", Subject(solve_rasa=fails)),
 ]
