@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from enum import Enum
 import torch
 
 from rasa_theory import linalg, updates
+from rasa_theory.core import CoreSweep
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
@@ -38,7 +40,8 @@ class Progress:
 
 
 Callback = Callable[[Progress], None]
-Sweep = Callable[[LayerStack, torch.Tensor, RasaFactors], tuple[RasaFactors, float]]
+Sweep = Callable[[RasaFactors], tuple[RasaFactors, float]]
+"""Factors -> the factors after one sweep, and their squared error."""
 
 
 def paper_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
@@ -58,9 +61,7 @@ def paper_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
 def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
     """All B~_i, B_S and D at once, then all A~_i, A_S and D: two passes over M.
 
-    The squared error comes from the products, unless rounding could show in it: an error of eps T, with T the squared
-    norms of M and of the pool's terms (a private term is at most as large as M_i), stays below `LayerStack.rounding` in
-    norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on the direct residual is taken, one pass more.
+    The squared error comes from the products, where it can be trusted.
     """
     for side in (unit, unit.transpose()):
         factors = updates.orthonormalise_private_A(factors)
@@ -70,14 +71,15 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
         MA, MAt = products[:, :, :R], products[:, :, R:]
         half = updates.joint_half(MA, MAt, layer_norms, factors)
         factors = half.factors.transpose()
-    error, norm = float(half.error), math.sqrt(unit.norm_squared)
-    size = norm**2 + float((updates.term_norms(factors) ** 2).sum())
-    if not size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
-        error = reconstruction_error(unit, factors)
-    return factors, error
+    return factors, updates.trusted_error(unit, factors, float(half.error))
 
 
-SWEEPS: dict[str, Sweep] = {"paper": paper_sweep, "joint": joint_sweep}
+SWEEPS: dict[str, Callable[[LayerStack, torch.Tensor], Sweep]] = {
+    "core": CoreSweep,
+    "joint": functools.partial(functools.partial, joint_sweep),
+    "paper": functools.partial(functools.partial, paper_sweep),
+}
+"""A stack's unit view and its ||M_i|| -> a sweep."""
 
 
 class Descent:
@@ -90,15 +92,15 @@ class Descent:
 
     def __init__(self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str) -> None:
         self.unit, self.start = unit, start
-        self._sweep = SWEEPS[sweep]
-        self._norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype, device=unit.device).sqrt()
+        norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype, device=unit.device).sqrt()
+        self._sweep = SWEEPS[sweep](unit, norms)
         self.factors = updates.normalise_pool(factors)
         error = reconstruction_error(unit, factors)
         if not math.isfinite(error):
             raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
         self.best, self.best_error, self.history = self.factors, error, [error]
         self.stop_reason: StopReason | None = None
-        self._lacks_private = sweep == "joint" and not bool(factors.private_A.any())
+        self._lacks_private = sweep != "paper" and not bool(factors.private_A.any())
 
     @property
     def sweeps(self) -> int:
@@ -126,9 +128,9 @@ class Descent:
     def _step(self, rtol: float) -> None:
         previous = self.history[-1]
         try:
-            if self._lacks_private:  # the joint sweep needs row spaces to begin with
+            if self._lacks_private:  # these sweeps need row spaces to begin with
                 self.factors, self._lacks_private = updates.update_private(self.unit, self.factors), False
-            self.factors, error = self._sweep(self.unit, self._norms, self.factors)
+            self.factors, error = self._sweep(self.factors)
         except (linalg.LinAlgError, ArithmeticError):
             error = math.nan
         if not math.isfinite(error):

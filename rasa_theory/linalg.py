@@ -155,6 +155,38 @@ def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
     return T.mT, Q.mT
 
 
+def orthonormal_columns(X: Tensor) -> Tensor:
+    """Orthonormal Q (..., n, min(n, m)) whose first j columns span those of X (..., n, m), for every j.
+
+    Where a column depends on those before, Q has another direction in its place.
+    """
+    norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+    Q: Tensor = torch.linalg.qr(X / torch.where(norms > 0, norms, 1))[0]
+    return Q
+
+
+def completed(C: Tensor, X: Tensor | None = None) -> Tensor:
+    """C (..., n, c) with orthonormal columns, and beside them orthonormal ones for those of X, or for all of R^n."""
+    Q = torch.linalg.qr(C, mode="complete")[0] if X is None else orthonormal_columns(torch.cat([C, X], -1))
+    return torch.cat([C, Q[..., C.shape[-1] :]], -1)
+
+
+def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
+    """Orthonormal columns orthogonal to those of U (..., b, n) that span with them those of X (..., b, m); n + m <= b.
+
+    Where a column of X depends on U and the columns before, a random direction takes its place. Block Gram-Schmidt, and
+    again to be orthogonal to rounding; a third time, since random ones come in after the first.
+    """
+    fill = torch.randn(X.shape[-2:], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(X)
+    for _ in range(3):
+        norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+        X = X / torch.where(norms > 0, norms, 1)
+        Q, T = torch.linalg.qr(X - U @ (U.mT @ X))
+        depends = T.diagonal(dim1=-2, dim2=-1).abs() <= 1e4 * torch.finfo(X.dtype).eps
+        X = torch.where(depends.unsqueeze(-2), fill, Q)
+    return X
+
+
 def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
     """x that lowers x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m) -> (..., n, m).
 

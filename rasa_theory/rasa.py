@@ -19,7 +19,8 @@ from rasa_theory.starts import PROMISES, STARTS, allocation_start
 
 _RACE = ("common", "pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
-_HEATS = ((12, 2), (48, 1))  # after so many sweeps each, so many of the best go on
+_HEATS = {"core": ((2, 2), (6, 1)), "joint": ((12, 2), (48, 1)), "paper": ((12, 2), (48, 1))}
+"""By sweep: after so many each, so many of the best starts go on."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ class SolverOptions:
 
     start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start
     from. "common" and "pencil" need conditions on the stack; where they do not hold, "allocation" takes their place,
-    and the solution says so. sweep: "joint" or "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep
-    lowers the error by less than `rtol` of it (0: never). Raises InputError for anything else.
+    and the solution says so. sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or
+    "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by less than `rtol` of it
+    (0: never). Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"
-    sweep: str = "joint"
-    max_sweeps: int = 500
-    rtol: float = 1e-9
+    sweep: str = "core"
+    max_sweeps: int = 100
+    rtol: float = 1e-6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -162,15 +164,15 @@ def _race(
     A start whose error reaches rounding level ends the race: nothing can be lower.
     """
     passes, unit = stack.data_passes, stack.unit()
-    racing = options.start == "best" or bool(warm)
+    racing, heats = options.start == "best" or bool(warm), _HEATS[options.sweep]
     runs: list[Descent] = []
     for run in _starting_points(stack, unit, budget, options, warm):
-        first = min(_HEATS[0][0], options.max_sweeps) if racing else options.max_sweeps
+        first = min(heats[0][0], options.max_sweeps) if racing else options.max_sweeps
         runs.append(run.run(first, options.rtol, callback, stack.scale))
         if run.solved:
             break
     alive = [run for run in runs if run.solved] or runs
-    for sweeps, survivors in _HEATS if len(alive) > 1 else ():
+    for sweeps, survivors in heats if len(alive) > 1 else ():
         for run in alive:
             run.run(min(sweeps, options.max_sweeps), options.rtol, callback, stack.scale)
         alive = sorted(alive, key=lambda run: run.best_error)[:survivors]

@@ -72,11 +72,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="closed",
         help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
     )
-    add("--sweeps", type=int, default=500, metavar="N", help="at most so many sweeps (%(default)s)")
+    add("--sweeps", type=int, default=100, metavar="N", help="at most so many sweeps (%(default)s)")
     add(
         "--rtol",
         type=float,
-        default=1e-9,
+        default=1e-6,
         metavar="X",
         help="stop when a sweep gains less than this share (%(default)s)",
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.factors import RasaFactors
+from rasa_theory.objective import reconstruction_error
 from rasa_theory.problem import LayerStack
 
 
@@ -74,6 +75,20 @@ def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None
     `eps` is the stack's unless another precision was used.
     """
     return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
+
+
+def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:
+    """A squared error that was put together from products, unless rounding could show in it: then the direct residual.
+
+    An error of eps T, with T the squared norms of M and of the pool's terms (a private term is at most as large as
+    M_i), stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on
+    the residual is taken, one pass more.
+    """
+    norm = math.sqrt(unit.norm_squared)
+    size = norm**2 + float((term_norms(factors) ** 2).sum())
+    if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
+        return error
+    return reconstruction_error(unit, factors)
 
 
 def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
@@ -135,8 +150,12 @@ class JointHalf(NamedTuple):
     error: Tensor
 
 
-def joint_half(MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactors) -> JointHalf:
+def joint_half(
+    MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactors, leading: int | None = None
+) -> JointHalf:
     """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
+
+    With `leading`, only so many rows of B_S move (the least-squares problem falls apart into rows).
 
     The rows of A~_i are orthonormal. MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T
     and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it
@@ -155,8 +174,9 @@ def joint_half(MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactor
 
     F = P - (B_S * D[:, None]) @ C
     G = (D[:, :, None] * C * D[:, None]).sum(0)
-    g = (F * D[:, None]).sum(0)  # (b, R)
+    g = (F * D[:, None]).sum(0)[:leading]  # (b, R)
     X = linalg.solve_increment(G, g.mT, AA.diagonal() * (D * D).sum(0), math.sqrt(len(g)) * (noise @ D.abs())).mT
+    X = torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X)))
     moved = normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
     B_S, D = moved.shared_B, moved.mixing
 

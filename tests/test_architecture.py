@@ -15,7 +15,7 @@ FLOORS = [
     {"factors"},
     {"sources", "objective", "bounds"},
     {"lora", "updates", "subspaces"},
-    {"starts"},
+    {"starts", "core"},
     {"descent"},
     {"rasa", "attempts"},
     {"study", "bench"},

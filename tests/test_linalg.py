@@ -181,3 +181,30 @@ def test_small_matrices_run_on_one_thread():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(lead):
+    """X holds a new direction, the same but for 1e-9, one of U's, zero, and the new one again."""
+    generator = torch.Generator().manual_seed(1)
+    Q = torch.linalg.qr(torch.randn(*lead, 12, 12, generator=generator, dtype=torch.float64))[0]
+    U, new = Q[..., :6], Q[..., 6]
+    for given in (U, torch.eye(12, 6, dtype=torch.float64).expand(*lead, 12, 6)):
+        outside = new if given is U else torch.eye(12, dtype=torch.float64)[7].expand(*lead, 12)
+        X = torch.stack([outside, outside + 1e-9 * Q[..., 9], given[..., 0], 0 * outside, outside], -1)
+        found = linalg.orthonormal_beside(given, X)
+        both = torch.cat([given, found], -1)
+        assert float((both.mT @ both - torch.eye(11, dtype=torch.float64)).abs().max()) <= 1e-14
+        assert float(((found[..., 0] * outside).sum(-1).abs() - 1).abs().max()) <= 1e-14
+        inside = both @ (both.mT @ X)
+        assert float((inside - X).abs().max()) <= 1e-14
+
+
+def test_completing_columns():
+    C = torch.linalg.qr(torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    X = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for found, n in ((linalg.completed(C), 7), (linalg.completed(C, X), 5)):
+        assert found.shape == (2, 7, n)
+        assert torch.equal(found[:, :, :3], C)
+        assert float((found.mT @ found - torch.eye(n, dtype=torch.float64)).abs().max()) <= 1e-14
+    assert float((found @ (found.mT @ X) - X).abs().max()) <= 1e-14

@@ -151,7 +151,7 @@ def test_a_local_minimum_above_lora_is_undecided_and_not_called_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "updates.npy"
-    np.save(path, np.random.default_rng(0).standard_normal((3, 9, 8)))
+    np.save(path, np.random.default_rng(0).standard_normal((3, 60, 50)))
     arguments = ["--source", str(path), "--rank", "3", "--start", "random", "--sweeps", "1", "--seeds", "0"]
     status, results, err = run([*arguments, "--out", "none"], capsys)
     assert (status, results["theorem_3_1"]) == (0, "undecided")

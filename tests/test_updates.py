@@ -196,6 +196,21 @@ def test_the_error_of_a_joint_half_is_the_direct_residual(L, b, a, r, k, seed):
 
 
 @pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+def test_a_joint_half_in_which_only_leading_rows_of_the_pool_move(L, b, a, r, k, seed):
+    """The other rows of B_S stay; those of B~_i, and every d_i, are the best beside them."""
+    M, f, rows = noise(L, b, a, seed), random_factors(L, b, a, r, k, seed), b // 2
+    f, stack = updates.orthonormalise_private_A(f), LayerStack(M)
+    products = stack.right(f.shared_A.mT), stack.right(f.private_A.mT)
+    half = updates.joint_half(*products, norms(stack), f, rows)
+    p = plain(f)
+    B_S = np.concatenate([reference.all_B(M[:, :rows], p.At, p.A_S, p.D)[0], p.B_S[rows:]])
+    Bt, D = reference.private_B_and_mixing(M, p.At, B_S, p.A_S)
+    expected = reference.error(M, Bt, p.At, B_S, p.A_S, D)
+    assert reconstruction_error(stack, half.factors) == pytest.approx(expected, rel=1e-9)
+    assert float(half.error) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
 @pytest.mark.parametrize("pooled", ["smallest", "largest"])
 def test_mixing_drop_at_the_embedding_of_lora(L, b, a, r, k, seed, pooled):
     """Positive, and what re-solving D measures: the inequality between RaSA and LoRA is strict."""

@@ -174,7 +174,7 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("drop_measured", "gaussian", drop(0.99)),
     ("drop_measured", "gaussian", drop(1.01, all_share)),
     ("drop_measured", "gaussian", drop(1.01, lambda factors: not all_share(factors))),
-    ("answer_falls", "gaussian", rising("best", "joint")),
+    ("answer_falls", "gaussian", rising("best", "core")),
     ("joint_falls", "gaussian", rising("random", "joint")),
     ("paper_falls", "gaussian", rising("random", "paper")),
     (

@@ -1,0 +1,251 @@
+"""Few passes over M: sweeps on a small core, in bases that grow by what every pass shows.
+
+B_S and B~_i lie in the span of U_i (b, n), the rows of A_S and A~_i in that of V_i (a, m), orthonormal, so that
+    ||M_i - X_i||^2 = ||M_i||^2 - ||K_i||^2 + ||K_i - U_i^T X_i V_i||^2,    K_i = U_i^T M_i V_i,
+and sweeps on the K_i cost no pass. A pass M_i^T U_i (or M_i V_i) is used twice: for K_i, and for the directions in
+which the error falls outside the other side's basis, sum_i E_i^T B_S D_i for the pool and E_i^T B~_i for layer i alone.
+The other side takes them up, and it is its turn.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg, updates
+from rasa_theory.factors import RasaFactors
+from rasa_theory.problem import LayerStack
+
+_ROUNDS = 12  # new directions of so many rounds are kept at most
+_EARLIER = 2  # where a basis is cut down, it keeps the factors of so many rounds before
+_INNER = 20  # sweeps on the core after each pass
+
+
+class CoreSweep:
+    """Two passes over M, one per side, each followed by sweeps on the core: one sweep, as `Descent` wants it.
+
+    Its bases go on from the factors that it returned last; other ones begin anew. Where a side has so few dimensions
+    that its basis would be the whole space, it is: if both are, K is M, and no sweep but the first reads anything.
+    """
+
+    def __init__(self, unit: LayerStack, layer_norms: Tensor) -> None:
+        self._unit = unit
+        self._last: RasaFactors | None = None
+
+    def __call__(self, factors: RasaFactors) -> tuple[RasaFactors, float]:
+        """The factors after one sweep, and their squared error, from the products."""
+        if factors is not self._last:
+            self._columns, self._rows = (
+                _Side.of(self._unit, factors),
+                _Side.of(self._unit.transpose(), factors.transpose()),
+            )
+            self._K = self._unit.values.new_zeros(self._unit.layers, self._columns.width, 0)
+        factors, _ = self._half(self._unit, self._columns, self._rows, factors)
+        factors, error = self._half(self._unit.transpose(), self._rows, self._columns, factors.transpose())
+        self._last = factors.transpose()
+        return self._last, updates.trusted_error(self._unit, self._last, error)
+
+    def _half(self, view: LayerStack, known: _Side, grown: _Side, factors: RasaFactors) -> tuple[RasaFactors, float]:
+        """A pass M_i^T U_i, new directions for V_i, and sweeps on K_i = U_i^T M_i V_i."""
+        Z = known.product(view)
+        if not grown.is_whole:
+            if (T := grown.make_room(factors.transpose())) is not None:
+                self._K = self._K @ T
+            grown.take_up(*_directions(Z, known, factors))
+        K = torch.cat([self._K, Z.mT @ grown.U[:, :, self._K.shape[2] :]], 2)
+        S, T = known.rotation(), grown.rotation()
+        start = RasaFactors(
+            private_B=S.mT @ (known.U.mT @ factors.private_B),
+            private_A=factors.private_A @ grown.U @ T,
+            shared_B=_padded(known.common.mT @ factors.shared_B, known.width),
+            shared_A=_padded(grown.common.mT @ factors.shared_A.mT, grown.width).mT,
+            mixing=factors.mixing,
+        )
+        rotated = (S.mT @ K @ T).double()
+        common = known.common.shape[1], grown.common.shape[1]
+        found, error = core_sweeps(rotated, start.to(torch.float64), common, _INNER)
+        found = found.to(factors.mixing.dtype)
+        self._K = K.mT
+        moved = RasaFactors(
+            private_B=known.U @ (S @ found.private_B),
+            private_A=(found.private_A @ T.mT) @ grown.U.mT,
+            shared_B=known.common @ found.shared_B[: common[0]],
+            shared_A=found.shared_A[:, : common[1]] @ grown.common.mT,
+            mixing=found.mixing,
+        )
+        return moved, view.norm_squared - float((rotated * rotated).sum()) + error
+
+
+@dataclass
+class _Side:
+    """The basis of one side: U (L, b, n), orthonormal, and M_i^T U_i of the columns multiplied so far, Z (L, a, ..).
+
+    `common` (b, c), orthonormal, is where B_S stays; its span lies in that of every U_i: common = U_i C_i. `own` are
+    the columns of U that came from directions of one layer, latest last; `earlier` the factors of the last rounds.
+    """
+
+    U: Tensor
+    Z: Tensor
+    common: Tensor
+    C: Tensor
+    own: list[int]
+    earlier: list[RasaFactors]
+
+    @classmethod
+    def of(cls, view: LayerStack, factors: RasaFactors) -> _Side:
+        """The span of B_S and, as far as it fits, of all B~_i, common to all layers; or all of R^b, if it is small."""
+        (b, a), L = view.shape, view.layers
+        zeros = factors.mixing.new_zeros
+        if _limit(b, factors) >= b:
+            eye = torch.eye(b, dtype=factors.mixing.dtype, device=factors.mixing.device)
+            return cls(eye.expand(L, b, b), zeros(L, a, 0), eye, eye.expand(L, b, b), [], [])
+        side = cls(zeros(L, b, 0), zeros(L, a, 0), zeros(b, 0), zeros(L, 0, 0), [], [])
+        all_private = private_of_all(factors)
+        complete = all_private.shape[1] == L * factors.private_B.shape[2]
+        own = factors.private_B[:, :, :0] if complete else factors.private_B
+        side.take_up(torch.cat([factors.shared_B, all_private], 1), own)
+        return side
+
+    @property
+    def width(self) -> int:
+        """n."""
+        return int(self.U.shape[2])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether U_i spans R^b."""
+        return self.width == self.U.shape[1]
+
+    def product(self, view: LayerStack) -> Tensor:
+        """Z_i = M_i^T U_i (L, a, n): a pass, if there are columns that have not been multiplied yet."""
+        if (known := self.Z.shape[2]) < self.width:
+            self.Z = torch.cat([self.Z, view.left(self.U[:, :, known:])], 2)
+        return self.Z
+
+    def rotation(self) -> Tensor:
+        """S (L, n, n), orthogonal, with C first: in the basis U S the pool has the leading c coordinates."""
+        return linalg.completed(self.C)
+
+    def make_room(self, factors: RasaFactors) -> Tensor | None:
+        """Cut the basis down, if it is as wide as it may be. Returns T (L, n, n') then: U <- U T."""
+        limit, more = _limit(self.U.shape[1], factors), _ranks(factors)
+        T = self._keep(factors, max(2 * limit // 3, 2 * more)) if self.width + more > limit else None
+        self.earlier = [factors, *self.earlier][:_EARLIER]
+        return T
+
+    def take_up(self, common: Tensor, own: Tensor) -> None:
+        """Add directions (b, R) that B_S may use in all layers, and (L, b, q) of B~_i."""
+        L, n, c = len(self.U), self.width, self.common.shape[1]
+        common = linalg.orthonormal_beside(self.common, common)
+        fresh = linalg.orthonormal_beside(self.U, torch.cat([common.expand(L, -1, -1), own], 2))
+        self.U = torch.cat([self.U, fresh], 2)
+        self.common = torch.cat([self.common, common], 1)
+        C = self.C.new_zeros(L, self.width, self.common.shape[1])
+        C[:, :n, :c], C[:, :, c:] = self.C, self.U.mT @ common
+        self.C = C
+        self.own = [*self.own, *range(n + common.shape[1], self.width)]
+
+    def _keep(self, factors: RasaFactors, width: int) -> Tensor:
+        """The span of the factors, of earlier ones and of the latest directions, `width` dimensions in all."""
+        eye = torch.eye(self.width, dtype=self.U.dtype, device=self.U.device)
+        c = self.common.shape[1]
+        shared = (factors.shared_B, private_of_all(factors), *(f.shared_B for f in self.earlier))
+        latest = eye[:c, :c].flip(1)
+        pool = linalg.orthonormal_columns(torch.cat([*(self.common.mT @ X for X in shared), latest], 1))
+        pool = pool[:, : max(width * c // self.width, factors.shared_B.shape[1])]
+        C = self.C @ pool
+        latest = eye[:, self.own[::-1]].expand(len(C), -1, -1)
+        private = [self.U.mT @ f.private_B for f in (factors, *self.earlier)]
+        T = linalg.completed(C, torch.cat([*private, latest], 2))[:, :, :width]
+        self.U, self.Z, self.common = self.U @ T, self.Z @ T, self.common @ pool
+        self.C = eye[: T.shape[2], : C.shape[2]].expand(len(C), -1, -1)
+        self.own = list(range(C.shape[2], T.shape[2]))
+        return T
+
+
+def _limit(b: int, factors: RasaFactors) -> int:
+    """How wide the basis of a side of b dimensions may become: half of them, if 3 (R + q) are not more."""
+    L, q = factors.private_B.shape[0], factors.private_B.shape[2]
+    begun = factors.shared_B.shape[1] + min(L * q, b // 8)
+    return max(3 * _ranks(factors), min(b // 2, begun + _ROUNDS * _ranks(factors)))
+
+
+def _ranks(factors: RasaFactors) -> int:
+    """R + q."""
+    return factors.shared_B.shape[1] + factors.private_B.shape[2]
+
+
+def private_of_all(factors: RasaFactors) -> Tensor:
+    """An orthonormal basis of all B~_i, (b, L q); its leading part by ||d_i|| ||B~_i||, if they are more than b / 8.
+
+    The pool wants them: where no minimum is attained, a pool term grows along a private one of its owner and cancels
+    against it, and what is left is their difference quotient. Without these directions in the pool's common basis a
+    term would have to find them in small steps, one a pass.
+    """
+    L, b, q = factors.private_B.shape
+    if factors.shared_B.shape[1] == 0 or q == 0:
+        return factors.private_B.new_zeros(b, 0)
+    if L * q <= b // 8:
+        return linalg.orthonormal_columns(factors.private_B.permute(1, 0, 2).reshape(b, L * q))
+    weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
+    return linalg.svd(weighted.permute(1, 0, 2).reshape(b, L * q))[0][:, : b // 8]
+
+
+def _padded(coordinates: Tensor, n: int) -> Tensor:
+    return torch.nn.functional.pad(coordinates, (0, 0, 0, n - len(coordinates)))
+
+
+def _directions(Z: Tensor, known: _Side, factors: RasaFactors) -> tuple[Tensor, Tensor]:
+    """-1/2 of the gradient: sum_i E_i^T B_S D_i (a, R), and E_i^T Q_i (L, a, q), Q_i an orthonormal basis of B~_i.
+
+    Z_i = M_i^T U_i, and the factors lie in the span of U_i.
+    """
+    Bt, At, B_S, A_S, D = factors.named().values()
+    Q = linalg.orthonormal_columns(Bt)
+    both = torch.cat([B_S.expand(len(Q), -1, -1), Q], 2)  # (L, b, R + q)
+    E = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
+    R = B_S.shape[1]
+    return (E[:, :, :R] * D[:, None]).sum(0), E[:, :, R:]
+
+
+def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count: int) -> tuple[RasaFactors, float]:
+    """At most `count` joint sweeps on K (L, n, m), in which B_S has its first `common` rows only, and A_S its columns.
+
+    Every sweep but the first begins beyond the last point, by a step that grows while this lowers the error and
+    shrinks where it does not; such a point is kept only if its error after the sweep is lower. So the error never
+    rises. Ends early where a sweep gains less than a thousandth of what all have gained.
+    """
+    norms = torch.linalg.matrix_norm(K)
+    point, error = _core_sweep(K, norms, factors, common)
+    begun, before, step = error, None, 1.0
+    for _ in range(count - 1):
+        found, lower = point, math.inf
+        if before is not None:
+            found, lower = _core_sweep(K, norms, _beyond(point, before, step), common)
+            step = step * 1.3 if lower < error else max(step / 2, 0.5)
+        if not lower < error:
+            found, lower = _core_sweep(K, norms, point, common)
+        if not lower < error:
+            break
+        gain, point, before, error = error - lower, found, point, lower
+        if gain < 1e-3 * (begun - error):
+            break
+    return point, error
+
+
+def _core_sweep(K: Tensor, norms: Tensor, factors: RasaFactors, common: tuple[int, int]) -> tuple[RasaFactors, float]:
+    error = norms.new_zeros(())
+    for side, leading in zip((K, K.mT), common, strict=True):
+        factors = updates.orthonormalise_private_A(factors)
+        MA, MAt = side @ factors.shared_A.mT, side @ factors.private_A.mT
+        factors, error = updates.joint_half(MA, MAt, norms, factors, leading)
+        factors = factors.transpose()
+    return factors, float(error)
+
+
+def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:
+    pairs = zip(point.named().values(), before.named().values(), strict=True)
+    return updates.normalise_pool(RasaFactors(*(x + step * (x - y) for x, y in pairs)))

@@ -1,0 +1,133 @@
+"""Sweeps on the core: the plain sweeps where it is all of M, exact errors and sound bases where it is not."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from problems import SHAPES, noise
+
+from rasa_theory import LayerStack, RankBudget, SolverOptions, load, reconstruction_error, solve_lora, solve_rasa
+from rasa_theory import core as core_module
+from rasa_theory.core import CoreSweep, core_sweeps
+from rasa_theory.starts import allocation_start, random_start
+from rasa_theory.updates import normalise_pool, update_private
+
+# (L, b, a, r, k), wider than 3 (R + q): bases that grow and are cut down; no pool; no private terms; one layer; wide
+NARROW = [(3, 60, 50, 3, 1), (3, 60, 50, 2, 0), (3, 50, 60, 2, 2), (1, 40, 50, 3, 1), (4, 90, 30, 2, 1)]
+
+
+def falling(L, b, a, seed=0):
+    """Unrelated layers, sigma_j = j^-0.7."""
+    U, S, Vh = np.linalg.svd(noise(L, b, a, seed), full_matrices=False)
+    return U * np.arange(1, S.shape[1] + 1) ** -0.7 @ Vh
+
+
+def started(stack, budget, start=allocation_start):
+    """A sweep on the unit stack, and factors in its units to begin with."""
+    unit = stack.unit()
+    norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype).sqrt()
+    return unit, CoreSweep(unit, norms), normalise_pool(update_private(unit, start(unit, budget, 0)))
+
+
+def plain(factors):
+    return reference.Factors(*(t.numpy() for t in factors.named().values()))
+
+
+def largest(x):
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+def test_one_sweep_on_all_of_m_is_the_joint_sweep(L, b, a, r, k, seed):
+    M, budget = noise(L, b, a, seed), RankBudget(r, k)
+    stack = LayerStack(M)
+    f = update_private(stack, random_start(stack, budget, seed, size=0.3))
+    expected = plain(f)
+    for _ in range(20):
+        f, error = core_sweeps(stack.values, f, (b, a), 1)
+        expected = reference.joint_sweep(M, *expected)
+        assert error == pytest.approx(reference.error(M, *expected), rel=1e-8)
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+def test_steps_beyond_the_last_point_never_raise_the_error(L, b, a, r, k, seed):
+    stack, budget = LayerStack(noise(L, b, a, seed)), RankBudget(r, k)
+    f = update_private(stack, random_start(stack, budget, seed, size=0.3))
+    errors = [core_sweeps(stack.values, f, (b, a), n)[1] for n in (1, 2, 5, 10, 20)]
+    assert all(y <= x for x, y in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k"), NARROW)
+@pytest.mark.parametrize("start", [allocation_start, random_start])
+def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a, r, k, start):
+    stack, budget = LayerStack(falling(L, b, a)), RankBudget(r, k)
+    unit, sweep, f = started(stack, budget, start)
+    q, R = budget.private_rank, budget.pool_rank(L)
+    before = reconstruction_error(unit, f)
+    for _ in range(12):
+        f, error = sweep(f)
+        assert error <= before * (1 + 1e-12)
+        before = error
+        assert error == pytest.approx(reconstruction_error(unit, f), rel=1e-12)
+        for side, view, n in ((sweep._columns, unit, b), (sweep._rows, unit.transpose(), a)):
+            U, known, eye = side.U, side.Z.shape[2], torch.eye(side.width, dtype=torch.float64)
+            assert side.width <= max(3 * (R + q), n // 2) or side.is_whole
+            assert largest(U.mT @ U - eye) <= 1e-13
+            assert largest(U @ side.C - side.common) <= 1e-13
+            assert largest(side.Z - view._M.mT @ U[:, :, :known] / stack.scale) <= 1e-13
+        inside = sweep._columns.common
+        assert largest(inside @ (inside.mT @ f.shared_B) - f.shared_B) <= 1e-12
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k"), NARROW)
+def test_new_directions_are_the_gradient_outside_the_basis(L, b, a, r, k):
+    """By differences of the error: -1/2 its gradient with respect to A_S, and to A~_i for orthonormal B~_i."""
+    stack, budget = LayerStack(falling(L, b, a)), RankBudget(r, k)
+    unit, sweep, f = started(stack, budget)
+    f, _ = sweep(f)
+    common, own = core_module._directions(sweep._columns.product(unit), sweep._columns, f)
+    p, M = plain(f), unit.values.numpy()
+    E = reference.residuals(M, *p)
+    literal = sum(E[i].T @ p.B_S @ np.diag(p.D[i]) for i in range(L))
+    assert np.allclose(common.numpy(), literal, atol=1e-12)
+    for i in range(L):
+        projector = p.Bt[i] @ np.linalg.pinv(p.Bt[i])
+        assert np.allclose(own[i].numpy() @ own[i].numpy().T, E[i].T @ projector @ E[i], atol=1e-12)
+
+
+def test_a_small_stack_is_read_once():
+    stack, budget = LayerStack(falling(3, 6, 6)), RankBudget(2, 0)  # without a pool nothing cancels: no residuals
+    _, sweep, f = started(stack, budget)
+    passes = stack.data_passes
+    for _ in range(5):
+        f, _ = sweep(f)
+    assert stack.data_passes == passes + 2  # M^T I and M I
+
+
+def test_other_factors_begin_anew():
+    """Factors that the sweep did not return itself are taken as they come, with the same numbers as by a new sweep."""
+    stack, budget = LayerStack(falling(3, 60, 50)), RankBudget(3, 1)
+    _, sweep, f = started(stack, budget)
+    sweep(sweep(f)[0])
+    again, error = sweep(f)
+    _, fresh, _ = started(stack, budget)
+    expected, expected_error = fresh(f)
+    assert error == expected_error
+    assert torch.equal(again.mixing, expected.mixing)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
+    """On a crop of the bundled updates, from the same start: less than their error, within 30 passes of their 600."""
+    query = next(stack for stack in load("minilm-code")[0] if stack.name == "query")
+    stack, budget = LayerStack(query.values[:, :160, :160]), RankBudget(8, k)
+    if k == 8:
+        stack, budget = LayerStack(query.values[:4, :160, :160]), RankBudget(8, k)
+    solve_lora(stack, 8)
+    plain_run = solve_rasa(stack, budget, SolverOptions(start="allocation", sweep="joint", max_sweeps=300, rtol=0))
+    passes = stack.data_passes
+    run = solve_rasa(stack, budget, SolverOptions(start="allocation", max_sweeps=15, rtol=0))
+    assert run.error <= plain_run.error
+    assert stack.data_passes - passes <= 32  # the start's residual and the final one on top
