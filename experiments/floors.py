@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="+", help="all bundled ones unless named")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--sweeps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()
 
@@ -76,8 +75,7 @@ def main() -> None:
         for stack in stacks:
             e_lora = rt.solve_lora(stack, options.rank).error
             bar.set_description(f"{stack.name}, solving")
-            solver = rt.SolverOptions(max_sweeps=options.sweeps)
-            for k, solution in rt.solve_path(stack, options.rank, options.ks, solver).items():
+            for k, solution in rt.solve_path(stack, options.rank, options.ks).items():
                 found = row(stack, rt.RankBudget(options.rank, k), e_lora, solution.error, bar)
                 writer.writerow(found)
                 file.flush()

@@ -45,8 +45,14 @@ def attempt(
 ) -> dict[str, Any]:
     """One row of the table."""
     start = random_start(stack, budget, seed, size)
-    paper = rt.solve_rasa(stack, budget, rt.SolverOptions(start=start, sweep="paper", max_sweeps=iterations, rtol=0))
-    after = rt.solve_rasa(stack, budget, rt.SolverOptions(start=paper.factors, max_sweeps=joint, rtol=0))
+    paper = rt.solve_rasa(
+        stack, budget, rt.SolverOptions(start=start, sweep="paper", max_sweeps=iterations, rtol=0, max_cancellation=1e4)
+    )
+    after = rt.solve_rasa(
+        stack,
+        budget,
+        rt.SolverOptions(start=paper.factors, sweep="joint", max_sweeps=joint, rtol=0, max_cancellation=1e4),
+    )
     crossing = next((n for n, error in enumerate(paper.history) if error < e_lora), None)
     values = (stack.name, size, seed, crossing, paper.history[-1] / e_lora, after.error / e_lora)
     return dict(zip(COLUMNS, values, strict=True))

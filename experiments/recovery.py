@@ -68,7 +68,11 @@ def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) 
     L, b, a, r, k = shape
     stack, budget = rt.LayerStack(M + N), rt.RankBudget(r, k)
     began = time.perf_counter()
-    solution = rt.solve_rasa(stack, budget, rt.SolverOptions(start=start, max_sweeps=max_sweeps, seed=seed))
+    solution = rt.solve_rasa(
+        stack,
+        budget,
+        rt.SolverOptions(start=start, sweep="joint", max_sweeps=max_sweeps, rtol=1e-9, seed=seed, max_cancellation=1e4),
+    )
     seconds = time.perf_counter() - began
     energy, share = float((N**2).sum()), degrees_of_freedom(shape) / (L * b * a)
     left, taken = ((1 - share) * energy, share * energy) if noise else (stack.norm_squared,) * 2

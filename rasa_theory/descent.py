@@ -17,7 +17,7 @@ from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
 from rasa_theory.problem import LayerStack
 
-_DEGENERATE = 1e4  # pool terms of one layer, in units of ||M||, beyond which they are taken to diverge and cancel
+DEGENERATE = 1e4  # the `cancellation` beyond which terms are taken to diverge
 
 
 class StopReason(Enum):
@@ -25,7 +25,7 @@ class StopReason(Enum):
 
     CONVERGED = "The relative decrease over one sweep fell below the tolerance, or the error to rounding."
     SWEEP_LIMIT = "The sweep limit was reached while the error still fell; raise max_sweeps."
-    DEGENERATE = "Pool terms grow and cancel: the infimum is not attained; the best finite iterate is returned."
+    DEGENERATE = "Terms grew beyond the largest cancellation allowed; the best iterate before is returned."
     NON_FINITE = "A factor became infinite or NaN; the best earlier iterate is returned."
 
 
@@ -87,10 +87,13 @@ class Descent:
 
     `unit` is a `LayerStack.unit()`; factors and errors are in its units. After `run`, `stop_reason` is None if the
     sweeps asked for are done and nothing else ended it. `history` has the error of every iterate, the start's first;
-    `best` and `best_error` are those of the lowest.
+    `best` and `best_error` are those of the lowest. A sweep after which terms exceed `max_cancellation` times ||M_i||,
+    and those of the start, is not taken and ends it.
     """
 
-    def __init__(self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str) -> None:
+    def __init__(
+        self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str, max_cancellation: float = DEGENERATE
+    ) -> None:
         self.unit, self.start = unit, start
         norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype, device=unit.device).sqrt()
         self._sweep = SWEEPS[sweep](unit, norms)
@@ -100,6 +103,7 @@ class Descent:
             raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
         self.best, self.best_error, self.history = self.factors, error, [error]
         self.stop_reason: StopReason | None = None
+        self._most = max(max_cancellation, updates.cancellation(unit, factors))
         self._lacks_private = sweep != "paper" and not bool(factors.private_A.any())
 
     @property
@@ -136,11 +140,11 @@ class Descent:
         if not math.isfinite(error):
             self.stop_reason = StopReason.NON_FINITE
             return
+        if updates.cancellation(self.unit, self.factors) > self._most:
+            self.stop_reason = StopReason.DEGENERATE
+            return
         self.history.append(error)
         if error < self.best_error:
             self.best, self.best_error = self.factors, error
-        norm = math.sqrt(self.unit.norm_squared)
-        if float(updates.term_norms(self.factors).max()) > _DEGENERATE * norm > 0:
-            self.stop_reason = StopReason.DEGENERATE
-        elif rtol > 0 and (previous - error <= rtol * previous or math.sqrt(error) <= self.unit.rounding):
+        if rtol > 0 and (previous - error <= rtol * previous or math.sqrt(error) <= self.unit.rounding):
             self.stop_reason = StopReason.CONVERGED

@@ -16,6 +16,7 @@ from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import layer_errors
 from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.starts import PROMISES, STARTS, allocation_start
+from rasa_theory.updates import cancellation
 
 _RACE = ("common", "pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
@@ -31,7 +32,9 @@ class SolverOptions:
     from. "common" and "pencil" need conditions on the stack; where they do not hold, "allocation" takes their place,
     and the solution says so. sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or
     "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by less than `rtol` of it
-    (0: never). Raises InputError for anything else.
+    (0: never). It also stops, with the iterate before, where a term exceeds `max_cancellation` times the norm of its
+    layer: often no minimum is attained, and terms that grow and cancel gain ever less; at 8 the factors can be stored
+    in half precision. Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"
@@ -39,6 +42,7 @@ class SolverOptions:
     max_sweeps: int = 100
     rtol: float = 1e-6
     seed: int = 0
+    max_cancellation: float = 8.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
@@ -50,6 +54,8 @@ class SolverOptions:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if not isinstance(self.rtol, int | float):
             raise InputError(f"rtol must be a number, got {self.rtol!r}")
+        if not (isinstance(self.max_cancellation, int | float) and self.max_cancellation >= 1):
+            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}")
         if self.max_sweeps < 1:
             raise InputError(f"max_sweeps must be at least 1, got {self.max_sweeps}")
         if not 0 <= self.rtol < 1:
@@ -66,7 +72,8 @@ class RasaSolution:
 
     error: the direct residual of `factors`, squared, summed over layers, in units of the input, and `layer_errors` its
     summands; history: the error after every sweep of the start that won, history[0] at the start; start: its name;
-    data_passes: how often all of M was read, the race and the final residual included.
+    data_passes: how often all of M was read, the race and the final residual included; cancellation: the largest norm
+    of a term of a layer over ||M_i||, see `updates.cancellation`.
     """
 
     error: float
@@ -77,6 +84,7 @@ class RasaSolution:
     sweep: str
     stop_reason: StopReason
     data_passes: int
+    cancellation: float
 
     @property
     def sweeps(self) -> int:
@@ -190,6 +198,7 @@ def _race(
         sweep=options.sweep,
         stop_reason=best.stop_reason or StopReason.SWEEP_LIMIT,
         data_passes=stack.data_passes - passes,
+        cancellation=cancellation(stack, factors),
     )
 
 
@@ -199,16 +208,16 @@ def _starting_points(
     """What is to be run, made one at a time, so that a race that is decided makes no more of them."""
     if isinstance(options.start, RasaFactors):
         given = _fitting(options.start, stack, budget).scaled(1 / stack.scale)
-        yield Descent(unit, given, options.sweep, "given")
+        yield Descent(unit, given, options.sweep, "given", options.max_cancellation)
     elif options.start == "best":
         yield from _racers(unit, budget, options)
     else:
         name, factors = options.start, STARTS[options.start](unit, budget, options.seed)
         if factors is None:
             name, factors = "allocation", allocation_start(unit, budget)
-        yield Descent(unit, factors, options.sweep, name)
+        yield Descent(unit, factors, options.sweep, name, options.max_cancellation)
     for name, factors in warm.items():
-        yield Descent(unit, factors.scaled(1 / stack.scale), options.sweep, name)
+        yield Descent(unit, factors.scaled(1 / stack.scale), options.sweep, name, options.max_cancellation)
 
 
 def _racers(unit: LayerStack, budget: RankBudget, options: SolverOptions) -> Iterator[Descent]:
@@ -220,7 +229,7 @@ def _racers(unit: LayerStack, budget: RankBudget, options: SolverOptions) -> Ite
         seed = options.seed if _RACE[:n].count(name) == 0 else options.seed + 1_000_003
         factors = STARTS[name](unit, budget, seed)
         if factors is not None:
-            run = Descent(unit, factors, options.sweep, name)
+            run = Descent(unit, factors, options.sweep, name, options.max_cancellation)
             if name not in PROMISES or run.best_error < e_alloc:
                 yield run
 

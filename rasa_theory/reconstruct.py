@@ -34,7 +34,11 @@ from rasa_theory.sources import (
 from rasa_theory.starts import STARTS
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
-_FLAGS = {"shared_rank": "k", "max_sweeps": "sweeps"}  # where a flag is not called as in the library
+_FLAGS = {
+    "shared_rank": "k",
+    "max_sweeps": "sweeps",
+    "max_cancellation": "max-cancellation",
+}  # where a flag is not called as in the library
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _SHOWN = 3
 _ON_NO_MEMORY = "take fewer or smaller stacks (--modules) or --dtype float32; --dry-run says how much a run needs"
@@ -79,6 +83,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default=1e-6,
         metavar="X",
         help="stop when a sweep gains less than this share (%(default)s)",
+    )
+    add(
+        "--max-cancellation",
+        type=float,
+        default=8.0,
+        metavar="X",
+        help="stop where a term of a layer exceeds so many times the norm of the layer (%(default)s); inf allows all",
     )
     add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
@@ -142,7 +153,13 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
     with naming_flags(_FLAGS):
-        solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
+        solver = SolverOptions(
+            start=args.start,
+            max_sweeps=args.sweeps,
+            rtol=args.rtol,
+            seed=args.seed,
+            max_cancellation=args.max_cancellation,
+        )
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
         dtype, device = compute_dtype(args.dtype), compute_device(args.device)
     whole = _catalogue(args)

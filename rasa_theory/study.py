@@ -238,6 +238,7 @@ def _run_row(
         "stop_reason": solution.stop_reason.name,
         "seconds": seconds,
         "data_passes": solution.data_passes,
+        "cancellation": solution.cancellation,
         "history": solution.history,
         "iterations_to_beat_lora": median_iterations([attempt.iterations for attempt in attempts]),
         "attempts": [

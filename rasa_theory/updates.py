@@ -62,6 +62,19 @@ def _layer_term_norms(factors: RasaFactors) -> Tensor:
     return private + term_norms(factors)
 
 
+def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
+    """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i||.
+
+    At most about 1 where nothing cancels. A layer whose norm is within rounding of 0 counts as if it had that norm.
+    """
+    f = factors.scaled(1 / stack.scale)
+    norms = torch.tensor(stack.unit().layer_norms_squared, dtype=torch.float64).sqrt().clamp_min(stack.unit().rounding)
+    private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
+    pool = f.mixing.abs() * (torch.linalg.vector_norm(f.shared_B, dim=0) * torch.linalg.vector_norm(f.shared_A, dim=1))
+    terms = torch.cat([private[:, None], pool], 1).amax(1).double().cpu()
+    return float((terms / torch.where(norms > 0, norms, 1)).max())
+
+
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
     terms = torch.linalg.vector_norm(_layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)))

@@ -102,7 +102,11 @@ def test_a_floor_of_plain_cp_is_one_below_every_k(k):
     own = max(floor.value for floor in closed_floors(stack, RankBudget(4, k)))
     floor = lower_bound(stack, RankBudget(4, k))
     assert floor == lower_bound(stack, RankBudget(4, 4))
-    assert own < 0.98 * floor.value < solve_rasa(stack, RankBudget(4, k), SolverOptions(max_sweeps=30)).error
+    assert (
+        own
+        < 0.98 * floor.value
+        < solve_rasa(stack, RankBudget(4, k), SolverOptions(sweep="joint", max_sweeps=30)).error
+    )
 
 
 def test_lora_interval_and_factors():
@@ -170,7 +174,7 @@ def test_no_factors_are_below_the_floor(problem):
     stack, budget = problem.stack, problem.budget
     floor = lower_bound(stack, budget).value
     for start in ("random", "allocation"):
-        solution = solve_rasa(stack, budget, SolverOptions(start=start, max_sweeps=25, rtol=1e-5))
+        solution = solve_rasa(stack, budget, SolverOptions(start=start, sweep="joint", max_sweeps=25, rtol=1e-5))
         assert not_above(floor, solution.error, stack.rounding)
 
 
