@@ -81,6 +81,15 @@ def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a
         assert largest(inside @ (inside.mT @ f.shared_B) - f.shared_B) <= 1e-12
 
 
+def test_a_layer_that_owns_no_pool_term_keeps_its_private_ones():
+    """Allocation gives the pool to two layers; the third is not lost from the common basis for it."""
+    stack, budget = LayerStack(falling(3, 60, 50) * np.array([1, 1, 0.1])[:, None, None]), RankBudget(3, 1)
+    unit, _, f = started(stack, budget)
+    assert not f.mixing[2].any()
+    common = core_module._Side.of(unit, f).common
+    assert largest(common @ (common.mT @ f.private_B) - f.private_B) <= 1e-12
+
+
 @pytest.mark.parametrize(("L", "b", "a", "r", "k"), NARROW)
 def test_new_directions_are_the_gradient_outside_the_basis(L, b, a, r, k):
     """By differences of the error: -1/2 its gradient with respect to A_S, and to A~_i for orthonormal B~_i."""
