@@ -28,7 +28,7 @@ class CoreSweep:
     """Two passes over M, one per side, each followed by sweeps on the core: one sweep, as `Descent` wants it.
 
     Its bases go on from the factors that it returned last; other ones begin anew. Where a side has so few dimensions
-    that its basis would be the whole space, it is: if both are, K is M, and no sweep but the first reads anything.
+    that its basis would be the whole space, it is: if both are, K is M, and only the first sweep reads it.
     """
 
     def __init__(self, unit: LayerStack, layer_norms: Tensor) -> None:
@@ -43,9 +43,12 @@ class CoreSweep:
                 _Side.of(self._unit.transpose(), factors.transpose()),
             )
             self._K = self._unit.values.new_zeros(self._unit.layers, self._columns.width, 0)
-        factors, _ = self._half(self._unit, self._columns, self._rows, factors)
-        factors, error = self._half(self._unit.transpose(), self._rows, self._columns, factors.transpose())
-        self._last = factors.transpose()
+        factors, error = self._half(self._unit, self._columns, self._rows, factors)
+        if not (self._columns.is_whole and self._rows.is_whole):
+            self._K = self._K.mT
+            factors, error = self._half(self._unit.transpose(), self._rows, self._columns, factors.transpose())
+            factors, self._K = factors.transpose(), self._K.mT
+        self._last = factors
         return self._last, updates.trusted_error(self._unit, self._last, error)
 
     def _half(self, view: LayerStack, known: _Side, grown: _Side, factors: RasaFactors) -> tuple[RasaFactors, float]:
@@ -68,7 +71,7 @@ class CoreSweep:
         common = known.common.shape[1], grown.common.shape[1]
         found, error = core_sweeps(rotated, start.to(torch.float64), common, _INNER)
         found = found.to(factors.mixing.dtype)
-        self._K = K.mT
+        self._K = K
         moved = RasaFactors(
             private_B=known.U @ (S @ found.private_B),
             private_A=(found.private_A @ T.mT) @ grown.U.mT,
@@ -151,11 +154,11 @@ class _Side:
     def _keep(self, factors: RasaFactors, width: int) -> Tensor:
         """The span of the factors, of earlier ones and of the latest directions, `width` dimensions in all."""
         eye = torch.eye(self.width, dtype=self.U.dtype, device=self.U.device)
-        c = self.common.shape[1]
+        c, R, q = self.common.shape[1], factors.shared_B.shape[1], factors.private_B.shape[2]
         shared = (factors.shared_B, private_of_all(factors), *(f.shared_B for f in self.earlier))
         latest = eye[:c, :c].flip(1)
         pool = linalg.orthonormal_columns(torch.cat([*(self.common.mT @ X for X in shared), latest], 1))
-        pool = pool[:, : max(width * c // self.width, factors.shared_B.shape[1])]
+        pool = pool[:, : min(max(width * c // self.width, R), width - q)]
         C = self.C @ pool
         latest = eye[:, self.own[::-1]].expand(len(C), -1, -1)
         private = [self.U.mT @ f.private_B for f in (factors, *self.earlier)]

@@ -158,11 +158,33 @@ def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
 def orthonormal_columns(X: Tensor) -> Tensor:
     """Orthonormal Q (..., n, min(n, m)) whose first j columns span those of X (..., n, m), for every j.
 
-    Where a column depends on those before, Q has another direction in its place.
+    A column that depends on those before is replaced by a random one before the factorisation: QR would put some
+    direction in its place, and later columns would lose their part along it.
     """
-    norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
-    Q: Tensor = torch.linalg.qr(X / torch.where(norms > 0, norms, 1))[0]
+    X = _unit_columns(X)
+    Q, T = torch.linalg.qr(X)
+    depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
+    if bool(depends.any()):
+        depends = torch.nn.functional.pad(depends, (0, X.shape[-1] - depends.shape[-1]))
+        Q = torch.linalg.qr(torch.where(depends.unsqueeze(-2), _random_columns(X, X.shape[-1]), X))[0]
     return Q
+
+
+def _unit_columns(X: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+    unit: Tensor = X / torch.where(norms > 0, norms, 1)
+    return unit
+
+
+def _dependent(X: Tensor) -> float:
+    """What is left of a unit column beside others, if it depends on them."""
+    return 1e4 * float(torch.finfo(X.dtype).eps)
+
+
+def _random_columns(X: Tensor, seed: int) -> Tensor:
+    """Unit columns in general position, of the shape of X but for its batch, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return _unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
 
 
 def completed(C: Tensor, X: Tensor | None = None) -> Tensor:
@@ -174,16 +196,14 @@ def completed(C: Tensor, X: Tensor | None = None) -> Tensor:
 def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     """Orthonormal columns orthogonal to those of U (..., b, n) that span with them those of X (..., b, m); n + m <= b.
 
-    Where a column of X depends on U and the columns before, a random direction takes its place. Block Gram-Schmidt, and
-    again to be orthogonal to rounding; a third time, since random ones come in after the first.
+    Where a column of X depends on U and the columns before, a random one takes its place. Block Gram-Schmidt, and again
+    to be orthogonal to rounding; a third time, since random columns may come in at the first.
     """
-    fill = torch.randn(X.shape[-2:], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(X)
+    X = _unit_columns(X)
+    left = torch.linalg.vector_norm(X - U @ (U.mT @ X), dim=-2, keepdim=True)
+    X = torch.where(left <= _dependent(X), _random_columns(X, U.shape[-1]), X)
     for _ in range(3):
-        norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
-        X = X / torch.where(norms > 0, norms, 1)
-        Q, T = torch.linalg.qr(X - U @ (U.mT @ X))
-        depends = T.diagonal(dim1=-2, dim2=-1).abs() <= 1e4 * torch.finfo(X.dtype).eps
-        X = torch.where(depends.unsqueeze(-2), fill, Q)
+        X = orthonormal_columns(X - U @ (U.mT @ X))
     return X
 
 

@@ -47,7 +47,7 @@ class BenchSettings:
     """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
 
     certificate: str = "closed"
-    sweeps: int = 20
+    sweeps: int = 6
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
@@ -128,7 +128,7 @@ class Evidence:
     @functools.cached_property
     def path(self) -> dict[int, RasaSolution]:
         """A few sweeps for every k = 0..r, from a random pool, so that it is the warm start that nests the errors."""
-        options = SolverOptions(start="random", max_sweeps=_PATH_SWEEPS, seed=self.instance.seed)
+        options = SolverOptions(start="random", sweep="joint", max_sweeps=_PATH_SWEEPS, seed=self.instance.seed)
         return self.subject.solve_path(self.stack, self.budget.rank, range(self.budget.rank + 1), options)
 
     @functools.cached_property
