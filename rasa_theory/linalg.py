@@ -162,11 +162,12 @@ def orthonormal_columns(X: Tensor) -> Tensor:
     direction in its place, and later columns would lose their part along it.
     """
     X = _unit_columns(X)
+    Q: Tensor
     Q, T = torch.linalg.qr(X)
     depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
     if bool(depends.any()):
         depends = torch.nn.functional.pad(depends, (0, X.shape[-1] - depends.shape[-1]))
-        Q = torch.linalg.qr(torch.where(depends.unsqueeze(-2), _random_columns(X, X.shape[-1]), X))[0]
+        Q, T = torch.linalg.qr(torch.where(depends.unsqueeze(-2), _random_columns(X, X.shape[-1]), X))
     return Q
 
 
