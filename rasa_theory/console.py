@@ -75,7 +75,7 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         yield
     except InputError as error:
         name = str(error).split(" ", 1)[0]
-        raise InputError(f"{error} (--{flags.get(name, name)})") from None
+        raise InputError(f"{error} (--{flags.get(name, name.replace('_', '-'))})") from None
 
 
 # ---- progress

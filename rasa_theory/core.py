@@ -102,14 +102,14 @@ class _Side:
         """The span of B_S and, as far as it fits, of all B~_i, common to all layers; or all of R^b, if it is small."""
         (b, a), L = view.shape, view.layers
         zeros = factors.mixing.new_zeros
-        if _limit(b, factors) >= b:
+        if _limit(factors) >= b:
             eye = torch.eye(b, dtype=factors.mixing.dtype, device=factors.mixing.device)
             return cls(eye.expand(L, b, b), zeros(L, a, 0), eye, eye.expand(L, b, b), [], [])
         side = cls(zeros(L, b, 0), zeros(L, a, 0), zeros(b, 0), zeros(L, 0, 0), [], [])
-        all_private = private_of_all(factors)
-        complete = all_private.shape[1] == L * factors.private_B.shape[2]
+        common = private_of_all(factors)
+        complete = common.shape[1] == L * factors.private_B.shape[2]
         own = factors.private_B[:, :, :0] if complete else factors.private_B
-        side.take_up(torch.cat([factors.shared_B, all_private], 1), own)
+        side.take_up(torch.cat([factors.shared_B, common], 1), own)
         return side
 
     @property
@@ -134,7 +134,7 @@ class _Side:
 
     def make_room(self, factors: RasaFactors) -> Tensor | None:
         """Cut the basis down, if it is as wide as it may be. Returns T (L, n, n') then: U <- U T."""
-        limit, more = _limit(self.U.shape[1], factors), _ranks(factors)
+        limit, more = _limit(factors), _ranks(factors)
         T = self._keep(factors, max(2 * limit // 3, 2 * more)) if self.width + more > limit else None
         self.earlier = [factors, *self.earlier][:_EARLIER]
         return T
@@ -169,11 +169,16 @@ class _Side:
         return T
 
 
-def _limit(b: int, factors: RasaFactors) -> int:
-    """How wide the basis of a side of b dimensions may become: half of them, if 3 (R + q) are not more."""
-    L, q = factors.private_B.shape[0], factors.private_B.shape[2]
-    begun = factors.shared_B.shape[1] + min(L * q, b // 8)
-    return max(3 * _ranks(factors), min(b // 2, begun + _ROUNDS * _ranks(factors)))
+def _limit(factors: RasaFactors) -> int:
+    """How wide the basis of the B side, b dimensions, may become: half of them, if 3 (R + q) are not more."""
+    begun = factors.shared_B.shape[1] + _private_in_common(factors)
+    return max(3 * _ranks(factors), min(len(factors.shared_B) // 2, begun + _ROUNDS * _ranks(factors)))
+
+
+def _private_in_common(factors: RasaFactors) -> int:
+    """How many private directions the common basis begins with: all L q, but at most b / 8."""
+    L, b, q = factors.private_B.shape
+    return min(L * q, b // 8)
 
 
 def _ranks(factors: RasaFactors) -> int:
@@ -191,10 +196,11 @@ def private_of_all(factors: RasaFactors) -> Tensor:
     L, b, q = factors.private_B.shape
     if factors.shared_B.shape[1] == 0 or q == 0:
         return factors.private_B.new_zeros(b, 0)
-    if L * q <= b // 8:
-        return linalg.orthonormal_columns(factors.private_B.permute(1, 0, 2).reshape(b, L * q))
-    weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
-    return linalg.svd(weighted.permute(1, 0, 2).reshape(b, L * q))[0][:, : b // 8]
+    count, side_by_side = _private_in_common(factors), factors.private_B.permute(1, 0, 2)  # (b, L, q)
+    if count == L * q:
+        return linalg.orthonormal_columns(side_by_side.reshape(b, L * q))
+    weighted = side_by_side * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None]
+    return linalg.svd(weighted.reshape(b, L * q))[0][:, :count]
 
 
 def _padded(coordinates: Tensor, n: int) -> Tensor:
@@ -221,32 +227,27 @@ def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count:
     shrinks where it does not; such a point is kept only if its error after the sweep is lower. So the error never
     rises. Ends early where a sweep gains less than a thousandth of what all have gained.
     """
-    norms = torch.linalg.matrix_norm(K)
-    point, error = _core_sweep(K, norms, factors, common)
+    norms, sides = torch.linalg.matrix_norm(K), (K.matmul, K.mT.matmul)
+
+    def swept(factors: RasaFactors) -> tuple[RasaFactors, float]:
+        found, error = updates.joint_sweep(sides, norms, factors, common)
+        return found, float(error)
+
+    point, error = swept(factors)
     begun, before, step = error, None, 1.0
     for _ in range(count - 1):
         found, lower = point, math.inf
         if before is not None:
-            found, lower = _core_sweep(K, norms, _beyond(point, before, step), common)
+            found, lower = swept(_beyond(point, before, step))
             step = step * 1.3 if lower < error else max(step / 2, 0.5)
         if not lower < error:
-            found, lower = _core_sweep(K, norms, point, common)
+            found, lower = swept(point)
         if not lower < error:
             break
         gain, point, before, error = error - lower, found, point, lower
         if gain < 1e-3 * (begun - error):
             break
     return point, error
-
-
-def _core_sweep(K: Tensor, norms: Tensor, factors: RasaFactors, common: tuple[int, int]) -> tuple[RasaFactors, float]:
-    error = norms.new_zeros(())
-    for side, leading in zip((K, K.mT), common, strict=True):
-        factors = updates.orthonormalise_private_A(factors)
-        MA, MAt = side @ factors.shared_A.mT, side @ factors.private_A.mT
-        factors, error = updates.joint_half(MA, MAt, norms, factors, leading)
-        factors = factors.transpose()
-    return factors, float(error)
 
 
 def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:

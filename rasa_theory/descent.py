@@ -63,21 +63,14 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
 
     The squared error comes from the products, where it can be trusted.
     """
-    for side in (unit, unit.transpose()):
-        factors = updates.orthonormalise_private_A(factors)
-        R, L = factors.shared_A.shape[0], factors.layers
-        shared_A = factors.shared_A.expand(L, -1, -1)
-        products = side.right(torch.cat([shared_A, factors.private_A], 1).mT)
-        MA, MAt = products[:, :, :R], products[:, :, R:]
-        half = updates.joint_half(MA, MAt, layer_norms, factors)
-        factors = half.factors.transpose()
-    return factors, updates.trusted_error(unit, factors, float(half.error))
+    factors, error = updates.joint_sweep((unit.right, unit.left), layer_norms, factors)
+    return factors, updates.trusted_error(unit, factors, float(error))
 
 
 SWEEPS: dict[str, Callable[[LayerStack, torch.Tensor], Sweep]] = {
     "core": CoreSweep,
-    "joint": functools.partial(functools.partial, joint_sweep),
-    "paper": functools.partial(functools.partial, paper_sweep),
+    "joint": lambda unit, layer_norms: functools.partial(joint_sweep, unit, layer_norms),
+    "paper": lambda unit, layer_norms: functools.partial(paper_sweep, unit, layer_norms),
 }
 """A stack's unit view and its ||M_i|| -> a sweep."""
 

@@ -76,18 +76,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="closed",
         help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
     )
-    add("--sweeps", type=int, default=100, metavar="N", help="at most so many sweeps (%(default)s)")
+    add(
+        "--sweeps", type=int, default=SolverOptions.max_sweeps, metavar="N", help="at most so many sweeps (%(default)s)"
+    )
     add(
         "--rtol",
         type=float,
-        default=1e-6,
+        default=SolverOptions.rtol,
         metavar="X",
         help="stop when a sweep gains less than this share (%(default)s)",
     )
     add(
         "--max-cancellation",
         type=float,
-        default=8.0,
+        default=SolverOptions.max_cancellation,
         metavar="X",
         help="stop where a term of a layer exceeds so many times the norm of the layer (%(default)s); inf allows all",
     )

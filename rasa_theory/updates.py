@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,12 +49,17 @@ def normalise_pool(factors: RasaFactors) -> RasaFactors:
     )
 
 
-def term_norms(factors: RasaFactors) -> Tensor:
-    """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
+def _pool_term_norms(factors: RasaFactors) -> Tensor:
+    """|d_ij| ||b_j|| ||a_j||: (L, R)."""
     nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
     nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
-    norms: Tensor = (factors.mixing.abs() * (nB * nA)).sum(1)
+    norms: Tensor = factors.mixing.abs() * (nB * nA)
     return norms
+
+
+def term_norms(factors: RasaFactors) -> Tensor:
+    """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
+    return _pool_term_norms(factors).sum(1)
 
 
 def _layer_term_norms(factors: RasaFactors) -> Tensor:
@@ -70,8 +76,7 @@ def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
     f = factors.scaled(1 / stack.scale)
     norms = torch.tensor(stack.unit().layer_norms_squared, dtype=torch.float64).sqrt().clamp_min(stack.unit().rounding)
     private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    pool = f.mixing.abs() * (torch.linalg.vector_norm(f.shared_B, dim=0) * torch.linalg.vector_norm(f.shared_A, dim=1))
-    terms = torch.cat([private[:, None], pool], 1).amax(1).double().cpu()
+    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1).double().cpu()
     return float((terms / torch.where(norms > 0, norms, 1)).max())
 
 
@@ -156,8 +161,11 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
 
 
+Product = Callable[[Tensor], Tensor]
+
+
 class JointHalf(NamedTuple):
-    """Factors after one half of a joint sweep, and their squared error from the products alone."""
+    """Factors after one half of a joint sweep, or both, and their squared error from the products alone."""
 
     factors: RasaFactors
     error: Tensor
@@ -207,6 +215,26 @@ def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
     """The same updates with orthonormal rows in every A~_i."""
     T, Q = linalg.orthonormal_rows(factors.private_A)
     return dataclasses.replace(factors, private_B=factors.private_B @ T, private_A=Q)
+
+
+def joint_sweep(
+    sides: tuple[Product, Product],
+    layer_norms: Tensor,
+    factors: RasaFactors,
+    leading: tuple[int | None, int | None] = (None, None),
+) -> JointHalf:
+    """`joint_half` on the B side and then on the A side, each with one product: `sides` are X -> M_i X and M_i^T X.
+
+    `leading` says how many rows of B_S, and columns of A_S, may move.
+    """
+    error = layer_norms.new_zeros(())
+    for multiply, rows in zip(sides, leading, strict=True):
+        factors = orthonormalise_private_A(factors)
+        L, R = factors.mixing.shape
+        products = multiply(torch.cat([factors.shared_A.expand(L, -1, -1), factors.private_A], 1).mT)
+        half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows)
+        factors, error = half.factors.transpose(), half.error
+    return JointHalf(factors, error)
 
 
 def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:

@@ -82,9 +82,7 @@ def results(
 ) -> dict[str, Any]:
     """The tally as plain data. An infinite margin is null, and so is the worst margin of such a law."""
     finished = tally.instances
-    complete = finished == asked and any(
-        family.laws for family in tally.families.values()
-    )  # nothing tried, nothing held
+    tried = any(family.laws for family in tally.families.values())  # if no law applied, none held
     return {
         "schema": 1,
         "command": list(command),
@@ -98,7 +96,7 @@ def results(
         "statements": {law: LAWS[law].statement for law in LAWS},
         "families": [_family(name, family) for name, family in tally.families.items()],
         "failures": [_failure(trial, file) for trial, file in tally.failures],
-        "verdict": "violated" if tally.failures else "holds" if complete else "undecided",
+        "verdict": "violated" if tally.failures else "holds" if tried and finished == asked else "undecided",
     }
 
 
