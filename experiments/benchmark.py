@@ -155,7 +155,7 @@ def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
             ratios = [e / run["e_lora"] for e in run["errors"]]
             panel.semilogx([max(p, 1) for p in run["passes"]], ratios, label=f"{name} sweeps", marker=".", markersize=3)
         panel.set_title(f"k = {k}")
-        panel.set_xlabel("passes over M")
+        panel.set_xlabel("passes over M (the start drawn at 1)")
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("error / e_lora")
     axes[0][0].legend(fontsize=8)
