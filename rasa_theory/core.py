@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from rasa_theory.problem import LayerStack
 
 _ROUNDS = 12  # new directions of so many rounds are kept at most
 _EARLIER = 2  # where a basis is cut down, it keeps the factors of so many rounds before
-_INNER = 20  # sweeps on the core after each pass
+_INNER, _WHOLE = 20, 8  # sweeps on the core after each pass; where it is M itself, so that more of them can wait
 
 
 class CoreSweep:
@@ -69,7 +70,8 @@ class CoreSweep:
         )
         rotated = (S.mT @ K @ T).double()
         common = known.common.shape[1], grown.common.shape[1]
-        found, error = core_sweeps(rotated, start.to(torch.float64), common, _INNER)
+        count = _WHOLE if known.is_whole and grown.is_whole else _INNER
+        found, error = core_sweeps(rotated, start.to(torch.float64), common, count)
         found = found.to(factors.mixing.dtype)
         self._K = K
         moved = RasaFactors(
@@ -227,7 +229,7 @@ def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count:
     shrinks where it does not; such a point is kept only if its error after the sweep is lower. So the error never
     rises. Ends early where a sweep gains less than a thousandth of what all have gained.
     """
-    norms, sides = torch.linalg.matrix_norm(K), (K.matmul, K.mT.matmul)
+    norms, sides = torch.linalg.matrix_norm(K), (partial(linalg.product, K), partial(linalg.product, K.mT))
 
     def swept(factors: RasaFactors) -> tuple[RasaFactors, float]:
         found, error = updates.joint_sweep(sides, norms, factors, common)

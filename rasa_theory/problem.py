@@ -229,13 +229,13 @@ class LayerStack:
     def right(self, X: Tensor) -> Tensor:
         """M_i X: (a, n) or (L, a, n) -> (L, b, n). One pass."""
         self._store.passes += 1
-        product = self._M @ X
+        product = linalg.product(self._M, X)
         return product if self._gain == 1.0 else product * self._gain
 
     def left(self, Y: Tensor) -> Tensor:
         """M_i^T Y: (b, n) or (L, b, n) -> (L, a, n). One pass."""
         self._store.passes += 1
-        product = self._M.mT @ Y
+        product = linalg.product(self._M.mT, Y)
         return product if self._gain == 1.0 else product * self._gain
 
     def tiles(self, rows: int | None = None) -> Iterator[Tile]:

@@ -39,14 +39,15 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
 
 def normalise_pool(factors: RasaFactors) -> RasaFactors:
     """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
-    nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
-    nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
-    return dataclasses.replace(
-        factors,
-        shared_B=factors.shared_B / torch.where(nB > 0, nB, 1),
-        shared_A=factors.shared_A / torch.where(nA > 0, nA, 1)[:, None],
-        mixing=factors.mixing * (nB * nA),
-    )
+    B_S, D = _unit_columns(factors.shared_B, factors.mixing)
+    A_S, D = _unit_columns(factors.shared_A.mT, D)
+    return RasaFactors(factors.private_B, factors.private_A, B_S, A_S.mT, D)
+
+
+def _unit_columns(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """X (n, R) with unit columns, and D (L, R) with their norms; zero columns stay zero."""
+    norms = torch.linalg.vector_norm(X, dim=0)
+    return X / torch.where(norms > 0, norms, 1), D * norms
 
 
 def _pool_term_norms(factors: RasaFactors) -> Tensor:
@@ -109,17 +110,15 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     return reconstruction_error(unit, factors)
 
 
-def _residual_noise(layer_norms: Tensor, factors: RasaFactors) -> Tensor:
+def _residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
     """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
 
-    Three terms of at most ||M_i||, ||B~_i A~_i|| and sum_j |d_ij| ||b_j|| ||a_j||, each a sum over b or a entries
-    whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too small a
-    value is not harmless: in a direction of eigenvalue w an error e of g that is taken for signal costs e^2 / w.
+    `sizes` (L,) are ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||, or more: three terms, each a sum over b or
+    a entries whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too
+    small a value is not harmless: in a direction of eigenvalue w an error e of g taken for signal costs e^2 / w.
     """
     b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
-    eps = torch.finfo(factors.mixing.dtype).eps
-    noise: Tensor = 4 * math.sqrt(max(b, a)) * eps * (layer_norms + _layer_term_norms(factors))
-    return noise
+    return 4 * math.sqrt(max(b, a)) * float(torch.finfo(factors.mixing.dtype).eps) * sizes
 
 
 def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
@@ -140,8 +139,8 @@ def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Rasa
     `layer_norms` (L,) are the ||M_i||. Pool columns are of unit norm.
     """
     G, g = mixing_system(MA, factors)
-    noise = _residual_noise(layer_norms, factors)[:, None].expand_as(g)
-    step = linalg.solve_increment(G.expand(len(g), *G.shape), g[..., None], G.diagonal().expand_as(g), noise)
+    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
+    step = linalg.solve_increment(G[None], g[..., None], G.diagonal(), noise)
     return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
 
 
@@ -156,7 +155,7 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     G = AA * (D.mT @ D)
     EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
     g = (EA * D[:, None]).sum(0)  # (b, R)
-    noise = _residual_noise(layer_norms, factors) @ D.abs()  # (R,)
+    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors) @ D.abs()  # (R,)
     X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
     return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
 
@@ -178,43 +177,41 @@ def joint_half(
 
     With `leading`, only so many rows of B_S move (the least-squares problem falls apart into rows).
 
-    The rows of A~_i are orthonormal. MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T
-    and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are; what it
-    leaves has the residual product F_i = E_i A_S^T = M_i A_S^T - (M_i A~_i^T) W_i^T - B_S D_i C_i, so that
-        (increment of B_S) sum_i D_i C_i D_i = sum_i F_i D_i,
-        (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T F_i).
-    The error of the result is ||M||^2 - sum_i ||M_i A~_i^T||^2 - 2 sum_i d_i . diag(B_S^T (F_i + B_S D_i C_i))
+    The rows of A~_i are orthonormal, pool columns of unit norm; B~_i is not read. MA_i = M_i A_S^T (L, b, R), MAt_i =
+    M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S)
+    A~_i^T whatever B_S and D_i are; what it leaves has the residual product E_i A_S^T = P_i - B_S D_i C_i with P_i =
+    M_i A_S^T - (M_i A~_i^T) W_i^T, so that
+        (increment of B_S) sum_i D_i C_i D_i = sum_i P_i D_i - B_S sum_i D_i C_i D_i,
+        (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T P_i) - (B_S^T B_S * C_i) d_i.
+    No P_i is formed. The error of the result is ||M||^2 - sum_i ||M_i A~_i^T||^2 - 2 sum_i d_i . diag(B_S^T P_i)
     + sum_i d_i^T (B_S^T B_S * C_i) d_i, exact to a few eps (||M||^2 + the squared norms of the terms).
     """
     _, At, B_S, A_S, D = factors.named().values()
     W = A_S @ At.mT  # (L, R, q)
     AA = A_S @ A_S.mT
-    C = AA - W @ W.mT  # (L, R, R)
-    P = MA - MAt @ W.mT  # (L, b, R): F_i + B_S D_i C_i
-    noise = _residual_noise(layer_norms, dataclasses.replace(factors, private_B=MAt))  # (L,)
+    C = AA - W @ W.mT if W.shape[2] else AA[None]  # (L, R, R), or the same for all layers
+    noise = _residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
 
-    F = P - (B_S * D[:, None]) @ C
-    G = (D[:, :, None] * C * D[:, None]).sum(0)
-    g = (F * D[:, None]).sum(0)[:leading]  # (b, R)
-    X = linalg.solve_increment(G, g.mT, AA.diagonal() * (D * D).sum(0), math.sqrt(len(g)) * (noise @ D.abs())).mT
-    X = torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X)))
-    moved = normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
-    B_S, D = moved.shared_B, moved.mixing
+    DW = _beside(D[:, :, None] * W)  # (R, L q)
+    G = AA * (D.mT @ D) - DW @ DW.mT  # (R, R)
+    g = (linalg.weighted_sum(MA, D) - _beside(MAt) @ DW.mT - B_S @ G)[:leading]  # (b, R)
+    sizes = torch.linalg.vector_norm(D, dim=0)
+    X = linalg.solve_increment(G, g.mT, sizes**2, math.sqrt(len(g)) * (noise * D.abs()).sum(0)).mT
+    B_S, D = _unit_columns(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
     G = (B_S.mT @ B_S) * C  # (L, R, R)
-    p = (B_S * P).sum(1)  # (L, R): diag(B_S^T P_i)
+    p = linalg.column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
-    size = AA.diagonal() * (B_S * B_S).sum(0)
-    D = D + linalg.solve_increment(G, g[..., None], size.expand_as(g), noise[:, None].expand_as(g))[..., 0]
-    error = (layer_norms**2).sum() - (MAt * MAt).sum() - 2 * (D * p).sum() + (D * (G @ D[..., None])[..., 0]).sum()
-    private_B = MAt - (B_S * D[:, None]) @ W
-    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), error)
+    D = D + linalg.solve_increment(G, g[..., None], torch.ones_like(sizes), noise)[..., 0]
+    explained = (MAt * MAt).sum() + (D * (2 * p - (G @ D[..., None])[..., 0])).sum()
+    private_B = MAt - (B_S @ _beside(D[:, :, None] * W)).reshape(len(B_S), *MAt.shape[::2]).transpose(0, 1)
+    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), (layer_norms**2).sum() - explained)
 
 
-def orthonormalise_private_A(factors: RasaFactors) -> RasaFactors:
-    """The same updates with orthonormal rows in every A~_i."""
-    T, Q = linalg.orthonormal_rows(factors.private_A)
-    return dataclasses.replace(factors, private_B=factors.private_B @ T, private_A=Q)
+def _beside(X: Tensor) -> Tensor:
+    """(L, n, m) -> (n, L m)."""
+    L, n, m = X.shape
+    return X.transpose(0, 1).reshape(n, L * m)
 
 
 def joint_sweep(
@@ -229,9 +226,11 @@ def joint_sweep(
     """
     error = layer_norms.new_zeros(())
     for multiply, rows in zip(sides, leading, strict=True):
-        factors = orthonormalise_private_A(factors)
         L, R = factors.mixing.shape
-        products = multiply(torch.cat([factors.shared_A.expand(L, -1, -1), factors.private_A], 1).mT)
+        Q = torch.linalg.qr(factors.private_A.mT)[0]  # (L, a, q)
+        A_S = factors.shared_A.expand(L, -1, -1)
+        products = multiply((torch.cat([A_S, Q.mT], 1) if Q.shape[2] else A_S).mT)  # (L, b, R + q)
+        factors = dataclasses.replace(factors, private_A=Q.mT)  # B~_i follows from the others
         half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows)
         factors, error = half.factors.transpose(), half.error
     return JointHalf(factors, error)

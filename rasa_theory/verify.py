@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 
 from rasa_theory.bench.evidence import BenchSettings, Subject
 from rasa_theory.bench.instances import FAMILIES, Instance, draw_instance
-from rasa_theory.bench.laws import LAWS
 from rasa_theory.bench.replay import Replay, load_replay, save_replay
 from rasa_theory.bench.tally import Tally, results
 from rasa_theory.bench.text import describe, table, verdict_lines
 from rasa_theory.bench.trial import Trial, run_trial
+from rasa_theory.bench.workers import Drawn, suitable_jobs, trials
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
@@ -30,12 +31,13 @@ from rasa_theory.rasa import SolverOptions
 from rasa_theory.study import environment
 
 _NAME = "rasa_theory.verify"
+_INSTANCES = 300
 
 
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
     """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(_NAME, lambda: _run(_parse(given), given, subject or Subject()), "give --replay a smaller stack")
+    return exit_status(_NAME, lambda: _run(_parse(given), given, subject), "give --replay a smaller stack")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,20 +48,27 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         epilog="A failing instance is written to --out, in a file that --replay tries again.",
     )
     add = parser.add_argument
-    add("--instances", type=int, default=300, metavar="N", help="so many, of the families in turn (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
+    add("--instances", type=int, metavar="N", help=f"so many, of the families in turn ({_INSTANCES})")
+    add("--seed", type=int, metavar="S", help="of everything random (0)")
     add("--families", metavar="A,B", help="only these (all); --list names them")
     add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({BenchSettings().sweeps})")
     add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
+    add("--jobs", type=int, metavar="N", help="so many processes (one per processor if that is worth it)")
     add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
     add("--list", action="store_true", help="say what the families and laws are")
     add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
     add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name, default in (("instances", _INSTANCES), ("seed", 0), ("families", None), ("jobs", None)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.replay is not None:
+            parser.error(f"--replay tries one instance; --{name} does not go with it")
+    return args
 
 
-def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
+def _run(args: argparse.Namespace, given: list[str], subject: Subject | None) -> int:
     if args.list:
         print(describe())
         return 0
@@ -70,20 +79,25 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
         SolverOptions(seed=args.seed)
     if args.replay is not None:
         replay = load_replay(Path(args.replay), **chosen)
-        work, settings, laws, asked, out = iter([replay.instance]), replay.settings, replay.laws, 1, None
+        settings, asked, out = replay.settings, 1, None
+        work: Iterator[Trial] = map(
+            lambda it: run_trial(it.instance, subject or Subject(), settings, it.laws), [replay]
+        )
     else:
-        work, laws, asked = _instances(args), list(LAWS), args.instances
-        out = output_folder(args.out)
+        work, asked, out = _trials(args, settings, subject), args.instances, output_folder(args.out)
 
-    tally, started, interrupted = Tally(), time.perf_counter(), False
+    tally, started, interrupted, broken = Tally(), time.perf_counter(), False, False
     try:
         with progress_bar(asked, "instances", args.quiet) as show:
-            for instance in work:
-                show(tally.instances, _doing(instance, tally))
-                trial = run_trial(instance, subject, settings, laws)
+            show(0, "")
+            for trial in work:
                 tally.add(trial, _keep(trial, settings, out) if args.replay is None else args.replay)
+                show(tally.instances, _done(trial.instance, tally))
     except KeyboardInterrupt:
         interrupted = True
+    except BrokenProcessPool:
+        print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)
+        interrupted = broken = True
 
     found = results(
         tally,
@@ -95,22 +109,29 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject) -> int:
         seconds=time.perf_counter() - started,
     )
     _report(found, args.json, out, interrupted)
-    return 130 if interrupted else 1 if tally.failures else 0
+    return 2 if broken else 130 if interrupted else 1 if tally.failures else 0
 
 
-def _instances(args: argparse.Namespace) -> Iterator[Instance]:
-    """The instances asked for, of the families in turn. Raises InputError for an impossible number or family."""
-    if args.instances < 1:
-        raise InputError(f"--instances must be at least 1, got {args.instances}")
+def _trials(args: argparse.Namespace, settings: BenchSettings, subject: Subject | None) -> Iterator[Trial]:
+    """All laws on the instances asked for, of the families in turn; a `subject` of its own is tried in this process.
+
+    Raises InputError for an impossible number or family.
+    """
+    for name in ("instances", "jobs"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise InputError(f"--{name} must be at least 1, got {number}")
     families = list(FAMILIES) if args.families is None else args.families.split(",")
     for name in families:
         if name not in FAMILIES:
             raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
     turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
-    return (draw_instance(family, number, args.seed) for family, number in turns)
+    drawn = (Drawn(family, number, args.seed) for family, number in turns)
+    if subject is not None:
+        return (run_trial(draw_instance(*one), subject, settings) for one in drawn)
+    return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs)
 
 
-def _doing(instance: Instance, tally: Tally) -> str:
+def _done(instance: Instance, tally: Tally) -> str:
     (L, b, a), budget = instance.draw.values.shape, instance.draw.budget
     failed = f"; {len(tally.failures)} failed so far" if tally.failures else ""
     return f"{instance.family}, {L} x {b} x {a}, r = {budget.rank}, k = {budget.shared_rank}{failed}"

@@ -146,7 +146,10 @@ def test_other_factors_begin_anew():
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
-    """On a crop of the bundled updates, from the same start: less than their error, within 30 passes of their 600."""
+    """On a crop of the bundled updates, from the same start: less than their error, within 30 passes of their 600.
+
+    Terms may cancel more than by default: k = 2 ends at the default's limit otherwise, 1.5e-5 above plain sweeps.
+    """
     query = next(stack for stack in load("minilm-code")[0] if stack.name == "query")
     stack, budget = LayerStack(query.values[:, :160, :160]), RankBudget(8, k)
     if k == 8:
@@ -154,6 +157,6 @@ def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
     solve_lora(stack, 8)
     plain_run = solve_rasa(stack, budget, SolverOptions(start="allocation", sweep="joint", max_sweeps=300, rtol=0))
     passes = stack.data_passes
-    run = solve_rasa(stack, budget, SolverOptions(start="allocation", max_sweeps=15, rtol=0))
+    run = solve_rasa(stack, budget, SolverOptions(start="allocation", max_sweeps=15, rtol=0, max_cancellation=20))
     assert run.error <= plain_run.error
     assert stack.data_passes - passes <= 32  # the start's residual and the final one on top

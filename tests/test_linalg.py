@@ -138,9 +138,34 @@ def test_solve_increment_never_raises_the_quadratic(gap):
         )
 
 
+@pytest.mark.parametrize("level", [1e-3, 1e-9])
+def test_solve_increment_is_the_same_by_cholesky_and_by_eigenvectors(level):
+    """A batch with one Gram matrix for all, and one with its own; two right hand sides each."""
+    K, g = tensor(noise(3, 9, 4)), tensor(noise(3, 4, 2, 1))
+    for G in (K.mT @ K, (K.mT @ K)[:1]):
+        variance = torch.full((3, 4), level**2).double()
+        expected = linalg._by_eigenvectors(G, g, torch.zeros_like(variance))
+        found = linalg._by_cholesky(G, g, variance)
+        assert found is not None
+        assert torch.allclose(found, expected, rtol=1e-11)
+        assert torch.allclose(found, torch.linalg.solve(G, g), rtol=1e-11)
+
+
+def test_cholesky_is_trusted_only_where_the_gain_is_four_times_the_loss_and_the_matrix_regular():
+    """G = diag(1, 1/4): an error e of y costs e_1^2 + 4 e_2^2; y = (1, 1) gains 5."""
+    G, y = torch.diag(tensor([1.0, 0.25])), tensor([[1.0], [1.0]])
+    loss = tensor([0.5, 0.1875])  # 0.5 + 4 * 0.1875 = 5 / 4
+    assert linalg._by_cholesky(G, y, loss).flatten().tolist() == [1.0, 4.0]
+    assert linalg._by_cholesky(G, y, loss * (1 + 1e-12)) is None
+    for small in (0.0, 1e-14, -1.0):
+        assert linalg._by_cholesky(torch.diag(tensor([1.0, small])), y, torch.zeros(2).double()) is None
+    batch = torch.stack([G, torch.diag(tensor([1.0, 0.0]))])
+    assert linalg._by_cholesky(batch, y.expand(2, -1, -1), torch.zeros(2, 2).double()) is None
+
+
 def test_solve_increment_does_not_act_on_noise():
     G, g = torch.eye(3, dtype=torch.float64), torch.tensor([[1.0], [1e-3], [0.0]], dtype=torch.float64)
-    noise_of_rows = torch.full((3,), 1e-2, dtype=torch.float64)
+    noise_of_rows = torch.full((3,), 0.3, dtype=torch.float64)
     x = linalg.solve_increment(G, g, torch.ones(3, dtype=torch.float64), noise_of_rows)
     assert x[:, 0].tolist() == [1.0, 0.0, 0.0]
 
@@ -160,6 +185,19 @@ def test_solve_increment_measures_noise_in_the_scaled_coordinates():
 
 def test_solve_increment_of_nothing():
     assert linalg.solve_increment(torch.zeros(0, 0), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)).shape == (0, 4)
+
+
+def test_thin_products_and_weighted_sums_of_batches():
+    """A stack of several blocks of rows, so that the blocks are put together."""
+    M, X, w = tensor(noise(20, 600, 9)), tensor(noise(1, 9, 7, 1)[0]), tensor(noise(1, 20, 7, 2)[0])
+    MX = linalg.product(M, X)
+    assert torch.allclose(MX, torch.einsum("iba,an->ibn", M, X))
+    assert torch.allclose(linalg.product(M, X.expand(20, -1, -1)), MX)
+    B = tensor(noise(1, 600, 7, 3)[0])
+    assert len(list(linalg._row_blocks(MX))) > 1
+    assert torch.allclose(linalg.weighted_sum(MX, w), torch.einsum("ibn,in->bn", MX, w))
+    assert torch.allclose(linalg.column_products(B, MX), torch.einsum("bn,ibn->in", B, MX))
+    assert linalg.weighted_sum(MX[:, :, :0], w[:, :0]).shape == (600, 0)
 
 
 def test_the_tolerance():

@@ -336,7 +336,7 @@ def test_an_infimum_that_is_not_attained_is_named(sweep):
     stack, start = LayerStack(BORDER_RANK), sum_of_cubes(4e-5)
     solution = solve_rasa(stack, RankBudget(1, 1), exactly(50, start=start, sweep=sweep))
     assert solution.stop_reason is StopReason.DEGENERATE
-    assert solution.sweeps == 0
+    assert solution.sweeps <= 1  # whether the first one makes the start's terms larger is up to rounding
     assert all(bool(torch.isfinite(t).all()) for t in solution.factors.named().values())
     assert solution.error <= reconstruction_error(stack, start)
 

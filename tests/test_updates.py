@@ -52,8 +52,14 @@ def shared_A(stack, f):
     return shared_B(stack.transpose(), f.transpose()).transpose()
 
 
+def orthonormal(f):
+    """Orthonormal rows in every A~_i, unit columns in the pool; a joint half does not read B~_i."""
+    f = updates.normalise_pool(f)
+    return dataclasses.replace(f, private_A=torch.linalg.qr(f.private_A.mT)[0].mT)
+
+
 def joint(stack, f):
-    f = updates.orthonormalise_private_A(f)
+    f = orthonormal(f)
     return updates.joint_half(stack.right(f.shared_A.mT), stack.right(f.private_A.mT), norms(stack), f)
 
 
@@ -199,7 +205,7 @@ def test_the_error_of_a_joint_half_is_the_direct_residual(L, b, a, r, k, seed):
 def test_a_joint_half_in_which_only_leading_rows_of_the_pool_move(L, b, a, r, k, seed):
     """The other rows of B_S stay; those of B~_i, and every d_i, are the best beside them."""
     M, f, rows = noise(L, b, a, seed), random_factors(L, b, a, r, k, seed), b // 2
-    f, stack = updates.orthonormalise_private_A(f), LayerStack(M)
+    f, stack = orthonormal(f), LayerStack(M)
     products = stack.right(f.shared_A.mT), stack.right(f.private_A.mT)
     half = updates.joint_half(*products, norms(stack), f, rows)
     p = plain(f)
@@ -259,13 +265,15 @@ def test_mixing_drop_is_zero_where_nothing_can_be_gained():
     assert mixing_drop(stack, f) == 0.0
 
 
-def test_changes_of_form_change_no_update():
+def test_normalising_the_pool_changes_no_update():
     f = random_factors(3, 7, 6, 3, 1)
     loose = dataclasses.replace(f, shared_B=7 * f.shared_B, shared_A=f.shared_A / 3)
     loose.shared_B[:, 2] = 0
-    for changed in (updates.normalise_pool(loose), updates.orthonormalise_private_A(loose)):
-        for i in range(3):
-            assert torch.allclose(changed.update(i), loose.update(i), rtol=0, atol=1e-13)
+    changed = updates.normalise_pool(loose)
+    for i in range(3):
+        assert torch.allclose(changed.update(i), loose.update(i), rtol=0, atol=1e-13)
+    assert torch.allclose(torch.linalg.vector_norm(changed.shared_B, dim=0), torch.tensor([1.0, 1.0, 0.0]).double())
+    assert torch.allclose(torch.linalg.vector_norm(changed.shared_A, dim=1), torch.ones(3).double())
     expected = [
         sum(
             torch.linalg.matrix_norm(torch.outer(f.shared_B[:, j], f.shared_A[j])) * abs(f.mixing[i, j])

@@ -22,6 +22,7 @@ from rasa_theory.bench.evidence import BenchSettings, Subject
 from rasa_theory.bench.instances import FAMILIES, draw_instance
 from rasa_theory.bench.laws import LAWS
 from rasa_theory.bench.trial import Trial, run_trial
+from rasa_theory.bench.workers import suitable_jobs
 
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "verify.schema.json").read_text(encoding="utf-8"))
 HONEST = Subject()
@@ -335,6 +336,22 @@ def test_an_interruption_tallies_what_was_finished(tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8")) == found
 
 
+def test_two_processes_find_what_one_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers, the instances in the same order."""
+    arguments = ["--families", "thin,planted", "--instances", "6", "--seed", "7", "--out", "none", "--json", "--quiet"]
+    found = []
+    for jobs in ("1", "2"):
+        assert verify.main([*arguments, "--jobs", jobs]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["families"] == found[1]["families"]
+    assert found[0]["finished"] == found[1]["finished"] == 6
+
+
+def test_processes_are_as_many_as_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert [suitable_jobs(n) for n in (1, 49, 50, 99, 1000)] == [1, 1, 2, 3, 4]
+
+
 def test_an_instance_depends_on_seed_family_and_number_alone(capsys: pytest.CaptureFixture[str]) -> None:
     one, same, other = (draw_instance("planted", 3, seed).draw for seed in (5, 5, 6))
     assert torch.equal(one.values, same.values)
@@ -368,6 +385,7 @@ def test_the_readme_counts_them() -> None:
         (["--instances", "many"], "argument --instances: invalid int value: 'many'"),
         (["--seed", "-1"], "seed must be at least 0, got -1 (--seed)"),
         (["--families", "gaussian,odd"], "--families: 'odd' is none of gaussian, decaying"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--families", ""], "--families: '' is none of gaussian"),
         (["--sweeps", "0"], "sweeps must be at least 1, got 0 (--sweeps)"),
         (["--certificate", "best"], "argument --certificate: invalid choice: 'best'"),
@@ -375,6 +393,7 @@ def test_the_readme_counts_them() -> None:
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--replay", "missing.npz"], "missing.npz does not exist"),
         (["--replay", "."], ".: not a sound .npz file"),
+        (["--replay", "any.npz", "--jobs", "2"], "--replay tries one instance; --jobs does not go with it"),
         (["--replay", "any.npz", "--sweeps", "0"], "verify: sweeps must be at least 1, got 0 (--sweeps)"),
     ],
 )

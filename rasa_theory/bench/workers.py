@@ -1,0 +1,66 @@
+"""Trials of many instances, in order, over several processes if asked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+from rasa_theory.bench.evidence import BenchSettings, Subject
+from rasa_theory.bench.instances import draw_instance
+from rasa_theory.bench.trial import Outcome, Trial, run_trial
+
+_Findings = tuple[dict[str, Outcome], bool, bool]
+_WORTH_A_PROCESS = 25  # instances: a process needs some seconds to import torch
+
+
+class Drawn(NamedTuple):
+    """What `draw_instance` draws an instance from."""
+
+    family: str
+    number: int
+    seed: int
+
+
+def suitable_jobs(instances: int) -> int:
+    """A process for each processor at hand, but none for fewer than 25 instances."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(processors, instances // _WORTH_A_PROCESS))
+
+
+def trials(drawn: Iterator[Drawn], settings: BenchSettings, jobs: int) -> Iterator[Trial]:
+    """All laws on every instance, of the package itself, by `jobs` processes; the order is that of the instances.
+
+    Raises BrokenProcessPool if a process dies.
+    """
+    if jobs == 1:
+        for one in drawn:
+            yield run_trial(draw_instance(*one), Subject(), settings)
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+    try:
+        waiting: deque[tuple[Drawn, Future[_Findings]]] = deque()
+        for one in islice(drawn, 2 * jobs):
+            waiting.append((one, pool.submit(_findings, one, settings)))
+        while waiting:
+            one, future = waiting.popleft()
+            outcomes, strict, crossed = future.result()
+            waiting.extend((more, pool.submit(_findings, more, settings)) for more in islice(drawn, 1))
+            yield Trial(draw_instance(*one), outcomes, strict, crossed)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _findings(one: Drawn, settings: BenchSettings) -> _Findings:
+    """A trial without its instance, whose tensors would have to be sent."""
+    trial = run_trial(draw_instance(*one), Subject(), settings)
+    return trial.outcomes, trial.strict, trial.crossed
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
