@@ -43,7 +43,7 @@ class CoreSweep:
                 _Side.of(self._unit, factors),
                 _Side.of(self._unit.transpose(), factors.transpose()),
             )
-            self._K = self._unit.values.new_zeros(self._unit.layers, self._columns.width, 0)
+            self._K = factors.mixing.new_zeros(self._unit.layers, self._columns.width, 0)
         factors, error = self._half(self._unit, self._columns, self._rows, factors)
         if not (self._columns.is_whole and self._rows.is_whole):
             self._K = self._K.mT

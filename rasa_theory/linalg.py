@@ -134,6 +134,13 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
     return U[:, :rank] * S[:rank], Vh[:rank]
 
 
+def truncated_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation of B A: (.., b, n), (.., n, a) -> (.., b, rank), (.., rank, a) orthonormal."""
+    T, Q = orthonormal_rows(A)
+    U, S, Vh = svd(B @ T)
+    return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :] @ Q
+
+
 def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
     n = gram.shape[0]
@@ -203,7 +210,8 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     """
     X = _unit_columns(X)
     left = torch.linalg.vector_norm(X - U @ (U.mT @ X), dim=-2, keepdim=True)
-    X = torch.where(left <= _dependent(X), _random_columns(X, U.shape[-1]), X)
+    if bool((depends := left <= _dependent(X)).any()):
+        X = torch.where(depends, _random_columns(X, U.shape[-1]), X)
     for _ in range(3):
         X = orthonormal_columns(X - U @ (U.mT @ X))
     return X

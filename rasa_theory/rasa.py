@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from rasa_theory import linalg
 from rasa_theory.bounds import allocation_bound
 from rasa_theory.descent import SWEEPS, Callback, Descent, StopReason
 from rasa_theory.errors import InputError
+from rasa_theory.exchange import Exchanges
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import layer_errors
 from rasa_theory.problem import LayerStack, RankBudget, whole_number
 from rasa_theory.starts import PROMISES, STARTS, allocation_start
+from rasa_theory.starts.previous import move_to_pool
 from rasa_theory.updates import cancellation
 
 _RACE = ("common", "pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
-_HEATS = {"core": ((2, 2), (6, 1)), "joint": ((12, 2), (48, 1)), "paper": ((12, 2), (48, 1))}
-"""By sweep: after so many each, so many of the best starts go on."""
+_HEATS = {"core": (2, 6), "joint": (12, 48), "paper": (12, 48)}  # sweeps after which the race drops starts
+_CLOSE = 0.01
+_TRIALS = 6  # exchanges, at most
 
 
 @dataclass(frozen=True)
 class SolverOptions:
     """How to solve.
 
-    start: "best" (the starts of `starts/` raced, two of them random), the name of one start, or RasaFactors to start
-    from. "common" and "pencil" need conditions on the stack; where they do not hold, "allocation" takes their place,
-    and the solution says so. sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or
-    "paper"; at most `max_sweeps` sweeps for the answer; stop when one sweep lowers the error by less than `rtol` of it
-    (0: never). It also stops, with the iterate before, where a term exceeds `max_cancellation` times the norm of its
+    start: "best" (the starts of `starts/` raced, two of them random, then exchanges of pool terms tried), the name of
+    one start, or RasaFactors to start from. "common" and "pencil" need conditions on the stack; where they do not hold,
+    "allocation" takes their place, and the solution says so. sweep: "core" (two passes over M, each with many sweeps on
+    a small core), "joint" or "paper"; at most `max_sweeps` sweeps for the answer, anew after an exchange; stop when one
+    sweep lowers the error by less than `rtol` of it (0: never). It also stops, with the iterate before, where a term
+    exceeds `max_cancellation` times the norm of its
     layer: often no minimum is attained, and terms that grow and cancel gain ever less; at 8 the factors can be stored
     in half precision. Raises InputError for anything else.
     """
@@ -71,7 +72,8 @@ class RasaSolution:
     """The best point found. Its error is an upper bound on e_rasa(k), not the optimum unless a lower bound meets it.
 
     error: the direct residual of `factors`, squared, summed over layers, in units of the input, and `layer_errors` its
-    summands; history: the error after every sweep of the start that won, history[0] at the start; start: its name;
+    summands; history: the error after every sweep of the start that won, history[0] at the start, or of what went on
+    from it after an exchange of pool terms, history[0] behind the exchange; start: its name;
     data_passes: how often all of M was read, the race and the final residual included; cancellation: the largest norm
     of a term of a layer over ||M_i||, see `updates.cancellation`.
     """
@@ -140,26 +142,6 @@ def iterate_path(
         warm = {"previous k": solution.factors}
 
 
-def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:
-    """Nesting: the same updates with the smallest private terms of every layer moved into the pool.
-
-    From RaSA(r, k) to RaSA(r, k') with k' >= k. D_i is 1 on the layer's own new terms and 0 on those of the others.
-    """
-    q = budget.private_rank
-    T, At = linalg.orthonormal_rows(factors.private_A)
-    U, S, Vh = linalg.svd(factors.private_B @ T)  # (L, b, q_old) times orthonormal rows: terms in order of size
-    B, A = U * S[:, None], Vh @ At
-    L, b, given = B[:, :, q:].shape
-    own = torch.kron(torch.eye(L, dtype=B.dtype, device=B.device), B.new_ones(1, given))
-    return RasaFactors(
-        private_B=B[:, :, :q],
-        private_A=A[:, :q],
-        shared_B=torch.cat([factors.shared_B, B[:, :, q:].permute(1, 0, 2).reshape(b, L * given)], 1),
-        shared_A=torch.cat([factors.shared_A, A[:, q:].reshape(L * given, A.shape[2])]),
-        mixing=torch.cat([factors.mixing, own], 1),
-    )
-
-
 def _race(
     stack: LayerStack,
     budget: RankBudget,
@@ -172,21 +154,25 @@ def _race(
     A start whose error reaches rounding level ends the race: nothing can be lower.
     """
     passes, unit = stack.data_passes, stack.unit()
-    racing, heats = options.start == "best" or bool(warm), _HEATS[options.sweep]
+    racing, (first, second) = options.start == "best" or bool(warm), _HEATS[options.sweep]
+
+    def go_on(run: Descent, sweeps: int) -> Descent:
+        return run.run(min(run.sweeps + sweeps, options.max_sweeps), options.rtol, callback, stack.scale)
+
     runs: list[Descent] = []
     for run in _starting_points(stack, unit, budget, options, warm):
-        first = min(heats[0][0], options.max_sweeps) if racing else options.max_sweeps
-        runs.append(run.run(first, options.rtol, callback, stack.scale))
+        runs.append(go_on(run, first if racing else options.max_sweeps))
         if run.solved:
             break
     alive = [run for run in runs if run.solved] or runs
-    for sweeps, survivors in heats if len(alive) > 1 else ():
-        for run in alive:
-            run.run(min(sweeps, options.max_sweeps), options.rtol, callback, stack.scale)
-        alive = sorted(alive, key=lambda run: run.best_error)[:survivors]
+    if len(alive) > 1:
+        alive = _ahead([go_on(run, second - first) for run in _ahead(alive, 2)], 1)
+    if options.start == "best" and budget.shared_rank > 0 and options.max_sweeps >= 2 * second:
+        exchanges = Exchanges(unit, budget, options.seed)
+        alive = [_with_exchanges(run, exchanges, options, lambda run: go_on(run, second)) for run in alive]
     for run in alive:
-        run.run(options.max_sweeps, options.rtol, callback, stack.scale)
-    best = min(runs, key=lambda run: run.best_error)
+        go_on(run, options.max_sweeps)
+    best = min((*runs, *alive), key=lambda run: run.best_error)
     factors = best.best.scaled(stack.scale)
     errors = layer_errors(stack, factors)
     return RasaSolution(
@@ -200,6 +186,35 @@ def _race(
         data_passes=stack.data_passes - passes,
         cancellation=cancellation(stack, factors),
     )
+
+
+def _ahead(runs: list[Descent], count: int) -> list[Descent]:
+    """The `count` lowest, and allocation's unless another is more than 1 % lower.
+
+    Random starts are ahead at times after a few sweeps, and hardly ever at the end.
+    """
+    ranked = sorted(runs, key=lambda run: run.best_error)
+    lowest = ranked[0].best_error
+    return [
+        run
+        for n, run in enumerate(ranked)
+        if n < count or (run.start == "allocation" and lowest > (1 - _CLOSE) * run.best_error)
+    ]
+
+
+def _with_exchanges(
+    run: Descent, exchanges: Exchanges, options: SolverOptions, go_on: Callable[[Descent], Descent]
+) -> Descent:
+    """Try exchanges as long as sweeps from there end lower than as many sweeps without; the run that is lowest."""
+    for _ in range(_TRIALS):
+        factors = None if run.solved or run.stop_reason is StopReason.CONVERGED else exchanges.exchanged(run.best)
+        if factors is None:
+            break
+        other = go_on(Descent(run.unit, factors, options.sweep, run.start, options.max_cancellation))
+        if other.best_error >= go_on(run).best_error:
+            break
+        run = other
+    return run
 
 
 def _starting_points(

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from rasa_theory import RankBudget
+from rasa_theory import RankBudget, RasaFactors, updates
 
 #        L, b, a, r, k, seed
 SHAPES = [
@@ -106,3 +107,11 @@ KNOWN = {
     "zero": zero,
 }
 """Those that the default solver reaches whatever the seed; see test_starts.py for `shared_bases` and `planted`."""
+
+
+def random_factors(L, b, a, r, k, seed=0):
+    """Factors of order one with unit pool columns, for any stack of that shape."""
+    q, R = r - k, L * k
+    shapes = (L, b, q), (L, q, a), (1, b, R), (1, R, a), (1, L, R)
+    Bt, At, B_S, A_S, D = (torch.as_tensor(noise(*shape, seed + 10 + n)) for n, shape in enumerate(shapes))
+    return updates.normalise_pool(RasaFactors(Bt, At, B_S[0], A_S[0], D[0]))

@@ -15,7 +15,7 @@ FLOORS = [
     {"factors"},
     {"sources", "objective", "bounds"},
     {"lora", "updates", "subspaces"},
-    {"starts", "core"},
+    {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},
     {"study", "bench"},

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,9 +33,11 @@ from rasa_theory import (
     solve_path,
     solve_rasa,
 )
-from rasa_theory.descent import DEGENERATE
+from rasa_theory.descent import DEGENERATE, Descent
+from rasa_theory.exchange import Exchanges
 from rasa_theory.linalg import not_above
-from rasa_theory.starts import STARTS, random_start
+from rasa_theory.rasa import _ahead, _with_exchanges
+from rasa_theory.starts import STARTS, lora_start, random_start
 from rasa_theory.updates import measurable
 
 BOTH = pytest.mark.parametrize("sweep", ["joint", "paper"])
@@ -452,7 +455,7 @@ def test_the_callback_is_told_of_every_start():
     solve_rasa(LayerStack(noise(3, 6, 5)), RankBudget(2, 1), exactly(10), callback=told.append)
     sweeps = [p.sweep for p in told]
     assert {p.start for p in told} == {"allocation", "lora", "random"}
-    assert len(sweeps) == 4 * 2 + 2 * (6 - 2) + (10 - 6)  # four starts, the best two, the best one
+    assert len(sweeps) == 4 * 2 + 2 * (6 - 2) + 2 * (10 - 6)  # four starts, the best two, a random one and allocation
     assert sweeps[-4:] == list(range(7, 11))
     assert len({p.error for p in told if p.start == "random" and p.sweep == 1}) == 2
 
@@ -483,12 +486,44 @@ def test_the_race_goes_on_with_its_best(monkeypatch):
         return lambda factors: (factors, reconstruction_error(unit, factors) / 2)
 
     monkeypatch.setitem(descent.SWEEPS, "joint", halving)
+    monkeypatch.setattr(Exchanges, "exchanged", lambda self, factors: None)
     told, stack, budget = [], LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
     solution = solve_rasa(stack, budget, exactly(100, sweep="joint"), callback=told.append)
     swept = {start: max(p.sweep for p in told if p.start == start) for start in {p.start for p in told}}
     assert swept == {"allocation": 100, "lora": 48, "random": 12}
     assert solution.start == "allocation"
     assert solution.error == pytest.approx(allocation_bound(stack, budget).value, rel=1e-12)
+
+
+def test_allocation_stays_in_the_race_unless_another_start_is_more_than_one_per_cent_lower():
+    def run(start, error):
+        return SimpleNamespace(start=start, best_error=error)
+
+    allocation, lora = run("allocation", 0.5), run("lora", 0.6)
+    for error, count, expected in (
+        (0.4, 1, ["random"]),
+        (0.494, 1, ["random"]),
+        (0.496, 1, ["random", "allocation"]),
+        (0.496, 2, ["random", "allocation"]),
+        (0.55, 1, ["allocation"]),
+        (0.55, 2, ["allocation", "random"]),
+    ):
+        alive = _ahead([allocation, lora, run("random", error)], count)
+        assert [run.start for run in alive] == expected, error
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_an_exchange_is_kept_only_if_sweeps_from_it_end_lower(monkeypatch, pays):
+    """From allocation, to a point that is a little better, or worse; both as far by as many sweeps as without it."""
+    stack, budget = LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
+    optimum = solve_rasa(stack, budget, SolverOptions(start="random", seed=3)).factors.scaled(1 / stack.scale)
+    offered = iter([optimum if pays else random_start(stack.unit(), budget, 0, size=3.0), None])
+    monkeypatch.setattr(Exchanges, "exchanged", lambda self, factors: next(offered))
+    run = Descent(stack.unit(), lora_start(stack.unit(), budget), "joint", "lora")
+    lowest = _with_exchanges(run, Exchanges(stack.unit(), budget, 0), SolverOptions(), lambda run: run.run(1, 0.0))
+    assert (lowest is run) != pays
+    assert run.sweeps == 1
+    assert (next(offered, "asked once") == "asked once") == pays
 
 
 # ---- bad input

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from hypothesis import given
-from problems import SHAPES, noise
+from problems import SHAPES, noise, random_factors
 from strategies import nasty_stacks
 
 from rasa_theory import (
@@ -22,14 +22,6 @@ from rasa_theory import (
 )
 from rasa_theory.starts import random_start
 from rasa_theory.updates import measurable
-
-
-def random_factors(L, b, a, r, k, seed=0):
-    """Factors of order one with unit pool columns, for any stack of that shape."""
-    q, R = r - k, L * k
-    shapes = (L, b, q), (L, q, a), (1, b, R), (1, R, a), (1, L, R)
-    Bt, At, B_S, A_S, D = (torch.as_tensor(noise(*shape, seed + 10 + n)) for n, shape in enumerate(shapes))
-    return updates.normalise_pool(RasaFactors(Bt, At, B_S[0], A_S[0], D[0]))
 
 
 def plain(factors):
