@@ -1,14 +1,17 @@
-"""Results -> figures. The only module that imports matplotlib, and never its global state."""
+"""Results -> figures. The only module that imports matplotlib, and never its global state.
+
+It does so where a figure is drawn, so that the package can be imported without it.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette, distinguishable for colour-blind eyes; the lines differ in dash as well.
 INK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -20,6 +23,8 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
     the certified floor (or a note names it, where it lies far below); dots mark the first iteration below e_lora.
     """
+    from matplotlib.figure import Figure
+
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
     lines = max(1, math.ceil(len(panels) / columns))
@@ -39,6 +44,8 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
 
 
 def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     unit = row["e_lora"]
     allocation, best, floor = (run[key] / unit for key in ("e_allocation", "e_rasa", "lower_bound"))
     ax.axhline(1.0, color=INK, linewidth=1.6)
@@ -76,6 +83,8 @@ def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def _legend() -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
     return [
         Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: first below LoRA)"),
         Line2D([], [], color=INK, label="LoRA's optimum $e_{\\mathrm{LoRA}}$"),

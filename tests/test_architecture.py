@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import rasa_theory
@@ -56,3 +58,9 @@ def test_only_the_commands_print() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     assert printing == {"console", "reconstruct", "verify"}
+
+
+def test_the_package_is_imported_without_what_only_its_commands_and_figures_need() -> None:
+    code = "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; import rasa_theory"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
