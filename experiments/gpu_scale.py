@@ -1,0 +1,322 @@
+"""What sweeps cost, and where the solver ends, at the size of an 8B model's layers: made for one large GPU.
+
+    python experiments/gpu_scale.py                      # figures/gpu_scale.json; minutes for each configuration
+    python experiments/gpu_scale.py --configs 32x4096x4096:8:1 --repeats 5
+    python experiments/gpu_scale.py --smoke --out FILE   # tiny stacks on the CPU, for function
+
+Needs torch, numpy, scipy and safetensors, and the package, from the checkout if it is not installed. For every stack,
+r and k it writes a record, again after each of its stages, so that a run that stops loses nothing; a stage that fails,
+for want of memory say, leaves its reason in `failed`. Records of other configurations in the file are kept. A record
+holds the hardware, and the most memory of the device that each stage held.
+
+The stacks are made on the device, in float32, without an SVD of a full matrix: M_i = c_i (U_i diag(s) V_i^T + G_i),
+with c_i from 0.5 for the first layer to 1.5 for the last, and s_j = j^-0.7 for j <= p = min(512, min(b, a) / 4); U_i and V_i orthonormalise sqrt(0.5) G + sqrt(0.5) G'_i, G common to
+all layers, so that layers overlap; G_i is Gaussian with norm s_p, so that the tail goes on where the power law ends.
+
+`e_lora_estimate` is the error of the rank-r approximations that a randomised subspace iteration finds: an upper bound
+on e_lora, a little above it. `e_rasa_over_estimate` is therefore a little below e_rasa / e_lora. The start comes from
+the same iteration: q leading terms of a layer private, the R next largest of all layers in the pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if importlib.util.find_spec("rasa_theory") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rasa_theory as rt
+from rasa_theory.bounds.closed import allocate
+from rasa_theory.descent import Descent
+from rasa_theory.lora import LoraFactors
+from rasa_theory.problem import SVD, compute_device
+
+Config = tuple[int, int, int, int, int]  # L, b, a, r, k
+FULL = ",".join(f"32x{b}x4096:{r}:{k}" for b in (4096, 14336) for r in (8, 64) for k in (1, 8))
+SMOKE = "4x48x48:4:1,4x48x48:4:4,4x96x48:4:2"
+OVERLAP, DECAY, ITERATIONS, SEED = 0.5, 0.7, 4, 0
+
+
+class OutOfTime(Exception):
+    """Ends a solve that has taken as long as it may."""
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds of each job, least and median, in alternating order, after one call to warm up."""
+    clock: dict[str, list[float]] = {name: [] for name in jobs}
+    for n in range(repeats + 1):
+        for name, job in jobs.items() if n % 2 else reversed(jobs.items()):
+            started = now(device)
+            job()
+            if n > 0:
+                clock[name].append(now(device) - started)
+    return {name: spread(seconds) for name, seconds in clock.items()}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    return {"min": min(seconds), "median": statistics.median(seconds)}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"device": card.name, "memory": card.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def copy_speed(size: int, repeats: int, device: torch.device) -> float:
+    """Bytes read and written in a second by a copy of `size` bytes on the device, at its fastest."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = timed({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]["min"]
+    return 2 * source.numel() * 4 / best
+
+
+def made_stack(layers: int, b: int, a: int, device: torch.device) -> rt.LayerStack:
+    """The stack that the module's docstring describes; the numbers depend on the kind of device."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    p = max(1, min(512, min(b, a) // 4))
+    s = torch.arange(1, p + 1, device=device, dtype=torch.float32) ** -DECAY
+    common = [torch.randn(n, p, generator=generator, device=device) for n in (b, a)]
+    M = torch.empty(layers, b, a, device=device)
+    for i in range(layers):
+        U, V = (
+            torch.linalg.qr(
+                math.sqrt(OVERLAP) * G
+                + math.sqrt(1 - OVERLAP) * torch.randn(G.shape, generator=generator, device=device)
+            )[0]
+            for G in common
+        )
+        M[i].normal_(generator=generator).mul_(s[-1] / (math.sqrt(b) + math.sqrt(a)))
+        M[i].addmm_(U * s, V.mT).mul_(0.5 + i / max(layers - 1, 1))
+    return rt.LayerStack(M, f"power:{DECAY} of rank {p} in a Gaussian tail")
+
+
+def leading_terms(unit: rt.LayerStack, width: int, iterations: int) -> SVD:
+    """About the `width` leading singular terms of every layer, by a randomised subspace iteration."""
+    generator = torch.Generator(unit.device).manual_seed(SEED)
+    X = torch.randn(unit.shape[1], width, generator=generator, device=unit.device, dtype=unit.dtype)
+    for _ in range(iterations):
+        Q = torch.linalg.qr(unit.right(X))[0]  # (L, b, width)
+        X, T = torch.linalg.qr(unit.left(Q))  # M_i^T Q = X T
+    W, S, Zh = torch.linalg.svd(T.double())  # M_i is about Q Q^T M_i = Q (X T)^T = (Q Z) diag(S) (X W)^T
+    return SVD(Q @ Zh.mT.to(Q.dtype), S.to(Q.dtype), (X @ W.to(X.dtype)).mT)
+
+
+def estimated_lora(unit: rt.LayerStack, rank: int, width: int) -> tuple[SVD, float, float]:
+    """Leading terms, the error of the best rank-`rank` ones, and by what share the last iteration lowered it."""
+    errors = []
+    for iterations in (ITERATIONS - 1, ITERATIONS):
+        terms = leading_terms(unit, width, iterations)
+        factors = LoraFactors(terms.U[:, :, :rank] * terms.S[:, None, :rank], terms.Vh[:, :rank])
+        errors.append(rt.reconstruction_error(unit, factors))
+    return terms, errors[-1], 1 - errors[-1] / errors[0]
+
+
+def start_from(terms: SVD, budget: rt.RankBudget) -> rt.RasaFactors:
+    """q leading terms of every layer private, the R next largest in the pool, each for the layer it comes from."""
+    (U, S, Vh), q = terms, budget.private_rank
+    layer, index = allocate(S, budget)
+    mixing = torch.zeros(len(S), len(layer), dtype=S.dtype, device=S.device)
+    mixing[layer, torch.arange(len(layer), device=S.device)] = S[layer, index]
+    private = U[:, :, :q] * S[:, None, :q], Vh[:, :q]
+    return rt.RasaFactors(*private, U[layer, :, index].mT, Vh[layer, index], mixing)
+
+
+class Run:
+    """The stages of one configuration, each of which adds to `record`; units are those of M / scale."""
+
+    def __init__(self, stack: rt.LayerStack, budget: rt.RankBudget, options: argparse.Namespace) -> None:
+        (b, a), L = stack.shape, stack.layers
+        self.unit, self.budget, self.options, self.device = stack.unit(), budget, options, stack.device
+        self.ranks = budget.private_rank + budget.pool_rank(L)
+        self.size = L * b * a * stack.values.element_size()
+        self.record: dict[str, Any] = {
+            "layers": L, "b": b, "a": a, "rank": budget.rank, "k": budget.shared_rank, "dtype": "float32",
+            "stack": stack.name, "stack_bytes": self.size, "hardware": hardware(stack.device),
+        }  # fmt: skip
+        self.stages = (self.start, self.joint, self.core, self.solve)
+
+    def start(self) -> None:
+        """The estimate of e_lora, and factors to start from."""
+        began = now(self.device)
+        r = self.budget.rank
+        width = min(*self.unit.shape, r + max(8, 3 * self.budget.shared_rank))
+        terms, self.lora, change = estimated_lora(self.unit, r, width)
+        self.given = start_from(terms, self.budget)
+        self.record |= {
+            "e_lora_estimate_over_norm": self.lora / self.unit.norm_squared, "e_lora_last_iteration_lowered": change,
+            "start_seconds": now(self.device) - began,
+        }  # fmt: skip
+
+    def joint(self) -> None:
+        """A joint sweep beside its two products, and the speed at which they read M."""
+        L, (b, a) = self.unit.layers, self.unit.shape
+        X, Y = (torch.randn(L, self.ranks, n, device=self.device).mT for n in (a, b))
+        run = Descent(self.unit, self.given, "joint", "given")
+        jobs = {
+            "joint_sweep": lambda: one_sweep(run),
+            "two_products": lambda: (self.unit.right(X), self.unit.left(Y)),
+        }
+        clock = timed(jobs, self.options.repeats, self.device)
+        products, copied = clock["two_products"]["min"], copy_speed(min(self.size, 2**31), 5, self.device)
+        self.record |= {f"{name}_seconds": seconds for name, seconds in clock.items()}
+        self.record |= {
+            "joint_sweep_over_products": clock["joint_sweep"]["min"] / products,
+            "joint_sweep_reads_bytes_per_second": 2 * self.size / clock["joint_sweep"]["min"],
+            "two_products_read_bytes_per_second": 2 * self.size / products,
+            "two_products_operations_per_second": 4 * L * b * a * self.ranks / products,
+            "copy_bytes_per_second": copied,
+            "joint_sweep_reads_over_copy": 2 * self.size / clock["joint_sweep"]["min"] / copied,
+        }
+
+    def core(self) -> None:
+        """Core sweeps after one to warm up, which makes the bases: they grow, so that later ones cost more."""
+        run = Descent(self.unit, self.given, "core", "given")
+        clock = []
+        for _ in range(self.options.repeats + 1):
+            began = now(self.device)
+            one_sweep(run)
+            clock.append(now(self.device) - began)
+            if len(clock) > 1 and sum(clock) > self.options.limit:
+                break
+        self.record |= {"core_sweep_seconds": spread(clock[1:]), "core_sweep_seconds_each": clock}
+
+    def solve(self) -> None:
+        """`solve_rasa` from the given start to its stop, or to the limit in seconds."""
+        began, trace = now(self.device), [[0.0, rt.reconstruction_error(self.unit, self.given) / self.lora]]
+        read = self.unit.data_passes
+
+        def after_sweep(progress: rt.Progress) -> None:
+            trace.append([now(self.device) - began, progress.error / self.lora])
+            self.record["solve_trace"] = trace  # seconds, error over the estimate of e_lora
+            if trace[-1][0] > self.options.limit:
+                raise OutOfTime
+
+        solver = rt.SolverOptions(start=self.given, max_sweeps=self.options.max_sweeps)
+        try:
+            found = rt.solve_rasa(self.unit, self.budget, solver, after_sweep)
+        except OutOfTime:
+            error, stop = min(e for _, e in trace) * self.lora, f"{self.options.limit} seconds were over."
+        else:
+            error, stop = found.error, found.stop_reason.value
+            self.record |= {"cancellation": found.cancellation}
+        self.record |= {
+            "solve_seconds": now(self.device) - began, "solve_sweeps": len(trace) - 1, "stop": stop,
+            "data_passes": self.unit.data_passes - read, "e_rasa_over_estimate": error / self.lora,
+        }  # fmt: skip
+
+    def go(self, save: Callable[[dict[str, Any]], None]) -> None:
+        """All stages; the first that fails is noted, and those after it are tried if there is a start."""
+        for stage in self.stages:
+            name = stage.__name__
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                stage()
+            except (RuntimeError, ArithmeticError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                self.record.setdefault("failed", {})[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            if self.device.type == "cuda":
+                peaks = self.record.setdefault("peak_device_bytes", {})
+                peaks[name] = torch.cuda.max_memory_allocated(self.device)
+            free(self.device)
+            save(self.record)
+            print(f"{title(self.record)} {name}: {self.record.get('failed', {}).get(name, 'done')}", flush=True)
+            if not hasattr(self, "given"):
+                return
+
+
+def one_sweep(run: Descent) -> None:
+    """One sweep more; an error if it was not taken, since then there is nothing to time."""
+    before = run.sweeps
+    if run.run(before + 1, 0.0).sweeps == before:
+        raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
+
+
+def free(device: torch.device) -> None:
+    """Give memory that nobody holds back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def title(record: dict[str, Any]) -> str:
+    """The configuration, as --configs has it."""
+    return "{layers}x{b}x{a}:{rank}:{k}".format(**record)
+
+
+def saver(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Puts a record into the file in the place of an earlier one of its configuration; never leaves half a file."""
+
+    def save(record: dict[str, Any]) -> None:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+        records = [*(r for r in records if title(r) != title(record)), record]
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+    return save
+
+
+def parsed(text: str) -> list[Config]:
+    """LxBxA:R:K, with commas between."""
+    numbers = ([int(n) for n in one.replace("x", ":").split(":")] for one in text.split(","))
+    return [(layers, b, a, rank, k) for layers, b, a, rank, k in numbers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", help="LxBxA:R:K, .. (layers, rows, columns, r, k)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=5, help="timed sweeps of each kind")
+    parser.add_argument("--max-sweeps", type=int, default=100, help="of the solve")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds for one solve, and for the timed core sweeps"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny stacks on the CPU, few sweeps")
+    parser.add_argument("--out", type=Path, default=Path("figures/gpu_scale.json"))
+    options = parser.parse_args()
+    if options.smoke:
+        options.repeats, options.max_sweeps = 2, 4
+    device = compute_device("cpu" if options.smoke else options.device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save = saver(options.out)
+    made, stack = None, None
+    for *shape, rank, k in parsed(options.configs or (SMOKE if options.smoke else FULL)):
+        if made != shape:
+            stack = None  # before the next one is made
+            free(device)
+            made, stack = shape, made_stack(*shape, device)
+        assert stack is not None
+        Run(stack, rt.RankBudget(rank, k), options).go(save)
+        free(device)
+
+
+if __name__ == "__main__":
+    main()
