@@ -1,27 +1,35 @@
 """What a sweep costs, and what a pass over M is worth, against the sweeps of the paper and other people's CP code.
 
-    python experiments/benchmark.py            # some minutes; figures/benchmark.csv, figures/passes.png
+    python experiments/benchmark.py            # some minutes; figures/benchmark.csv and three pictures
     python experiments/benchmark.py --quick --out DIR    # small sizes, for function
 
 Part 1, `passes`: from the allocation start, error after every sweep, passes over M (the start's residual left out) and
 seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones.
-Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly (and
-pyttb, where it is installed) on the same tensor, k = r, in one process, in alternating order.
+Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly, pyttb
+and pygenten, where they are installed, on the same tensor, k = r, in one process, in alternating order. A sweep of
+theirs is half of what three take longer than one, from the same start, so that setting up does not count; the last two
+compute in float64 and run there only.
+Part 3, `growth`: the same seconds of ours where one of L, b, R and k grows, the others held fixed, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import functools
 import importlib.util
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import rasa_theory as rt
 from rasa_theory.descent import Descent
@@ -29,7 +37,7 @@ from rasa_theory.sources.synthetic import synthetic_stack
 from rasa_theory.starts import allocation_start, random_start
 
 COLUMNS = (
-    "part", "stack", "layers", "b", "a", "rank", "k", "dtype", "threads", "method", "sweeps", "passes",
+    "part", "axis", "stack", "layers", "b", "a", "rank", "k", "dtype", "threads", "method", "sweeps", "passes",
     "seconds", "seconds_min", "error", "error_joint", "torch", "machine",
 )  # fmt: skip
 
@@ -101,55 +109,181 @@ def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[fl
     return clock
 
 
-def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repeats: int, rows: list[Any]) -> None:
-    """One joint sweep, its two products, and one sweep of other people's CP code on the same tensor."""
+def gaussian(shape: tuple[int, int, int], dtype: str) -> rt.LayerStack:
     M = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-    stack, budget = rt.LayerStack(M, f"gaussian {'x'.join(map(str, shape))}"), rt.RankBudget(rank, k)
-    unit, (L, b, a), R = stack.unit(), shape, budget.pool_rank(shape[0])
+    return rt.LayerStack(M, f"gaussian {'x'.join(map(str, shape))}")
+
+
+def one_sweep(run: Descent) -> None:
+    """One sweep more; an error if it was not taken, since then there is nothing to time."""
+    before = run.sweeps
+    if run.run(before + 1, 0.0).sweeps == before:
+        raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
+
+
+def our_jobs(stack: rt.LayerStack, budget: rt.RankBudget) -> dict[str, Callable[[], Any]]:
+    """One joint sweep, and its two products alone, with thin factors that lie as those of a sweep do."""
+    unit, L, (b, a) = stack.unit(), stack.layers, stack.shape
     run = Descent(unit, random_start(unit, budget, 0, size=0.1), "joint", "random")
-    run.run(1, 0.0)
-    width = R + budget.private_rank
-    X, Y = torch.randn(L, a, width, dtype=M.dtype), torch.randn(L, b, width, dtype=M.dtype)
-    jobs: dict[str, Callable[[], Any]] = {
-        "joint": lambda: run.run(run.sweeps + 1, 0.0),
-        "its two products": lambda: (unit.right(X), unit.left(Y)),
-    }
-    if budget.private_rank == 0 and importlib.util.find_spec("tensorly"):
+    one_sweep(run)
+    width = budget.pool_rank(L) + budget.private_rank
+    X, Y = (torch.randn(L, width, n, dtype=stack.dtype).mT for n in (a, b))
+    return {"joint": lambda: one_sweep(run), "its two products": lambda: (unit.right(X), unit.left(Y))}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that compiled code prints is seen."""
+    kept, nowhere = [os.dup(n) for n in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    for n in (1, 2):
+        os.dup2(nowhere, n)
+    try:
+        yield
+    finally:
+        for n, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, n)
+            os.close(old)
+        os.close(nowhere)
+
+
+def their_sweeps(M: torch.Tensor, R: int) -> dict[str, Callable[[int], Any]]:
+    """Other people's CP by alternating least squares on the tensor M: so many sweeps from one random start."""
+    sweeps: dict[str, Callable[[int], Any]] = {}
+    factors = [torch.randn(n, R, generator=torch.Generator().manual_seed(1)).to(M.dtype) for n in M.shape]
+    if importlib.util.find_spec("tensorly"):
         import tensorly
         from tensorly.decomposition import parafac
 
         tensorly.set_backend("pytorch")
-        factors = [torch.randn(n, R, dtype=M.dtype) for n in shape]
         start = tensorly.cp_tensor.CPTensor((torch.ones(R, dtype=M.dtype), factors))
-        jobs["tensorly parafac"] = lambda: parafac(M, R, n_iter_max=1, init=start, tol=0, normalize_factors=False)
-    if budget.private_rank == 0 and importlib.util.find_spec("pyttb"):
+        sweeps["tensorly parafac"] = lambda n: parafac(M, R, n_iter_max=n, init=start, tol=0, normalize_factors=False)
+    if M.dtype == torch.float64 and importlib.util.find_spec("pyttb"):
         import pyttb
 
         tensor = pyttb.tensor(M.numpy())
-        jobs["pyttb cp_als"] = lambda: pyttb.cp_als(tensor, R, maxiters=1, printitn=0)
-    clock = timed(jobs, repeats)
-    base = min(clock["joint"])
-    for method, seconds in clock.items():
-        rows.append(
-            facts(
-                stack, budget, part="sweep", method=method, seconds=statistics.median(seconds), seconds_min=min(seconds)
-            )
-        )
+        begin = pyttb.ktensor([np.asfortranarray(F.numpy()) for F in factors])
+        sweeps["pyttb cp_als"] = lambda n: pyttb.cp_als(tensor, R, maxiters=n, init=begin, printitn=0, stoptol=0)
+        if importlib.util.find_spec("pygenten"):
+            with quiet():
+                import pygenten
+
+                given = pygenten.make_gt_tensor(tensor)
+                guess = pygenten.Ktensor(np.ones(R), [F.numpy() for F in factors])
+            method = {"mttkrp_method": pygenten.MttkrpPhan, "printitn": 0, "tol": 0}  # Phan's, for dense tensors
+
+            def genten(n: int) -> None:
+                with quiet():
+                    pygenten.cp_als(given, rank=R, init=guess, maxiters=n, **method)
+
+            sweeps["pygenten cp_als"] = genten
+    return sweeps
+
+
+def noted(least: dict[str, float], median: dict[str, float], row: dict[str, Any], rows: list[Any]) -> None:
+    """A row for the seconds of each method, also as a line."""
+    for method, seconds in least.items():
+        rows.append(row | {"method": method, "seconds": median[method], "seconds_min": seconds})
         print(
-            f"{stack.name:24} r = {rank}, k = {k}, {dtype}: {method:18} {min(seconds):.4f} s (median "
-            f"{statistics.median(seconds):.4f}), {min(seconds) / base:.2f} of a joint sweep",
+            f"{row['stack']:24} r = {row['rank']}, k = {row['k']}, {row['dtype']}: {method:18} {seconds:.4f} s (median "
+            f"{median[method]:.4f}), {seconds / least['joint']:.2f} of a joint sweep",
             flush=True,
         )
 
 
+def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repeats: int, rows: list[Any]) -> None:
+    """One joint sweep, its two products, and one sweep of other people's CP code on the same tensor."""
+    stack, budget = gaussian(shape, dtype), rt.RankBudget(rank, k)
+    jobs = our_jobs(stack, budget)
+    theirs = their_sweeps(stack.values, budget.pool_rank(shape[0])) if budget.private_rank == 0 else {}
+    for name, sweeps in theirs.items():
+        jobs |= {f"{name}, {n}": functools.partial(sweeps, n) for n in (1, 3)}
+    clock = timed(jobs, repeats)
+    least, median = ({name: f(seconds) for name, seconds in clock.items()} for f in (min, statistics.median))
+    for name in theirs:
+        for found in (least, median):
+            found[name] = (found.pop(f"{name}, 3") - found.pop(f"{name}, 1")) / 2
+    noted(least, median, facts(stack, budget, part="sweep"), rows)
+
+
+def part_growth(axes: dict[str, list[tuple[tuple[int, int, int], int, int]]], repeats: int, rows: list[Any]) -> None:
+    """Seconds of a joint sweep and of its two products along each axis: shape, r and k of every point."""
+    for axis, points in axes.items():
+        for shape, rank, k in points:
+            stack, budget = gaussian(shape, "float32"), rt.RankBudget(rank, k)
+            clock = timed(our_jobs(stack, budget), repeats)
+            least, median = ({name: f(seconds) for name, seconds in clock.items()} for f in (min, statistics.median))
+            noted(least, median, facts(stack, budget, part="growth", axis=axis), rows)
+
+
+def growth_axes(L: int, b: int, a: int, rank: int, k: int, count: int) -> dict[str, Any]:
+    """`count` points on each axis around a base, by doubling."""
+    q, doubled = rank - k, [2**n for n in range(count)]
+    return {
+        "L": [((L // 2 * n, b, a), rank, k) for n in doubled],
+        "b": [((L, b // 2 * n, a), rank, k) for n in doubled],
+        "R": [((L, b, a), q + n, n) for n in doubled],
+        "k": [((L, b, a), rank, n) for n in doubled],
+    }
+
+
+AXES = {
+    "L": ("layers L (R = {k} L)", lambda row: row["layers"]),
+    "b": ("rows b", lambda row: row["b"]),
+    "R": ("ranks of the pool R (q = {q})", lambda row: row["layers"] * row["k"]),
+    "k": ("shared ranks k (r = {rank})", lambda row: row["k"]),
+}
+"""What an axis of growth is called, and its value in a row."""
+
+
+def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds of a joint sweep and of its products, one panel per axis."""
+    figure = Figure(figsize=(3.2 * len(AXES), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(AXES), sharey=True)
+    for panel, (axis, (label, value)) in zip(axes, AXES.items(), strict=True):
+        for method, marker in (("joint", "o-"), ("its two products", "s--")):
+            points = [row for row in rows if row.get("axis") == axis and row["method"] == method]
+            panel.loglog([value(p) for p in points], [p["seconds_min"] for p in points], marker, label=method)
+        first, ticks = points[0], [value(p) for p in points]
+        panel.set_xlabel(label.format(**first, q=first["rank"] - first["k"]))
+        panel.set_xticks(ticks, [str(t) for t in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds of one")
+    axes[0].legend(fontsize=8)
+    base = next(row for row in rows if row.get("axis") == "R")
+    shape = f"{base['layers']} x {base['b']} x {base['a']}"
+    figure.suptitle(f"A joint sweep and its two products with M around {shape}, {base['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def draw_cost(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds of a sweep over those of the two products of a joint one, against the operations of these."""
+    points: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["part"] in ("sweep", "growth"):
+            point = tuple(row[name] for name in ("part", "layers", "b", "a", "rank", "k", "dtype"))
+            points.setdefault(point, {})[row["method"]] = row["seconds_min"]
+    series: dict[str, list[tuple[float, float]]] = {}
+    for (_, L, b, a, rank, k, dtype), seconds in points.items():
+        products, operations = seconds.pop("its two products"), 4 * L * b * a * (rank - k + L * k)
+        for method, least in seconds.items():
+            series.setdefault(f"{method}, {dtype}", []).append((operations, least / products))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    for (name, values), marker in zip(sorted(series.items()), "ox^vsDP*", strict=False):
+        panel.loglog(*zip(*values, strict=True), marker, label=name, markersize=5)
+    panel.axhline(1.0, color="black", linewidth=1)
+    panel.set_xlabel("operations of the two products, 4 L b a (q + R)")
+    panel.set_ylabel("seconds of a sweep over those of the products")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
     """Error against passes, one panel per k."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.4), squeeze=False)
+    figure = Figure(figsize=(3.6 * len(curves), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for panel, (k, methods) in zip(axes[0], curves.items(), strict=True):
         for name, run in methods.items():
             ratios = [e / run["e_lora"] for e in run["errors"]]
@@ -160,7 +294,6 @@ def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
     axes[0][0].set_ylabel("error / e_lora")
     axes[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
@@ -176,21 +309,26 @@ def main() -> None:
     if options.quick:
         small = rt.LayerStack(bundled[0].values[:, :96, :96], "query, a crop")
         curves = part_passes([small], [1, 4], 8, 50, rows)
-        part_sweep((4, 96, 96), 4, 4, "float32", 3, rows)
+        for dtype in ("float32", "float64"):
+            part_sweep((4, 96, 96), 4, 4, dtype, 3, rows)
+        part_growth(growth_axes(4, 64, 48, 4, 1, 2), 3, rows)
     else:
         curves = part_passes(bundled, [1, 2, 4, 8], 8, 300, rows)
         synthetic = synthetic_stack(16, (768, 768), spectrum="power:0.5", overlap=0.5, seed=0)
         wide = rt.LayerStack(synthetic.values.float(), "synthetic power:0.5")
         part_passes([wide], [1, 2, 4, 8], 8, 300, rows)
-        for shape, rank, k in (((16, 768, 768), 4, 4), ((16, 768, 768), 8, 4), ((6, 384, 384), 8, 1)):
+        for shape, rank, k, repeats in (((16, 768, 768), 4, 4, 4), ((16, 768, 768), 8, 4, 7), ((6, 384, 384), 8, 1, 7)):
             for dtype in ("float32", "float64"):
-                part_sweep(shape, rank, k, dtype, 7, rows)
+                part_sweep(shape, rank, k, dtype, repeats, rows)
+        part_growth(growth_axes(8, 384, 384, 8, 2, 4), 7, rows)
     with open(options.out / "benchmark.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     title = f"From the allocation start, {(bundled[0] if not options.quick else small).name}, r = 8"
     draw(curves, title, options.out / "passes.png")
+    draw_cost(rows, options.out / "sweep_cost.png")
+    draw_growth(rows, options.out / "growth.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ for want of memory say, leaves its reason in `failed`. Records of other configur
 holds the hardware, and the most memory of the device that each stage held.
 
 The stacks are made on the device, in float32, without an SVD of a full matrix: M_i = c_i (U_i diag(s) V_i^T + G_i),
-with c_i from 0.5 for the first layer to 1.5 for the last, and s_j = j^-0.7 for j <= p = min(512, min(b, a) / 4); U_i and V_i orthonormalise sqrt(0.5) G + sqrt(0.5) G'_i, G common to
-all layers, so that layers overlap; G_i is Gaussian with norm s_p, so that the tail goes on where the power law ends.
+with c_i from 0.5 for the first layer to 1.5 for the last, and s_j = j^-0.7 for j <= p = min(512, min(b, a) / 4); U_i
+and V_i orthonormalise sqrt(0.5) G + sqrt(0.5) G'_i, G common to all layers, so that layers overlap; G_i is Gaussian
+with norm s_p, so that the tail goes on where the power law ends.
 
 `e_lora_estimate` is the error of the rank-r approximations that a randomised subspace iteration finds: an upper bound
 on e_lora, a little above it. `e_rasa_over_estimate` is therefore a little below e_rasa / e_lora. The start comes from
