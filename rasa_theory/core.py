@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg, updates
+from rasa_theory import layers, linalg, updates
 from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import LayerStack
 
@@ -219,7 +219,7 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors) -> tuple[Tensor, 
     both = torch.cat([B_S.expand(len(Q), -1, -1), Q], 2)  # (L, b, R + q)
     E = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
     R = B_S.shape[1]
-    return (E[:, :, :R] * D[:, None]).sum(0), E[:, :, R:]
+    return layers.weighted(E[:, :, :R], D), E[:, :, R:]
 
 
 def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count: int) -> tuple[RasaFactors, float]:

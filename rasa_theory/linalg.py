@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 _SMALL = 512 * 512
-_BLOCK = 2**16
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -223,29 +222,6 @@ def product(M: Tensor, X: Tensor) -> Tensor:
     Formed as (X^T M_i^T)^T: BLAS is faster where the thin factor stands first, up to ten times on the CPU.
     """
     return (X.mT @ M.mT).mT
-
-
-def weighted_sum(X: Tensor, weights: Tensor) -> Tensor:
-    """sum_i X_i diag(w_i): (L, n, m), (L, m) -> (n, m)."""
-    total = X.new_empty(X.shape[1:])
-    for rows in _row_blocks(X):
-        torch.sum(X[:, rows] * weights[:, None], 0, out=total[rows])
-    return total
-
-
-def column_products(B: Tensor, X: Tensor) -> Tensor:
-    """diag(B^T X_i): (n, m), (L, n, m) -> (L, m)."""
-    total = X.new_zeros(X.shape[0], X.shape[2])
-    for rows in _row_blocks(X):
-        total += (B[rows] * X[:, rows]).sum(1)
-    return total
-
-
-def _row_blocks(X: Tensor) -> Iterator[slice]:
-    """Rows of X (L, n, m) such that what is computed from one block stays in the cache; all of them off the CPU."""
-    n = X.shape[1]
-    rows = n if X.device.type != "cpu" else max(1, _BLOCK // (X.shape[0] * max(X.shape[2], 1)))
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
 def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:

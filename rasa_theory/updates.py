@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
+from rasa_theory import layers, linalg
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
 from rasa_theory.problem import LayerStack
@@ -152,11 +152,11 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     """
     Bt, At, B_S, A_S, D = factors.named().values()
     AA = A_S @ A_S.mT  # (R, R)
-    G = AA * (D.mT @ D)
+    G = AA * layers.outer(D[..., None], D[..., None])
     EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
-    g = (EA * D[:, None]).sum(0)  # (b, R)
-    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors) @ D.abs()  # (R,)
-    X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
+    g = layers.weighted(EA, D)  # (b, R)
+    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
+    X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
     return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
 
 
@@ -192,26 +192,28 @@ def joint_half(
     C = AA - W @ W.mT if W.shape[2] else AA[None]  # (L, R, R), or the same for all layers
     noise = _residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
 
-    DW = _beside(D[:, :, None] * W)  # (R, L q)
-    G = AA * (D.mT @ D) - DW @ DW.mT  # (R, R)
-    g = (linalg.weighted_sum(MA, D) - _beside(MAt) @ DW.mT - B_S @ G)[:leading]  # (b, R)
-    sizes = torch.linalg.vector_norm(D, dim=0)
-    X = linalg.solve_increment(G, g.mT, sizes**2, math.sqrt(len(g)) * (noise * D.abs()).sum(0)).mT
+    DW = D[:, :, None] * W  # (L, R, q)
+    G = AA * layers.outer(D[..., None], D[..., None]) - layers.outer(DW, DW)  # (R, R)
+    g = (layers.weighted(MA, D) - layers.outer(MAt, DW) - B_S @ G)[:leading]  # (b, R)
+    size = layers.total(D * D)
+    X = linalg.solve_increment(G, g.mT, size, math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
     B_S, D = _unit_columns(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
     G = (B_S.mT @ B_S) * C  # (L, R, R)
-    p = linalg.column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
+    p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
-    D = D + linalg.solve_increment(G, g[..., None], torch.ones_like(sizes), noise)[..., 0]
-    explained = (MAt * MAt).sum() + (D * (2 * p - (G @ D[..., None])[..., 0])).sum()
-    private_B = MAt - (B_S @ _beside(D[:, :, None] * W)).reshape(len(B_S), *MAt.shape[::2]).transpose(0, 1)
-    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), (layer_norms**2).sum() - explained)
+    D = D + linalg.solve_increment(G, g[..., None], torch.ones_like(size), noise)[..., 0]
+    private_B = MAt - (B_S @ layers.beside(D[:, :, None] * W)).reshape(len(B_S), *MAt.shape[::2]).transpose(0, 1)
+    explained = (MAt * MAt).sum((1, 2)) + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
+    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), layers.total(layer_norms**2 - explained))
 
 
-def _beside(X: Tensor) -> Tensor:
-    """(L, n, m) -> (n, L m)."""
-    L, n, m = X.shape
-    return X.transpose(0, 1).reshape(n, L * m)
+def column_products(B: Tensor, X: Tensor) -> Tensor:
+    """diag(B^T X_i): (n, m), (L, n, m) -> (L, m)."""
+    products = X.new_zeros(X.shape[0], X.shape[2])
+    for rows in layers.row_blocks(X):
+        products += (B[rows] * X[:, rows]).sum(1)
+    return products
 
 
 def joint_sweep(

@@ -12,7 +12,7 @@ import rasa_theory
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"linalg", "console"},
+    {"linalg", "layers", "console"},
     {"problem"},
     {"factors"},
     {"sources", "objective", "bounds"},

@@ -187,17 +187,11 @@ def test_solve_increment_of_nothing():
     assert linalg.solve_increment(torch.zeros(0, 0), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)).shape == (0, 4)
 
 
-def test_thin_products_and_weighted_sums_of_batches():
-    """A stack of several blocks of rows, so that the blocks are put together."""
-    M, X, w = tensor(noise(20, 600, 9)), tensor(noise(1, 9, 7, 1)[0]), tensor(noise(1, 20, 7, 2)[0])
+def test_thin_products():
+    M, X = tensor(noise(4, 60, 9)), tensor(noise(1, 9, 7, 1)[0])
     MX = linalg.product(M, X)
     assert torch.allclose(MX, torch.einsum("iba,an->ibn", M, X))
-    assert torch.allclose(linalg.product(M, X.expand(20, -1, -1)), MX)
-    B = tensor(noise(1, 600, 7, 3)[0])
-    assert len(list(linalg._row_blocks(MX))) > 1
-    assert torch.allclose(linalg.weighted_sum(MX, w), torch.einsum("ibn,in->bn", MX, w))
-    assert torch.allclose(linalg.column_products(B, MX), torch.einsum("bn,ibn->in", B, MX))
-    assert linalg.weighted_sum(MX[:, :, :0], w[:, :0]).shape == (600, 0)
+    assert torch.allclose(linalg.product(M, X.expand(4, -1, -1)), MX)
 
 
 def test_the_tolerance():

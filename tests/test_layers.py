@@ -1,0 +1,22 @@
+"""Sums over layers, against einsum; stacks of several blocks of rows, so that the blocks are put together."""
+
+import torch
+from problems import noise
+
+from rasa_theory import layers, updates
+
+
+def test_sums_over_layers():
+    X, Y, B = (
+        torch.as_tensor(noise(20, 600, 7)),
+        torch.as_tensor(noise(20, 30, 7, 1)),
+        torch.as_tensor(noise(1, 600, 7)[0]),
+    )
+    w = torch.as_tensor(noise(1, 20, 7, 2)[0])
+    assert len(list(layers.row_blocks(X))) > 1
+    assert torch.allclose(layers.total(X), X.sum(0))
+    assert torch.allclose(layers.outer(X, Y), torch.einsum("inm,ipm->np", X, Y))
+    assert torch.allclose(layers.weighted(X, w), torch.einsum("inm,im->nm", X, w))
+    assert torch.allclose(updates.column_products(B, X), torch.einsum("nm,inm->im", B, X))
+    assert layers.weighted(X[:, :, :0], w[:, :0]).shape == (600, 0)
+    assert layers.outer(X[:, :, :0], Y[:, :, :0]).abs().max() == 0
