@@ -13,7 +13,7 @@ ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
     {"linalg", "layers", "console"},
-    {"problem"},
+    {"problem", "spectra"},
     {"factors"},
     {"sources", "objective", "bounds"},
     {"lora", "updates", "subspaces"},
