@@ -116,11 +116,19 @@ def leading_part(
                 B = basis.MV @ basis.S[:, :rank]
                 A = (basis.V @ basis.S[:, :rank]).mT
                 error = norm_squared - captured
-                if error < 1e-7 * norm_squared:  # where the difference has few digits left
+                if error < 1e-7 * norm_squared:  # the search may see no more, and the difference has few digits left
+                    B, A = _refined(M, B)
                     error = float(((M - B @ A) ** 2).sum())
                 low = max(norm_squared - most - allowance, 0.0)
                 return LeadingPart(B, A, error, min(low, error), error + allowance)
     return None
+
+
+def _refined(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of subspace iteration in the precision of M."""
+    V = torch.linalg.qr(linalg.product(M.mT, B))[0]
+    U, S, Wh = linalg.svd(linalg.product(M, V))
+    return U * S, Wh @ V.mT
 
 
 def most_captured(basis: RitzBasis, rank: int, tau: float, residual_error: float) -> float:
