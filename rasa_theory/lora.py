@@ -71,9 +71,11 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
     with stack.suitable_threads():
         for tile in stack.tiles(rows=b):
             exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
-            size = math.ldexp(1.0, max(exponent, -1000))
-            M = tile.values.double() / size
-            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator) or _leading_part_by_svd(M, rank)
+            size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
+            M = tile.values / size  # a power of two: exact
+            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator) or _leading_part_by_svd(
+                M.double(), rank
+            )
             B[tile.layer], A[tile.layer] = part.B * size, part.A
             low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
             lows.append(low)

@@ -80,7 +80,7 @@ class RitzBasis(NamedTuple):
 def leading_part(
     M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
 ) -> LeadingPart | None:
-    """A rank-`rank` approximation of M (b, a), float64, whose error is within `goal` ||M||^2 of the least, proved.
+    """A rank-`rank` approximation of M (b, a), in float64, whose error is within `goal` ||M||^2 of the least, proved.
 
     The interval low .. high fails to hold the least error with probability `failure` at most, over `generator`. None
     where the goal is not met, or the matrix too small for this to be worth it. The largest entry of M should be near 1.
@@ -88,6 +88,7 @@ def leading_part(
     b, a = M.shape
     width = rank + 8  # of a block
     kept = 2 * width  # m
+    single, M = M.float(), M.double()
     norm_squared = float((torch.linalg.vector_norm(M, dim=1) ** 2).sum())
     if 4 * kept > min(b, a) or norm_squared == 0:
         return None
@@ -96,7 +97,7 @@ def leading_part(
     if 4 * allowance > goal * norm_squared:
         return None
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
-    search = KrylovSearch(M.float(), width, generator)
+    search = KrylovSearch(single, width, generator)
     for _ in range(ATTEMPTS):
         V = search.run(rank, kept, 0.15 * goal * norm_squared)
         if V is None:
