@@ -73,9 +73,9 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
             exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
             size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
             M = tile.values / size  # a power of two: exact
-            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator) or _leading_part_by_svd(
-                M.double(), rank
-            )
+            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator)
+            if part is None:
+                part = _leading_part_by_svd(M.double(), rank)
             B[tile.layer], A[tile.layer] = part.B * size, part.A
             low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
             lows.append(low)
