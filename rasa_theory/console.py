@@ -78,6 +78,15 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise InputError(f"{error} (--{flags.get(name, name.replace('_', '-'))})") from None
 
 
+def memory_size(text: str) -> int:
+    """Bytes of 500MB, 2GiB, 1.5 GiB or 4096; raises argparse.ArgumentTypeError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE | re.ASCII)
+    if found is None or (found[3] and not found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB, 500MB or 4096B")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 # ---- progress
 
 

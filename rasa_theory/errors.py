@@ -8,3 +8,15 @@ class InputError(ValueError):
 
     The library raises it where a value enters; the commands print it and exit with status 2.
     """
+
+
+class NotFinite(InputError):
+    """An entry of layer `layer` is infinite or NaN."""
+
+    def __init__(self, message: str, layer: int) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+class DamagedFile(InputError):
+    """A file that ends too early; the sentence names it."""

@@ -216,6 +216,20 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     return X
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within it, if `allowed`, float32 products on CUDA may round their factors to TF32, of 10 bits."""
+    if not allowed:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def product(M: Tensor, X: Tensor) -> Tensor:
     """M_i X: (L, b, a) and (a, n) or (L, a, n) -> (L, b, n), n small.
 

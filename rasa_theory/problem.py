@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.errors import InputError
+from rasa_theory.errors import InputError, NotFinite
+from rasa_theory.storage import Divided, InMemory, OnDisk, Spill, Storage
 
 _COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _COMPUTE |= {torch.float32: torch.float32, torch.float64: torch.float64}
 _LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}  # beyond 2^+-this, squares or products leave the range
 _TILE_ELEMENTS = 1 << 22
+_CACHED_ELEMENTS = 1 << 19  # tiles of products: what was converted is still in the cache when it is multiplied
+_LAYER_COPIES = 4  # in float64: what the work on one layer takes, an SVD at worst
 
 
 class Shaped(Protocol):
@@ -42,6 +45,17 @@ def whole_number(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise InputError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def check_memory(stack: Shaped, memory: int) -> None:
+    """Raise InputError if half of `memory` (bytes) is not enough for the work on one layer of `stack`."""
+    b, a = stack.shape
+    needed = 2 * _LAYER_COPIES * 8 * b * a
+    if needed > memory:
+        raise InputError(
+            f"memory of {memory / 2**20:.4g} MiB is too little for stack {stack.name!r}: its layers of {b} x {a} need "
+            f"{needed / 2**20:.4g} MiB, twice what the exact SVD of one takes; allow so much"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,15 +126,25 @@ class LayerStack:
     """The updates M_i in R^(b x a), i = 1..L, of one kind of module in L layers.
 
     `values`: an (L, b, a) array or tensor, or a list of L matrices of equal shape; real floating point, finite, not
-    empty. The memory is borrowed where dtype and device allow, and never written. `dtype` (None: what the input has;
-    half precisions compute in float32) is float32 or float64; `device` None keeps the input's.
+    empty. Or a `Storage`, which reads them from files. The memory is borrowed where dtype and device allow, and never
+    written. `dtype`, of the computation (None: the input's; half precisions compute in float32), is float32 or
+    float64. Narrower values stay as they are, and are converted a tile at a time. `device` None keeps the input's.
 
     Solvers read M through `right`, `left` and `tiles` alone, which count the passes over the data. They work on the
     view `unit()`, whose entries are divided by the power of two `scale`, so that the norm of M neither overflows nor
     underflows when it is squared.
 
+    `memory` (bytes; None: no limit) bounds what the package allocates for M on the CPU: a quarter for entries that
+    are kept (sources leave larger stacks on disk), a quarter for the exact SVDs (larger ones lie in a temporary file),
+    half for the work on one layer. It does not bound torch itself, factors and bases, which are thin, and the Gram
+    matrices, b x b and a x a.
+
+    `tf32`, False unless set: products may round to TF32 on CUDA. Errors are the float64 residual all the same.
+
     Raises InputError, a sentence that names the layer and the entry or shape found.
     """
+
+    tf32 = False
 
     def __init__(
         self,
@@ -128,24 +152,29 @@ class LayerStack:
         name: str = "stack",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        memory: int | None = None,
     ) -> None:
         self.name = name
-        self._M = _as_stack(values, name, dtype, device)
+        self._storage, self._dtype, self._device = _as_storage(values, name, dtype, device)
+        self._memory = memory
         self._gain = 1.0
         self._flipped = False
         self._store = _Store()
+        if memory is not None:
+            check_memory(self, memory)
         self._power = self._find_power()
 
     def _find_power(self) -> float:
         """The power of two just above the largest entry; 1 for a zero stack. Checks that all is finite on the way."""
         largest = 0.0
-        for i, M in enumerate(self._M):
+        for i, rows, M in self._stored_tiles():
             low, high = (float(x) for x in torch.aminmax(M))
             if not (math.isfinite(low) and math.isfinite(high)):
                 row, column = torch.nonzero(~torch.isfinite(M))[0].tolist()
-                raise InputError(
-                    f"stack {self.name!r}: layer {i}, entry ({row}, {column}) is {float(M[row, column])}; "
-                    "all entries must be finite"
+                raise NotFinite(
+                    f"stack {self.name!r}: layer {i}, entry ({rows.start + row}, {column}) is "
+                    f"{float(M[row, column])}; all entries must be finite",
+                    i,
                 )
             largest = max(largest, -low, high)
         exponent = math.frexp(largest)[1]
@@ -166,28 +195,47 @@ class LayerStack:
 
     @property
     def values(self) -> Tensor:
-        """The (L, b, a) tensor itself (a scaled copy in the view `unit()`); solvers do not read it."""
-        return self._M if self._gain == 1.0 else self._M * self._gain
+        """M as one tensor (L, b, a) of `dtype`: borrowed where it can be, else a copy; solvers do not read it."""
+        whole = self._whole
+        if whole is None:
+            _, b, _ = self._storage.shape
+            whole = torch.empty(self._storage.shape, dtype=self.dtype, device=self.device)
+            for i, rows, M in self._stored_tiles(rows=b):
+                whole[i, rows] = M
+        oriented = whole.mT if self._flipped else whole
+        return oriented if self._gain == 1.0 else oriented * self._gain
+
+    @property
+    def _whole(self) -> Tensor | None:
+        """M as it is stored, if that is one tensor in the dtype of the computation."""
+        held = self._storage
+        return held.values if isinstance(held, InMemory) and held.dtype == self.dtype else None
 
     @property
     def layers(self) -> int:
         """L."""
-        return int(self._M.shape[0])
+        return self._storage.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(b, a) of one layer."""
-        return int(self._M.shape[1]), int(self._M.shape[2])
+        _, b, a = self._storage.shape
+        return (a, b) if self._flipped else (b, a)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the computation: float32 or float64."""
-        return self._M.dtype
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
-        """Where M lies and the computation runs."""
-        return self._M.device
+        """Where the computation runs, and where M lies unless it is read from files."""
+        return self._device
+
+    @property
+    def memory(self) -> int | None:
+        """The limit in bytes, or None."""
+        return self._memory
 
     @property
     def eps(self) -> float:
@@ -219,8 +267,8 @@ class LayerStack:
     def _unit_norms_squared(self) -> Tensor:
         if self._store.layer_norms_squared is None:
             norms = torch.zeros(self.layers, dtype=torch.float64)
-            for tile in self._tiles(1 / self._power):
-                norms[tile.layer] += float((tile.values.double() ** 2).sum())
+            for i, _, M in self._stored_tiles(1 / self._power):
+                norms[i] += float((M.double() ** 2).sum())
             self._store.layer_norms_squared = norms
         return self._store.layer_norms_squared
 
@@ -228,43 +276,96 @@ class LayerStack:
 
     def right(self, X: Tensor) -> Tensor:
         """M_i X: (a, n) or (L, a, n) -> (L, b, n). One pass."""
-        self._store.passes += 1
-        product = linalg.product(self._M, X)
-        return product if self._gain == 1.0 else product * self._gain
+        return self._product(X, self._flipped)
 
     def left(self, Y: Tensor) -> Tensor:
         """M_i^T Y: (b, n) or (L, b, n) -> (L, a, n). One pass."""
+        return self._product(Y, not self._flipped)
+
+    def _product(self, X: Tensor, transposed: bool) -> Tensor:
+        """M_i X, or M_i^T X, in the orientation stored: at once, or tile by tile."""
         self._store.passes += 1
-        product = linalg.product(self._M.mT, Y)
+        with linalg.tf32(self.tf32 and self.device.type == "cuda"):
+            if (M := self._whole) is not None:
+                product = linalg.product(M.mT if transposed else M, X)
+            else:
+                product = self._product_by_tiles(X, transposed)
         return product if self._gain == 1.0 else product * self._gain
+
+    def _product_by_tiles(self, X: Tensor, transposed: bool) -> Tensor:
+        L, b, a = self._storage.shape
+        product = X.new_zeros(L, X.shape[-1], a if transposed else b).mT  # laid out as `linalg.product` does
+        X = X.expand(L, -1, -1)
+        for i, rows, M in self._stored_tiles(rows=max(1, _CACHED_ELEMENTS // a)):
+            if transposed:
+                product[i] += linalg.product(M.mT, X[i, rows])
+            else:
+                product[i, rows] = linalg.product(M, X[i])
+        return product
 
     def tiles(self, rows: int | None = None) -> Iterator[Tile]:
         """All of M in blocks of at most `rows` rows of one layer (None: some 4 million entries). One pass."""
         self._store.passes += 1
-        yield from self._tiles(self._gain, rows)
+        yield from self._tiles_of_columns(rows) if self._flipped else self._stored_tiles(self._gain, rows)
 
-    def _tiles(self, gain: float, rows: int | None = None) -> Iterator[Tile]:
-        b, a = self.shape
-        step = max(1, _TILE_ELEMENTS // a) if rows is None else rows
-        for i in range(self.layers):
+    def _stored_tiles(self, gain: float = 1.0, rows: int | None = None) -> Iterator[Tile]:
+        """gain M in the orientation stored, in the dtype and on the device of the computation."""
+        L, b, a = self._storage.shape
+        step = self._rows_of(a) if rows is None else rows
+        for i in range(L):
             for start in range(0, b, step):
-                block = self._M[i, start : start + step]
-                yield Tile(i, slice(start, min(start + step, b)), block if gain == 1.0 else block * gain)
+                stop = min(start + step, b)
+                yield Tile(i, slice(start, stop), self._computed(self._storage.rows(i, start, stop), gain))
+
+    def _tiles_of_columns(self, rows: int | None) -> Iterator[Tile]:
+        """The tiles of a transposed view, cut from one layer at a time."""
+        L, b, a = self._storage.shape
+        step = self._rows_of(b) if rows is None else rows
+        for i in range(L):
+            layer = self._storage.rows(i, 0, b).mT
+            for start in range(0, a, step):
+                stop = min(start + step, a)
+                yield Tile(i, slice(start, stop), self._computed(layer[start:stop], self._gain))
+
+    def _rows_of(self, width: int) -> int:
+        """Rows of a tile by default."""
+        return max(1, _TILE_ELEMENTS // width)
+
+    def _computed(self, block: Tensor, gain: float) -> Tensor:
+        block = block.to(self._device, self._dtype)
+        return block if gain == 1.0 else block * gain
 
     def svd(self) -> SVD:
         """The exact SVD of every layer, in float64. Computed once (one pass) and kept for all views."""
         if self._store.svd is None:
             self._store.passes += 1
-            L, (b, a) = self.layers, self.shape
-            m = min(b, a)
-            shapes = ((L, b, m), (L, m), (L, m, a))
-            U, S, Vh = (torch.empty(shape, dtype=torch.float64, device=self.device) for shape in shapes)
-            for tile in self._tiles(1 / self._power, rows=b):
-                U[tile.layer], S[tile.layer], Vh[tile.layer] = linalg.svd(tile.values.double())
-            self._store.svd = SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
+            L, b, a = self._storage.shape
+            size = 8 * L * min(b, a) * (b + a)
+            spilled = self._memory is not None and 4 * size > self._memory and self.device.type == "cpu"
+            self._store.svd = self._spilled_svd() if spilled else self._svd_in_memory()
         U, S, Vh = self._store.svd
         S = S * self.scale
         return SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
+
+    def _svd_in_memory(self) -> SVD:
+        L, b, a = self._storage.shape
+        m = min(b, a)
+        shapes = ((L, b, m), (L, m), (L, m, a))
+        U, S, Vh = (torch.empty(shape, dtype=torch.float64, device=self.device) for shape in shapes)
+        for i, _, M in self._stored_tiles(1 / self._power, rows=b):
+            U[i], S[i], Vh[i] = linalg.svd(M.double())
+        return SVD(U, S, Vh)
+
+    def _spilled_svd(self) -> SVD:
+        """In temporary files, singular vector by singular vector: the leading ones of a layer are few pages."""
+        L, b, a = self._storage.shape
+        m = min(b, a)
+        left, S, right = Spill(L, m, b), torch.empty(L, m, dtype=torch.float64), Spill(L, m, a)
+        for i, _, M in self._stored_tiles(1 / self._power, rows=b):
+            U, S[i], Vh = linalg.svd(M.double())
+            left.add(U.mT)
+            right.add(Vh)
+        return SVD(left.tensor().mT, S, right.tensor())
 
     def gram(self) -> Tensor:
         """sum_i M_i M_i^T in float64, (b, b). Computed once per orientation (one pass) and kept for all views."""
@@ -272,15 +373,15 @@ class LayerStack:
             self._store.passes += 1
             b = self.shape[0]
             gram = torch.zeros(b, b, dtype=torch.float64, device=self.device)
-            for tile in self._tiles(1 / self._power, rows=b):
-                M = tile.values.double()
+            for _, _, stored in self._stored_tiles(1 / self._power, rows=self._storage.shape[1]):
+                M = (stored.mT if self._flipped else stored).double()
                 gram += M @ M.mT
             self._store.grams[self._flipped] = gram
         return self._store.grams[self._flipped] * self.scale**2
 
     def suitable_threads(self) -> AbstractContextManager[None]:
         """Within it, torch uses the number of threads that suits matrices of this size."""
-        return linalg.suitable_threads(self._M)
+        return linalg.suitable_threads(torch.empty((), device=self.device).expand(self.shape))
 
     # ---- views
 
@@ -293,19 +394,29 @@ class LayerStack:
     def transpose(self) -> LayerStack:
         """The same stack with every M_i transposed; nothing is copied."""
         view = copy.copy(self)
-        view._M = self._M.mT
         view._flipped = not self._flipped
         return view
 
     def normalised_layers(self) -> tuple[LayerStack, list[float]]:
-        """A copy with every nonzero M_i divided by its norm, and the norms (1 for zero layers)."""
-        M = self.values
-        largest = M.abs().amax((1, 2)).double()  # squares of a layer that is 1e-160 of the others leave the range
-        units = M / torch.where(largest > 0, largest, 1).to(M.dtype)[:, None, None]
-        relative = torch.linalg.matrix_norm(units.double())
-        divisors = torch.where(largest > 0, relative, 1).to(M.dtype)[:, None, None]
-        norms = torch.where(largest > 0, largest * relative, 1)
-        return LayerStack(units / divisors, self.name), norms.tolist()
+        """A stack with every nonzero M_i divided by its norm, and the norms (1 for zero layers).
+
+        A copy if M is in memory, else M divided as it is read.
+        """
+        largest, squares = [0.0] * self.layers, [0.0] * self.layers
+        for i, _, M in self._stored_tiles():
+            largest[i] = max(largest[i], float(M.abs().amax()))
+        divisors = [x or 1.0 for x in largest]  # squares of a layer that is 1e-160 of the others leave the range
+        for i, _, M in self._stored_tiles():
+            squares[i] += float(((M / divisors[i]).double() ** 2).sum())
+        relative = [math.sqrt(x) or 1.0 for x in squares]
+        units: Storage = Divided(self._storage, self.dtype, divisors, relative)
+        if isinstance(self._storage, InMemory):
+            L, b, _ = units.shape
+            units = InMemory(torch.stack([units.rows(i, 0, b) for i in range(L)]))
+        stack = LayerStack(units, self.name, self.dtype, self.device, self._memory)
+        stack.tf32 = self.tf32
+        norms = [x * y * self._gain if x > 0 else 1.0 for x, y in zip(largest, relative, strict=True)]
+        return stack.transpose() if self._flipped else stack, norms
 
     def __repr__(self) -> str:
         b, a = self.shape
@@ -337,8 +448,16 @@ def compute_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _as_stack(values: Any, name: str, dtype: str | torch.dtype | None, device: str | torch.device | None) -> Tensor:
-    """Check axes and dtype; the (L, b, a) tensor to compute with, borrowed where possible."""
+def _as_storage(
+    values: Any, name: str, dtype: str | torch.dtype | None, device: str | torch.device | None
+) -> tuple[Storage, torch.dtype, torch.device]:
+    """Check axes and dtype; what holds the entries, and dtype and device to compute with."""
+    place = None if device is None else compute_device(device)
+    if isinstance(values, InMemory):
+        values = values.values
+    elif isinstance(values, OnDisk | Divided):
+        computed = _COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype)
+        return values, computed, place or torch.device("cpu")
     if isinstance(values, Sequence) and not isinstance(values, str | bytes):
         M = _join([_as_tensor(m, f"stack {name!r}, layer {i}") for i, m in enumerate(values)], name)
     else:
@@ -347,8 +466,9 @@ def _as_stack(values: Any, name: str, dtype: str | torch.dtype | None, device: s
         raise InputError(f"stack {name!r}: expected three axes (layers, b, a), found shape {tuple(M.shape)}")
     if 0 in M.shape:
         raise InputError(f"stack {name!r}: shape {tuple(M.shape)} is empty; every axis needs at least one entry")
-    target = _COMPUTE[M.dtype] if dtype is None else compute_dtype(dtype)
-    return M.to(device=None if device is None else compute_device(device), dtype=target)
+    computed = _COMPUTE[M.dtype] if dtype is None else compute_dtype(dtype)
+    M = M.to(device=place, dtype=computed if computed.itemsize < M.dtype.itemsize else M.dtype)
+    return InMemory(M), computed, M.device
 
 
 def _join(matrices: list[Tensor], name: str) -> Tensor:

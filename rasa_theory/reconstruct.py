@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.console import Parser, exit_status, memory_size, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.plotting import plot_iterations
-from rasa_theory.problem import LayerStack, RankBudget, compute_device, compute_dtype
+from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_device, compute_dtype
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
 from rasa_theory.sources import (
@@ -41,7 +41,10 @@ _FLAGS = {
 }  # where a flag is not called as in the library
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _SHOWN = 3
-_ON_NO_MEMORY = "take fewer or smaller stacks (--modules) or --dtype float32; --dry-run says how much a run needs"
+_ON_NO_MEMORY = (
+    "take fewer or smaller stacks (--modules), --dtype float32, or --memory, with which large ones stay on disk; "
+    "--dry-run says how much a run needs"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +101,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
     add("--dtype", choices=("float64", "float32"), default="float64", help="of the computation (%(default)s)")
     add(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="such as 2GiB: larger stacks stay in their .npy or .safetensors files, read in parts on every pass, and "
+        "their SVDs in a temporary file; half is for the work on one layer (default: no limit)",
+    )
+    add(
+        "--tf32",
+        action="store_true",
+        help="float32 products may round to TF32 on CUDA, final errors do not; does nothing on the CPU",
+    )
+    add(
         "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
     )
     add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
@@ -138,6 +153,8 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     if args.base is not None and args.source is not None:
         raise InputError("--source and --base with --tuned exclude each other; give one of them")
     if args.source == "synthetic":
+        if args.memory is not None:
+            raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
         with naming_flags(_FLAGS):
             check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
@@ -147,9 +164,9 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
 
         found = Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
     elif args.base is not None:
-        found = open_source("", base=args.base, tuned=args.tuned)
+        found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
     else:
-        found = open_source(DEFAULT if args.source is None else args.source)
+        found = open_source(DEFAULT if args.source is None else args.source, memory=args.memory)
     return found
 
 
@@ -168,9 +185,12 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     catalogue = whole.matching(args.modules)
     for source in catalogue.stacks:
         RankBudget(args.rank, 0).check_fits(source)
+        if args.memory is not None:
+            with naming_flags(_FLAGS):
+                check_memory(source, args.memory)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
-        print(_plan(catalogue, settings, dtype, device), file=text)
+        print(_plan(catalogue, settings, dtype, device, args.memory), file=text)
         return 0
     out = output_folder(args.out)
     _say_left_out(whole.left_out)
@@ -179,7 +199,13 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     state = StudyState(new_results(settings, catalogue.source, command), {})
     state.results["left_out"] = [{"name": name, "reason": reason} for name, reason in catalogue.left_out]
     interrupted = False
-    stacks = (source.load(dtype, device) for source in catalogue.stacks)
+
+    def load(source: StackSource) -> LayerStack:
+        stack = source.load(dtype, device)
+        stack.tf32 = args.tf32
+        return stack
+
+    stacks = (load(source) for source in catalogue.stacks)
     try:
         with _bar(len(catalogue.stacks), settings, args.quiet) as watch:
             for _ in study_steps(stacks, settings, state, watch):
@@ -212,7 +238,9 @@ def _say_left_out(left_out: Sequence[LeftOut]) -> None:
         print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in results.json", file=sys.stderr)
 
 
-def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device) -> str:
+def _plan(
+    catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device, limit: int | None
+) -> str:
     lines, largest = [f"Source {catalogue.source}, on {device} in {str(dtype).removeprefix('torch.')}. Would solve:"], 0
     for source in catalogue.stacks:
         L, (b, a) = source.layers, source.shape
@@ -226,6 +254,8 @@ def _plan(catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, dev
             f"update rank up to {min(widest, b, a)}, {settings.seeds} random attempts each"
         )
     lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
+    if limit is not None and largest > limit:
+        lines.append(f"At most {limit / 2**20:.4g} MiB of that are in memory, the rest on disk.")
     lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
     return "\n".join(lines)
 

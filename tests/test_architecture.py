@@ -12,7 +12,7 @@ import rasa_theory
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"linalg", "layers", "console"},
+    {"linalg", "layers", "console", "storage"},
     {"problem", "spectra"},
     {"factors"},
     {"sources", "objective", "bounds"},

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import rasa_theory as rt
 from rasa_theory import reconstruct
+from rasa_theory.console import memory_size
 
 study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
@@ -351,8 +352,63 @@ def test_a_stack_too_large_for_memory_is_one_sentence_and_exit_status_2(
     assert err.count("\n") == 1
 
 
+def test_a_stack_larger_than_the_memory_gives_the_same_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "updates.npy", np.random.default_rng(0).standard_normal((30, 12, 10)) * np.logspace(0, -1, 10))
+    arguments = ["--source", str(tmp_path / "updates.npy"), "--rank", "2", "--seeds", "2", "--sweeps", "5", "--tf32"]
+    found = []
+    for weight in ("none", "layer"):
+        for limit in ([], ["--memory", "7.5KiB"]):  # of a stack of 28 KiB
+            out = tmp_path / f"out{len(found)}"
+            status, results, err = run([*arguments, *limit, "--weight", weight, "--out", str(out)], capsys)
+            assert status == 0, err
+            check_laws(results)
+            assert results == json.loads((out / "results.json").read_text(encoding="utf-8"))
+            found.append(results["stacks"][0])
+    for whole, streamed in (found[:2], found[2:]):
+        (one,), (other,) = whole.pop("runs"), streamed.pop("runs")
+        assert streamed.pop("e_lora_interval") == pytest.approx(whole.pop("e_lora_interval"), rel=1e-9)
+        assert streamed.pop("layer_norms_squared") == pytest.approx(whole.pop("layer_norms_squared"), rel=1e-12)
+        for key in ("e_lora", "norm_squared"):
+            assert streamed.pop(key) == pytest.approx(whole.pop(key), rel=1e-12)
+        assert streamed == whole
+        for key in ("e_rasa", "e_allocation", "lower_bound", "layer_errors", "history"):
+            assert other[key] == pytest.approx(one[key], rel=1e-9)
+        for key in ("start", "data_passes", "stop_reason", "lower_bound_name", "iterations_to_beat_lora"):
+            assert other[key] == one[key]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--memory", "plenty"], "'plenty' is not a size such as 2GiB, 500MB or 4096B"),
+        (["--memory", "5iB"], "'5iB' is not a size"),
+        (["--memory", "0"], "memory must be at least 1 byte, got 0"),
+        (["--memory", "7KiB"], "is too little for stack 'updates': its layers of 12 x 10 need"),
+        (["--memory", "1GiB", "--source", "synthetic"], "--memory goes with files"),
+    ],
+)
+def test_memory_that_cannot_be(
+    arguments: list[str], sentence: str, stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*arguments, "--source", str(stack_file)] if "synthetic" not in arguments else arguments
+    status, _, err = run([*given, "--rank", "2", "--out", "none"], capsys)
+    assert status == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2**31), ("1.5 mib", 3 * 2**19), ("500MB", 500_000_000), ("4096", 4096), ("7B", 7), ("3KB", 3000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert memory_size(text) == size
+
+
 def test_an_error_that_is_not_one_of_input_or_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any) -> Any:
+    def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(reconstruct, "open_source", fails)

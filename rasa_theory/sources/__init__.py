@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack, compute_device, compute_dtype
+from rasa_theory.problem import LayerStack, compute_device, compute_dtype, whole_number
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
@@ -30,27 +30,34 @@ __all__ = [
 ]
 
 
-def open_source(source: str = DEFAULT, *, base: str | None = None, tuned: str | None = None) -> Catalogue:
+def open_source(
+    source: str = DEFAULT, *, base: str | None = None, tuned: str | None = None, memory: int | None = None
+) -> Catalogue:
     """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a checkpoint directory.
 
     `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. No values are
     read before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+
+    `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
+    of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end.
     """
+    if memory is not None and whole_number("memory", memory) < 1:
+        raise InputError(f"memory must be at least 1 byte, got {memory}")
     if base is not None and tuned is not None:
-        return open_pair(_existing(base), _existing(tuned))
+        return open_pair(_existing(base), _existing(tuned), memory)
     if base is not None or tuned is not None:
         given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
         raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
     if source in BUNDLED:
-        return open_bundled(source)
+        return open_bundled(source, memory)
     path = _existing(source)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
-        return open_checkpoint(path)
+        return open_checkpoint(path, memory)
     if suffix == ".npy":
-        return open_npy(path)
+        return open_npy(path, memory)
     if suffix == ".npz":
-        return open_npz(path)
+        return open_npz(path, memory)
     raise InputError(
         f"{source}: the kind of file {suffix!r} is not known; give a .safetensors, .npy or .npz file, "
         f"a checkpoint directory, or a bundled set ({', '.join(BUNDLED)})"
@@ -58,13 +65,17 @@ def open_source(source: str = DEFAULT, *, base: str | None = None, tuned: str | 
 
 
 def load(
-    source: str = DEFAULT, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    source: str = DEFAULT,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    memory: int | None = None,
 ) -> tuple[list[LayerStack], list[LeftOut]]:
-    """All stacks of a source, as `open_source` finds them, in memory at once, and (name, reason) of the rest.
+    """All stacks of a source, as `open_source` finds them, open at once, and (name, reason) of the rest.
 
-    `dtype` and `device` as for LayerStack. Raises InputError as `open_source` and LayerStack do.
+    `dtype` and `device` as for LayerStack, `memory` for each stack as for `open_source`. Raises InputError as
+    `open_source` and LayerStack do.
     """
-    catalogue = open_source(source)
+    catalogue = open_source(source, memory=memory)
     target = None if dtype is None else compute_dtype(dtype)
     place = None if device is None else compute_device(device)
     return [stack.load(target, place) for stack in catalogue.stacks], catalogue.left_out

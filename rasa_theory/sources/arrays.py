@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rasa_theory.errors import InputError
-from rasa_theory.sources.catalogue import Catalogue, catalogue_of
+from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.grouping import Entry, LeftOut
+from rasa_theory.storage import FileRows, native
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def open_npy(path: Path) -> Catalogue:
+def open_npy(path: Path, memory: int | None = None) -> Catalogue:
     """The one stack of a `.npy` file, an (L, b, a) array, named by the file's stem.
 
     Raises InputError if the file is damaged, holds Python objects, or an array of other axes or dtype.
@@ -37,10 +38,20 @@ def open_npy(path: Path) -> Catalogue:
         with _sound(path):  # mode "c": torch wants writable memory; the file itself is never written
             return _as_tensor(np.lib.format.open_memmap(path, mode="c"))
 
-    return catalogue_of(str(path), [entry], read, lambda key: str(path))
+    def part(key: str) -> FileRows:
+        with _sound(path), path.open("rb") as stream:
+            shape, columns_first, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            if columns_first:
+                raise InputError(
+                    f"{path}: the array is in Fortran order, whose layers cannot be read one by one; save it in C "
+                    "order (numpy.ascontiguousarray)"
+                )
+            return FileRows(path, stream.tell(), shape[2], dtype)
+
+    return catalogue_of(str(path), [entry], Reader(read, lambda key: str(path), part), memory=memory)
 
 
-def open_npz(path: Path) -> Catalogue:
+def open_npz(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of a `.npz` file. Raises InputError if it is damaged, holds Python objects, or no stack."""
     with _sound(path), zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
@@ -54,7 +65,7 @@ def open_npz(path: Path) -> Catalogue:
         with _sound(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
-    return catalogue_of(str(path), entries, read, lambda key: str(path), left_out)
+    return catalogue_of(str(path), entries, Reader(read, lambda key: str(path)), left_out, memory)
 
 
 @contextlib.contextmanager
@@ -85,5 +96,4 @@ def _entry(stream: IO[bytes], key: str, size: int, path: Path) -> Entry:
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     """In native byte order and at most 64 bits; memory is shared where possible."""
-    dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    return torch.from_numpy(array.astype(dtype, copy=False))
+    return torch.from_numpy(array.astype(native(array.dtype), copy=False))

@@ -19,7 +19,7 @@ DEFAULT = "minilm-code"
 _KINDS = ("query", "key", "value", "attention_output")
 
 
-def open_bundled(name: str) -> Catalogue:
+def open_bundled(name: str, memory: int | None = None) -> Catalogue:
     """The stacks of a bundled set: tuned - base of query, key, value and attention output, (6, 384, 384) each.
 
     The file holds half precision times 2^s, s in the metadata; loading undoes the scale, exactly, in float64 before
@@ -28,7 +28,7 @@ def open_bundled(name: str) -> Catalogue:
     resource = _resource(name, "safetensors")
     with importlib.resources.as_file(resource) as path, opened(path) as tensors:
         shapes = {kind: tuple(tensors.get_slice(kind).get_shape()) for kind in _KINDS}
-    return Catalogue(name, [_stack_source(resource, kind, *shapes[kind]) for kind in _KINDS], [])
+    return Catalogue(name, [_stack_source(resource, kind, shapes[kind], memory) for kind in _KINDS], [])
 
 
 def provenance(name: str) -> dict[str, Any]:
@@ -43,11 +43,12 @@ def _resource(name: str, suffix: str) -> Traversable:
     return importlib.resources.files("rasa_theory") / "data" / f"{BUNDLED[name]}.{suffix}"
 
 
-def _stack_source(resource: Traversable, kind: str, L: int, b: int, a: int) -> StackSource:
+def _stack_source(resource: Traversable, kind: str, shape: tuple[int, int, int], memory: int | None) -> StackSource:
     def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
         with importlib.resources.as_file(resource) as path, opened(path) as tensors:
             half = tensors.get_tensor(kind)
             s = int(tensors.metadata()[f"{kind}.log2_scale"])
-        return LayerStack(half.double() * 2.0**-s, kind, dtype, device)
+        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory)
 
+    L, b, a = shape
     return StackSource(kind, L, (b, a), load)

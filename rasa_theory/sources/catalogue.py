@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,11 +11,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from rasa_theory.errors import InputError
+from rasa_theory.errors import DamagedFile, InputError, NotFinite
 from rasa_theory.problem import LayerStack, compute_dtype
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
+from rasa_theory.storage import OnDisk, Part
 
-__all__ = ["Catalogue", "LeftOut", "StackSource", "catalogue_of"]
+__all__ = ["Catalogue", "LeftOut", "Reader", "StackSource", "catalogue_of"]
 
 _SHOWN = 5
 
@@ -56,16 +59,29 @@ class Catalogue:
         return Catalogue(self.source, kept, self.left_out + dropped)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Tensors by key: `read` one as a whole; `file_of` names its file in errors; `part` reads it in blocks of rows.
+
+    None for `part` where the format does not allow that.
+    """
+
+    read: Callable[[str], Tensor]
+    file_of: Callable[[str], str]
+    part: Callable[[str], Part] | None = None
+
+
 def catalogue_of(
     source: str,
     entries: Iterable[Entry],
-    read: Callable[[str], Tensor],
-    file_of: Callable[[str], str],
+    reader: Reader,
     left_out: Sequence[LeftOut] = (),
+    memory: int | None = None,
 ) -> Catalogue:
-    """Group `entries` into stacks that `read` them by key when loaded; `file_of(key)` names the file in errors.
+    """Group `entries` into stacks that `reader` reads by key when loaded.
 
-    `left_out` is what the file format has already set aside. Raises InputError if no stack remains.
+    A stack larger than a quarter of `memory` stays on disk. `left_out` is what the file format has already set aside.
+    Raises InputError if no stack remains.
     """
     entries = list(entries)
     groups, ungrouped = group(entries)
@@ -74,28 +90,58 @@ def catalogue_of(
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out[:_SHOWN])
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         raise InputError(f"{source}: no stack remains ({shown or 'it holds no tensors'}{more})")
-    doubles = {entry.name for entry in entries if entry.dtype in ("float64", "float96", "float128")}
-    return Catalogue(source, [_stack_source(source, g, read, file_of, doubles) for g in groups], left_out)
+    dtypes = {entry.name: entry.dtype for entry in entries}
+    return Catalogue(source, [_stack_source(g, reader, _common(g.keys, dtypes), memory) for g in groups], left_out)
 
 
-def _stack_source(
-    source: str, g: Group, read: Callable[[str], Tensor], file_of: Callable[[str], str], doubles: set[str]
-) -> StackSource:
+def _common(keys: list[str], dtypes: dict[str, str]) -> torch.dtype:
+    """The dtype that holds all these tensors; one of more than 64 bits is read as float64."""
+    names = ["float64" if dtypes[key] in ("float96", "float128") else dtypes[key] for key in keys]
+    common: torch.dtype = functools.reduce(torch.promote_types, [getattr(torch, name) for name in names])
+    return common
+
+
+def _stack_source(g: Group, reader: Reader, stored: torch.dtype, memory: int | None) -> StackSource:
     def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
-        if len(g.keys) == 1:
-            values = read(g.keys[0])
-        else:  # filled in place: beside the stack, one tensor of the file is in memory at a time
-            natural = torch.float32 if doubles.isdisjoint(g.keys) else torch.float64
-            target = natural if dtype is None else compute_dtype(dtype)
-            values = torch.empty(g.layers, *g.shape, dtype=target, device=device)
-            for layer, key in zip(values, g.keys, strict=True):
-                layer.copy_(read(key))
+        values = _held(g, reader, stored, memory, dtype, device)
         try:
-            return LayerStack(values, g.name, dtype, device)
+            return LayerStack(values, g.name, dtype, device, memory)
+        except DamagedFile:
+            raise
+        except NotFinite as error:
+            key = g.keys[error.layer if len(g.keys) > 1 else 0]
+            tensor = f" (tensor {key!r})" if len(g.keys) > 1 else ""
+            raise InputError(f"{reader.file_of(key)}: {error}{tensor}") from None
         except InputError as error:
-            bad = [len(g.keys) > 1 and not bool(torch.isfinite(layer).all()) for layer in values]
-            key = g.keys[bad.index(True) if any(bad) else 0]
-            tensor = f" (tensor {key!r})" if any(bad) else ""
-            raise InputError(f"{file_of(key)}: {error}{tensor}") from None
+            raise InputError(f"{reader.file_of(g.keys[0])}: {error}") from None
 
     return StackSource(g.name, g.layers, g.shape, load)
+
+
+def _held(
+    g: Group,
+    reader: Reader,
+    stored: torch.dtype,
+    memory: int | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> Tensor | OnDisk:
+    """The stack as it is stored, in memory or on disk."""
+    shape = (g.layers, *g.shape)
+    size = math.prod(shape) * stored.itemsize
+    if memory is not None and 4 * size > memory:
+        if reader.part is None:
+            raise InputError(
+                f"{reader.file_of(g.keys[0])}: stack {g.name!r} takes {size / 2**20:.4g} MiB, more than a quarter of "
+                "the memory allowed, and cannot be read in parts; save it as .npy or .safetensors"
+            )
+        return OnDisk([reader.part(key) for key in g.keys], shape, stored)
+    if len(g.keys) == 1:
+        return reader.read(g.keys[0])
+    target = stored if dtype is None or dtype.itemsize > stored.itemsize else compute_dtype(dtype)
+    values = torch.empty(
+        shape, dtype=target, device=device
+    )  # filled in place: beside it, one tensor of the file is in memory
+    for layer, key in zip(values, g.keys, strict=True):
+        layer.copy_(reader.read(key))
+    return values

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rasa_theory.errors import InputError
-from rasa_theory.sources.catalogue import Catalogue, catalogue_of
+from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
+from rasa_theory.storage import Difference, FileRows
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
 
 
 class Checkpoint:
@@ -51,14 +56,24 @@ class Checkpoint:
             tensor: Tensor = tensors.get_tensor(key)
         return tensor
 
+    def part(self, key: str) -> FileRows:
+        """The same tensor, to be read in blocks of rows."""
+        file = self._file[key]
+        with file.open("rb") as stream:  # 8 bytes for the size of the header, the header, the data
+            (size,) = struct.unpack("<Q", stream.read(8))
+            found = json.loads(stream.read(size))[key]
+        kind, (offset, _) = found["dtype"], found["data_offsets"]
+        return FileRows(file, 8 + size + offset, found["shape"][-1], np.dtype(_KINDS[kind]), kind == "BF16")
 
-def open_checkpoint(path: Path) -> Catalogue:
+
+def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of a checkpoint. Raises InputError as Checkpoint does, and if no stack remains."""
     checkpoint = Checkpoint(path)
-    return catalogue_of(str(path), checkpoint.entries.values(), checkpoint.read, checkpoint.file_of)
+    reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
+    return catalogue_of(str(path), checkpoint.entries.values(), reader, memory=memory)
 
 
-def open_pair(base: Path, tuned: Path) -> Catalogue:
+def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
     Tensors that only one has, or whose shapes differ, are left out. Raises InputError as `open_checkpoint` does.
@@ -87,7 +102,10 @@ def open_pair(base: Path, tuned: Path) -> Catalogue:
     def file_of(key: str) -> str:
         return f"{after.file_of(key)} minus {before.file_of(key)}"
 
-    return catalogue_of(f"{tuned} minus {base}", entries, read, file_of, left_out)
+    def part(key: str) -> Difference:
+        return Difference(after.part(key), before.part(key), wide[key])
+
+    return catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,169 @@
+"""Where the entries of a stack lie: in memory, or in files that are read a few rows at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rasa_theory.errors import DamagedFile, InputError
+
+
+class Storage(Protocol):
+    """The matrices of a stack as they are stored, (L, b, a), read in blocks of rows of one layer."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def rows(self, layer: int, start: int, stop: int) -> Tensor:
+        """M_layer[start:stop], in `dtype`; never to be written."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A tensor (L, b, a)."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        L, b, a = self.values.shape
+        return L, b, a
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def rows(self, layer: int, start: int, stop: int) -> Tensor:
+        return self.values[layer, start:stop]
+
+
+class Part(Protocol):
+    """Some rows of a stack, (n, a)."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows of `width` numbers, one after the other from byte `offset` of a file on.
+
+    `kind` is their dtype in the file; bfloat16, which numpy does not know, is int16 with `bfloat16` set. Plain reads:
+    nothing is mapped, and no more than the rows asked for is in memory.
+    """
+
+    path: Path
+    offset: int
+    width: int
+    kind: np.dtype[Any]
+    bfloat16: bool = False
+
+    def read(self, start: int, stop: int) -> Tensor:
+        first, count = self.offset + start * self.width * self.kind.itemsize, (stop - start) * self.width
+        try:
+            array = np.fromfile(self.path, self.kind, count, offset=first)
+        except OSError as error:
+            raise DamagedFile(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        if len(array) < count:
+            raise DamagedFile(f"{self.path}: ends at byte {first + array.nbytes}, amid a stack; write it again")
+        values = torch.from_numpy(array.astype(native(self.kind), copy=False)).reshape(-1, self.width)
+        return values.view(torch.bfloat16) if self.bfloat16 else values
+
+
+@dataclass(frozen=True)
+class Difference:
+    """tuned - base in `dtype`."""
+
+    tuned: Part
+    base: Part
+    dtype: torch.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tuned.read(start, stop).to(self.dtype) - self.base.read(start, stop).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A stack that is read from its parts: one of each layer, or a single one with all layers below each other."""
+
+    parts: Sequence[Part]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def rows(self, layer: int, start: int, stop: int) -> Tensor:
+        if len(self.parts) > 1:
+            return self.parts[layer].read(start, stop).to(self.dtype)
+        first = layer * self.shape[1]
+        return self.parts[0].read(first + start, first + stop).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """`whole` in `dtype`, every layer i divided by largest[i] and then by relative[i]."""
+
+    whole: Storage
+    dtype: torch.dtype
+    largest: Sequence[float]
+    relative: Sequence[float]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.whole.shape
+
+    def rows(self, layer: int, start: int, stop: int) -> Tensor:
+        return self.whole.rows(layer, start, stop).to(self.dtype) / self.largest[layer] / self.relative[layer]
+
+
+class Spill:
+    """A float64 tensor (L, n, m) that is written matrix by matrix into an unnamed temporary file, and then mapped.
+
+    Its pages lie on disk, and in memory only as long as nobody else needs it. Raises InputError if the folder for
+    temporary files (TMPDIR) has no room.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
+        with self._enough_room():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def add(self, matrix: Tensor) -> None:
+        """Write the next (n, m)."""
+        with self._enough_room():
+            self._file.write(np.ascontiguousarray(matrix.numpy()).data)
+
+    def tensor(self) -> Tensor:
+        """What was written, mapped; the file is gone with the last tensor that uses it."""
+        with self._enough_room():
+            self._file.flush()
+        with self._file:
+            return torch.from_numpy(np.memmap(self._file, np.float64, "c", shape=self._shape))
+
+    @contextlib.contextmanager
+    def _enough_room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            size = 8 * math.prod(self._shape) / 2**30
+            raise InputError(
+                f"the exact SVDs need a temporary file of {size:.3g} GiB in {tempfile.gettempdir()} "
+                f"({error.strerror or error}); set TMPDIR to a folder with more room"
+            ) from None
+
+
+def native(kind: np.dtype[Any]) -> np.dtype[Any]:
+    """In native byte order and at most 64 bits, as torch wants it."""
+    return np.dtype(np.float64) if kind.itemsize > 8 else kind.newbyteorder("=")
