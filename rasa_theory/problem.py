@@ -24,7 +24,7 @@ _COMPUTE |= {torch.float32: torch.float32, torch.float64: torch.float64}
 _LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}  # beyond 2^+-this, squares or products leave the range
 _TILE_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19  # tiles of products: what was converted is still in the cache when it is multiplied
-_LAYER_COPIES = 4  # in float64: what the work on one layer takes, an SVD at worst
+_LAYER_COPIES = 8  # in float64: what the work on one layer takes, an SVD with its workspace at worst
 
 
 class Shaped(Protocol):
@@ -134,10 +134,11 @@ class LayerStack:
     view `unit()`, whose entries are divided by the power of two `scale`, so that the norm of M neither overflows nor
     underflows when it is squared.
 
-    `memory` (bytes; None: no limit) bounds what the package allocates for M on the CPU: a quarter for entries that
-    are kept (sources leave larger stacks on disk), a quarter for the exact SVDs (larger ones lie in a temporary file),
-    half for the work on one layer. It does not bound torch itself, factors and bases, which are thin, and the Gram
-    matrices, b x b and a x a.
+    `memory` (bytes; None: no limit) bounds what is allocated for M on the CPU: a quarter for entries that are kept
+    (sources leave larger stacks on disk), a quarter for the exact SVDs (larger ones lie in a temporary file of
+    8 L min(b, a) (b + a) bytes, mapped, whose pages the system drops when it needs memory), half for the work on one
+    layer. It does not bound torch itself, what is thin (factors, products with M, the bases of the default solver, up
+    to half as wide as M), the few b x b and a x a matrices of bounds, and what the searches for floors keep.
 
     `tf32`, False unless set: products may round to TF32 on CUDA. Errors are the float64 residual all the same.
 
@@ -365,6 +366,7 @@ class LayerStack:
             U, S[i], Vh = linalg.svd(M.double())
             left.add(U.mT)
             right.add(Vh)
+            del U, Vh, M  # before the next layer is read
         return SVD(left.tensor().mT, S, right.tensor())
 
     def gram(self) -> Tensor:

@@ -240,3 +240,12 @@ def test_completing_columns():
         assert torch.equal(found[:, :, :3], C)
         assert float((found.mT @ found - torch.eye(n, dtype=torch.float64)).abs().max()) <= 1e-14
     assert float((found @ (found.mT @ X) - X).abs().max()) <= 1e-14
+
+
+def test_tf32_is_allowed_within_only():
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    for allowed in (False, True):
+        with linalg.tf32(allowed):
+            assert flags.allow_tf32 == (allowed or before)
+        assert flags.allow_tf32 == before

@@ -359,7 +359,7 @@ def test_a_stack_larger_than_the_memory_gives_the_same_results(
     arguments = ["--source", str(tmp_path / "updates.npy"), "--rank", "2", "--seeds", "2", "--sweeps", "5", "--tf32"]
     found = []
     for weight in ("none", "layer"):
-        for limit in ([], ["--memory", "7.5KiB"]):  # of a stack of 28 KiB
+        for limit in ([], ["--memory", "15KiB"]):  # of a stack of 28 KiB
             out = tmp_path / f"out{len(found)}"
             status, results, err = run([*arguments, *limit, "--weight", weight, "--out", str(out)], capsys)
             assert status == 0, err
@@ -385,7 +385,7 @@ def test_a_stack_larger_than_the_memory_gives_the_same_results(
         (["--memory", "plenty"], "'plenty' is not a size such as 2GiB, 500MB or 4096B"),
         (["--memory", "5iB"], "'5iB' is not a size"),
         (["--memory", "0"], "memory must be at least 1 byte, got 0"),
-        (["--memory", "7KiB"], "is too little for stack 'updates': its layers of 12 x 10 need"),
+        (["--memory", "14KiB"], "is too little for stack 'updates': its layers of 12 x 10 need"),
         (["--memory", "1GiB", "--source", "synthetic"], "--memory goes with files"),
     ],
 )
