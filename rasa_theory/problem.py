@@ -157,12 +157,12 @@ class LayerStack:
     ) -> None:
         self.name = name
         self._storage, self._dtype, self._device = _as_storage(values, name, dtype, device)
-        self._memory = memory
+        self._memory = None if memory is None else whole_number("memory", memory)
         self._gain = 1.0
         self._flipped = False
         self._store = _Store()
-        if memory is not None:
-            check_memory(self, memory)
+        if self._memory is not None:
+            check_memory(self, self._memory)
         self._power = self._find_power()
 
     def _find_power(self) -> float:

@@ -78,7 +78,7 @@ def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a
             assert side.width <= max(3 * (R + q), n // 2) or side.is_whole
             assert largest(U.mT @ U - eye) <= 1e-13
             assert largest(U @ side.C - side.common) <= 1e-13
-            assert largest(side.Z - view._M.mT @ U[:, :, :known] / stack.scale) <= 1e-13
+            assert largest(side.Z - view.values.mT @ U[:, :, :known]) <= 1e-13
         inside = sweep._columns.common
         assert largest(inside @ (inside.mT @ f.shared_B) - f.shared_B) <= 1e-12
 

@@ -212,6 +212,11 @@ def test_a_file_that_was_cut_short(stack_file: Path) -> None:
         source.load(None, None)
     with pytest.raises(rt.InputError, match=sentence):
         stack.right(torch.zeros(10, 1, dtype=torch.float64))
+    save_file({"w": torch.as_tensor(noise(*SHAPE))}, stack_file.with_suffix(".safetensors"))
+    later = open_source(str(stack_file.with_suffix(".safetensors")), memory=LIMIT).stacks[0]
+    stack_file.with_suffix(".safetensors").unlink()
+    with pytest.raises(rt.InputError, match=r"updates.safetensors: not a sound safetensors file"):
+        later.load(None, None)
     stack_file.unlink()
     with pytest.raises(rt.InputError, match=r"updates.npy: cannot be read"):
         stack.gram()

@@ -139,9 +139,7 @@ def _held(
     if len(g.keys) == 1:
         return reader.read(g.keys[0])
     target = stored if dtype is None or dtype.itemsize > stored.itemsize else compute_dtype(dtype)
-    values = torch.empty(
-        shape, dtype=target, device=device
-    )  # filled in place: beside it, one tensor of the file is in memory
+    values = torch.empty(shape, dtype=target, device=device)
     for layer, key in zip(values, g.keys, strict=True):
-        layer.copy_(reader.read(key))
+        layer.copy_(reader.read(key))  # beside the stack, one tensor of the file is in memory at a time
     return values

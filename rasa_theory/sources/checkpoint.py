@@ -57,9 +57,9 @@ class Checkpoint:
         return tensor
 
     def part(self, key: str) -> FileRows:
-        """The same tensor, to be read in blocks of rows."""
+        """The same tensor, to be read in blocks of rows. Raises InputError as `read` does."""
         file = self._file[key]
-        with file.open("rb") as stream:  # 8 bytes for the size of the header, the header, the data
+        with opened(file), file.open("rb") as stream:  # 8 bytes for the size of the header, the header, the data
             (size,) = struct.unpack("<Q", stream.read(8))
             found = json.loads(stream.read(size))[key]
         kind, (offset, _) = found["dtype"], found["data_offsets"]
