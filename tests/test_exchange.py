@@ -7,7 +7,16 @@ import pytest
 import torch
 from problems import SHAPES, noise, random_factors
 
-from rasa_theory import LayerStack, RankBudget, SolverOptions, load, reconstruction_error, solve_lora, solve_rasa
+from rasa_theory import (
+    LayerStack,
+    RankBudget,
+    RasaFactors,
+    SolverOptions,
+    load,
+    reconstruction_error,
+    solve_lora,
+    solve_rasa,
+)
 from rasa_theory.exchange import Exchanges, leading_terms, losses, sign_patterns
 from rasa_theory.starts import allocation_start
 from rasa_theory.updates import normalise_pool
@@ -99,3 +108,17 @@ def test_exchanged_factors_are_what_the_gain_and_the_losses_promise(L, b, a, r, 
     assert other is not None
     assert {n: t.shape for n, t in other.named().items()} == {n: t.shape for n, t in f.named().items()}
     assert reconstruction_error(unit, other) < reconstruction_error(unit, f)
+
+
+def test_private_terms_take_up_what_the_pool_gives_up():
+    """One private term per layer, not used yet, and the leading dyad of each layer in the pool: nothing is lost."""
+    stack = LayerStack(noise(2, 7, 6))
+    unit, budget = stack.unit(), RankBudget(2, 1)
+    f = allocation_start(unit, RankBudget(1, 1))
+    empty = RasaFactors(
+        torch.zeros(2, 7, 1).double(), torch.eye(6)[:1].expand(2, 1, 6).double(), f.shared_B, f.shared_A, f.mixing
+    )
+    assert torch.allclose(losses(empty), torch.zeros(2).double(), atol=1e-12)
+    other = Exchanges(unit, budget, 0).exchanged(empty)
+    assert other is not None
+    assert reconstruction_error(unit, other) < reconstruction_error(unit, empty)
