@@ -10,6 +10,7 @@ and pygenten, where they are installed, on the same tensor, k = r, in one proces
 theirs is half of what three take longer than one, from the same start, so that setting up does not count; the last two
 compute in float64 and run there only.
 Part 3, `growth`: the same seconds of ours where one of L, b, R and k grows, the others held fixed, in float32.
+Part 4, `lora`: seconds of `solve_lora(.., "fast")` beside torch's svdvals; `error` is the width of its interval.
 """
 
 from __future__ import annotations
@@ -280,6 +281,31 @@ def draw_cost(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[Any]) -> None:
+    """e_lora without full SVDs beside all singular values; decaying and flat spectra."""
+    L, b, a = shape
+    decaying = synthetic_stack(L, (b, a), spectrum="power:0.5", overlap=0.5, seed=0).values.float()
+    flat = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    for name, M in (("power:0.5", decaying), ("gaussian", flat)):
+        stack = rt.LayerStack(M, f"{name} {'x'.join(map(str, shape))}")
+        jobs: dict[str, Callable[[], Any]] = {
+            "solve_lora fast": functools.partial(rt.solve_lora, stack, rank, "fast"),
+            "torch svdvals": functools.partial(torch.linalg.svdvals, M),
+        }
+        clock = timed(jobs, repeats)
+        low, high = rt.solve_lora(stack, rank, "fast").interval
+        width = (high - low) / stack.norm_squared
+        for method, seconds in clock.items():
+            row = facts(stack, rt.RankBudget(rank, 0), part="lora", method=method)
+            row |= {"seconds": statistics.median(seconds), "seconds_min": min(seconds), "error": width}
+            rows.append(row)
+            print(
+                f"{stack.name:24} r = {rank}: {method:18} {min(seconds):.3f} s (median {row['seconds']:.3f})",
+                flush=True,
+            )
+        print(f"{stack.name:24} r = {rank}: the interval is {width:.1e} ||M||^2 wide", flush=True)
+
+
 def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
     """Error against passes, one panel per k."""
     figure = Figure(figsize=(3.6 * len(curves), 3.4), layout="constrained")
@@ -312,6 +338,7 @@ def main() -> None:
         for dtype in ("float32", "float64"):
             part_sweep((4, 96, 96), 4, 4, dtype, 3, rows)
         part_growth(growth_axes(4, 64, 48, 4, 1, 2), 3, rows)
+        part_lora((2, 160, 160), 2, 1, rows)
     else:
         curves = part_passes(bundled, [1, 2, 4, 8], 8, 300, rows)
         synthetic = synthetic_stack(16, (768, 768), spectrum="power:0.5", overlap=0.5, seed=0)
@@ -321,6 +348,7 @@ def main() -> None:
             for dtype in ("float32", "float64"):
                 part_sweep(shape, rank, k, dtype, repeats, rows)
         part_growth(growth_axes(8, 384, 384, 8, 2, 4), 7, rows)
+        part_lora((8, 2048, 2048), 8, 2, rows)
     with open(options.out / "benchmark.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
