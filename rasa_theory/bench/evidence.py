@@ -47,7 +47,7 @@ class BenchSettings:
     """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
 
     certificate: str = "closed"
-    sweeps: int = 6
+    sweeps: int = 5
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
