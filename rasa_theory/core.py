@@ -198,11 +198,11 @@ def private_of_all(factors: RasaFactors) -> Tensor:
     L, b, q = factors.private_B.shape
     if factors.shared_B.shape[1] == 0 or q == 0:
         return factors.private_B.new_zeros(b, 0)
-    count, side_by_side = _private_in_common(factors), factors.private_B.permute(1, 0, 2)  # (b, L, q)
+    count = _private_in_common(factors)
     if count == L * q:
-        return linalg.orthonormal_columns(side_by_side.reshape(b, L * q))
-    weighted = side_by_side * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None]
-    return linalg.svd(weighted.reshape(b, L * q))[0][:, :count]
+        return linalg.orthonormal_columns(layers.beside(factors.private_B))
+    weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
+    return linalg.svd(layers.beside(weighted))[0][:, :count]
 
 
 def _padded(coordinates: Tensor, n: int) -> Tensor:

@@ -85,9 +85,8 @@ def losses(factors: RasaFactors) -> Tensor:
     (q + 1) x (q + 1) matrix diag(S, 0) + d_ij [x; x'] [y; y']^T.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
-    T, Q = linalg.orthonormal_rows(At)
-    U, S, Vh = linalg.svd(Bt @ T)
-    x, y = _bordered(U.mT @ B_S), _bordered(Vh @ Q @ A_S.mT)  # (L, R, q + 1)
+    U, S, Vh = linalg.product_svd(Bt, At)
+    x, y = _bordered(U.mT @ B_S), _bordered(Vh @ A_S.mT)  # (L, R, q + 1)
     X = D[..., None, None] * x[..., :, None] * y[..., None, :]
     X = X + torch.diag_embed(torch.nn.functional.pad(S, (0, 1)))[:, None]
     return (linalg.svd(X)[1][..., -1] ** 2).sum(0)
@@ -111,8 +110,8 @@ def leading_terms(E: Tensor, patterns: Tensor, count: int) -> Terms:
     for _ in range(count):
         d, a = patterns, start
         for step in range(2 * _POWER_STEPS):
-            b = _unit(torch.einsum("ml,lnm->mn", d, E @ a.mT))
-            a = _unit(torch.einsum("ml,lpm->mp", d, E.mT @ b.mT))
+            b = linalg.unit_columns(torch.einsum("ml,lnm->nm", d, E @ a.mT)).mT
+            a = linalg.unit_columns(torch.einsum("ml,lpm->pm", d, E.mT @ b.mT)).mT
             if step >= _POWER_STEPS:  # before, b and a approach the leading singular vectors of sum_i d_i E_i
                 d = torch.einsum("mn,lnm->ml", b, E @ a.mT)
         best = int((d**2).sum(1).argmax())
@@ -130,12 +129,6 @@ def sign_patterns(layers: int, seed: int) -> Tensor:
     else:
         signs = torch.randn(_SOME_SIGNS, layers, generator=torch.Generator().manual_seed(seed)).sign()
     return torch.cat([torch.eye(layers), signs]).double()
-
-
-def _unit(x: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit: Tensor = x / torch.where(norms > 0, norms, 1)
-    return unit
 
 
 def _side_by_side(X: Tensor) -> Tensor:

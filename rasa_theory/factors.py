@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rasa_theory import layers
 from rasa_theory.errors import InputError
 from rasa_theory.problem import RankBudget
 
@@ -78,7 +79,7 @@ class RasaFactors:
         falling size) or the first ("largest"); D_i is 1 on the layer's own block and 0 elsewhere. Raises InputError
         if `lora` has another rank than `budget` or `pooled` is neither.
         """
-        L, b, r = lora.B.shape
+        L, _, r = lora.B.shape
         k, q = budget.shared_rank, budget.private_rank
         if r != budget.rank:
             raise InputError(f"the LoRA factors have rank {r}, the budget has rank {budget.rank}")
@@ -88,7 +89,7 @@ class RasaFactors:
         return cls(
             private_B=lora.B[:, :, kept],
             private_A=lora.A[:, kept],
-            shared_B=lora.B[:, :, given].permute(1, 0, 2).reshape(b, L * k),
+            shared_B=layers.beside(lora.B[:, :, given]),
             shared_A=lora.A[:, given].reshape(L * k, lora.A.shape[2]),
             mixing=torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k)),
         )

@@ -135,9 +135,15 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
 
 def truncated_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` approximation of B A: (.., b, n), (.., n, a) -> (.., b, rank), (.., rank, a) orthonormal."""
+    U, S, Vh = product_svd(B, A)
+    return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :]
+
+
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of B A without forming it: (.., b, n), (.., n, a) -> U (.., b, n), S (.., n), Vh (.., n, a)."""
     T, Q = orthonormal_rows(A)
     U, S, Vh = svd(B @ T)
-    return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :] @ Q
+    return U, S, Vh @ Q
 
 
 def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +174,7 @@ def orthonormal_columns(X: Tensor) -> Tensor:
     A column that depends on those before is replaced by a random one before the factorisation: QR would put some
     direction in its place, and later columns would lose their part along it.
     """
-    X = _unit_columns(X)
+    X = unit_columns(X)
     Q: Tensor
     Q, T = torch.linalg.qr(X)
     depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
@@ -178,7 +184,8 @@ def orthonormal_columns(X: Tensor) -> Tensor:
     return Q
 
 
-def _unit_columns(X: Tensor) -> Tensor:
+def unit_columns(X: Tensor) -> Tensor:
+    """The columns of X (..., n, m) divided by their norms; zero columns stay zero."""
     norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
     unit: Tensor = X / torch.where(norms > 0, norms, 1)
     return unit
@@ -192,7 +199,7 @@ def _dependent(X: Tensor) -> float:
 def _random_columns(X: Tensor, seed: int) -> Tensor:
     """Unit columns in general position, of the shape of X but for its batch, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return _unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
+    return unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
 
 
 def completed(C: Tensor, X: Tensor | None = None) -> Tensor:
@@ -207,13 +214,18 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     Where a column of X depends on U and the columns before, a random one takes its place. Block Gram-Schmidt, and again
     to be orthogonal to rounding; a third time, since random columns may come in at the first.
     """
-    X = _unit_columns(X)
-    left = torch.linalg.vector_norm(X - U @ (U.mT @ X), dim=-2, keepdim=True)
+    X = unit_columns(X)
+    left = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
     if bool((depends := left <= _dependent(X)).any()):
         X = torch.where(depends, _random_columns(X, U.shape[-1]), X)
     for _ in range(3):
-        X = orthonormal_columns(X - U @ (U.mT @ X))
+        X = orthonormal_columns(outside(U, X))
     return X
+
+
+def outside(U: Tensor, X: Tensor) -> Tensor:
+    """(I - U U^T) X: orthonormal (..., n, c), (..., n, m) -> (..., n, m)."""
+    return X - U @ (U.mT @ X)
 
 
 @contextlib.contextmanager
@@ -268,8 +280,8 @@ def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor | None:
     sum_j variance_j (G^-1)_jj.
     """
     n, eps = gram.shape[-1], torch.finfo(gram.dtype).eps
-    L, failed = torch.linalg.cholesky_ex(gram)
     with suitable_threads(gram):
+        L, failed = torch.linalg.cholesky_ex(gram)
         eye = torch.eye(n, dtype=gram.dtype, device=gram.device).expand(gram.shape)
         K = torch.linalg.solve_triangular(L, eye, upper=False)  # L^-1
     Ky, inverse = K @ y, (K * K).sum(-2)  # the diagonal of G^-1

@@ -33,9 +33,8 @@ class SolverOptions:
     "allocation" takes their place, and the solution says so. sweep: "core" (two passes over M, each with many sweeps on
     a small core), "joint" or "paper"; at most `max_sweeps` sweeps for the answer, anew after an exchange; stop when one
     sweep lowers the error by less than `rtol` of it (0: never). It also stops, with the iterate before, where a term
-    exceeds `max_cancellation` times the norm of its
-    layer: often no minimum is attained, and terms that grow and cancel gain ever less; at 8 the factors can be stored
-    in half precision. Raises InputError for anything else.
+    exceeds `max_cancellation` times the norm of its layer: often no minimum is attained, and terms that grow and cancel
+    gain ever less; at 8 the factors can be stored in half precision. Raises InputError for anything else.
     """
 
     start: str | RasaFactors = "best"

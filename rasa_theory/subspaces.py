@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
+from rasa_theory import layers, linalg
 from rasa_theory.problem import SVD, LayerStack, RankBudget
 
 
@@ -71,7 +71,7 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
     By the smaller of the two Gram matrices of [U_1 .. U_L] / sqrt(L); vectors of eigenvalues near 0 are then inexact.
     """
     L, b, m = U.shape
-    joined = U.permute(1, 0, 2).reshape(b, L * m) / math.sqrt(L)
+    joined = layers.beside(U) / math.sqrt(L)
     if b <= L * m:
         values, vectors = linalg.symmetric_eigenpairs(joined @ joined.mT)
         return values.flip(0), vectors.flip(1)

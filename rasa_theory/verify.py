@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rasa_theory.bench.evidence import BenchSettings, Subject
-from rasa_theory.bench.instances import FAMILIES, Instance, draw_instance
+from rasa_theory.bench.instances import FAMILIES, Instance
 from rasa_theory.bench.replay import Replay, load_replay, save_replay
 from rasa_theory.bench.tally import Tally, results
 from rasa_theory.bench.text import describe, table, verdict_lines
@@ -60,11 +60,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
-    for name, default in (("instances", _INSTANCES), ("seed", 0), ("families", None), ("jobs", None)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.replay is not None:
+    for name in ("instances", "seed", "families", "jobs"):
+        if args.replay is not None and getattr(args, name) is not None:
             parser.error(f"--replay tries one instance; --{name} does not go with it")
+    args.instances = _INSTANCES if args.instances is None else args.instances
+    args.seed = 0 if args.seed is None else args.seed
     return args
 
 
@@ -126,9 +126,7 @@ def _trials(args: argparse.Namespace, settings: BenchSettings, subject: Subject 
             raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
     turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
     drawn = (Drawn(family, number, args.seed) for family, number in turns)
-    if subject is not None:
-        return (run_trial(draw_instance(*one), subject, settings) for one in drawn)
-    return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs)
+    return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
 
 
 def _done(instance: Instance, tally: Tally) -> str:

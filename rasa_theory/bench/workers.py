@@ -33,14 +33,16 @@ def suitable_jobs(instances: int) -> int:
     return max(1, min(processors, instances // _WORTH_A_PROCESS))
 
 
-def trials(drawn: Iterator[Drawn], settings: BenchSettings, jobs: int) -> Iterator[Trial]:
-    """All laws on every instance, of the package itself, by `jobs` processes; the order is that of the instances.
+def trials(
+    drawn: Iterator[Drawn], settings: BenchSettings, jobs: int, subject: Subject | None = None
+) -> Iterator[Trial]:
+    """All laws on every instance, in order, by `jobs` processes; a `subject` in place of the package by this one alone.
 
     Raises BrokenProcessPool if a process dies.
     """
-    if jobs == 1:
+    if jobs == 1 or subject is not None:
         for one in drawn:
-            yield run_trial(draw_instance(*one), Subject(), settings)
+            yield run_trial(draw_instance(*one), subject or Subject(), settings)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
     try:
