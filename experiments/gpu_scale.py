@@ -41,6 +41,7 @@ if importlib.util.find_spec("rasa_theory") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rasa_theory as rt
+from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
 from rasa_theory.descent import Descent
 from rasa_theory.lora import LoraFactors
@@ -124,8 +125,8 @@ def leading_terms(unit: rt.LayerStack, width: int, iterations: int) -> SVD:
     generator = torch.Generator(unit.device).manual_seed(SEED)
     X = torch.randn(unit.shape[1], width, generator=generator, device=unit.device, dtype=unit.dtype)
     for _ in range(iterations):
-        Q = torch.linalg.qr(unit.right(X))[0]  # (L, b, width)
-        X, T = torch.linalg.qr(unit.left(Q))  # M_i^T Q = X T
+        Q = thin_qr(unit.right(X))[0]  # (L, b, width)
+        X, T = thin_qr(unit.left(Q))  # M_i^T Q = X T
     W, S, Zh = torch.linalg.svd(T.double())  # M_i is about Q Q^T M_i = Q (X T)^T = (Q Z) diag(S) (X W)^T
     return SVD(Q @ Zh.mT.to(Q.dtype), S.to(Q.dtype), (X @ W.to(X.dtype)).mT)
 

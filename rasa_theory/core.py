@@ -9,15 +9,14 @@ The other side takes them up, and it is its turn.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from rasa_theory import layers, linalg, updates
+from rasa_theory import bases, layers, subspaces, updates
 from rasa_theory.factors import RasaFactors
+from rasa_theory.inner import core_sweeps
 from rasa_theory.problem import LayerStack
 
 _ROUNDS = 12  # new directions of so many rounds are kept at most
@@ -55,48 +54,51 @@ class CoreSweep:
     def _half(self, view: LayerStack, known: _Side, grown: _Side, factors: RasaFactors) -> tuple[RasaFactors, float]:
         """A pass M_i^T U_i, new directions for V_i, and sweeps on K_i = U_i^T M_i V_i."""
         Z = known.product(view)
-        if not grown.is_whole:
+        if grown.is_whole:
+            self._K = Z.mT
+        else:
             if (T := grown.make_room(factors.transpose())) is not None:
                 self._K = self._K @ T
             grown.take_up(*_directions(Z, known, factors))
-        K = torch.cat([self._K, Z.mT @ grown.U[:, :, self._K.shape[2] :]], 2)
-        S, T = known.rotation(), grown.rotation()
+            before = self._K[:, :, : grown.width - grown.fresh.shape[2]]
+            self._K = grown.turned(torch.cat([before, Z.mT @ grown.fresh], 2))
         start = RasaFactors(
-            private_B=S.mT @ (known.U.mT @ factors.private_B),
-            private_A=factors.private_A @ grown.U @ T,
+            private_B=known.U.mT @ factors.private_B,
+            private_A=factors.private_A @ grown.U,
             shared_B=_padded(known.common.mT @ factors.shared_B, known.width),
             shared_A=_padded(grown.common.mT @ factors.shared_A.mT, grown.width).mT,
             mixing=factors.mixing,
         )
-        rotated = (S.mT @ K @ T).double()
+        K = self._K.double()
         common = known.common.shape[1], grown.common.shape[1]
         count = _WHOLE if known.is_whole and grown.is_whole else _INNER
-        found, error = core_sweeps(rotated, start.to(torch.float64), common, count)
+        found, error = core_sweeps(K, start.to(torch.float64), common, count)
         found = found.to(factors.mixing.dtype)
-        self._K = K
         moved = RasaFactors(
-            private_B=known.U @ (S @ found.private_B),
-            private_A=(found.private_A @ T.mT) @ grown.U.mT,
+            private_B=known.U @ found.private_B,
+            private_A=found.private_A @ grown.U.mT,
             shared_B=known.common @ found.shared_B[: common[0]],
             shared_A=found.shared_A[:, : common[1]] @ grown.common.mT,
             mixing=found.mixing,
         )
-        return moved, view.norm_squared - float((rotated * rotated).sum()) + error
+        return moved, view.norm_squared - float((K * K).sum()) + error
 
 
 @dataclass
 class _Side:
-    """The basis of one side: U (L, b, n), orthonormal, and M_i^T U_i of the columns multiplied so far, Z (L, a, ..).
+    """The basis of one side: U_i = [common, own_i] (L, b, n), orthonormal.
 
-    `common` (b, c), orthonormal, is where B_S stays; its span lies in that of every U_i: common = U_i C_i. `own` are
-    the columns of U that came from directions of one layer, latest last; `earlier` the factors of the last rounds.
+    B_S stays in the span of `common` (b, c), so that the pool has the leading c coordinates in all layers. `fresh` are
+    directions that M_i has not been multiplied with; Z_i (L, a, ..) is M_i^T times the basis of before, which has to be
+    turned into the one of now when they have been (`turn`: from which column on, and W_i (m, m), orthogonal; own_i
+    makes room for new directions of `common`). `earlier` holds the factors of the last rounds.
     """
 
     U: Tensor
-    Z: Tensor
     common: Tensor
-    C: Tensor
-    own: list[int]
+    Z: Tensor
+    fresh: Tensor
+    turn: tuple[int, Tensor] | None
     earlier: list[RasaFactors]
 
     @classmethod
@@ -106,8 +108,8 @@ class _Side:
         zeros = factors.mixing.new_zeros
         if _limit(factors) >= b:
             eye = torch.eye(b, dtype=factors.mixing.dtype, device=factors.mixing.device)
-            return cls(eye.expand(L, b, b), zeros(L, a, 0), eye, eye.expand(L, b, b), [], [])
-        side = cls(zeros(L, b, 0), zeros(L, a, 0), zeros(b, 0), zeros(L, 0, 0), [], [])
+            return cls(eye.expand(L, b, b), eye, zeros(L, a, 0), eye.expand(L, b, b), None, [])
+        side = cls(zeros(L, b, 0), zeros(b, 0), zeros(L, a, 0), zeros(L, b, 0), None, [])
         common = private_of_all(factors)
         complete = common.shape[1] == L * factors.private_B.shape[2]
         own = factors.private_B[:, :, :0] if complete else factors.private_B
@@ -125,14 +127,19 @@ class _Side:
         return self.width == self.U.shape[1]
 
     def product(self, view: LayerStack) -> Tensor:
-        """Z_i = M_i^T U_i (L, a, n): a pass, if there are columns that have not been multiplied yet."""
-        if (known := self.Z.shape[2]) < self.width:
-            self.Z = torch.cat([self.Z, view.left(self.U[:, :, known:])], 2)
+        """Z_i = M_i^T U_i (L, a, n): a pass, if there are directions that have not been multiplied yet."""
+        if self.fresh.shape[2] > 0:
+            self.Z = self.turned(torch.cat([self.Z, view.left(self.fresh)], 2))
+            self.fresh, self.turn = self.fresh[:, :, :0], None
         return self.Z
 
-    def rotation(self) -> Tensor:
-        """S (L, n, n), orthogonal, with C first: in the basis U S the pool has the leading c coordinates."""
-        return linalg.completed(self.C)
+    def turned(self, X: Tensor) -> Tensor:
+        """X_i (L, .., n), whose columns belong to the basis of before and then to `fresh`, for the basis of now."""
+        if self.turn is None:
+            return X
+        c, W = self.turn
+        rest = c + W.shape[1]
+        return torch.cat([X[:, :, :c], X[:, :, c:rest] @ W, X[:, :, rest:]], 2)
 
     def make_room(self, factors: RasaFactors) -> Tensor | None:
         """Cut the basis down, if it is as wide as it may be. Returns T (L, n, n') then: U <- U T."""
@@ -143,15 +150,18 @@ class _Side:
 
     def take_up(self, common: Tensor, own: Tensor) -> None:
         """Add directions (b, R) that B_S may use in all layers, and (L, b, q) of B~_i."""
-        L, n, c = len(self.U), self.width, self.common.shape[1]
-        common = linalg.orthonormal_beside(self.common, common)
-        fresh = linalg.orthonormal_beside(self.U, torch.cat([common.expand(L, -1, -1), own], 2))
-        self.U = torch.cat([self.U, fresh], 2)
+        L, c = len(self.U), self.common.shape[1]
+        common = bases.orthonormal_beside(self.common, common)
+        R = common.shape[1]
+        self.fresh = bases.orthonormal_beside(self.U, torch.cat([common.expand(L, -1, -1), own], 2))
+        both = torch.cat([self.fresh[:, :, :R], self.U[:, :, c:]], 2)  # contains `common`; what is left is own
+        inside = both.mT @ common
+        left = bases.complement(inside)
+        self.turn = c, torch.cat([inside, left], 2).roll(-R, 1)  # the basis has own before fresh
         self.common = torch.cat([self.common, common], 1)
-        C = self.C.new_zeros(L, self.width, self.common.shape[1])
-        C[:, :n, :c], C[:, :, c:] = self.C, self.U.mT @ common
-        self.C = C
-        self.own = [*self.own, *range(n + common.shape[1], self.width)]
+        self.U = torch.cat([self.common.expand(L, -1, -1), both @ left, self.fresh[:, :, R:]], 2)
+        if self.Z.shape[2] == 0:  # nothing has been multiplied yet
+            self.fresh, self.turn = self.U, None
 
     def _keep(self, factors: RasaFactors, width: int) -> Tensor:
         """The span of the factors, of earlier ones and of the latest directions, `width` dimensions in all."""
@@ -159,15 +169,13 @@ class _Side:
         c, R, q = self.common.shape[1], factors.shared_B.shape[1], factors.private_B.shape[2]
         shared = (factors.shared_B, private_of_all(factors), *(f.shared_B for f in self.earlier))
         latest = eye[:c, :c].flip(1)
-        pool = linalg.orthonormal_columns(torch.cat([*(self.common.mT @ X for X in shared), latest], 1))
+        pool = bases.orthonormal_columns(torch.cat([*(self.common.mT @ X for X in shared), latest], 1))
         pool = pool[:, : min(max(width * c // self.width, R), width - q)]
-        C = self.C @ pool
-        latest = eye[:, self.own[::-1]].expand(len(C), -1, -1)
         private = [self.U.mT @ f.private_B for f in (factors, *self.earlier)]
-        T = linalg.completed(C, torch.cat([*private, latest], 2))[:, :, :width]
+        latest = eye[:, c:].flip(1).expand(len(self.U), -1, -1)
+        kept = _padded(pool, self.width).expand(len(self.U), -1, -1)
+        T = bases.completed(kept, torch.cat([*private, latest], 2))[:, :, :width]
         self.U, self.Z, self.common = self.U @ T, self.Z @ T, self.common @ pool
-        self.C = eye[: T.shape[2], : C.shape[2]].expand(len(C), -1, -1)
-        self.own = list(range(C.shape[2], T.shape[2]))
         return T
 
 
@@ -200,9 +208,9 @@ def private_of_all(factors: RasaFactors) -> Tensor:
         return factors.private_B.new_zeros(b, 0)
     count = _private_in_common(factors)
     if count == L * q:
-        return linalg.orthonormal_columns(layers.beside(factors.private_B))
+        return bases.orthonormal_columns(layers.beside(factors.private_B))
     weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
-    return linalg.svd(layers.beside(weighted))[0][:, :count]
+    return bases.orthonormal_columns(subspaces.mean_projector(weighted)[1][:, :count])
 
 
 def _padded(coordinates: Tensor, n: int) -> Tensor:
@@ -215,43 +223,8 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors) -> tuple[Tensor, 
     Z_i = M_i^T U_i, and the factors lie in the span of U_i.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
-    Q = linalg.orthonormal_columns(Bt)
+    Q = bases.orthonormal_columns(Bt)
     both = torch.cat([B_S.expand(len(Q), -1, -1), Q], 2)  # (L, b, R + q)
     E = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
     R = B_S.shape[1]
     return layers.weighted(E[:, :, :R], D), E[:, :, R:]
-
-
-def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count: int) -> tuple[RasaFactors, float]:
-    """At most `count` joint sweeps on K (L, n, m), in which B_S has its first `common` rows only, and A_S its columns.
-
-    Every sweep but the first begins beyond the last point, by a step that grows while this lowers the error and
-    shrinks where it does not; such a point is kept only if its error after the sweep is lower. So the error never
-    rises. Ends early where a sweep gains less than a thousandth of what all have gained.
-    """
-    norms, sides = torch.linalg.matrix_norm(K), (partial(linalg.product, K), partial(linalg.product, K.mT))
-
-    def swept(factors: RasaFactors) -> tuple[RasaFactors, float]:
-        found, error = updates.joint_sweep(sides, norms, factors, common)
-        return found, float(error)
-
-    point, error = swept(factors)
-    begun, before, step = error, None, 1.0
-    for _ in range(count - 1):
-        found, lower = point, math.inf
-        if before is not None:
-            found, lower = swept(_beyond(point, before, step))
-            step = step * 1.3 if lower < error else max(step / 2, 0.5)
-        if not lower < error:
-            found, lower = swept(point)
-        if not lower < error:
-            break
-        gain, point, before, error = error - lower, found, point, lower
-        if gain < 1e-3 * (begun - error):
-            break
-    return point, error
-
-
-def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:
-    pairs = zip(point.named().values(), before.named().values(), strict=True)
-    return updates.normalise_pool(RasaFactors(*(x + step * (x - y) for x, y in pairs)))

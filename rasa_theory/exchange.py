@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
+from rasa_theory import bases, linalg
 from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.subspaces import core
@@ -40,7 +40,7 @@ class Exchanges:
 
     def __init__(self, unit: LayerStack, budget: RankBudget, seed: int) -> None:
         svd, m = unit.svd(), min(2 * budget.rank, *unit.shape)
-        self._U, self._V = (linalg.orthonormal_columns(_side_by_side(X[:, :, :m])) for X in (svd.U, svd.Vh.mT))
+        self._U, self._V = (bases.orthonormal_columns(_side_by_side(X[:, :, :m])) for X in (svd.U, svd.Vh.mT))
         self._K = core(svd, self._U, self._V)
         self._patterns = sign_patterns(unit.layers, seed).to(self._K)
 
@@ -63,7 +63,7 @@ class Exchanges:
         if n == 0:
             return None
         out, kept = order[:n], order[n:]
-        private_B, private_A = linalg.truncated_product(
+        private_B, private_A = bases.truncated_product(
             torch.cat([Bt, B_S[:, out] * D[:, None, out]], 2),
             torch.cat([At, A_S[out].expand(len(At), -1, -1)], 1),
             Bt.shape[2],
@@ -85,7 +85,7 @@ def losses(factors: RasaFactors) -> Tensor:
     (q + 1) x (q + 1) matrix diag(S, 0) + d_ij [x; x'] [y; y']^T.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
-    U, S, Vh = linalg.product_svd(Bt, At)
+    U, S, Vh = bases.product_svd(Bt, At)
     x, y = _bordered(U.mT @ B_S), _bordered(Vh @ A_S.mT)  # (L, R, q + 1)
     X = D[..., None, None] * x[..., :, None] * y[..., None, :]
     X = X + torch.diag_embed(torch.nn.functional.pad(S, (0, 1)))[:, None]
@@ -110,8 +110,8 @@ def leading_terms(E: Tensor, patterns: Tensor, count: int) -> Terms:
     for _ in range(count):
         d, a = patterns, start
         for step in range(2 * _POWER_STEPS):
-            b = linalg.unit_columns(torch.einsum("ml,lnm->nm", d, E @ a.mT)).mT
-            a = linalg.unit_columns(torch.einsum("ml,lpm->pm", d, E.mT @ b.mT)).mT
+            b = bases.unit_columns(torch.einsum("ml,lnm->nm", d, E @ a.mT)).mT
+            a = bases.unit_columns(torch.einsum("ml,lpm->pm", d, E.mT @ b.mT)).mT
             if step >= _POWER_STEPS:  # before, b and a approach the leading singular vectors of sum_i d_i E_i
                 d = torch.einsum("mn,lnm->ml", b, E @ a.mT)
         best = int((d**2).sum(1).argmax())

@@ -133,19 +133,6 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
     return U[:, :rank] * S[:rank], Vh[:rank]
 
 
-def truncated_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-`rank` approximation of B A: (.., b, n), (.., n, a) -> (.., b, rank), (.., rank, a) orthonormal."""
-    U, S, Vh = product_svd(B, A)
-    return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :]
-
-
-def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of B A without forming it: (.., b, n), (.., n, a) -> U (.., b, n), S (.., n), Vh (.., n, a)."""
-    T, Q = orthonormal_rows(A)
-    U, S, Vh = svd(B @ T)
-    return U, S, Vh @ Q
-
-
 def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
     n = gram.shape[0]
@@ -157,75 +144,6 @@ def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
             return torch.from_numpy(values), torch.from_numpy(vectors)
     values_, vectors_ = symmetric_eigenpairs(gram)
     return values_[-count:], vectors_[:, -count:]
-
-
-def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A = T Q with orthonormal rows in Q: (..., q, a) -> T (..., q, q), Q (..., q, a); needs q <= a.
-
-    Where A has dependent rows, Q holds further directions, so that its row space contains that of A.
-    """
-    Q, T = torch.linalg.qr(A.mT)
-    return T.mT, Q.mT
-
-
-def orthonormal_columns(X: Tensor) -> Tensor:
-    """Orthonormal Q (..., n, min(n, m)) whose first j columns span those of X (..., n, m), for every j.
-
-    A column that depends on those before is replaced by a random one before the factorisation: QR would put some
-    direction in its place, and later columns would lose their part along it.
-    """
-    X = unit_columns(X)
-    Q: Tensor
-    Q, T = torch.linalg.qr(X)
-    depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
-    if bool(depends.any()):
-        depends = torch.nn.functional.pad(depends, (0, X.shape[-1] - depends.shape[-1]))
-        Q, T = torch.linalg.qr(torch.where(depends.unsqueeze(-2), _random_columns(X, X.shape[-1]), X))
-    return Q
-
-
-def unit_columns(X: Tensor) -> Tensor:
-    """The columns of X (..., n, m) divided by their norms; zero columns stay zero."""
-    norms = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
-    unit: Tensor = X / torch.where(norms > 0, norms, 1)
-    return unit
-
-
-def _dependent(X: Tensor) -> float:
-    """What is left of a unit column beside others, if it depends on them."""
-    return 1e4 * float(torch.finfo(X.dtype).eps)
-
-
-def _random_columns(X: Tensor, seed: int) -> Tensor:
-    """Unit columns in general position, of the shape of X but for its batch, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
-
-
-def completed(C: Tensor, X: Tensor | None = None) -> Tensor:
-    """C (..., n, c) with orthonormal columns, and beside them orthonormal ones for those of X, or for all of R^n."""
-    Q = torch.linalg.qr(C, mode="complete")[0] if X is None else orthonormal_columns(torch.cat([C, X], -1))
-    return torch.cat([C, Q[..., C.shape[-1] :]], -1)
-
-
-def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
-    """Orthonormal columns orthogonal to those of U (..., b, n) that span with them those of X (..., b, m); n + m <= b.
-
-    Where a column of X depends on U and the columns before, a random one takes its place. Block Gram-Schmidt, and again
-    to be orthogonal to rounding; a third time, since random columns may come in at the first.
-    """
-    X = unit_columns(X)
-    left = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
-    if bool((depends := left <= _dependent(X)).any()):
-        X = torch.where(depends, _random_columns(X, U.shape[-1]), X)
-    for _ in range(3):
-        X = orthonormal_columns(outside(U, X))
-    return X
-
-
-def outside(U: Tensor, X: Tensor) -> Tensor:
-    """(I - U U^T) X: orthonormal (..., n, c), (..., n, m) -> (..., n, m)."""
-    return X - U @ (U.mT @ X)
 
 
 @contextlib.contextmanager
@@ -264,17 +182,31 @@ def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> T
     `size` (..., n) holds the diagonal that G would have without cancellation; entries of size 0 (dead columns) stay
     0. `noise` (..., n) is the rounding error of the rows of g, in norm. Batches broadcast.
     """
-    if gram.shape[-1] == 0:
-        return torch.zeros_like(rhs)
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, sound = _by_cholesky(scaled, y, variance)
+    if not bool(sound):
+        x = _by_eigenvectors(scaled, y, variance)
+    return s.unsqueeze(-1) * x
+
+
+def increment_by_cholesky(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What `solve_increment` returns where it takes G^-1 g, and whether it does (a boolean tensor).
+
+    Nothing here waits for a GPU.
+    """
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, sound = _by_cholesky(scaled, y, variance)
+    return s.unsqueeze(-1) * x, sound
+
+
+def _in_units(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s = 1 / sqrt(size), or 0, and G, g and the squared noise in the coordinates scaled by it."""
     s = torch.where(size > 0, size, 1).rsqrt() * (size > 0)
-    scaled = s.unsqueeze(-1) * gram * s.unsqueeze(-2)
-    y, variance = s.unsqueeze(-1) * rhs, (s * noise) ** 2
-    x = _by_cholesky(scaled, y, variance)
-    return s.unsqueeze(-1) * (_by_eigenvectors(scaled, y, variance) if x is None else x)
+    return s, s.unsqueeze(-1) * gram * s.unsqueeze(-2), s.unsqueeze(-1) * rhs, (s * noise) ** 2
 
 
-def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor | None:
-    """G^-1 y, or None where it is not to be trusted.
+def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """G^-1 y, and whether it is to be trusted.
 
     An error e of y leaves the quadratic e^T G^-1 e above its minimum: with independent entries of that variance,
     sum_j variance_j (G^-1)_jj.
@@ -285,12 +217,9 @@ def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor | None:
         eye = torch.eye(n, dtype=gram.dtype, device=gram.device).expand(gram.shape)
         K = torch.linalg.solve_triangular(L, eye, upper=False)  # L^-1
     Ky, inverse = K @ y, (K * K).sum(-2)  # the diagonal of G^-1
-    facts = failed.any(), inverse.sum(-1).amax(), (inverse * variance).sum(), (Ky * Ky).sum()
-    singular, trace, loss, gain = torch.stack([fact.to(gram.dtype) for fact in facts]).tolist()  # waits for a GPU once
-    if singular or not (trace < 1 / (100 * n * eps) and 4 * loss <= gain):
-        return None
-    x: Tensor = K.mT @ Ky
-    return x
+    loss, gain = (inverse * variance).sum(), (Ky * Ky).sum()
+    sound = (failed == 0).all() & (inverse.sum(-1) < 1 / (100 * max(n, 1) * eps)).all() & (4 * loss <= gain)
+    return K.mT @ Ky, sound
 
 
 def _by_eigenvectors(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
+from rasa_theory import bases, linalg
 
 ALLOWANCE = 20.0
 PROBES = 16
@@ -154,15 +154,15 @@ def norm_bounds(M: Tensor, V: Tensor, omega: Tensor, beta: float, quantile: floa
     """
     kappa = 5 * math.sqrt(V.shape[1]) * max(M.shape) * float(torch.finfo(M.dtype).eps) * norm
     s = kappa / math.sqrt(beta)
-    before, Y = torch.zeros_like(omega), linalg.outside(V, omega)
+    before, Y = torch.zeros_like(omega), bases.outside(V, omega)
     sizes = 0.0
     for k in range(STEPS + 1):
         size = float(torch.linalg.matrix_norm(Y))
-        EY = linalg.product(M, linalg.outside(V, Y))
+        EY = linalg.product(M, bases.outside(V, Y))
         floor = math.sqrt(quantile) - 8 * k * s * (1 + s) * sizes
         value = (float(torch.linalg.matrix_norm(EY)) + kappa * size) / floor if floor > 0 else math.inf
         yield _largest(k, beta, value)
-        HY = linalg.outside(V, linalg.product(M.mT, EY))
+        HY = bases.outside(V, linalg.product(M.mT, EY))
         before, Y = Y, (2 / beta) * HY - Y if k == 0 else (4 / beta) * HY - 2 * Y - before
         sizes += size
 
@@ -194,7 +194,7 @@ def ritz(M: Tensor, V: Tensor) -> RitzBasis:
     MV = linalg.product(M, V)
     GV = linalg.product(M.mT, MV)
     Theta = MV.mT @ MV
-    R = linalg.outside(V, GV)
+    R = bases.outside(V, GV)
     theta, S = linalg.symmetric_eigenpairs(Theta)
     eye = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
     deviation = float(torch.linalg.matrix_norm(V.mT @ V - eye))
@@ -242,11 +242,11 @@ class KrylovSearch:
         """Orthonormal columns for what G adds to the basis, (a, w), and the coefficients (w, w)."""
         Z = linalg.product(self.M.mT, self.MQ[:, -self.width :])
         for _ in range(2):
-            Z = linalg.outside(self.Q, Z)
+            Z = bases.outside(self.Q, Z)
         new, last = torch.linalg.qr(Z)
         sizes = last.diagonal().abs()
         if float(sizes.min()) <= 1e-4 * float(sizes.max()) or float(sizes.max()) <= 1e-4 * float(self.MQ.abs().max()):
-            new = linalg.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
+            new = bases.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
             last = new.mT @ Z
         return new, last
 

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from rasa_theory import layers, linalg
+from rasa_theory.algebra import Algebra, Checked
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
 from rasa_theory.problem import LayerStack
+
+_CHECKED = Checked()
 
 
 def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False) -> RasaFactors:
@@ -171,7 +174,12 @@ class JointHalf(NamedTuple):
 
 
 def joint_half(
-    MA: Tensor, MAt: Tensor, layer_norms: Tensor, factors: RasaFactors, leading: int | None = None
+    MA: Tensor,
+    MAt: Tensor,
+    layer_norms: Tensor,
+    factors: RasaFactors,
+    leading: int | None = None,
+    algebra: Algebra = _CHECKED,
 ) -> JointHalf:
     """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
 
@@ -196,13 +204,13 @@ def joint_half(
     G = AA * layers.outer(D[..., None], D[..., None]) - layers.outer(DW, DW)  # (R, R)
     g = (layers.weighted(MA, D) - layers.outer(MAt, DW) - B_S @ G)[:leading]  # (b, R)
     size = layers.total(D * D)
-    X = linalg.solve_increment(G, g.mT, size, math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
+    X = algebra.solve_increment(G, g.mT, size, math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
     B_S, D = _unit_columns(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
     G = (B_S.mT @ B_S) * C  # (L, R, R)
     p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
-    D = D + linalg.solve_increment(G, g[..., None], torch.ones_like(size), noise)[..., 0]
+    D = D + algebra.solve_increment(G, g[..., None], torch.ones_like(size), noise)[..., 0]
     private_B = MAt - (B_S @ layers.beside(D[:, :, None] * W)).reshape(len(B_S), *MAt.shape[::2]).transpose(0, 1)
     explained = (MAt * MAt).sum((1, 2)) + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
     return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), layers.total(layer_norms**2 - explained))
@@ -221,6 +229,7 @@ def joint_sweep(
     layer_norms: Tensor,
     factors: RasaFactors,
     leading: tuple[int | None, int | None] = (None, None),
+    algebra: Algebra = _CHECKED,
 ) -> JointHalf:
     """`joint_half` on the B side and then on the A side, each with one product: `sides` are X -> M_i X and M_i^T X.
 
@@ -229,11 +238,11 @@ def joint_sweep(
     error = layer_norms.new_zeros(())
     for multiply, rows in zip(sides, leading, strict=True):
         L, R = factors.mixing.shape
-        Q = torch.linalg.qr(factors.private_A.mT)[0]  # (L, a, q)
+        Q = algebra.orthonormal(factors.private_A.mT)  # (L, a, q)
         A_S = factors.shared_A.expand(L, -1, -1)
         products = multiply((torch.cat([A_S, Q.mT], 1) if Q.shape[2] else A_S).mT)  # (L, b, R + q)
         factors = dataclasses.replace(factors, private_A=Q.mT)  # B~_i follows from the others
-        half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows)
+        half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows, algebra)
         factors, error = half.factors.transpose(), half.error
     return JointHalf(factors, error)
 

@@ -36,6 +36,12 @@ def decaying(L=3, b=16, a=18, seed=0):
     return noise(L, b, a, seed) * np.arange(1, a + 1) ** -0.7
 
 
+def falling(L, b, a, seed=0):
+    """Unrelated layers, sigma_j = j^-0.7."""
+    U, S, Vh = np.linalg.svd(noise(L, b, a, seed), full_matrices=False)
+    return U * np.arange(1, S.shape[1] + 1) ** -0.7 @ Vh
+
+
 def orthogonal(n, seed=0):
     """A random orthogonal matrix."""
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]

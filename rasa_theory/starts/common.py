@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg, updates
+from rasa_theory import bases, linalg, updates
 from rasa_theory.factors import RasaFactors
 from rasa_theory.objective import reconstruction_error
 from rasa_theory.problem import SVD, LayerStack, RankBudget
@@ -89,7 +89,7 @@ def _above_noise(stack: LayerStack, rank: int) -> tuple[SVD, Tensor]:
 def _split(U: Tensor, S: Tensor, weights: Tensor, q: int, R: int) -> tuple[Tensor, Tensor]:
     """U_S (b, R), the directions most in common, and U_i' (L, b, q), the leading ones of M_i outside them."""
     U_S = mean_projector(U * weights.sqrt()[:, None])[1][:, :R]
-    outside = linalg.outside(U_S, U) * S[:, None]
+    outside = bases.outside(U_S, U) * S[:, None]
     return U_S, linalg.svd(outside)[0][:, :, :q]
 
 

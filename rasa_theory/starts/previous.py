@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory import layers, linalg
+from rasa_theory import bases, layers
 from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import RankBudget
 
@@ -15,7 +15,7 @@ def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:
     From RaSA(r, k) to RaSA(r, k') with k' >= k. D_i is 1 on the layer's own new terms and 0 on those of the others.
     """
     q = budget.private_rank
-    B, A = linalg.truncated_product(
+    B, A = bases.truncated_product(
         factors.private_B, factors.private_A, factors.private_A.shape[1]
     )  # terms in order of size
     L, _, given = B[:, :, q:].shape
