@@ -14,9 +14,10 @@ with c_i from 0.5 for the first layer to 1.5 for the last, and s_j = j^-0.7 for 
 and V_i orthonormalise sqrt(0.5) G + sqrt(0.5) G'_i, G common to all layers, so that layers overlap; G_i is Gaussian
 with norm s_p, so that the tail goes on where the power law ends.
 
-`e_lora_estimate` is the error of the rank-r approximations that a randomised subspace iteration finds: an upper bound
-on e_lora, a little above it. `e_rasa_over_estimate` is therefore a little below e_rasa / e_lora. The start comes from
-the same iteration: q leading terms of a layer private, the R next largest of all layers in the pool.
+The start is made of the terms that a randomised subspace iteration finds: q leading ones of a layer private, the R next
+largest of all layers in the pool. e_lora is the certified interval of `solve_lora(.., method="fast")`, and
+`e_rasa_over_e_lora` one too. `--default` runs the default solver as well, with its exact SVDs and its race of starts.
+`--figure` draws what the file holds (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ import rasa_theory as rt
 from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
 from rasa_theory.descent import Descent
-from rasa_theory.lora import LoraFactors
 from rasa_theory.problem import SVD, compute_device
 
 Config = tuple[int, int, int, int, int]  # L, b, a, r, k
@@ -131,16 +131,6 @@ def leading_terms(unit: rt.LayerStack, width: int, iterations: int) -> SVD:
     return SVD(Q @ Zh.mT.to(Q.dtype), S.to(Q.dtype), (X @ W.to(X.dtype)).mT)
 
 
-def estimated_lora(unit: rt.LayerStack, rank: int, width: int) -> tuple[SVD, float, float]:
-    """Leading terms, the error of the best rank-`rank` ones, and by what share the last iteration lowered it."""
-    errors = []
-    for iterations in (ITERATIONS - 1, ITERATIONS):
-        terms = leading_terms(unit, width, iterations)
-        factors = LoraFactors(terms.U[:, :, :rank] * terms.S[:, None, :rank], terms.Vh[:, :rank])
-        errors.append(rt.reconstruction_error(unit, factors))
-    return terms, errors[-1], 1 - errors[-1] / errors[0]
-
-
 def start_from(terms: SVD, budget: rt.RankBudget) -> rt.RasaFactors:
     """q leading terms of every layer private, the R next largest in the pool, each for the layer it comes from."""
     (U, S, Vh), q = terms, budget.private_rank
@@ -161,20 +151,26 @@ class Run:
         self.size = L * b * a * stack.values.element_size()
         self.record: dict[str, Any] = {
             "layers": L, "b": b, "a": a, "rank": budget.rank, "k": budget.shared_rank, "dtype": "float32",
-            "stack": stack.name, "stack_bytes": self.size, "hardware": hardware(stack.device),
+            "tf32": stack.tf32, "stack": stack.name, "stack_bytes": self.size, "hardware": hardware(stack.device),
         }  # fmt: skip
-        self.stages = (self.start, self.joint, self.core, self.solve)
+        self.stages = [self.start, self.lora, self.joint, self.core, self.solve]
+        if options.default:
+            self.stages.append(self.default)
 
     def start(self) -> None:
-        """The estimate of e_lora, and factors to start from."""
+        """Factors to start from."""
+        width = min(*self.unit.shape, self.budget.rank + max(8, 3 * self.budget.shared_rank))
         began = now(self.device)
-        r = self.budget.rank
-        width = min(*self.unit.shape, r + max(8, 3 * self.budget.shared_rank))
-        terms, self.lora, change = estimated_lora(self.unit, r, width)
-        self.given = start_from(terms, self.budget)
+        self.given = start_from(leading_terms(self.unit, width, ITERATIONS), self.budget)
+        self.record |= {"start_seconds": now(self.device) - began}
+
+    def lora(self) -> None:
+        """The interval of e_lora."""
+        began = now(self.device)
+        self.interval = rt.solve_lora(self.unit, self.budget.rank, method="fast").interval
         self.record |= {
-            "e_lora_estimate_over_norm": self.lora / self.unit.norm_squared, "e_lora_last_iteration_lowered": change,
-            "start_seconds": now(self.device) - began,
+            "lora_fast_seconds": now(self.device) - began,
+            "e_lora_over_norm": [e / self.unit.norm_squared for e in self.interval],
         }  # fmt: skip
 
     def joint(self) -> None:
@@ -212,12 +208,13 @@ class Run:
 
     def solve(self) -> None:
         """`solve_rasa` from the given start to its stop, or to the limit in seconds."""
-        began, trace = now(self.device), [[0.0, rt.reconstruction_error(self.unit, self.given) / self.lora]]
-        read = self.unit.data_passes
+        upper = self.interval[1]
+        trace = [[0.0, rt.reconstruction_error(self.unit, self.given) / upper]]
+        began, read = now(self.device), self.unit.data_passes
 
         def after_sweep(progress: rt.Progress) -> None:
-            trace.append([now(self.device) - began, progress.error / self.lora])
-            self.record["solve_trace"] = trace  # seconds, error over the estimate of e_lora
+            trace.append([now(self.device) - began, progress.error / upper])
+            self.record["solve_trace"] = trace  # seconds, error over the upper side of e_lora
             if trace[-1][0] > self.options.limit:
                 raise OutOfTime
 
@@ -225,13 +222,26 @@ class Run:
         try:
             found = rt.solve_rasa(self.unit, self.budget, solver, after_sweep)
         except OutOfTime:
-            error, stop = min(e for _, e in trace) * self.lora, f"{self.options.limit} seconds were over."
+            error, stop = min(e for _, e in trace) * upper, f"{self.options.limit} seconds were over."
         else:
             error, stop = found.error, found.stop_reason.value
             self.record |= {"cancellation": found.cancellation}
         self.record |= {
             "solve_seconds": now(self.device) - began, "solve_sweeps": len(trace) - 1, "stop": stop,
-            "data_passes": self.unit.data_passes - read, "e_rasa_over_estimate": error / self.lora,
+            "data_passes": self.unit.data_passes - read,
+            "e_rasa_over_e_lora": [error / upper, error / self.interval[0]],
+        }  # fmt: skip
+
+    def default(self) -> None:
+        """The default solver, and how much of it goes into the SVDs of the stack, which exact e_lora needs too."""
+        began = now(self.device)
+        e_lora = rt.solve_lora(self.unit, self.budget.rank).error
+        decomposed = now(self.device)
+        found = rt.solve_rasa(self.unit, self.budget)
+        self.record["default"] = {
+            "svd_seconds": decomposed - began, "solve_seconds": now(self.device) - decomposed,
+            "start": found.start, "stop": found.stop_reason.value, "sweeps": found.sweeps,
+            "data_passes": found.data_passes, "e_rasa_over_e_lora": found.error / e_lora,
         }  # fmt: skip
 
     def go(self, save: Callable[[dict[str, Any]], None]) -> None:
@@ -270,7 +280,7 @@ def free(device: torch.device) -> None:
 
 def title(record: dict[str, Any]) -> str:
     """The configuration, as --configs has it."""
-    return "{layers}x{b}x{a}:{rank}:{k}".format(**record)
+    return "{layers}x{b}x{a}:{rank}:{k}".format(**record) + (" tf32" if record["tf32"] else "")
 
 
 def saver(path: Path) -> Callable[[dict[str, Any]], None]:
@@ -284,6 +294,36 @@ def saver(path: Path) -> Callable[[dict[str, Any]], None]:
         os.replace(beside, path)
 
     return save
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Error against seconds of every solve; a sweep's time beside its two products'."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    done = [r for r in records if "e_rasa_over_e_lora" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for n, record in enumerate(done):
+        seconds, errors = zip(*record["solve_trace"], strict=True)
+        style = {"color": f"C{n}", "marker": "o", "markersize": 3, "label": title(record)}
+        left.plot(seconds[1:], errors[1:], **style)
+    left.set(xscale="log", xlabel="seconds", ylabel="error / e_lora", title="From the start given to the stop")
+    left.legend(title="L x b x a : r : k", fontsize=8)
+    kinds = {
+        "two_products_seconds": "two products",
+        "joint_sweep_seconds": "joint sweep",
+        "core_sweep_seconds": "core sweep",
+    }
+    for m, (key, label) in enumerate(kinds.items()):
+        right.barh([n + 0.27 * (m - 1) for n in range(len(done))], [r[key]["min"] for r in done], 0.25, label=label)
+    right.set(xscale="log", xlabel="seconds", title="One sweep (least)", yticks=range(len(done)))
+    right.set_yticklabels([title(r) for r in done], fontsize=8)
+    right.invert_yaxis()
+    right.legend(fontsize=8)
+    figure.suptitle(" / ".join(sorted({f"{r['hardware']['device']}, torch {r['hardware']['torch']}" for r in done})))
+    figure.savefig(path, dpi=130)
 
 
 def parsed(text: str) -> list[Config]:
@@ -302,8 +342,16 @@ def main() -> None:
         "--limit", type=float, default=120.0, help="seconds for one solve, and for the timed core sweeps"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny stacks on the CPU, few sweeps")
+    parser.add_argument("--tf32", action="store_true", help="products may round to TF32")
+    parser.add_argument("--default", action="store_true", help="the default solver too, which takes SVDs: minutes")
+    parser.add_argument(
+        "--figure", action="store_true", help="draw what the file holds, beside it, and measure nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("figures/gpu_scale.json"))
     options = parser.parse_args()
+    if options.figure:
+        draw(json.loads(options.out.read_text(encoding="utf-8"))["records"], options.out.with_suffix(".png"))
+        return
     if options.smoke:
         options.repeats, options.max_sweeps = 2, 4
     device = compute_device("cpu" if options.smoke else options.device)
@@ -316,6 +364,7 @@ def main() -> None:
             free(device)
             made, stack = shape, made_stack(*shape, device)
         assert stack is not None
+        stack.tf32 = options.tf32
         Run(stack, rt.RankBudget(rank, k), options).go(save)
         free(device)
 

@@ -297,7 +297,7 @@ class LayerStack:
         L, b, a = self._storage.shape
         product = X.new_zeros(L, X.shape[-1], a if transposed else b).mT  # laid out as `linalg.product` does
         X = X.expand(L, -1, -1)
-        for i, rows, M in self._stored_tiles(rows=max(1, _CACHED_ELEMENTS // a)):
+        for i, rows, M in self._stored_tiles(rows=max(1, _CACHED_ELEMENTS // a) if self.device.type == "cpu" else b):
             if transposed:
                 product[i] += linalg.product(M.mT, X[i, rows])
             else:

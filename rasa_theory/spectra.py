@@ -127,7 +127,7 @@ def leading_part(
 
 def _refined(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration in the precision of M."""
-    V = torch.linalg.qr(linalg.product(M.mT, B))[0]
+    V = bases.thin_qr(linalg.product(M.mT, B))[0]
     U, S, Wh = linalg.svd(linalg.product(M, V))
     return U * S, Wh @ V.mT
 
@@ -190,7 +190,7 @@ def _log_chebyshev(k: int, x: float) -> float:
 
 def ritz(M: Tensor, V: Tensor) -> RitzBasis:
     """What the certificate needs of a basis V (a, m), made orthonormal first: one product with M, one with M^T."""
-    V = torch.linalg.qr(V)[0]
+    V = bases.thin_qr(V)[0]
     MV = linalg.product(M, V)
     GV = linalg.product(M.mT, MV)
     Theta = MV.mT @ MV
@@ -211,7 +211,7 @@ class KrylovSearch:
 
     def __init__(self, M: Tensor, width: int, generator: torch.Generator) -> None:
         self.M, self.width = M, width
-        self.Q = torch.linalg.qr(random_block(M, width, generator).to(M))[0]  # (a, W)
+        self.Q = bases.thin_qr(random_block(M, width, generator).to(M))[0]  # (a, W)
         self.MQ = linalg.product(M, self.Q)  # (b, W)
         self.depth = 1
 
@@ -243,7 +243,7 @@ class KrylovSearch:
         Z = linalg.product(self.M.mT, self.MQ[:, -self.width :])
         for _ in range(2):
             Z = bases.outside(self.Q, Z)
-        new, last = torch.linalg.qr(Z)
+        new, last = bases.thin_qr(Z)
         sizes = last.diagonal().abs()
         if float(sizes.min()) <= 1e-4 * float(sizes.max()) or float(sizes.max()) <= 1e-4 * float(self.MQ.abs().max()):
             new = bases.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
