@@ -4,7 +4,8 @@
     python experiments/benchmark.py --quick --out DIR    # small sizes, for function
 
 Part 1, `passes`: from the allocation start, error after every sweep, passes over M (the start's residual left out) and
-seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones.
+seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones; on
+the first stack, k = r, also the CP sweeps of tensorly and pyttb from there.
 Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly, pyttb
 and pygenten, where they are installed, on the same tensor, k = r, in one process, in alternating order. A sweep of
 theirs is half of what three take longer than one, from the same start, so that setting up does not count; the last two
@@ -20,6 +21,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import itertools
 import os
 import platform
 import statistics
@@ -58,14 +60,37 @@ def traced(stack: rt.LayerStack, budget: rt.RankBudget, sweep: str, sweeps: int,
     """Passes, seconds and error after every sweep from the allocation start, until `sweeps` or `target`."""
     unit = stack.unit()
     run = Descent(unit, allocation_start(unit, budget), sweep, "allocation")
-    begun, passes, clock, trace = unit.data_passes, [0], 0.0, [run.history[0]]
+    begun, passes, clock, trace = unit.data_passes, [0], [0.0], [run.history[0]]
     while run.sweeps < sweeps and run.stop_reason is None and run.best_error > target:
         started = time.perf_counter()
         run.run(run.sweeps + 1, 0.0)
-        clock += time.perf_counter() - started
+        clock.append(clock[-1] + time.perf_counter() - started)
         passes.append(unit.data_passes - begun)
         trace.append(run.best_error)
-    return {"passes": passes, "errors": trace, "seconds": clock, "sweeps": run.sweeps}
+    return {"passes": passes, "errors": trace, "clock": clock, "sweeps": run.sweeps}
+
+
+def traced_cp(unit: rt.LayerStack, budget: rt.RankBudget, sweeps: int) -> dict[str, dict[str, Any]]:
+    """The same of other people's CP codes, k = r, after 1, 2, 4, .. sweeps, each run anew from the allocation start.
+
+    One of their sweeps reads M for each of its three factors. Seconds are of the whole call; the error is our residual.
+    """
+    start = allocation_start(unit, budget)
+    begin = [start.mixing, start.shared_B, start.shared_A.mT]
+    runs: dict[str, dict[str, Any]] = {}
+    for name, codes in their_sweeps(unit.values, begin).items():
+        if name == "pygenten cp_als":
+            continue
+        run: dict[str, list[Any]] = {"passes": [0], "errors": [rt.reconstruction_error(unit, start)], "clock": [0.0]}
+        for n in itertools.takewhile(lambda n: n <= sweeps, (2**m for m in itertools.count())):
+            started = time.perf_counter()
+            D, B_S, At_S = codes(n)
+            run["clock"].append(time.perf_counter() - started)
+            run["passes"].append(3 * n)
+            found = rt.RasaFactors(start.private_B, start.private_A, B_S, At_S.mT, D)
+            run["errors"].append(rt.reconstruction_error(unit, found))
+        runs[name] = run | {"sweeps": run["passes"][-1] // 3}
+    return runs
 
 
 def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: int, rows: list[dict[str, Any]]) -> Any:
@@ -79,20 +104,26 @@ def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: in
             target = plain["errors"][-1]
             core = traced(stack, budget, "core", 40, target)
             runs = {"joint": plain, "core": core}
+            if stack is stacks[0] and k == rank:
+                runs |= traced_cp(stack.unit(), budget, joint)
             if stack is stacks[0]:
                 longer, paper = traced(stack, budget, "core", 20), traced(stack, budget, "paper", joint // 5)
-                curves[k] = {
-                    name: run | {"e_lora": e_lora} for name, run in (runs | {"core": longer, "paper": paper}).items()
-                }
+                drawn = {"joint sweeps": plain, "core sweeps": longer, "paper sweeps": paper}
+                drawn |= {name: run for name, run in runs.items() if name not in ("joint", "core")}
+                curves[k] = {name: run | {"e_lora": e_lora} for name, run in drawn.items()}
             for method, run in runs.items():
                 row = facts(stack, budget, part="passes", method=method, sweeps=run["sweeps"], passes=run["passes"][-1])
-                row |= {"seconds": run["seconds"], "error": run["errors"][-1] / e_lora, "error_joint": target / e_lora}
+                row |= {
+                    "seconds": run["clock"][-1],
+                    "error": run["errors"][-1] / e_lora,
+                    "error_joint": target / e_lora,
+                }
                 rows.append(row)
             hit = "reached" if core["errors"][-1] <= target else "NOT REACHED"
             print(
                 f"{stack.name:24} k = {k}: {joint} joint sweeps {target / e_lora:.5f} of e_lora "
-                f"({plain['passes'][-1]} passes, {plain['seconds']:.1f} s), {hit} by the core after "
-                f"{core['passes'][-1]} passes, {core['seconds']:.1f} s",
+                f"({plain['passes'][-1]} passes, {plain['clock'][-1]:.1f} s), {hit} by the core after "
+                f"{core['passes'][-1]} passes, {core['clock'][-1]:.1f} s",
                 flush=True,
             )
     return curves
@@ -147,23 +178,37 @@ def quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def their_sweeps(M: torch.Tensor, R: int) -> dict[str, Callable[[int], Any]]:
-    """Other people's CP by alternating least squares on the tensor M: so many sweeps from one random start."""
+def their_sweeps(M: torch.Tensor, factors: list[torch.Tensor]) -> dict[str, Callable[[int], Any]]:
+    """Other people's CP by alternating least squares on the tensor M: so many sweeps from `factors`, (n, R) per axis.
+
+    All but pygenten's return factors.
+    """
     sweeps: dict[str, Callable[[int], Any]] = {}
-    factors = [torch.randn(n, R, generator=torch.Generator().manual_seed(1)).to(M.dtype) for n in M.shape]
+    R = factors[0].shape[1]
     if importlib.util.find_spec("tensorly"):
         import tensorly
         from tensorly.decomposition import parafac
 
         tensorly.set_backend("pytorch")
         start = tensorly.cp_tensor.CPTensor((torch.ones(R, dtype=M.dtype), factors))
-        sweeps["tensorly parafac"] = lambda n: parafac(M, R, n_iter_max=n, init=start, tol=0, normalize_factors=False)
+
+        def parafacs(n: int) -> list[torch.Tensor]:
+            weights, (first, *others) = parafac(M, R, n_iter_max=n, init=start, tol=0, normalize_factors=False)
+            return [first * weights, *others]
+
+        sweeps["tensorly parafac"] = parafacs
     if M.dtype == torch.float64 and importlib.util.find_spec("pyttb"):
         import pyttb
 
         tensor = pyttb.tensor(M.numpy())
         begin = pyttb.ktensor([np.asfortranarray(F.numpy()) for F in factors])
-        sweeps["pyttb cp_als"] = lambda n: pyttb.cp_als(tensor, R, maxiters=n, init=begin, printitn=0, stoptol=0)
+
+        def cp_als(n: int) -> list[torch.Tensor]:
+            found = pyttb.cp_als(tensor, R, maxiters=n, init=begin, printitn=0, stoptol=0)[0]
+            first, *others = (torch.as_tensor(F) for F in found.factor_matrices)
+            return [first * torch.as_tensor(found.weights), *others]
+
+        sweeps["pyttb cp_als"] = cp_als
         if importlib.util.find_spec("pygenten"):
             with quiet():
                 import pygenten
@@ -195,7 +240,9 @@ def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repea
     """One joint sweep, its two products, and one sweep of other people's CP code on the same tensor."""
     stack, budget = gaussian(shape, dtype), rt.RankBudget(rank, k)
     jobs = our_jobs(stack, budget)
-    theirs = their_sweeps(stack.values, budget.pool_rank(shape[0])) if budget.private_rank == 0 else {}
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(n, budget.pool_rank(shape[0]), generator=generator).to(stack.dtype) for n in shape]
+    theirs = their_sweeps(stack.values, start) if budget.private_rank == 0 else {}
     for name, sweeps in theirs.items():
         jobs |= {f"{name}, {n}": functools.partial(sweeps, n) for n in (1, 3)}
     clock = timed(jobs, repeats)
@@ -271,7 +318,7 @@ def draw_cost(rows: list[dict[str, Any]], path: Path) -> None:
             series.setdefault(f"{method}, {dtype}", []).append((operations, least / products))
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
-    for (name, values), marker in zip(sorted(series.items()), "ox^vsDP*", strict=False):
+    for (name, values), marker in zip(sorted(series.items()), "ox^v+D1*", strict=False):
         panel.loglog(*zip(*values, strict=True), marker, label=name, markersize=5)
     panel.axhline(1.0, color="black", linewidth=1)
     panel.set_xlabel("operations of the two products, 4 L b a (q + R)")
@@ -307,18 +354,24 @@ def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[A
 
 
 def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
-    """Error against passes, one panel per k."""
-    figure = Figure(figsize=(3.6 * len(curves), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)
-    for panel, (k, methods) in zip(axes[0], curves.items(), strict=True):
+    """Error against passes and against seconds, one column per k."""
+    figure = Figure(figsize=(3.6 * len(curves), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False, sharey="col")
+    styles = {"joint sweeps": "C0.-", "core sweeps": "C1.-", "paper sweeps": "C2.-"}
+    styles |= {"tensorly parafac": "C3x--", "pyttb cp_als": "C4+--"}
+    for column, (k, methods) in zip(axes.T, curves.items(), strict=True):
         for name, run in methods.items():
             ratios = [e / run["e_lora"] for e in run["errors"]]
-            panel.semilogx([max(p, 1) for p in run["passes"]], ratios, label=f"{name} sweeps", marker=".", markersize=3)
-        panel.set_title(f"k = {k}")
-        panel.set_xlabel("passes over M (the start drawn at 1)")
-        panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("error / e_lora")
-    axes[0][0].legend(fontsize=8)
+            style = {"fmt": styles[name], "markersize": 4, "linewidth": 1, "label": name}
+            column[0].errorbar([max(p, 1) for p in run["passes"]], ratios, **style)
+            column[1].errorbar(run["clock"][1:], ratios[1:], **style)
+        column[0].set(title=f"k = {k}", xscale="log", xlabel="passes over M (the start drawn at 1)")
+        column[1].set(xscale="log", xlabel="seconds")
+        for panel in column:
+            panel.grid(alpha=0.3)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("error / e_lora")
+    axes[0][-1].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -334,7 +387,7 @@ def main() -> None:
     bundled = list(rt.load("minilm-code")[0])
     if options.quick:
         small = rt.LayerStack(bundled[0].values[:, :96, :96], "query, a crop")
-        curves = part_passes([small], [1, 4], 8, 50, rows)
+        curves = part_passes([small], [1, 8], 8, 50, rows)
         for dtype in ("float32", "float64"):
             part_sweep((4, 96, 96), 4, 4, dtype, 3, rows)
         part_growth(growth_axes(4, 64, 48, 4, 1, 2), 3, rows)

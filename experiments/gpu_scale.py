@@ -304,13 +304,18 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     done = [r for r in records if "e_rasa_over_e_lora" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for n, record in enumerate(done):
         seconds, errors = zip(*record["solve_trace"], strict=True)
         style = {"color": f"C{n}", "marker": "o", "markersize": 3, "label": title(record)}
         left.plot(seconds[1:], errors[1:], **style)
-    left.set(xscale="log", xlabel="seconds", ylabel="error / e_lora", title="From the start given to the stop")
-    left.legend(title="L x b x a : r : k", fontsize=8)
+    left.set(
+        xscale="log",
+        xlabel="seconds",
+        ylabel="error / e_lora",
+        title="To the stop, after every sweep (L x b x a : r : k)",
+    )
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     kinds = {
         "two_products_seconds": "two products",
         "joint_sweep_seconds": "joint sweep",

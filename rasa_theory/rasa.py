@@ -166,7 +166,8 @@ def _race(
     alive = [run for run in runs if run.solved] or runs
     if len(alive) > 1:
         alive = _ahead([go_on(run, second - first) for run in _ahead(alive, 2)], 1)
-    if options.start == "best" and budget.shared_rank > 0 and options.max_sweeps >= 2 * second:
+    worth_it = budget.shared_rank > 0 and options.max_sweeps >= 2 * second and not alive[0].solved
+    if options.start == "best" and worth_it:
         exchanges = Exchanges(unit, budget, options.seed)
         alive = [_with_exchanges(run, exchanges, options, lambda run: go_on(run, second)) for run in alive]
     for run in alive:
@@ -206,7 +207,7 @@ def _with_exchanges(
 ) -> Descent:
     """Try exchanges as long as sweeps from there end lower than as many sweeps without; the run that is lowest."""
     for _ in range(_TRIALS):
-        factors = None if run.solved or run.stop_reason is StopReason.CONVERGED else exchanges.exchanged(run.best)
+        factors = None if run.solved else exchanges.exchanged(run.best)
         if factors is None:
             break
         other = go_on(Descent(run.unit, factors, options.sweep, run.start, options.max_cancellation))

@@ -55,9 +55,9 @@ def test_floors_are_those_of_the_cpu():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_storage(dtype):
     M = torch.as_tensor(noise(3, 40, 30)).to(dtype)
-    options = SolverOptions(start="allocation", max_sweeps=4, rtol=0)
+    options = SolverOptions(start="random", sweep="joint", max_sweeps=4, rtol=0)
     here, there = (solve_rasa(LayerStack(M, device=d), RankBudget(3, 1), options).error for d in ("cpu", "cuda"))
-    assert there == pytest.approx(here, rel=1e-4)
+    assert there == pytest.approx(here, rel=1e-5)
 
 
 def test_a_recording_reads_its_arguments_anew():
