@@ -246,10 +246,11 @@ def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repea
     for name, sweeps in theirs.items():
         jobs |= {f"{name}, {n}": functools.partial(sweeps, n) for n in (1, 3)}
     clock = timed(jobs, repeats)
-    least, median = ({name: f(seconds) for name, seconds in clock.items()} for f in (min, statistics.median))
     for name in theirs:
-        for found in (least, median):
-            found[name] = (found.pop(f"{name}, 3") - found.pop(f"{name}, 1")) / 2
+        clock[name] = [
+            (three - one) / 2 for one, three in zip(*(clock.pop(f"{name}, {n}") for n in (1, 3)), strict=True)
+        ]
+    least, median = ({name: f(seconds) for name, seconds in clock.items()} for f in (min, statistics.median))
     noted(least, median, facts(stack, budget, part="sweep"), rows)
 
 

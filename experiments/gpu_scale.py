@@ -45,7 +45,10 @@ import rasa_theory as rt
 from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
 from rasa_theory.descent import Descent
+from rasa_theory.inner import sweeps_on
 from rasa_theory.problem import SVD, compute_device
+from rasa_theory.starts import random_start
+from rasa_theory.updates import normalise_pool
 
 Config = tuple[int, int, int, int, int]  # L, b, a, r, k
 FULL = ",".join(f"32x{b}x4096:{r}:{k}" for b in (4096, 14336) for r in (8, 64) for k in (1, 8))
@@ -154,6 +157,8 @@ class Run:
             "tf32": stack.tf32, "stack": stack.name, "stack_bytes": self.size, "hardware": hardware(stack.device),
         }  # fmt: skip
         self.stages = [self.start, self.lora, self.joint, self.core, self.solve]
+        if self.device.type == "cuda":
+            self.stages.append(self.pieces)
         if options.default:
             self.stages.append(self.default)
 
@@ -231,6 +236,23 @@ class Run:
             "data_passes": self.unit.data_passes - read,
             "e_rasa_over_e_lora": [error / upper, error / self.interval[0]],
         }  # fmt: skip
+
+    def pieces(self) -> None:
+        """What only a GPU does otherwise: sweeps on a core, replayed and checked, and QR, ours and torch's."""
+        L, n = self.unit.layers, min(8 * self.ranks, *self.unit.shape)
+        core = rt.LayerStack(torch.randn(L, n, n, device=self.device, dtype=torch.float64))
+        point = normalise_pool(random_start(core, self.budget, SEED, size=0.1))
+        checked, replayed = (sweeps_on(core.values, (n, n), replayed) for replayed in (False, True))
+        replayed(point)  # the first is checked; the next is recorded, to warm up
+        thin = torch.randn(L, self.unit.shape[0], self.ranks, device=self.device)
+        jobs: dict[str, Callable[[], Any]] = {
+            "core_sweep_checked": lambda: checked(point),
+            "core_sweep_replayed": lambda: replayed(point),
+            "thin_qr": lambda: thin_qr(thin),
+            "householder_qr": lambda: torch.linalg.qr(thin),
+        }
+        clock = timed(jobs, self.options.repeats, self.device)
+        self.record["pieces"] = {"core": n, **{f"{name}_seconds": seconds for name, seconds in clock.items()}}
 
     def default(self) -> None:
         """The default solver, and how much of it goes into the SVDs of the stack, which exact e_lora needs too."""

@@ -37,7 +37,7 @@ class Checked:
 
 
 class Unchecked:
-    """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether that was right of all."""
+    """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether all steps were sound."""
 
     def __init__(self) -> None:
         self._sound: list[Tensor] = []
@@ -58,7 +58,7 @@ class Unchecked:
 
 
 class Recorded:
-    """A function of tensors on a GPU that waits for nothing: recorded as a CUDA graph when it is called first.
+    """A function of tensors on one GPU that waits for nothing: recorded as a CUDA graph when it is called first.
 
     Every call copies its arguments to where the recording reads them, replays it and returns copies of the results. All
     arguments keep their shapes; what else the function reads must stay where it is. What it calls must have run on the
@@ -68,14 +68,19 @@ class Recorded:
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._read: list[Tensor] = []
+        self._results: tuple[Tensor, ...] = ()
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        if self._graph is None:
-            self._read = [x.clone() for x in arguments]
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._results = self._function(*self._read)
-        for kept, x in zip(self._read, arguments, strict=True):
-            kept.copy_(x)
-        self._graph.replay()
-        return tuple(x.clone() for x in self._results)
+        device = arguments[0].device
+        with torch.cuda.device(device):
+            if self._graph is None:
+                self._read = [x.clone() for x in arguments]
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+                    self._results = self._function(*self._read)
+                self._graph = graph
+            for kept, x in zip(self._read, arguments, strict=True):
+                kept.copy_(x)
+            self._graph.replay()
+            return tuple(x.clone() for x in self._results)

@@ -27,7 +27,8 @@ def cholesky_qr(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The first time leaves columns that are orthonormal to eps times the squared condition of X, the second mends it
     (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015). Sound if what the first leaves is
-    within 1/2 of orthonormal. Nothing here waits for a GPU.
+    within 1/2 of orthonormal; whether a factorisation failed need not be asked, for X = Q T whatever T is. Nothing here
+    waits for a GPU.
     """
     eye = torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
     Q, first = _by_gram(X.double())

@@ -21,7 +21,7 @@ from rasa_theory.problem import LayerStack
 
 _ROUNDS = 12  # new directions of so many rounds are kept at most
 _EARLIER = 2  # where a basis is cut down, it keeps the factors of so many rounds before
-_INNER, _WHOLE = 20, 8  # sweeps on the core after each pass; where it is M itself, so that more of them can wait
+_INNER, _WHOLE = 20, 8  # sweeps on the core after each pass; where it is M itself, and no pass is saved by more
 
 
 class CoreSweep:
@@ -31,9 +31,9 @@ class CoreSweep:
     that its basis would be the whole space, it is: if both are, K is M, and only the first sweep reads it.
     """
 
-    def __init__(self, unit: LayerStack, layer_norms: Tensor) -> None:
+    def __init__(self, unit: LayerStack) -> None:
         self._unit = unit
-        self._last: RasaFactors | None = None
+        self._last: RasaFactors | None = None  # what the bases and K belong to
 
     def __call__(self, factors: RasaFactors) -> tuple[RasaFactors, float]:
         """The factors after one sweep, and their squared error, from the products."""
@@ -81,7 +81,7 @@ class CoreSweep:
             shared_A=found.shared_A[:, : common[1]] @ grown.common.mT,
             mixing=found.mixing,
         )
-        return moved, view.norm_squared - float((K * K).sum()) + error
+        return moved, view.norm_squared - float(layers.total((K * K).sum((1, 2)))) + error
 
 
 @dataclass

@@ -67,12 +67,12 @@ def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
     return factors, updates.trusted_error(unit, factors, float(error))
 
 
-SWEEPS: dict[str, Callable[[LayerStack, torch.Tensor], Sweep]] = {
+SWEEPS: dict[str, Callable[[LayerStack], Sweep]] = {
     "core": CoreSweep,
-    "joint": lambda unit, layer_norms: functools.partial(joint_sweep, unit, layer_norms),
-    "paper": lambda unit, layer_norms: functools.partial(paper_sweep, unit, layer_norms),
+    "joint": lambda unit: functools.partial(joint_sweep, unit, unit.layer_norms()),
+    "paper": lambda unit: functools.partial(paper_sweep, unit, unit.layer_norms()),
 }
-"""A stack's unit view and its ||M_i|| -> a sweep."""
+"""A stack's unit view -> a sweep."""
 
 
 class Descent:
@@ -88,8 +88,7 @@ class Descent:
         self, unit: LayerStack, factors: RasaFactors, sweep: str, start: str, max_cancellation: float = DEGENERATE
     ) -> None:
         self.unit, self.start = unit, start
-        norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype, device=unit.device).sqrt()
-        self._sweep = SWEEPS[sweep](unit, norms)
+        self._sweep = SWEEPS[sweep](unit)
         self.factors = updates.normalise_pool(factors)
         error = reconstruction_error(unit, factors)
         if not math.isfinite(error):

@@ -1,6 +1,6 @@
-"""The sums over layers of the solver, all of them: where layers lie apart, this is the one place that would know.
+"""What the sweeps need of all layers at once: where layers lie apart, this is the one place that would know.
 
-Each takes one matrix or row per layer and returns what all layers add up to.
+The starts and exchanges look at the leading parts of all layers together, in one place.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ def weighted(X: Tensor, weights: Tensor) -> Tensor:
     for rows in row_blocks(X):
         result[rows] = total(X[:, rows] * weights[:, None])
     return result
+
+
+def largest(x: Tensor) -> Tensor:
+    """max_i x_i: (L,) -> ()."""
+    return x.max()
+
+
+def each(B: Tensor, X: Tensor) -> Tensor:
+    """B X_i for every i, in one product: (b, n), (L, n, m) -> (L, b, m)."""
+    L, _, m = X.shape
+    return (B @ beside(X)).reshape(len(B), L, m).transpose(0, 1)
 
 
 def beside(X: Tensor) -> Tensor:

@@ -249,6 +249,11 @@ class LayerStack:
         factor = self.scale**2
         return [factor * x for x in self._unit_norms_squared().tolist()]
 
+    def layer_norms(self, dtype: torch.dtype | None = None) -> Tensor:
+        """||M_i||_F of each layer, (L,), on the device of the stack, in its dtype unless another is given."""
+        norms = torch.tensor(self.layer_norms_squared, dtype=torch.float64).sqrt()
+        return norms.to(self.device, dtype or self.dtype)
+
     @property
     def norm_squared(self) -> float:
         """||M||^2 = sum_i ||M_i||_F^2."""

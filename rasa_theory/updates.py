@@ -78,16 +78,16 @@ def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
     At most about 1 where nothing cancels. A layer whose norm is within rounding of 0 counts as if it had that norm.
     """
     f = factors.scaled(1 / stack.scale)
-    norms = torch.tensor(stack.unit().layer_norms_squared, dtype=torch.float64).sqrt().clamp_min(stack.unit().rounding)
+    norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
     private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1).double().cpu()
-    return float((terms / torch.where(norms > 0, norms, 1)).max())
+    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
+    return float(layers.largest(terms / torch.where(norms > 0, norms, 1)))
 
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    terms = torch.linalg.vector_norm(_layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)))
-    return (math.sqrt(stack.unit().norm_squared) + float(terms)) * stack.scale
+    terms = layers.total(_layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2)
+    return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
 
 
 def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None) -> float:
@@ -107,7 +107,7 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     the residual is taken, one pass more.
     """
     norm = math.sqrt(unit.norm_squared)
-    size = norm**2 + float((term_norms(factors) ** 2).sum())
+    size = norm**2 + float(layers.total(term_norms(factors) ** 2))
     if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
         return error
     return reconstruction_error(unit, factors)
@@ -211,7 +211,7 @@ def joint_half(
     p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
     D = D + algebra.solve_increment(G, g[..., None], torch.ones_like(size), noise)[..., 0]
-    private_B = MAt - (B_S @ layers.beside(D[:, :, None] * W)).reshape(len(B_S), *MAt.shape[::2]).transpose(0, 1)
+    private_B = MAt - layers.each(B_S, D[:, :, None] * W)
     explained = (MAt * MAt).sum((1, 2)) + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
     return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), layers.total(layer_norms**2 - explained))
 
@@ -257,7 +257,7 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
     MA = torch.zeros(factors.layers, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
     for tile in unit.tiles():
         MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
-    norms = torch.tensor(unit.layer_norms_squared, dtype=torch.float64, device=stack.device).sqrt()
+    norms = unit.layer_norms(torch.float64)
     solved = update_mixing(MA, norms, factors)
     return solved.scaled(stack.scale), _certified_drop(unit, norms, factors, solved) * stack.scale**2
 
@@ -279,7 +279,7 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
     sizes = (layer_norms + _layer_term_norms(factors)).cpu()
     error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
     eps = torch.finfo(torch.float64).eps
-    return max(float(drop.sum()) - linalg.rounding(float(error.sum()), unit.shape, eps), 0.0)
+    return max(float(layers.total(drop)) - linalg.rounding(float(layers.total(error)), unit.shape, eps), 0.0)
 
 
 def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solved: RasaFactors, after: float) -> float:

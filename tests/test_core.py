@@ -22,8 +22,7 @@ NARROW += [(2, 14, 14, 3, 1)]  # .. hardly any room
 def started(stack, budget, start=allocation_start):
     """A sweep on the unit stack, and factors in its units to begin with."""
     unit = stack.unit()
-    norms = torch.tensor(unit.layer_norms_squared, dtype=unit.dtype).sqrt()
-    return unit, CoreSweep(unit, norms), normalise_pool(update_private(unit, start(unit, budget, 0)))
+    return unit, CoreSweep(unit), normalise_pool(update_private(unit, start(unit, budget, 0)))
 
 
 def plain(factors):

@@ -398,7 +398,7 @@ def broken_after(sweeps, how):
         nan = dataclasses.replace(factors, mixing=factors.mixing * math.nan)
         return nan, math.inf if how == "inf" else math.nan
 
-    return lambda unit, norms: functools.partial(sweep, unit, norms)
+    return lambda unit: functools.partial(sweep, unit, unit.layer_norms())
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "raises"])
@@ -425,7 +425,7 @@ def test_if_the_error_rises_the_best_iterate_comes_back(monkeypatch):
             error = reconstruction_error(unit, factors)
         return factors, error
 
-    monkeypatch.setitem(descent.SWEEPS, "joint", lambda unit, norms: functools.partial(worse, unit, norms))
+    monkeypatch.setitem(descent.SWEEPS, "joint", lambda unit: functools.partial(worse, unit, unit.layer_norms()))
     solution = solve_rasa(stack, budget, exactly(4, start="lora", sweep="joint"))
     assert solution.history[:4] == expected.history
     assert solution.history[4] > solution.history[3] == pytest.approx(solution.error, rel=1e-12)

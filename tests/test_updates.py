@@ -29,7 +29,7 @@ def plain(factors):
 
 
 def norms(stack):
-    return torch.tensor(stack.layer_norms_squared, dtype=torch.float64).sqrt()
+    return stack.layer_norms(torch.float64)
 
 
 def mixing(stack, f):

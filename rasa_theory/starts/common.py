@@ -102,7 +102,7 @@ def _solve_pool(K: Tensor, seed: int) -> Pool | None:
     none = K.new_zeros(*K.shape[:2], 0)
     stack = LayerStack(K)
     unit = stack.unit()
-    norms = torch.tensor(unit.layer_norms_squared, dtype=K.dtype, device=K.device).sqrt()
+    norms = unit.layer_norms(K.dtype)
     best, lowest = None, torch.inf
     for _ in range(_TRIES):
         pool = pencil_pool(K, 0, generator)
