@@ -9,12 +9,12 @@ from rasa_theory import linalg
 
 
 def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
-    """X = Q T, Q (..., n, m) with orthonormal columns, T (..., m, m) upper triangular; n >= m.
+    """X = Q T, Q (..., n, p) with orthonormal columns, T (..., p, m) upper triangular; (..., n, m), p = min(n, m).
 
     By Householder's QR on the CPU. On a GPU a batch of those costs one small kernel after the other; `cholesky_qr` is
     tens of times faster there, and taken where it is sound.
     """
-    if X.device.type != "cpu":
+    if X.device.type != "cpu" and X.shape[-1] <= X.shape[-2]:
         Q, T, sound = cholesky_qr(X)
         if bool(sound):
             return Q, T
@@ -75,7 +75,7 @@ def unit_columns(X: Tensor) -> Tensor:
 
 def _dependent(X: Tensor) -> float:
     """What is left of a unit column beside others, if it depends on them."""
-    return 1e4 * float(torch.finfo(X.dtype).eps)
+    return 100 * float(torch.finfo(X.dtype).eps)
 
 
 def _random_columns(X: Tensor, seed: int) -> Tensor:

@@ -60,8 +60,7 @@ class CoreSweep:
             if (T := grown.make_room(factors.transpose())) is not None:
                 self._K = self._K @ T
             grown.take_up(*_directions(Z, known, factors))
-            before = self._K[:, :, : grown.width - grown.fresh.shape[2]]
-            self._K = grown.turned(torch.cat([before, Z.mT @ grown.fresh], 2))
+            self._K = grown.turned(torch.cat([self._K, Z.mT @ grown.fresh], 2))
         start = RasaFactors(
             private_B=known.U.mT @ factors.private_B,
             private_A=factors.private_A @ grown.U,

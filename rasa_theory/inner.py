@@ -16,11 +16,12 @@ _ENOUGH = 1e-3  # sweeps end where one gains less than this share of what all ha
 
 
 def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count: int) -> tuple[RasaFactors, float]:
-    """1 to `count` joint sweeps on K (L, n, m), float64: the factors and their squared error.
+    """A joint sweep on K (L, n, m), float64, and up to `count` - 1 steps more: the factors and their squared error.
 
-    B_S has its first common[0] rows only, and A_S its first common[1] columns. The first sweep is kept as it is; every
-    other begins beyond the last point, by a step that grows while this lowers the error and shrinks where it does not,
-    and is kept only if the error is lower. So the error never rises after the first sweep, which lowers it itself.
+    B_S has its first common[0] rows only, and A_S its first common[1] columns. A step sweeps from
+    beyond the last point, by so much of the last change as grows while this lowers the error and shrinks where it does
+    not; there, and in the first step, it sweeps from the point itself. So the error never rises. Steps end where one
+    gains less than a thousandth of what all have gained.
     """
     swept = sweeps_on(K, common, replayed=K.device.type == "cuda")
     before, (point, error) = factors, swept(factors)

@@ -81,3 +81,12 @@ def test_qr_by_cholesky_factors_says_where_it_is_not_sound():
     for X in (graded(1e9), equal, torch.zeros(2, 9, 3, dtype=torch.float64), infinite, infinite * 0):
         assert not bool(bases.cholesky_qr(X)[2])
     assert bool(bases.cholesky_qr(torch.zeros(2, 9, 0))[2])
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-3), (torch.float32, 3e-5), (torch.float64, 1e-12)])
+def test_columns_that_nearly_depend_are_kept(dtype, gap):
+    """Two columns at a small angle: both lie in the span, far below the rounding of what they could build."""
+    Q = torch.linalg.qr(torch.as_tensor(noise(1, 80, 3)[0]))[0].to(dtype)
+    X = torch.stack([Q[:, 0], Q[:, 0] + gap * Q[:, 1]], 1)
+    for P in (bases.orthonormal_columns(X), torch.cat([Q[:, 2:], bases.orthonormal_beside(Q[:, 2:], X)], 1)):
+        assert float((P @ (P.mT @ X) - X).abs().max()) <= 4 * torch.finfo(dtype).eps

@@ -8,7 +8,16 @@ import reference
 import torch
 from problems import falling
 
-from rasa_theory import LayerStack, RankBudget, SolverOptions, load, reconstruction_error, solve_lora, solve_rasa
+from rasa_theory import (
+    LayerStack,
+    RankBudget,
+    RasaFactors,
+    SolverOptions,
+    load,
+    reconstruction_error,
+    solve_lora,
+    solve_rasa,
+)
 from rasa_theory import core as core_module
 from rasa_theory.core import CoreSweep
 from rasa_theory.starts import allocation_start, random_start
@@ -69,6 +78,38 @@ def test_private_columns_after_one_that_the_pool_has_too_keep_their_place():
         side.product(unit)
         side.make_room(f)
         side.take_up(f.shared_B, torch.zeros_like(f.private_B))  # nothing new, twice
+
+
+@pytest.mark.parametrize("gap", [1e-3, 3e-4])
+def test_nearly_parallel_pool_terms_are_not_lost_in_float32(gap):
+    """Terms w b a^T and -w (b + gap c)(a + gap e)^T with w = 8: a basis without the small differences costs more."""
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.linalg.qr(torch.randn(n, 3, generator=generator, dtype=torch.float64))[0] for n in (80, 70))
+    near = [X[:, :2] @ torch.tensor([[1.0, 1.0], [0.0, gap]], dtype=torch.float64) for X in (B, A)]
+    D = torch.tensor([[8.0, -8.0], [4.0, -4.0]], dtype=torch.float64)
+    f = normalise_pool(
+        RasaFactors(torch.zeros(2, 80, 0), torch.zeros(2, 0, 70), near[0], near[1].mT, D).to(torch.float64)
+    )
+    M = torch.stack([f.update(i) for i in range(2)]) + 1e-3 * torch.as_tensor(falling(2, 80, 70))
+    stack = LayerStack(M.float())
+    unit, given = stack.unit(), f.to(torch.float32).scaled(1 / stack.scale)
+    assert CoreSweep(unit)(given)[1] <= reconstruction_error(unit, given) * (1 + 1e-6)
+
+
+def test_a_basis_that_is_cut_down_keeps_the_pool():
+    """Most of its dimensions are own: a share of the width for the common ones would be less than R."""
+    unit, budget = LayerStack(falling(3, 60, 50)).unit(), RankBudget(3, 2)
+    f = random_start(unit, budget, 0, size=0.3)
+    f = dataclasses.replace(f, private_B=torch.as_tensor(falling(3, 60, 1)))
+    side = core_module._Side.of(unit, f)
+    own = torch.as_tensor(falling(3, 60, 30, seed=1))
+    side.product(unit)
+    side.take_up(f.shared_B[:, :0], own)
+    side.product(unit)
+    side._keep(f, 10)
+    assert side.width == 10
+    assert largest(side.common @ (side.common.mT @ f.shared_B) - f.shared_B) <= 1e-12
+    assert largest(side.U @ (side.U.mT @ f.private_B) - f.private_B) <= 1e-12
 
 
 def test_a_layer_that_owns_no_pool_term_keeps_its_private_ones():

@@ -74,6 +74,17 @@ def test_replayed_sweeps_are_the_checked_ones(dead, monkeypatch):
     assert soundness == [not dead, True, True, True]
 
 
+def test_unchecked_steps_say_where_they_are_not_sound():
+    """Each by itself: columns that depend, and a Gram matrix with a zero that Cholesky does not survive."""
+    X, G, g = torch.as_tensor(noise(2, 9, 2)), torch.eye(3).double(), torch.ones(3, 1).double()
+    size, level = torch.ones(3).double(), torch.full((3,), 1e-9).double()
+    for depends, singular in ((False, False), (True, False), (False, True)):
+        algebra = Unchecked()
+        algebra.orthonormal(X * torch.tensor([1.0, 0.0 if depends else 1.0]).double())
+        algebra.solve_increment(G * torch.tensor([1.0, 1.0, 0.0 if singular else 1.0]).double(), g, size, level)
+        assert bool(algebra.sound) == (not depends and not singular)
+
+
 def test_unchecked_sweeps_say_where_they_are_not_sound():
     """A pool term that no layer uses leaves a zero in the Gram matrix: Cholesky fails, and eigenvectors are needed."""
     stack, budget = LayerStack(falling(3, 30, 20)), RankBudget(3, 2)

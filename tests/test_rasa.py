@@ -482,7 +482,7 @@ def test_passes_over_the_data(sweep, passes):
 def test_the_race_goes_on_with_its_best(monkeypatch):
     """Sweeps that change nothing but the number: e_alloc < e_lora < ||M||^2, so that allocation comes first."""
 
-    def halving(unit, norms):
+    def halving(unit):
         return lambda factors: (factors, reconstruction_error(unit, factors) / 2)
 
     monkeypatch.setitem(descent.SWEEPS, "joint", halving)
