@@ -8,8 +8,8 @@ seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is
 the first stack, k = r, also the CP sweeps of tensorly and pyttb from there.
 Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly, pyttb
 and pygenten, where they are installed, on the same tensor, k = r, in one process, in alternating order. A sweep of
-theirs is half of what three take longer than one, from the same start, so that setting up does not count; the last two
-compute in float64 and run there only.
+theirs is a tenth of what eleven take longer than one, from the same start, so that setting up does not count; the last
+two compute in float64 and run there only.
 Part 3, `growth`: the same seconds of ours where one of L, b, R and k grows, the others held fixed, in float32.
 Part 4, `lora`: seconds of `solve_lora(.., "fast")` beside torch's svdvals; `error` is the width of its interval.
 """
@@ -244,12 +244,11 @@ def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repea
     start = [torch.randn(n, budget.pool_rank(shape[0]), generator=generator).to(stack.dtype) for n in shape]
     theirs = their_sweeps(stack.values, start) if budget.private_rank == 0 else {}
     for name, sweeps in theirs.items():
-        jobs |= {f"{name}, {n}": functools.partial(sweeps, n) for n in (1, 3)}
+        jobs |= {f"{name}, {n}": functools.partial(sweeps, n) for n in (1, 11)}
     clock = timed(jobs, repeats)
     for name in theirs:
-        clock[name] = [
-            (three - one) / 2 for one, three in zip(*(clock.pop(f"{name}, {n}") for n in (1, 3)), strict=True)
-        ]
+        one, eleven = (clock.pop(f"{name}, {n}") for n in (1, 11))
+        clock[name] = [(y - x) / 10 for x, y in zip(one, eleven, strict=True)]
     least, median = ({name: f(seconds) for name, seconds in clock.items()} for f in (min, statistics.median))
     noted(least, median, facts(stack, budget, part="sweep"), rows)
 

@@ -243,7 +243,7 @@ class Run:
         core = rt.LayerStack(torch.randn(L, n, n, device=self.device, dtype=torch.float64))
         point = normalise_pool(random_start(core, self.budget, SEED, size=0.1))
         checked, replayed = (sweeps_on(core.values, (n, n), replayed) for replayed in (False, True))
-        replayed(point)  # the first is checked; the next is recorded, to warm up
+        point, _ = replayed(point)  # checked; gives private terms to a start that has none, which no replay would stand
         thin = torch.randn(L, self.unit.shape[0], self.ranks, device=self.device)
         jobs: dict[str, Callable[[], Any]] = {
             "core_sweep_checked": lambda: checked(point),
