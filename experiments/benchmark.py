@@ -371,7 +371,8 @@ def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
             panel.grid(alpha=0.3)
     for panel in axes[:, 0]:
         panel.set_ylabel("error / e_lora")
-    axes[0][-1].legend(fontsize=8)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

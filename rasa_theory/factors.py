@@ -94,6 +94,13 @@ class RasaFactors:
             mixing=torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k)),
         )
 
+    def as_lora(self) -> LoraFactors:
+        """The same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
+        return LoraFactors(
+            torch.cat([self.private_B, self.shared_B * self.mixing[:, None]], 2),
+            torch.cat([self.private_A, self.shared_A.expand(self.layers, -1, -1)], 1),
+        )
+
     @property
     def layers(self) -> int:
         """L."""

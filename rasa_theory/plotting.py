@@ -92,3 +92,30 @@ def _legend() -> list[Line2D]:
         Line2D([], [], color=BLUE, linestyle="-.", label="best found $e_{\\mathrm{RaSA}}$"),
         Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
     ]
+
+
+def plot_extraction(report: dict[str, Any]) -> Figure:
+    """The share of every layer's squared norm that LoRA, RaSA and the written file miss: one panel per stack.
+
+    `report` is that of `python -m rasa_theory.extract`.
+    """
+    from matplotlib.figure import Figure
+
+    rows = report["stacks"]
+    columns = max(1, min(len(rows), 3))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(1.0 + 3.8 * columns, 1.2 + 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    kinds = (("e_lora", "LoRA", INK, "-"), ("e_rasa", "RaSA", BLUE, "-."), ("e_stored", "as written", ORANGE, ":"))
+    for ax, row in zip(axes.flat, rows, strict=False):
+        modules = [m for m in row["modules"] if m["norm_squared"] > 0]
+        for key, label, color, dash in kinds:
+            ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
+        ax.set_title(row["kind"], fontsize=10)
+        ax.set_ylim(bottom=0)
+    for ax in list(axes.flat)[len(rows) :]:
+        ax.set_axis_off()
+    figure.supxlabel("layer", fontsize=11)
+    figure.supylabel("squared error / squared norm of the update", fontsize=11)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure

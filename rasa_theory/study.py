@@ -138,7 +138,7 @@ def study_steps(
     tasks = 0
     for given in stacks:
         stack, norms = given.normalised_layers() if settings.weight == "layer" else (given, None)
-        state.results["environment"] = state.results["environment"] or environment(stack)
+        state.results["environment"] = state.results["environment"] or environment(stack.device, stack.dtype)
         lora = solve_lora(stack, settings.rank)
         row = _stack_row(stack, lora)
         told = _Teller(watch, stack.name, lora.error)
@@ -297,15 +297,15 @@ def _overall(results: dict[str, Any]) -> str:
     return next((v for v in ("violated", "undecided") if v in verdicts), "holds")
 
 
-def environment(stack: LayerStack) -> dict[str, Any]:
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions and hardware that the numbers depend on."""
     return {
         "rasa_theory": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else str(stack.device),
-        "dtype": str(stack.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "platform": f"{sys.platform} {platform.machine()}",
         "commit": _commit(),

@@ -26,7 +26,6 @@ from rasa_theory.bench.workers import Drawn, suitable_jobs, trials
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.study import environment
 
@@ -105,7 +104,7 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None) ->
         seed=args.seed,
         asked=asked,
         command=["python", "-m", "rasa_theory.verify", *given],
-        environment=environment(LayerStack(torch.zeros(1, 1, 1, dtype=torch.float64))),
+        environment=environment(torch.device("cpu"), torch.float64),
         seconds=time.perf_counter() - started,
     )
     _report(found, args.json, out, interrupted)

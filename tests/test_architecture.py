@@ -17,14 +17,14 @@ FLOORS = [
     {"problem", "spectra", "algebra"},
     {"factors"},
     {"sources", "objective", "bounds"},
-    {"lora", "updates", "subspaces"},
+    {"lora", "updates", "subspaces", "exports"},
     {"inner"},
     {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},
-    {"study", "bench"},
-    {"plotting", "report"},
-    {"reconstruct", "verify"},
+    {"study", "bench", "extraction"},
+    {"plotting", "report", "extract_report"},
+    {"reconstruct", "verify", "extract"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -60,7 +60,7 @@ def test_only_the_commands_print() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing == {"console", "reconstruct", "verify"}
+    assert printing == {"console", "reconstruct", "verify", "extract"}
 
 
 def test_the_package_is_imported_without_what_only_its_commands_and_figures_need() -> None:

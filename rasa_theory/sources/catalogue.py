@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,22 +28,26 @@ class StackSource:
     """A stack that is not read yet: `layers` matrices of `shape` (b, a).
 
     `load(dtype, device)` reads it (None: as LayerStack chooses) and raises InputError, naming the file, if the file
-    has been damaged or a value is not finite.
+    has been damaged or a value is not finite. `keys` are the tensors that it is made of, one per layer or one with all
+    layers, as they are called in the file; none where it comes from no file. `transposed`: they are (a, b) there.
     """
 
     name: str
     layers: int
     shape: tuple[int, int]
     load: Callable[[torch.dtype | None, torch.device | None], LayerStack]
+    keys: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The stacks of `source`, and what of it is not looked at."""
+    """The stacks of `source`, and what of it is not looked at; `files` are the safetensors files that it reads."""
 
     source: str
     stacks: list[StackSource]
     left_out: list[LeftOut]
+    files: tuple[Path, ...] = ()
 
     def matching(self, globs: Sequence[str]) -> Catalogue:
         """The stacks whose name equals or matches one of `globs` (case counts); the others move to `left_out`.
@@ -56,7 +62,7 @@ class Catalogue:
             names = ", ".join(repr(s.name) for s in self.stacks)
             raise InputError(f"{self.source}: no stack matches --modules {wanted}; there are {names}")
         dropped = [LeftOut(s.name, f"does not match --modules {wanted}") for s in self.stacks if s not in kept]
-        return Catalogue(self.source, kept, self.left_out + dropped)
+        return dataclasses.replace(self, stacks=kept, left_out=self.left_out + dropped)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _stack_source(g: Group, reader: Reader, stored: torch.dtype, memory: int | N
         except InputError as error:
             raise InputError(f"{reader.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load)
+    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys))
 
 
 def _held(

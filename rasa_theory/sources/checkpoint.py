@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ class Checkpoint:
                     self._file[key] = file
                     self.entries[key] = Entry(key, tuple(header.get_shape()), _dtype_name(header.get_dtype()))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, in order of their names."""
+        return tuple(sorted(set(self._file.values())))
+
     def file_of(self, key: str) -> str:
         """The file that holds this tensor."""
         return str(self._file[key])
@@ -70,7 +76,8 @@ def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of a checkpoint. Raises InputError as Checkpoint does, and if no stack remains."""
     checkpoint = Checkpoint(path)
     reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
-    return catalogue_of(str(path), checkpoint.entries.values(), reader, memory=memory)
+    found = catalogue_of(str(path), checkpoint.entries.values(), reader, memory=memory)
+    return dataclasses.replace(found, files=checkpoint.files)
 
 
 def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
@@ -105,7 +112,8 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
     def part(key: str) -> Difference:
         return Difference(after.part(key), before.part(key), wide[key])
 
-    return catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
+    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
+    return dataclasses.replace(found, files=before.files + after.files)
 
 
 @contextlib.contextmanager

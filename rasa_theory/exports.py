@@ -1,0 +1,184 @@
+"""Factors -> the files that other tools load: PEFT's LoRA, the adapter layout of RaSA's authors, dense differences.
+
+A layer's update is (b, a) = (out, in), as the weight of a Linear; `Modules` says which modules of the model they are.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rasa_theory.errors import InputError
+from rasa_theory.factors import LoraFactors, RasaFactors
+from rasa_theory.sources.grouping import LAYER_WORDS
+
+FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
+_PEFT = "base_model.model."
+_COPIED = 1 << 24  # bytes at a time
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a model whose updates a stack holds, one per layer in order.
+
+    `names` are the keys of their weights less ".weight"; `transposed` if those weights are (in, out), as in a Conv1D.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> Modules:
+        """From the tensors of a checkpoint; `prefix` is put before every name.
+
+        Raises InputError if a key is not that of a weight.
+        """
+        for key in keys:
+            if not key.endswith(".weight"):
+                raise InputError(
+                    f"tensor {key!r} is not the weight of a module, so no adapter can name it; leave it out"
+                )
+        return cls(tuple(prefix + key.removesuffix(".weight") for key in keys), transposed)
+
+    @property
+    def kind(self) -> str:
+        """What follows the layer's number in the names, `self_attn.q_proj`; the name without numbers if none does."""
+        parts = self.names[0].split(".")
+        for n, (word, number) in enumerate(pairwise(parts)):
+            if word in LAYER_WORDS and number.isdecimal():
+                return ".".join(parts[n + 2 :])
+        return ".".join(part for part in parts if not part.isdecimal())
+
+
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same products with b_j and a_j of equal norm in every term: (.., b, n), (.., n, a).
+
+    So neither factor leaves the range of half precision before the other.
+    """
+    nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
+    ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
+    return B * ratio[..., None, :], A / ratio[..., :, None]
+
+
+def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """PEFT's LoRA weights of every module, its leading `ranks[i]` terms (all of them if None)."""
+    tensors = {}
+    for i, name in enumerate(modules.names):
+        rank = factors.B.shape[2] if ranks is None else ranks[i]
+        B, A = balanced(factors.B[i, :, :rank], factors.A[i, :rank])
+        tensors[f"{_PEFT}{name}.lora_A.weight"] = A
+        tensors[f"{_PEFT}{name}.lora_B.weight"] = B
+    return tensors
+
+
+def rasa_tensors(modules: Modules, factors: RasaFactors) -> dict[str, Tensor]:
+    """The authors' adapter (zwhe99/RaSA): x -> [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)), scaling 1.
+
+    The mixing of a module is ones for its private terms, then the diagonal of D_i. The pool's keys hold the kind of
+    module, with dots written as `__`.
+    """
+    private_B, private_A = balanced(factors.private_B, factors.private_A)
+    kind = modules.kind.replace(".", "__")
+    tensors = {
+        f"base_model.rasa_shared_A.{kind}.weight": factors.shared_A,
+        f"base_model.rasa_shared_B.{kind}.weight": factors.shared_B,
+    }
+    for i, name in enumerate(modules.names):
+        tensors[f"{_PEFT}{name}.rasa_A.weight"] = private_A[i]
+        tensors[f"{_PEFT}{name}.rasa_B.weight"] = private_B[i]
+        ones = factors.mixing.new_ones(private_A.shape[1])
+        tensors[f"{_PEFT}{name}.rasa_mixing.weight"] = torch.cat([ones, factors.mixing[i]])
+    return tensors
+
+
+def dense_tensors(modules: Modules, factors: LoraFactors | RasaFactors) -> dict[str, Tensor]:
+    """The updates themselves, by the keys and in the orientation of the checkpoint's weights."""
+    updates = (factors.update(i) for i in range(len(modules.names)))
+    return {
+        f"{name}.weight": update.mT if modules.transposed else update
+        for name, update in zip(modules.names, updates, strict=True)
+    }
+
+
+def lora_config(ranks: dict[str, int], transposed: bool, base: str | None) -> dict[str, Any]:
+    """PEFT's adapter_config.json for modules of these ranks; the scaling alpha / r is 1 everywhere."""
+    counts = list(ranks.values())
+    common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
+
+
+def rasa_config(modules: Sequence[str], rank: int, k: int, transposed: bool, base: str | None) -> dict[str, Any]:
+    """adapter_config.json of the authors' fork of PEFT."""
+    return {
+        "peft_type": "RASA",
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "rasa_k": k,
+        "rasa_alpha": 1,
+        "rasa_dropout": 0.0,
+        "target_modules": list(modules),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+    }
+
+
+def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str]) -> None:
+    """All tensors of `parts` as one safetensors file, copied piece by piece, so that none is in memory as a whole.
+
+    Raises InputError if two parts hold a tensor of the same name.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for part in parts:
+        for key, entry in _header(part)[1].items():
+            if key in header:
+                raise InputError(f"two stacks would write the tensor {key!r}; keep one of them with --modules")
+            start, stop = entry["data_offsets"]
+            header[key] = entry | {"data_offsets": [offset + start, offset + stop]}
+        offset += part.stat().st_size - _header(part)[0]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(struct.pack("<Q", len(text)) + text)
+    for part in parts:
+        with part.open("rb") as file:
+            file.seek(_header(part)[0])
+            while piece := file.read(_COPIED):
+                out.write(piece)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a sound safetensors file begins, and its entries."""
+    with safe_open(path, framework="pt"):  # checks it
+        pass
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries

@@ -1,0 +1,252 @@
+"""python -m rasa_theory.extract: from two checkpoints to an adapter that loads, with a report of what it misses.
+
+Exit status: 0 all well, 2 bad input or usage, 130 interrupted; the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rasa_theory.bounds import CERTIFICATES
+from rasa_theory.console import Parser, exit_status, memory_size, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.descent import Progress
+from rasa_theory.errors import InputError
+from rasa_theory.exports import FORMATS, Modules
+from rasa_theory.extract_report import extraction_csv, extraction_table, model_card
+from rasa_theory.extraction import STORED, ExtractSettings, Workplace, extract_stack, identity
+from rasa_theory.plotting import plot_extraction
+from rasa_theory.problem import RankBudget, check_memory, compute_device, compute_dtype
+from rasa_theory.rasa import SolverOptions
+from rasa_theory.sources import Catalogue, StackSource, open_source
+from rasa_theory.starts import STARTS
+from rasa_theory.study import environment
+
+_FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation"}
+_ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status("rasa_theory.extract", lambda: _run(_parse(given), given), _ON_NO_MEMORY)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m rasa_theory.extract",
+        description="Extract a LoRA or RaSA adapter from fine-tuned weights, with the error of every layer.",
+        epilog="Interrupted, it goes on where it was when the same command is given again.",
+    )
+    add = parser.add_argument
+    add("--base", metavar="P", help="a checkpoint before fine-tuning: a .safetensors file or a directory of them")
+    add("--tuned", metavar="P", help="the checkpoint after it")
+    add("--source", metavar="S", help="instead of the two: a checkpoint that holds updates, tuned minus base")
+    add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
+    add("--rank", type=int, default=16, metavar="R", help="rank budget r of a layer (%(default)s)")
+    add("--k", type=int, default=1, metavar="K", help="ranks given to RaSA's pool; 0: LoRA alone (%(default)s)")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="lora",
+        help="lora: the best LoRA of rank r, for PEFT; lora-exact-rasa: the RaSA solution as a LoRA of rank "
+        "r - k + L k, for PEFT; rasa: the layout of its authors' fork of PEFT; diff: dense updates (%(default)s)",
+    )
+    add("--out", required=True, metavar="DIR", help="folder of the adapter")
+    add("--dtype", choices=tuple(STORED), default="float32", help="of the files (%(default)s)")
+    add("--compute", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
+    add("--prefix", default="", metavar="P", help="put before the names of modules, such as transformer.")
+    add("--base-name", metavar="NAME", help="base_model_name_or_path in the adapter (what --base says)")
+    add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
+    add("--certificate", choices=CERTIFICATES, default="closed", help="floors up to this kind (%(default)s)")
+    add("--sweeps", type=int, default=SolverOptions.max_sweeps, metavar="N", help="at most so many (%(default)s)")
+    add("--rtol", type=float, default=SolverOptions.rtol, metavar="X", help="stop below this gain (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
+    add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
+    add("--memory", type=memory_size, metavar="SIZE", help="such as 2GiB: larger stacks stay in their files")
+    add("--json", action="store_true", help="print the report as JSON, everything else on standard error")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--dry-run", action="store_true", help="only say what would be extracted, and how large it is")
+    return parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace, given: list[str]) -> int:
+    with naming_flags(_FLAGS):
+        solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
+        settings = ExtractSettings(args.rank, args.k, args.format, args.dtype, args.certificate, solver)
+        dtype, device = compute_dtype(args.compute), compute_device(args.device)
+    catalogue = _catalogue(args)
+    modules = [Modules.of(s.keys, s.transposed, args.prefix) for s in catalogue.stacks]
+    _check(catalogue, modules, settings, args)
+    text = sys.stderr if args.json else sys.stdout
+    if args.dry_run:
+        print(_plan(catalogue, settings, dtype), file=text)
+        return 0
+    out = output_folder(args.out)
+    if out is None:
+        raise InputError("--out none writes no adapter; name a folder")
+    place = Workplace(out, _identity(catalogue, modules, settings))
+    command = ["python", "-m", "rasa_theory.extract", *given]
+    if place.finished:
+        print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    else:
+        rows = _extracted(catalogue, modules, settings, place, dtype, device, args.quiet)
+        if rows is None:
+            return 130
+        base = args.base_name or args.base
+        report = {
+            "schema": 1, "command": command, "source": catalogue.source, "base": base, "plan": place.plan,
+            "environment": environment(device, dtype), "stacks": rows,
+            "left_out": [{"name": name, "reason": reason} for name, reason in catalogue.left_out],
+        }  # fmt: skip
+        write_adapter(place, report)
+    print(extraction_table(report), file=text)
+    print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
+    if args.json:
+        print(json.dumps(report, indent=1, allow_nan=False))
+    return 0
+
+
+def _catalogue(args: argparse.Namespace) -> Catalogue:
+    if (args.base is None) != (args.tuned is None):
+        raise InputError("--base and --tuned go together: name both checkpoints")
+    if (args.base is None) == (args.source is None):
+        raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates")
+    if args.source is not None:
+        found = open_source(args.source, memory=args.memory)
+    else:
+        found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
+    return found.matching(args.modules)
+
+
+def _check(
+    catalogue: Catalogue, modules: Sequence[Modules], settings: ExtractSettings, args: argparse.Namespace
+) -> None:
+    """All that can be known to fail before anything is read, in one sentence."""
+    problems = []
+    for source, named in zip(catalogue.stacks, modules, strict=True):
+        try:
+            if len(named.names) != source.layers:
+                raise InputError(
+                    f"stack {source.name!r} is one tensor with three axes, so its modules have no names; save one "
+                    "matrix per layer"
+                )
+            RankBudget(settings.rank, settings.k).check_fits(source)
+            if args.memory is not None:
+                check_memory(source, args.memory)
+        except InputError as error:
+            problems.append(str(error))
+    if settings.format == "rasa":
+        kinds = [m.kind for m in modules]
+        problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"
+                     for k in sorted({k for k in kinds if kinds.count(k) > 1})]  # fmt: skip
+    if not args.dry_run:
+        needed, parent = _bytes(catalogue, settings), Path(args.out)
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+        if 2 * needed > free:
+            problems.append(
+                f"--out {args.out} needs {2 * needed / 2**30:.3g} GiB, of which {free / 2**30:.3g} GiB are free"
+            )
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _bytes(catalogue: Catalogue, settings: ExtractSettings) -> int:
+    """About how large the adapter will be."""
+    numbers = 0
+    for s in catalogue.stacks:
+        L, (b, a) = s.layers, s.shape
+        budget = RankBudget(settings.rank, settings.k)
+        rank = {"lora": settings.rank, "lora-exact-rasa": budget.private_rank + budget.pool_rank(L)}
+        numbers += L * (b * a if settings.format == "diff" else rank.get(settings.format, settings.rank) * (b + a))
+    return numbers * STORED[settings.dtype].itemsize
+
+
+def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -> str:
+    lines = [f"Source {catalogue.source}. Would extract, format {settings.format}:"]
+    for s in catalogue.stacks:
+        size = s.layers * s.shape[0] * s.shape[1] * dtype.itemsize
+        turned = ", stored transposed" if s.transposed else ""
+        lines.append(f"  {s.name}: {s.layers} x {s.shape[0]} x {s.shape[1]}{turned} ({size / 2**20:.1f} MiB)")
+    lines.append(
+        f"r = {settings.rank}, k = {settings.k}; the adapter takes about {_bytes(catalogue, settings) / 2**20:.1f} MiB"
+    )
+    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
+    return "\n".join(lines)
+
+
+def _identity(catalogue: Catalogue, modules: Sequence[Modules], settings: ExtractSettings) -> dict[str, Any]:
+    """What two runs must have in common to share a folder."""
+    return {
+        "inputs": [identity(path) for path in catalogue.files],
+        "settings": settings.plain(),
+        "stacks": [{"name": s.name, "modules": list(m.names)} for s, m in zip(catalogue.stacks, modules, strict=True)],
+    }
+
+
+def _extracted(
+    catalogue: Catalogue,
+    modules: Sequence[Modules],
+    settings: ExtractSettings,
+    place: Workplace,
+    dtype: torch.dtype,
+    device: torch.device,
+    quiet: bool,
+) -> list[dict[str, Any]] | None:
+    """The rows of all stacks, those that are new written; None if interrupted."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with progress_bar(len(catalogue.stacks), "stacks", quiet) as show:
+            for n, source in enumerate(catalogue.stacks):
+                row = place.row(n)
+                if row is None:
+                    show(n, f"{source.name}: reading")
+                    row = _one(source, modules[n], settings, place, n, dtype, device, show)
+                rows.append(row)
+    except KeyboardInterrupt:
+        done = sum(place.row(n) is not None for n in range(len(catalogue.stacks)))
+        print(
+            f"interrupted; {done} of {len(catalogue.stacks)} stacks are done, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return None
+    return rows
+
+
+def _one(
+    source: StackSource, modules: Modules, settings: ExtractSettings, place: Workplace, n: int,
+    dtype: torch.dtype, device: torch.device, show: Any,
+) -> dict[str, Any]:  # fmt: skip
+    stack = source.load(dtype, device)
+
+    def told(progress: Progress) -> None:
+        show(n, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
+
+    extracted = extract_stack(stack, modules, settings, told)
+    place.add(n, extracted)
+    return extracted.row
+
+
+def write_adapter(place: Workplace, report: dict[str, Any]) -> None:
+    """All final files, the report last, which says that the others are there; then the parts go."""
+    out, figure = place.out, plot_extraction(report)
+    place.finish(report["stacks"], report["base"])
+    write_file(out / "report.csv", lambda f: f.write(extraction_csv(report).encode()))
+    write_file(out / "report.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    write_file(out / "README.md", lambda f: f.write(model_card(report).encode()))
+    write_file(out / "report.json", lambda f: f.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode()))
+    place.clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

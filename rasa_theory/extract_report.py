@@ -1,0 +1,113 @@
+"""The report of an extraction as text: the table of the command, the long CSV, and the README.md of the adapter."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from typing import Any
+
+_CSV = (
+    "stack", "kind", "module", "norm_squared", "e_lora", "e_rasa", "e_stored",
+    "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
+)  # fmt: skip
+_HEAD = ("kind", "layers", "shape", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "rank 90%")
+_WIDTH = 100
+_EXPLANATION = (
+    "Squared errors. LoRA: the best of rank r. RaSA: r - k private ranks and a pool, at the same number\n"
+    "of parameters but for the mixing. floor: no RaSA of this budget is below. file: the adapter as\n"
+    "written. rank 90%: what that share of the energy needs, median over layers."
+)
+_WHAT = {
+    "lora": "the best LoRA of rank {rank} of every layer",
+    "lora-exact-rasa": "RaSA of rank {rank} with k = {k}, written exactly as a LoRA of rank {written}",
+    "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT",
+    "diff": "dense differences to add to the base weights: {source}",
+}
+
+
+def totals(report: dict[str, Any]) -> dict[str, float]:
+    """Squared norms and errors summed over all stacks."""
+    return {
+        key: math.fsum(row[key] for row in report["stacks"]) for key in ("norm_squared", "e_lora", "e_rasa", "e_stored")
+    }
+
+
+def extraction_table(report: dict[str, Any]) -> str:
+    """One line per stack and one for all, at most 100 characters wide."""
+    lines = [_HEAD]
+    for row in report["stacks"]:
+        floor = "-" if row["lower_bound"] is None else _ratio(row["lower_bound"], row["e_lora"])
+        ranks = [m["rank_90"] for m in row["modules"]]
+        median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
+        lines.append(
+            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), *_errors(row), floor,
+             _ratio(row["e_stored"], row["norm_squared"]), median)
+        )  # fmt: skip
+    total = totals(report)
+    lines.append(("all", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION])
+
+
+def _errors(row: dict[str, Any]) -> tuple[str, str]:
+    return _ratio(row["e_lora"], row["norm_squared"]), _ratio(row["e_rasa"], row["e_lora"])
+
+
+def _ratio(x: float, y: float) -> str:
+    return f"{x / y:.4f}" if y > 0 else "-"
+
+
+def _fit(cell: str, width: int) -> str:
+    return cell.ljust(width) if len(cell) <= width else f"..{cell[len(cell) - width + 2 :]}"
+
+
+def extraction_csv(report: dict[str, Any]) -> str:
+    """One line per module."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV, lineterminator="\n")
+    writer.writeheader()
+    for row in report["stacks"]:
+        writer.writerows({"stack": row["name"], "kind": row["kind"], **module} for module in row["modules"])
+    return text.getvalue()
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of the adapter's folder, with the header that a model hub reads."""
+    settings, total = report["plan"]["settings"], totals(report)
+    written = max(rank for row in report["stacks"] for rank in row["ranks"].values())
+    what = _WHAT[settings["format"]].format(**settings, written=written, source=report["source"])
+    peft = settings["format"].startswith("lora")
+    header = ["library_name: peft"] if peft else []
+    if report["base"]:
+        header.append(f"base_model: {report['base']}")
+    header += ["tags:", "- lora", "- rasa", "- extracted"]
+    use = (
+        '\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
+        if peft
+        else ""
+    )
+    share = total["e_stored"] / total["norm_squared"] if total["norm_squared"] > 0 else 0.0
+    return f"""---
+{chr(10).join(header)}
+---
+
+# Adapter extracted from {report["source"]}
+
+This is {what}, stored in {settings["dtype"]}. Of the squared norm of the fine-tuning update it misses {share:.2%}.
+{use}
+```
+{extraction_table(report)}
+```
+
+Every layer is in `report.csv` and `report.json`, drawn in `report.png`. Made by
+
+```
+{" ".join(report["command"])}
+```
+
+with rasa_theory {report["environment"]["rasa_theory"]}.
+"""

@@ -1,0 +1,297 @@
+"""From two checkpoints to an adapter: PEFT loads it, the report says what it misses, and nothing is lost on the way."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rasa_theory import extract, extraction
+from rasa_theory.extract import main
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.arange(24).reshape(2, 12) % 50
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.BertModel(config)
+
+
+def saved_pair(folder, build, layers):
+    """The model before and after a change of all matrices in its layers, in shards that differ; base and tuned."""
+    torch.manual_seed(0)
+    model = build().eval()
+    model.save_pretrained(folder / "base", max_shard_size="20KB")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if layers in name and weight.ndim == 2:
+                weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder / "tuned", max_shard_size="33KB")
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)[0]
+
+
+def base_model(kind, folder):
+    return kind.from_pretrained(folder / "base").eval()
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, saved_pair(folder, llama, ".layers.")
+
+
+def run(folder, out, *more):
+    return main(["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--out", str(out), "--quiet", *more])
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("more", [("--k", "0"), ("--format", "lora-exact-rasa", "--k", "1", "--sweeps", "4")])
+def test_at_full_rank_peft_makes_the_tuned_model_of_the_base(llamas, tmp_path, more):
+    folder, tuned = llamas
+    assert run(folder, tmp_path, "--rank", "24", *more) == 0
+    model = peft.PeftModel.from_pretrained(base_model(transformers.LlamaForCausalLM, folder), tmp_path)
+    assert torch.allclose(logits(model), logits(tuned), atol=2e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), logits(tuned), atol=2e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (("--k", "1"), "e_lora"),
+        (("--format", "lora-exact-rasa", "--k", "2"), "e_rasa"),
+        (("--format", "lora-exact-rasa", "--k", "3", "--dtype", "bfloat16"), "e_rasa"),
+    ],
+)
+def test_the_report_says_how_far_the_merged_weights_are(llamas, tmp_path, more, error):
+    folder, tuned = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "*mlp.down*")
+    assert run(folder, tmp_path, "--rank", "3", "--sweeps", "8", *few, *more) == 0
+    model = peft.PeftModel.from_pretrained(base_model(transformers.LlamaForCausalLM, folder).double(), tmp_path)
+    merged, after = model.merge_and_unload().state_dict(), tuned.state_dict()
+    for row in report_of(tmp_path)["stacks"]:
+        for module in row["modules"]:
+            name = f"{module['module']}.weight"
+            missed = float(((merged[name] - after[name].double()) ** 2).sum())
+            assert missed == pytest.approx(module["e_stored"], rel=1e-3)
+            assert missed == pytest.approx(module[error], rel=1e-5 if "bfloat16" not in more else 2e-2)
+
+
+def test_a_model_whose_layers_are_called_otherwise(tmp_path):
+    tuned = saved_pair(tmp_path, bert, "encoder.layer.")
+    assert run(tmp_path, tmp_path / "out", "--rank", "24", "--k", "0") == 0
+    model = peft.PeftModel.from_pretrained(base_model(transformers.BertModel, tmp_path), tmp_path / "out")
+    assert torch.allclose(logits(model), logits(tuned), atol=1e-5)
+    kinds = {row["kind"] for row in report_of(tmp_path / "out")["stacks"]}
+    assert {"attention.self.query", "attention.output.dense", "output.dense"} <= kinds
+
+
+def test_dense_differences_give_the_tuned_weights_at_full_rank(llamas, tmp_path):
+    folder, tuned = llamas
+    assert run(folder, tmp_path, "--rank", "24", "--k", "0", "--format", "diff") == 0
+    index = json.loads((tmp_path / "diff.safetensors.index.json").read_text())["weight_map"]
+    before, after = base_model(transformers.LlamaForCausalLM, folder).state_dict(), tuned.state_dict()
+    assert len(index) == 3 * 7
+    for key, file in index.items():
+        assert torch.allclose(before[key] + load_file(tmp_path / file)[key], after[key], atol=1e-6)
+
+
+def test_the_authors_layout_alone_gives_the_error_in_the_report(llamas, tmp_path):
+    folder, tuned = llamas
+    assert run(folder, tmp_path, "--rank", "3", "--k", "1", "--format", "rasa", "--sweeps", "4") == 0
+    tensors, config = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+    )
+    assert (config["peft_type"], config["r"], config["rasa_k"]) == ("RASA", 3, 1)
+    before, after = base_model(transformers.LlamaForCausalLM, folder).state_dict(), tuned.state_dict()
+    for row in report_of(tmp_path)["stacks"]:
+        kind = row["kind"].replace(".", "__")
+        shared_A, shared_B = (tensors[f"base_model.rasa_shared_{s}.{kind}.weight"].double() for s in "AB")
+        for module in row["modules"]:
+            name = module["module"]
+            A, B, d = (tensors[f"base_model.model.{name}.rasa_{s}.weight"].double() for s in ("A", "B", "mixing"))
+            update = torch.cat([B, shared_B], 1) * d @ torch.cat([A, shared_A])
+            M = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
+            assert float(((M - update) ** 2).sum()) == pytest.approx(module["e_stored"], rel=1e-4)
+        assert row["e_rasa"] < row["e_lora"]
+
+
+def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    assert run(folder, tmp_path, "--rank", "3", "--sweeps", "4", "--modules", "*self_attn*") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed[:-1])) <= 100
+    report = report_of(tmp_path)
+    assert [row["kind"] for row in report["stacks"]] == [f"self_attn.{x}_proj" for x in "koqv"]
+    for row in report["stacks"]:
+        assert row["e_rasa"] <= row["e_lora"] <= row["norm_squared"]
+        assert row["lower_bound"] <= row["e_rasa"]
+        for key in ("norm_squared", "e_lora", "e_rasa", "e_stored"):
+            assert sum(m[key] for m in row["modules"]) == pytest.approx(row[key], rel=1e-12)
+    lines = (tmp_path / "report.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: ")
+    assert printed[0] in card
+    assert (tmp_path / "report.png").stat().st_size > 5000
+    assert not (tmp_path / "parts").exists()
+
+
+def test_spectral_facts():
+    sigma = torch.tensor([[3.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    first, equal, zero = extraction._spectral_facts(sigma)
+    assert first["stable_rank"] == pytest.approx(10 / 9)
+    assert first["entropy_rank"] == pytest.approx(np.exp(-0.9 * np.log(0.9) - 0.1 * np.log(0.1)))
+    assert (first["rank_50"], first["rank_90"], first["rank_99"]) == (1, 1, 2)
+    assert [equal["stable_rank"], equal["entropy_rank"]] == pytest.approx([3, 3])
+    assert (equal["rank_50"], equal["rank_90"]) == (2, 3)
+    assert set(zero.values()) == {0}
+
+
+# ---- interruptions
+
+
+def files_of(out):
+    return {p.name: p.read_bytes() for p in sorted(out.iterdir()) if p.suffix in (".safetensors", ".csv")}
+
+
+def options(fmt="lora"):
+    return ("--rank", "2", "--sweeps", "2", "--modules", "*self_attn*", "--format", fmt)
+
+
+def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, capsys):
+    folder, _ = llamas
+    assert run(folder, tmp_path / "whole", *options()) == 0
+    done, real = [], extract.extract_stack
+
+    def stops(stack, *rest):
+        if len(done) == 2 and "stopped" not in done:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(stack.name)
+        return real(stack, *rest)
+
+    monkeypatch.setattr(extract, "extract_stack", stops)
+    assert run(folder, tmp_path / "out", *options()) == 130
+    assert "2 of 4 stacks are done" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["parts"]
+    assert run(folder, tmp_path / "out", *options()) == 0
+    assert len(done) == len(set(done)) == 5
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fmt", ["lora", "diff"])
+def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path, monkeypatch, fmt):
+    """Every write in turn is the last that happens; the next run ends with the files of an undisturbed one."""
+    folder, _ = llamas
+    assert run(folder, tmp_path / "whole", *options(fmt)) == 0
+    real, n = extraction.write_file, 0
+    while True:
+        left, out = n, tmp_path / f"out{n}"
+
+        def dies(path, fill):
+            nonlocal left
+            if left == 0:
+                raise SystemExit(9)
+            left -= 1
+            real(path, fill)
+
+        monkeypatch.setattr(extraction, "write_file", dies)
+        monkeypatch.setattr(extract, "write_file", dies)
+        try:
+            assert run(folder, out, *options(fmt)) == 0
+            break
+        except SystemExit:
+            assert not (out / "report.json").exists()
+        monkeypatch.setattr(extraction, "write_file", real)
+        monkeypatch.setattr(extract, "write_file", real)
+        assert run(folder, out, *options(fmt)) == 0
+        assert files_of(out) == files_of(tmp_path / "whole")
+        n += 1
+    assert n >= 1 + 2 * 4 + 5
+
+
+def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypatch, capsys):
+    folder, _ = llamas
+    shutil.copytree(folder, tmp_path / "pair")
+    monkeypatch.setattr(extract, "extract_stack", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(tmp_path / "pair", tmp_path / "out", *options()) == 130
+    capsys.readouterr()
+    assert run(tmp_path / "pair", tmp_path / "out", *options(), "--seed", "1") == 2
+    assert "holds an extraction with other settings" in capsys.readouterr().err
+    shard = sorted((tmp_path / "pair" / "tuned").glob("*.safetensors"))[0]
+    shard.touch()
+    assert run(tmp_path / "pair", tmp_path / "out", *options()) == 2
+    assert "holds an extraction with other inputs" in capsys.readouterr().err
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--rank", "99"], "rank 99 exceeds min(b, a) = 24"),
+        (["--format", "rasa", "--k", "0"], "k must be at least 1 for format rasa"),
+        (["--k", "40"], "shared_rank 40 exceeds rank 16"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--source", "x.safetensors"], "give --base and --tuned"),
+        (["--modules", "nothing*"], "no stack matches --modules"),
+        (["--start", "nowhere"], "invalid choice: 'nowhere'"),
+        (["--out", "none"], "--out none writes no adapter"),
+    ],
+)
+def test_bad_input_is_one_sentence(llamas, tmp_path, capsys, more, sentence):
+    folder, _ = llamas
+    assert run(folder, tmp_path / "out", *more) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_factors_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
+    M = {f"layers.{i}.q.weight": torch.randn(6, 5) * 1e12 for i in range(2)}
+    save_file(M, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--quiet", "--dtype", "float16"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "float16 cannot hold the entries of" in capsys.readouterr().err
+
+
+def test_a_stack_without_names_of_modules_is_refused(tmp_path, capsys):
+    save_file({"all": torch.randn(3, 6, 5)}, tmp_path / "updates.safetensors")
+    assert main(["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "not the weight of a module" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
+    text = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
+    assert not (tmp_path / "out").exists()
