@@ -20,3 +20,11 @@ class NotFinite(InputError):
 
 class DamagedFile(InputError):
     """A file that ends too early; the sentence names it."""
+
+
+class UnsoundFile(InputError):
+    """A file of which nothing can be read; `finding` is the sentence without its advice."""
+
+    def __init__(self, finding: str, advice: str) -> None:
+        super().__init__(f"{finding}; {advice}")
+        self.finding = finding

@@ -12,7 +12,8 @@ from rasa_theory.problem import LayerStack, compute_device, compute_dtype, whole
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
-from rasa_theory.sources.checkpoint import PICKLES, open_checkpoint, open_pair
+from rasa_theory.sources.checkpoint import open_checkpoint, open_pair
+from rasa_theory.sources.shards import PICKLES
 from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
 
 __all__ = [

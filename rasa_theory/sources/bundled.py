@@ -12,7 +12,7 @@ import torch
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack
 from rasa_theory.sources.catalogue import Catalogue, StackSource
-from rasa_theory.sources.checkpoint import opened
+from rasa_theory.sources.headers import opened
 
 BUNDLED = {"minilm-code": "minilm_code"}
 DEFAULT = "minilm-code"

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rasa_theory.errors import InputError
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
+from rasa_theory.sources.headers import opened
+from rasa_theory.sources.shards import find_shards
 from rasa_theory.storage import Difference, FileRows
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
 
 
 class Checkpoint:
-    """The tensors of a `.safetensors` file, or of all such files in a directory, read by key.
+    """The tensors of a `.safetensors` file, or of a directory of them, read by key; `left_out`: those never looked at.
 
-    Raises InputError if `path` is neither, a file is damaged, or two files have a tensor of the same name.
+    Raises InputError as `find_shards` does.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._of, self.left_out = find_shards(path)
         self.entries: dict[str, Entry] = {}
-        self._file: dict[str, Path] = {}
-        for file in _files(path):
-            with opened(file) as tensors:
-                for key in sorted(tensors.keys()):
-                    if key in self._file:
-                        raise InputError(
-                            f"{path}: tensor {key!r} is in both {self._file[key].name} and {file.name}; "
-                            "name the one file that is meant"
-                        )
-                    header = tensors.get_slice(key)
-                    self._file[key] = file
-                    self.entries[key] = Entry(key, tuple(header.get_shape()), _dtype_name(header.get_dtype()))
+        for key, header in self._of.items():
+            stored = header.tensors[key]
+            self.entries[key] = Entry(key, stored.shape, _dtype_name(stored.dtype))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -54,30 +38,29 @@ class Checkpoint:
 
     def file_of(self, key: str) -> str:
         """The file that holds this tensor."""
-        return str(self._file[key])
+        return str(self._of[key].file)
 
     def read(self, key: str) -> Tensor:
-        """The tensor, in the dtype of the file. Raises InputError if the file has been damaged meanwhile."""
-        with opened(self._file[key]) as tensors:
+        """The tensor, in the dtype of the file. Raises InputError if the file has been changed meanwhile."""
+        header = self._of[key]
+        header.check_unchanged()
+        with opened(header.file) as tensors:
             tensor: Tensor = tensors.get_tensor(key)
         return tensor
 
     def part(self, key: str) -> FileRows:
         """The same tensor, to be read in blocks of rows. Raises InputError as `read` does."""
-        file = self._file[key]
-        with opened(file), file.open("rb") as stream:  # 8 bytes for the size of the header, the header, the data
-            (size,) = struct.unpack("<Q", stream.read(8))
-            found = json.loads(stream.read(size))[key]
-        kind, (offset, _) = found["dtype"], found["data_offsets"]
-        return FileRows(file, 8 + size + offset, found["shape"][-1], np.dtype(_KINDS[kind]), kind == "BF16")
+        header = self._of[key]
+        header.check_unchanged()
+        dtype, shape, offset = header.tensors[key]
+        return FileRows(header.file, offset, shape[-1], np.dtype(_KINDS[dtype]), dtype == "BF16")
 
 
 def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
-    """The stacks of a checkpoint. Raises InputError as Checkpoint does, and if no stack remains."""
+    """The stacks of a checkpoint. Raises InputError as `find_shards` does, and if no stack remains."""
     checkpoint = Checkpoint(path)
     reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
-    found = catalogue_of(str(path), checkpoint.entries.values(), reader, memory=memory)
-    return dataclasses.replace(found, files=checkpoint.files)
+    return catalogue_of(str(path), checkpoint.entries.values(), reader, checkpoint.left_out, memory)
 
 
 def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
@@ -87,7 +70,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
     """
     before, after = Checkpoint(base), Checkpoint(tuned)
     entries: list[Entry] = []
-    left_out: list[LeftOut] = []
+    left_out = [*before.left_out, *after.left_out]
     for key in before.entries | after.entries:
         if key not in after.entries or key not in before.entries:
             there, missing = (base, tuned) if key in before.entries else (tuned, base)
@@ -114,32 +97,6 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
 
     found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
     return dataclasses.replace(found, files=before.files + after.files)
-
-
-@contextlib.contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, open for reading by key. Raises InputError if it is damaged or cannot be opened."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a sound safetensors file ({error}); download or write it again") from None
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        if files := sorted(path.glob("*.safetensors")):
-            return files
-        pickles = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in PICKLES]
-        hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-        raise InputError(f"{path}: the directory has no .safetensors file{hint}")
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"{path}: pickles are never opened, for they can run code; convert the file to safetensors")
-    if path.suffix.lower() != ".safetensors":
-        raise InputError(f"{path}: a checkpoint is a .safetensors file or a directory of them")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    return [path]
 
 
 def _dtype_name(name: str) -> str:
