@@ -18,7 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rasa_theory import InputError, RankBudget, reconstruction_error
+from rasa_theory import (
+    InputError,
+    LayerStack,
+    RankBudget,
+    SolverOptions,
+    reconstruction_error,
+    solve_lora,
+    solve_rasa,
+)
 from rasa_theory.sources import BUNDLED, load, open_source, planted_stack, provenance, synthetic_stack
 from rasa_theory.sources.grouping import Entry, group
 from rasa_theory.sources.synthetic import singular_values
@@ -251,6 +259,112 @@ def test_pair_needs_both_sides(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 3, 4)))
     with pytest.raises(InputError, match=r"a.npy: a checkpoint is a .safetensors file or a directory of them"):
         open_source(base=str(tmp_path / "a.npy"), tuned=str(tmp_path / "a.npy"))
+
+
+# ---------------------------------------------------------------------------------------------------- Conv1D
+
+GPT2 = {"attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "mlp.c_fc": (4, 16), "mlp.c_proj": (16, 4)}  # (in, out)
+
+
+def gpt2_like(seed: int = 0, transposed: bool = False) -> dict[str, Tensor]:
+    shapes = {name: shape[::-1] if transposed else shape for name, shape in GPT2.items()}
+    return {
+        f"transformer.h.{i}.{name}.weight": matrix(*shape, seed=100 * seed + 10 * i + j).float()
+        for i in range(3)
+        for j, (name, shape) in enumerate([*shapes.items(), ("other", (5, 4))])
+    }
+
+
+def save_checkpoint(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> str:
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "transposed"),
+    [
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "openai-gpt"}, True),
+        ({"model_type": "imagegpt"}, True),
+        ({"model_type": "decision_transformer"}, True),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, True),
+        ({"model_type": "qwen"}, False),
+        ({"model_type": 3}, True),
+        (None, True),
+    ],
+)
+def test_conv1d_weights_are_seen_as_out_times_in(
+    tmp_path: Path, config: dict[str, Any] | None, transposed: bool
+) -> None:
+    tensors = gpt2_like()
+    path = save_checkpoint(tmp_path / "c", tensors, config)
+    for source in (path, f"{path}/model.safetensors"):
+        for found in open_source(source).stacks:
+            stored = [tensors[key] for key in found.keys]
+            kind = found.name.removeprefix("transformer.h.*.").removesuffix(".weight")
+            assert found.keys == tuple(f"transformer.h.{i}.{kind}.weight" for i in range(3))
+            assert found.transposed == (transposed and kind in GPT2)
+            expected = torch.stack([t.mT for t in stored] if found.transposed else stored)
+            stack = found.load(None, None)
+            assert found.shape == stack.shape == tuple(expected.shape[1:])
+            assert torch.equal(stack.values, expected)
+
+
+def test_without_a_config_linear_modules_of_these_names_are_told_by_their_shape(tmp_path: Path) -> None:
+    linear = gpt2_like(transposed=True)
+    path = save_checkpoint(tmp_path / "c", linear, None)
+    assert not any(s.transposed for s in open_source(path).stacks)
+    only = save_checkpoint(tmp_path / "only", {k: t for k, t in linear.items() if "c_proj" in k}, None)
+    assert all(s.transposed for s in open_source(only).stacks)
+    same = save_checkpoint(tmp_path / "deep", {f"h.{i}.c_attn": torch.ones(2, 4, 4) * i for i in (1, 2)}, None)
+    assert not any(s.transposed for s in open_source(same).stacks)  # (L, b, a) is no Conv1D weight
+
+
+def test_a_pair_of_conv1d_checkpoints(tmp_path: Path) -> None:
+    base, tuned = gpt2_like(0), gpt2_like(1)
+    for n, configs in enumerate([(None, None), ({"model_type": "gpt2"}, None), ({}, {"model_type": "gpt2"})]):
+        paths = [
+            save_checkpoint(tmp_path / f"{name}{n}", tensors, config)
+            for name, tensors, config in (("base", base, configs[0]), ("tuned", tuned, configs[1]))
+        ]
+        found = {s.name: s for s in open_source(base=paths[0], tuned=paths[1]).stacks}
+        source = found["transformer.h.*.attn.c_attn.weight"]
+        expected = torch.stack([(tuned[key] - base[key]).mT for key in source.keys])
+        assert (source.shape, source.transposed) == ((12, 4), True)
+        assert torch.equal(source.load(None, None).values, expected)
+        assert not found["transformer.h.*.other.weight"].transposed
+    (tmp_path / "tuned0" / "config.json").write_text('{"model_type": "qwen"}')
+    pair = open_source(base=str(tmp_path / "base1"), tuned=str(tmp_path / "tuned0"))
+    assert not any(s.transposed for s in pair.stacks)
+
+
+def test_results_of_a_transposed_stack_are_those_of_the_transposed_matrices(tmp_path: Path) -> None:
+    tensors = {f"h.{i}.c_attn.weight": matrix(7, 12, seed=i) for i in range(4)}
+    path = save_checkpoint(tmp_path / "c", tensors, None)
+    seen, explicit = load(path)[0][0], LayerStack(torch.stack([t.mT for t in tensors.values()]), "explicit")
+    assert seen.shape == explicit.shape == (12, 7)
+    for stacks in ((seen, explicit), (seen.normalised_layers()[0], explicit.normalised_layers()[0])):
+        lora = [solve_lora(stack, 3) for stack in stacks]
+        assert lora[0].error == pytest.approx(lora[1].error, rel=1e-12)
+        rasa = [solve_rasa(stack, RankBudget(3, 1), SolverOptions(max_sweeps=20)) for stack in stacks]
+        assert rasa[0].error == pytest.approx(rasa[1].error, rel=1e-6)
+        assert rasa[0].factors.shared_B.shape == rasa[1].factors.shared_B.shape == (12, 4)
+        assert reconstruction_error(stacks[1], rasa[0].factors) == pytest.approx(rasa[0].error, rel=1e-10)
+
+
+def test_a_config_that_is_not_sound_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "c", gpt2_like(), None)
+    for text in ("", "[]", "{" * 9999, '{"model_type": "gpt2", "model_type": "qwen"}'):
+        (tmp_path / "c" / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config.json: not a sound file with one JSON object \(.*\); download it"):
+            open_source(path)
+
+
+def test_the_keys_of_a_stack() -> None:
+    assert [(s.keys, s.transposed) for s in open_source().stacks][:2] == [(("query",), False), (("key",), False)]
 
 
 # --------------------------------------------------------------------------------------------------- bundled

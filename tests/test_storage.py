@@ -75,6 +75,20 @@ def test_safetensors_on_disk(tmp_path: Path, dtype: torch.dtype, apart: bool) ->
     assert_same(stack, rt.LayerStack(M, dtype="float64"))
 
 
+def test_conv1d_weights_on_disk(tmp_path: Path) -> None:
+    M = torch.as_tensor(noise(*SHAPE))
+    save_file({f"h.{i}.mlp.c_proj.weight": layer.clone() for i, layer in enumerate(M)}, tmp_path / "u.safetensors")
+    stack, explicit = streamed(tmp_path / "u.safetensors"), rt.LayerStack(M.mT.contiguous())
+    assert isinstance(stack._storage, storage.OnDisk)
+    assert stack.shape == (10, 12)
+    assert_same(stack, explicit)
+    units, norms = stack.normalised_layers()
+    expected, expected_norms = explicit.normalised_layers()
+    torch.testing.assert_close(units.values, expected.values, rtol=1e-14, atol=0)  # sums of squares in another order
+    torch.testing.assert_close(units.svd().S, expected.svd().S, rtol=1e-12, atol=1e-13)
+    assert norms == pytest.approx(expected_norms, rel=1e-14)
+
+
 def test_a_pair_on_disk(tmp_path: Path) -> None:
     M, N = (torch.as_tensor(noise(*SHAPE, seed)).bfloat16() for seed in (0, 1))
     for name, values in (("base", M), ("tuned", N)):

@@ -51,4 +51,4 @@ def _stack_source(resource: Traversable, kind: str, shape: tuple[int, int, int],
         return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory)
 
     L, b, a = shape
-    return StackSource(kind, L, (b, a), load)
+    return StackSource(kind, L, (b, a), load, (kind,))

@@ -28,8 +28,10 @@ class StackSource:
     """A stack that is not read yet: `layers` matrices of `shape` (b, a).
 
     `load(dtype, device)` reads it (None: as LayerStack chooses) and raises InputError, naming the file, if the file
-    has been damaged or a value is not finite. `keys` are the tensors that it is made of, one per layer or one with all
-    layers, as they are called in the file; none where it comes from no file. `transposed`: they are (a, b) there.
+    has been damaged or a value is not finite.
+
+    `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); none if the stack is generated.
+    `transposed`: the file holds each matrix as (a, b), and `load` gives a transposed view.
     """
 
     name: str
@@ -96,22 +98,29 @@ def catalogue_of(
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out[:_SHOWN])
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         raise InputError(f"{source}: no stack remains ({shown or 'it holds no tensors'}{more})")
-    dtypes = {entry.name: entry.dtype for entry in entries}
-    return Catalogue(source, [_stack_source(g, reader, _common(g.keys, dtypes), memory) for g in groups], left_out)
+    by_name = {entry.name: entry for entry in entries}
+    stacks = [_stack_source(g, [by_name[key] for key in g.keys], reader, memory) for g in groups]
+    return Catalogue(source, stacks, left_out)
 
 
-def _common(keys: list[str], dtypes: dict[str, str]) -> torch.dtype:
+def _common(entries: list[Entry]) -> torch.dtype:
     """The dtype that holds all these tensors; one of more than 64 bits is read as float64."""
-    names = ["float64" if dtypes[key] in ("float96", "float128") else dtypes[key] for key in keys]
+    names = ["float64" if entry.dtype in ("float96", "float128") else entry.dtype for entry in entries]
     common: torch.dtype = functools.reduce(torch.promote_types, [getattr(torch, name) for name in names])
     return common
 
 
-def _stack_source(g: Group, reader: Reader, stored: torch.dtype, memory: int | None) -> StackSource:
+def _stack_source(g: Group, members: list[Entry], reader: Reader, memory: int | None) -> StackSource:
+    b, a = g.shape
+    transposed = members[0].transposed  # as all of them, whose names differ in a number
+    in_file = g._replace(shape=(a, b)) if transposed else g
+    stored = _common(members)
+
     def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
-        values = _held(g, reader, stored, memory, dtype, device)
+        values = _held(in_file, reader, stored, memory, dtype, device)
         try:
-            return LayerStack(values, g.name, dtype, device, memory)
+            stack = LayerStack(values, g.name, dtype, device, memory)
+            return stack.transpose() if transposed else stack
         except DamagedFile:
             raise
         except NotFinite as error:
@@ -121,7 +130,7 @@ def _stack_source(g: Group, reader: Reader, stored: torch.dtype, memory: int | N
         except InputError as error:
             raise InputError(f"{reader.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys))
+    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), transposed)
 
 
 def _held(

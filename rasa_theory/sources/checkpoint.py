@@ -11,6 +11,7 @@ from torch import Tensor
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
 from rasa_theory.sources.headers import opened
+from rasa_theory.sources.orientation import model_types, oriented
 from rasa_theory.sources.shards import find_shards
 from rasa_theory.storage import Difference, FileRows
 
@@ -57,16 +58,21 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
-    """The stacks of a checkpoint. Raises InputError as `find_shards` does, and if no stack remains."""
+    """The stacks of a checkpoint, their matrices as (out, in).
+
+    Raises InputError as `find_shards` does, if a config.json is not sound, and if no stack remains.
+    """
     checkpoint = Checkpoint(path)
     reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
-    return catalogue_of(str(path), checkpoint.entries.values(), reader, checkpoint.left_out, memory)
+    entries = oriented(checkpoint.entries.values(), model_types(path))
+    return catalogue_of(str(path), entries, reader, checkpoint.left_out, memory)
 
 
 def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
-    Tensors that only one has, or whose shapes differ, are left out. Raises InputError as `open_checkpoint` does.
+    Tensors that only one has, or whose shapes differ, are left out. The config.json of `tuned`,
+    or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` does.
     """
     before, after = Checkpoint(base), Checkpoint(tuned)
     entries: list[Entry] = []
@@ -95,8 +101,8 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
     def part(key: str) -> Difference:
         return Difference(after.part(key), before.part(key), wide[key])
 
-    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
-    return dataclasses.replace(found, files=before.files + after.files)
+    entries = oriented(entries, model_types(tuned) or model_types(base))
+    return catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
 
 
 def _dtype_name(name: str) -> str:

@@ -15,11 +15,15 @@ _FLOATING = re.compile(r"b?float(16|32|64|96|128)")
 
 
 class Entry(NamedTuple):
-    """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64."""
+    """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64.
+
+    `transposed`: the file holds a matrix of this shape (b, a) as (a, b).
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    transposed: bool = False
 
 
 class Group(NamedTuple):

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ class Header:
 def read_header(file: Path) -> Header:
     """The header of a safetensors file; nothing is allocated for data. Raises UnsoundFile.
 
-    safetensors itself refuses lengths, offsets and shapes that do not fit the bytes that are there. It takes the last
-    of two tensors of one name, and passes over nesting of any depth: these are refused here.
+    safetensors itself refuses lengths, offsets and shapes that do not fit the bytes that are there, but takes the last
+    of two tensors of one name: refused here, as is JSON nested deeper than Python can follow.
     """
     with _sound(file):
         stamp = _stamp(file)
@@ -99,8 +100,7 @@ def parse_json(content: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} is there twice")
     for key in found:
         key.encode()  # halves of a surrogate pair, which nothing could print

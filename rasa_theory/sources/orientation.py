@@ -1,0 +1,43 @@
+"""Which matrices a checkpoint stores as (in, out), not (out, in): the Conv1D weights of GPT-2 and its relatives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from rasa_theory.sources.grouping import Entry
+from rasa_theory.sources.headers import read_json
+
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+_CONV1D = re.compile(r"(?:\A|\.)(c_attn|q_attn|c_fc|c_proj)(?:\.weight)?\Z")
+_WIDENING = ("c_attn", "c_fc")  # more outputs than inputs, in every model that has them
+
+
+def model_types(checkpoint: Path) -> frozenset[str]:
+    """`model_type` of the config.json in a checkpoint's directory and of its parts, such as a decoder; maybe none.
+
+    Raises InputError if there is a config.json that holds no JSON object.
+    """
+    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    if not file.exists():
+        return frozenset()
+    config = read_json(file)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return frozenset(kind for part in parts if isinstance(kind := part.get("model_type"), str))
+
+
+def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
+    """The same entries, with the shape of Conv1D matrices flipped to (out, in) = (b, a) and `transposed` set.
+
+    Which they are is said by the names c_attn, q_attn, c_fc and c_proj in models of the types that have Conv1D, and in
+    no others. Where no type is known, by these names, unless a c_attn or c_fc has more rows than columns: then its
+    rows are its outputs, and the model has Linear modules of these names.
+    """
+    entries = list(entries)
+    kinds = {e.name: found[1] for e in entries if len(e.shape) == 2 and (found := _CONV1D.search(e.name))}
+    tall = any(e.shape[0] > e.shape[1] for e in entries if kinds.get(e.name) in _WIDENING)
+    conv1d = bool(models & _CONV1D_MODELS) if models else not tall
+    if not conv1d:
+        return entries
+    return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in kinds else e for e in entries]
