@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -10,13 +11,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import noise
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rasa_theory import InputError
+from rasa_theory import InputError, reconstruct
 from rasa_theory.sources import load, open_source
 
 INDEX = "model.safetensors.index.json"
@@ -249,3 +251,168 @@ def test_a_file_that_changes_after_it_was_opened_is_not_read(tmp_path: Path) -> 
     for source in sources:
         with pytest.raises(InputError, match=r"u.safetensors: not a sound safetensors file \(it has changed since"):
             source.load(None, None)
+
+
+# ------------------------------------------------------------------------------------------------------- fuzz
+
+CASES, THROUGH_THE_COMMAND = 2000, 66  # every so many cases also through the command
+
+
+def sound_files(directory: Path) -> list[bytes]:
+    """Small files as they are: layers in single precision, a stack in bfloat16, mixed dtypes with metadata."""
+    wide = torch.as_tensor(noise(20, 2, 3))
+    contents: list[tuple[dict[str, Tensor], dict[str, str] | None]] = [
+        (layers(10), None),
+        ({"w": wide.bfloat16()}, None),
+        ({"h.0.c_fc": wide[0].half(), "h.1.c_fc": wide[1].clone(), "ids": torch.arange(3)}, {"format": "pt"}),
+    ]
+    for i, (tensors, metadata) in enumerate(contents):
+        save_file(tensors, directory / f"sound{i}.safetensors", metadata)
+    return [(directory / f"sound{i}.safetensors").read_bytes() for i in range(len(contents))]
+
+
+def parts(content: bytes) -> tuple[bytes, bytes]:
+    """Header and data."""
+    (size,) = struct.unpack("<Q", content[:8])
+    return content[8 : 8 + size], content[8 + size :]
+
+
+def flip_bytes(content: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(content)
+    end = len(content) if rng.random() < 0.3 else 8 + len(parts(content)[0])
+    for place in rng.integers(0, end, rng.integers(1, 4)):
+        changed[place] = rng.integers(256)
+    return bytes(changed)
+
+
+def flip_data(content: bytes, rng: np.random.Generator) -> bytes:
+    header, data = parts(content)
+    changed = bytearray(data)
+    changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    return file_of(header, 0) + bytes(changed)
+
+
+def cut(content: bytes, rng: np.random.Generator) -> bytes:
+    return content[: rng.integers(len(content))]
+
+
+def another_length(content: bytes, rng: np.random.Generator) -> bytes:
+    (size,) = struct.unpack("<Q", content[:8])
+    near, far = size + rng.integers(-9, 10), int(rng.integers(2**63)) >> int(rng.integers(63))
+    return struct.pack("<Q", near if rng.random() < 0.5 else far) + content[8:]
+
+
+def another_number(content: bytes, rng: np.random.Generator) -> bytes:
+    """One number of the header (in shapes, offsets or names) becomes another."""
+    header, data = parts(content)
+    found = list(re.finditer(rb"[0-9]+", header))
+    number = found[rng.integers(len(found))]
+    choices = ["0", "1", "7", "-1", "1.5", "1e3", "true", "null", "[]", str(2**32), str(2**63), str(2**64), "9" * 5000]
+    new = str(rng.choice(choices)).encode()
+    return file_of(header[: number.start()] + new + header[number.end() :], 0) + data
+
+
+def swap_offsets(content: bytes, rng: np.random.Generator) -> bytes:
+    """Two fields of two tensors, or of one, change places."""
+    header, data = parts(content)
+    found = json.loads(header)
+    keys = [key for key in found if key != "__metadata__"]
+    one, other = (found[keys[i]] for i in rng.integers(0, len(keys), 2))
+    field = rng.choice(["data_offsets", "shape", "dtype"])
+    one[field], other[field] = other[field], one[field]
+    if rng.random() < 0.3:
+        one["data_offsets"] = one["data_offsets"][::-1]
+    return file_of(json.dumps(found), 0) + data
+
+
+def key_twice(content: bytes, rng: np.random.Generator) -> bytes:
+    header, data = parts(content)
+    members = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in json.loads(header).items()]
+    members.insert(rng.integers(len(members)), members[rng.integers(len(members))])
+    return file_of("{" + ", ".join(members) + "}", 0) + data
+
+
+def nest(content: bytes, rng: np.random.Generator) -> bytes:
+    header, data = parts(content)
+    places = [i for i, byte in enumerate(header) if byte in b'[{,:"0123456789']
+    place, depth = places[rng.integers(len(places))] + int(rng.integers(2)), int(10 ** rng.uniform(0, 5))
+    opening, closing = (b"[", b"]") if rng.random() < 0.5 else (b'{"a":', b"}")
+    return file_of(header[:place] + opening * depth + closing * depth + header[place:], 0) + data
+
+
+MUTATIONS = [flip_bytes, flip_data, cut, another_length, another_number, swap_offsets, key_twice, nest]
+
+
+def outcome(source: str, **options: Any) -> str:
+    """The sentence that refuses a source, at opening or at loading one of its stacks; empty if all were read."""
+    try:
+        for found in open_source(source, **options).stacks:
+            assert found.load(None, None).shape == found.shape
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng, outcomes = np.random.default_rng(0), {mutate.__name__: [0, 0] for mutate in MUTATIONS}
+    sound = sound_files(tmp_path)
+    file = tmp_path / "mutated.safetensors"
+    for case in range(CASES):
+        which, mutate = case % len(sound), MUTATIONS[rng.integers(len(MUTATIONS))]
+        content = mutate(sound[which], rng)
+        file.write_bytes(content)
+        pair = {"base": str(tmp_path / f"sound{which}.safetensors"), "tuned": str(file)} if case % 5 == 0 else {}
+        memory = 128 * (15, 6, 6)[which] if case % 7 == 0 else None  # the first two stacks then stay on disk
+        try:
+            sentence = outcome(str(file), memory=memory, **pair)
+        except BaseException as error:
+            raise AssertionError(f"case {case}, {mutate.__name__}: {content[:500]!r}") from error
+        assert "\n" not in sentence
+        outcomes[mutate.__name__][sentence != ""] += 1
+        if case % THROUGH_THE_COMMAND == 0:
+            status = reconstruct.main(["--source", str(file), "--rank", "1", "--dry-run"])
+            assert status in (0, 2)
+            assert capsys.readouterr().err.count("\n") == (status == 2)
+    assert all(refusals >= 5 for _, refusals in outcomes.values()), outcomes
+    assert sum(read for read, _ in outcomes.values()) > 200, outcomes
+    assert outcomes["key_twice"][0] == outcomes["cut"][0] == 0
+
+
+def test_mutated_indexes_and_configs_are_read_or_refused(sharded: Path) -> None:
+    rng, read = np.random.default_rng(1), 0
+    (sharded / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4}')
+    for case in range(300):
+        file = sharded / (INDEX if case % 2 else "config.json")
+        text = file.read_bytes()
+        changed = bytearray(text)
+        for place in rng.integers(0, len(text), rng.integers(1, 3)):
+            changed[place] = rng.integers(256)
+        file.write_bytes(changed)
+        sentence = outcome(str(sharded))
+        assert "\n" not in sentence
+        read += sentence == ""
+        file.write_bytes(text)
+    assert 20 < read < 280
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_entries_that_are_not_finite_are_exit_status_2(
+    tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = layers()
+    save_file(tensors, tmp_path / "base.safetensors")
+    tensors["h.2.w"][1, 4] = value
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    base, tuned = str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")
+    for given, file in (
+        (["--source", tuned], tuned),
+        (["--base", base, "--tuned", tuned], f"{tuned} minus {base}"),
+        (["--base", tuned, "--tuned", base], f"{base} minus {tuned}"),
+    ):
+        assert reconstruct.main([*given, "--rank", "2", "--out", "none", "--quiet"]) == 2
+        out, err = capsys.readouterr()
+        found = -value if file.startswith(base) else value
+        sentence = (
+            f"{file}: stack 'h.*.w': layer 2, entry (1, 4) is {found}; all entries must be finite (tensor 'h.2.w')"
+        )
+        assert (out, err) == ("", f"rasa_theory.reconstruct: {sentence}\n")
