@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files, in order of their names."""
-        return tuple(sorted(set(self._file.values())))
+        return tuple(sorted({header.file for header in self._of.values()}))
 
     def file_of(self, key: str) -> str:
         """The file that holds this tensor."""
@@ -65,7 +66,8 @@ def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
     checkpoint = Checkpoint(path)
     reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
     entries = oriented(checkpoint.entries.values(), model_types(path))
-    return catalogue_of(str(path), entries, reader, checkpoint.left_out, memory)
+    found = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory)
+    return dataclasses.replace(found, files=checkpoint.files)
 
 
 def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
@@ -102,7 +104,8 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
         return Difference(after.part(key), before.part(key), wide[key])
 
     entries = oriented(entries, model_types(tuned) or model_types(base))
-    return catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
+    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
+    return dataclasses.replace(found, files=before.files + after.files)
 
 
 def _dtype_name(name: str) -> str:
