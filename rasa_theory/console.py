@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -19,6 +19,7 @@ from rasa_theory._version import __version__
 from rasa_theory.errors import InputError
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
+_SHOWN = 3
 _NO_MEMORY = re.compile("(can't|cannot) allocate|not enough memory|out of memory|size calculation overflowed", re.I)
 
 # ---- arguments and exit statuses
@@ -76,6 +77,14 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
     except InputError as error:
         name = str(error).split(" ", 1)[0]
         raise InputError(f"{error} (--{flags.get(name, name.replace('_', '-'))})") from None
+
+
+def say_left_out(left_out: Sequence[tuple[str, str]], file: str) -> None:
+    """What of the source is in no stack, on standard error: the first few, and how many in all; `file` lists them."""
+    for name, why in left_out[:_SHOWN]:
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    if len(left_out) > _SHOWN:
+        print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in {file}", file=sys.stderr)
 
 
 def memory_size(text: str) -> int:

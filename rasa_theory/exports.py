@@ -38,15 +38,7 @@ class Modules:
 
     @classmethod
     def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> Modules:
-        """From the tensors of a checkpoint; `prefix` is put before every name.
-
-        Raises InputError if a key is not that of a weight.
-        """
-        for key in keys:
-            if not key.endswith(".weight"):
-                raise InputError(
-                    f"tensor {key!r} is not the weight of a module, so no adapter can name it; leave it out"
-                )
+        """From the keys of weights in a checkpoint; `prefix` is put before every name."""
         return cls(tuple(prefix + key.removesuffix(".weight") for key in keys), transposed)
 
     @property

@@ -6,6 +6,7 @@ Exit status: 0 all well, 2 bad input or usage, 130 interrupted; the same command
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,7 +17,16 @@ from typing import Any
 import torch
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.console import Parser, exit_status, memory_size, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.console import (
+    Parser,
+    exit_status,
+    memory_size,
+    naming_flags,
+    output_folder,
+    progress_bar,
+    say_left_out,
+    write_file,
+)
 from rasa_theory.descent import Progress
 from rasa_theory.errors import InputError
 from rasa_theory.exports import FORMATS, Modules
@@ -25,7 +35,7 @@ from rasa_theory.extraction import STORED, ExtractSettings, Workplace, extract_s
 from rasa_theory.plotting import plot_extraction
 from rasa_theory.problem import RankBudget, check_memory, compute_device, compute_dtype
 from rasa_theory.rasa import SolverOptions
-from rasa_theory.sources import Catalogue, StackSource, open_source
+from rasa_theory.sources import Catalogue, LeftOut, StackSource, open_source
 from rasa_theory.starts import STARTS
 from rasa_theory.study import environment
 
@@ -92,6 +102,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     out = output_folder(args.out)
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
+    say_left_out(catalogue.left_out, "report.json")
     place = Workplace(out, _identity(catalogue, modules, settings))
     command = ["python", "-m", "rasa_theory.extract", *given]
     if place.finished:
@@ -124,7 +135,26 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         found = open_source(args.source, memory=args.memory)
     else:
         found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
-    return found.matching(args.modules)
+    return _nameable(found.matching(args.modules))
+
+
+def _nameable(catalogue: Catalogue) -> Catalogue:
+    """The stacks whose layers are weights of modules; the others move to `left_out`."""
+    kept: list[StackSource] = []
+    left_out = list(catalogue.left_out)
+    for source in catalogue.stacks:
+        reason = None
+        if len(source.keys) != source.layers:
+            reason = "one tensor with three axes, whose layers are no modules"
+        elif unnamed := [key for key in source.keys if not key.endswith(".weight")]:
+            reason = f"{unnamed[0]!r} is not the weight of a module, so no adapter can name it"
+        if reason is None:
+            kept.append(source)
+        else:
+            left_out.append(LeftOut(source.name, reason))
+    if not kept:
+        raise InputError(f"{catalogue.source}: no stack remains ({left_out[-1].name!r}: {left_out[-1].reason})")
+    return dataclasses.replace(catalogue, stacks=kept, left_out=left_out)
 
 
 def _check(
@@ -132,13 +162,8 @@ def _check(
 ) -> None:
     """All that can be known to fail before anything is read, in one sentence."""
     problems = []
-    for source, named in zip(catalogue.stacks, modules, strict=True):
+    for source in catalogue.stacks:
         try:
-            if len(named.names) != source.layers:
-                raise InputError(
-                    f"stack {source.name!r} is one tensor with three axes, so its modules have no names; save one "
-                    "matrix per layer"
-                )
             RankBudget(settings.rank, settings.k).check_fits(source)
             if args.memory is not None:
                 check_memory(source, args.memory)

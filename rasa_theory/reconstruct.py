@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import save
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.console import Parser, exit_status, memory_size, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.console import (
+    Parser,
+    exit_status,
+    memory_size,
+    naming_flags,
+    output_folder,
+    progress_bar,
+    say_left_out,
+    write_file,
+)
 from rasa_theory.errors import InputError
 from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_device, compute_dtype
@@ -25,7 +34,6 @@ from rasa_theory.report import history_csv, table, verdict_lines
 from rasa_theory.sources import (
     DEFAULT,
     Catalogue,
-    LeftOut,
     StackSource,
     check_synthetic,
     open_source,
@@ -40,7 +48,6 @@ _FLAGS = {
     "max_cancellation": "max-cancellation",
 }  # where a flag is not called as in the library
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
-_SHOWN = 3
 _ON_NO_MEMORY = (
     "take fewer or smaller stacks (--modules), --dtype float32, or --memory, with which large ones stay on disk; "
     "--dry-run says how much a run needs"
@@ -193,7 +200,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         print(_plan(catalogue, settings, dtype, device, args.memory), file=text)
         return 0
     out = output_folder(args.out)
-    _say_left_out(whole.left_out)
+    say_left_out(whole.left_out, "results.json")
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
     state = StudyState(new_results(settings, catalogue.source, command), {})
@@ -228,14 +235,6 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     if args.json:
         print(json.dumps(state.results, indent=1, allow_nan=False))
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
-
-
-def _say_left_out(left_out: Sequence[LeftOut]) -> None:
-    """What of the source is in no stack, on standard error: the first few, and how many in all."""
-    for name, why in left_out[:_SHOWN]:
-        print(f"left out: {name}: {why}", file=sys.stderr)
-    if len(left_out) > _SHOWN:
-        print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in results.json", file=sys.stderr)
 
 
 def _plan(

@@ -14,6 +14,8 @@ from rasa_theory.extract import main
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 IDS = torch.arange(24).reshape(2, 12) % 50
 
 
@@ -109,6 +111,46 @@ def test_a_model_whose_layers_are_called_otherwise(tmp_path):
     assert torch.allclose(logits(model), logits(tuned), atol=1e-5)
     kinds = {row["kind"] for row in report_of(tmp_path / "out")["stacks"]}
     assert {"attention.self.query", "attention.output.dense", "output.dense"} <= kinds
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4))
+
+
+def test_weights_that_lie_the_other_way_round(tmp_path):
+    """GPT-2's Conv1D weights are (in, out); as (out, in) they are 72 x 24, 24 x 24, 96 x 24 and 24 x 96."""
+    tuned = saved_pair(tmp_path, gpt2, ".h.")
+    assert run(tmp_path, tmp_path / "out", "--rank", "24", "--k", "0") == 0
+    shapes = {row["kind"]: row["shape"] for row in report_of(tmp_path / "out")["stacks"]}
+    assert shapes == {"attn.c_attn": [72, 24], "attn.c_proj": [24, 24], "mlp.c_fc": [96, 24], "mlp.c_proj": [24, 96]}
+    model = peft.PeftModel.from_pretrained(base_model(transformers.GPT2LMHeadModel, tmp_path), tmp_path / "out")
+    assert torch.allclose(logits(model), logits(tuned), atol=2e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), logits(tuned), atol=2e-5)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_a_mixture_of_experts_with_grouped_queries(tmp_path):
+    """Attention goes into the adapter, narrow keys and values too; every expert is a stack of its own in the report."""
+    tuned = saved_pair(tmp_path, mixtral, ".layers.")
+    assert run(tmp_path, tmp_path / "all", "--rank", "3", "--k", "0") == 0
+    names = {row["name"] for row in report_of(tmp_path / "all")["stacks"]}
+    assert sum("experts.2." in name for name in names) == 3
+    assert run(tmp_path, tmp_path / "out", "--rank", "12", "--k", "0", "--modules", "*self_attn*") == 0
+    model = peft.PeftModel.from_pretrained(base_model(transformers.MixtralForCausalLM, tmp_path), tmp_path / "out")
+    merged, after = model.merge_and_unload().state_dict(), tuned.state_dict()
+    for row in report_of(tmp_path / "out")["stacks"]:
+        for module in row["modules"]:
+            key = f"{module['module']}.weight"
+            missed = float(((merged[key].double() - after[key].double()) ** 2).sum())
+            assert missed == pytest.approx(module["e_stored"], rel=1e-3, abs=1e-9)
 
 
 def test_dense_differences_give_the_tuned_weights_at_full_rank(llamas, tmp_path):
@@ -286,7 +328,7 @@ def test_factors_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
 def test_a_stack_without_names_of_modules_is_refused(tmp_path, capsys):
     save_file({"all": torch.randn(3, 6, 5)}, tmp_path / "updates.safetensors")
     assert main(["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--out", str(tmp_path / "out")]) == 2
-    assert "not the weight of a module" in capsys.readouterr().err
+    assert "one tensor with three axes, whose layers are no modules" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, capsys):
