@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def test_links_stay_in_the_directory_or_in_the_cache_of_the_hub(sharded: Path, t
     outside = tmp_path / "x.safetensors"
     (sharded / FIRST).rename(outside)
     (sharded / FIRST).symlink_to(outside)
-    assert f"{FIRST!r} is a link out of the directory, to {outside.resolve()}; " in refused(sharded)
+    assert f"{FIRST!r} is a link out of the directory, to {outside.resolve()}: put the file itself there; " in refused(
+        sharded
+    )
     (sharded / FIRST).unlink()
     outside.rename(sharded / "x.safetensors")
     (sharded / FIRST).symlink_to("x.safetensors")
@@ -225,6 +228,8 @@ FORGED = {
     "a shape twice": file_of(f'{{"a": {tensor(more=", " + chr(34) + "shape" + chr(34) + ": [4, 1, 1]")}}}'),
     "metadata twice": file_of(f'{{"__metadata__": {{}}, "__metadata__": {{}}, "a": {tensor()}}}'),
     "half a surrogate": file_of(f'{{"\\ud800": {tensor()}}}'),
+    "orders for a terminal": file_of(f'{{"\\u001b[2J\\n": {tensor(start=1, stop=17)}}}', 17),
+    "a name of 100 kB": file_of(f'{{"{"x" * 100_000}": {tensor(start=1, stop=17)}}}', 17),
     "deep": file_of(DEEP),
     "deep, where it is passed over": file_of(f'{{"a": {tensor(more=f", {chr(34)}x{chr(34)}: {DEEP}")}}}'),
     "deep metadata": file_of(f'{{"__metadata__": {{"x": {DEEP}}}, "a": {tensor()}}}'),
@@ -237,8 +242,13 @@ def test_forged_headers_are_refused(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(file_of(f'{{"a": {tensor()}}}'))
     assert values(file).shape == (1, 2, 2)
     file.write_bytes(content)
-    sentence = re.escape(f"{file}: not a sound safetensors file (") + r".+\); download or write it again"
-    assert re.fullmatch(sentence, refused(file))
+    tracemalloc.start()
+    found, (_, peak) = refused(file), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sentence = re.escape(f"{file}: not a sound safetensors file (") + r".{,210}\); download or write it again"
+    assert re.fullmatch(sentence, found)
+    assert found.isprintable()
+    assert peak < 2**18 + 4 * len(content)  # and not what a length or a shape claims
 
 
 def test_a_file_that_changes_after_it_was_opened_is_not_read(tmp_path: Path) -> None:
@@ -368,6 +378,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, capsys: pytest.Captur
         except BaseException as error:
             raise AssertionError(f"case {case}, {mutate.__name__}: {content[:500]!r}") from error
         assert "\n" not in sentence
+        assert len(sentence) < 2000
         outcomes[mutate.__name__][sentence != ""] += 1
         if case % THROUGH_THE_COMMAND == 0:
             status = reconstruct.main(["--source", str(file), "--rank", "1", "--dry-run"])

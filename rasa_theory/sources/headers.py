@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from rasa_theory.errors import InputError, UnsoundFile
 
 _LARGEST_JSON = 100_000_000  # bytes; safetensors allows its headers as many
+_LONGEST_REASON = 200  # letters
 
 
 class Stored(NamedTuple):
@@ -81,7 +82,7 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a sound file with one JSON object ({error}); download it again") from None
+        raise InputError(f"{file}: not a sound file with one JSON object ({_why(error)}); download it again") from None
     return found
 
 
@@ -113,8 +114,15 @@ def _sound(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        why = str(error).split("\n")[0]
-        raise UnsoundFile(f"{file}: not a sound safetensors file ({why})", "download or write it again") from None
+        raise UnsoundFile(
+            f"{file}: not a sound safetensors file ({_why(error)})", "download or write it again"
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    """What an error says, in one short line: it may quote the file."""
+    text = "".join(c if c.isprintable() else "?" for c in str(error)[: _LONGEST_REASON + 1])
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} .."
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ def model_types(checkpoint: Path) -> frozenset[str]:
     Raises InputError if there is a config.json that holds no JSON object.
     """
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-    if not file.exists():
+    if not os.path.exists(file):
         return frozenset()
     config = read_json(file)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]

@@ -105,7 +105,7 @@ def _refusal(directory: Path, name: str) -> str | None:
         return f"{name!r} is missing"
     target = (directory / path).resolve()
     if not target.is_relative_to(_walls(directory.resolve())):
-        return f"{name!r} is a link out of the directory, to {target}"
+        return f"{name!r} is a link out of the directory, to {target}: put the file itself there"
     return None
 
 
