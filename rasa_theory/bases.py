@@ -89,6 +89,16 @@ def completed(C: Tensor, X: Tensor) -> Tensor:
     return torch.cat([C, orthonormal_columns(torch.cat([C, X], -1))[..., C.shape[-1] :]], -1)
 
 
+def extended(C: Tensor, n: int) -> Tensor:
+    """C (..., b, c) with orthonormal columns, and n - c orthonormal ones beside them, c <= n <= b: (..., b, n).
+
+    By Householder's QR of C and zero columns, which takes any directions in their place.
+    """
+    c = C.shape[-1]
+    Q: Tensor = torch.linalg.qr(torch.nn.functional.pad(C, (0, n - c)))[0]
+    return torch.cat([C, Q[..., c:]], -1)
+
+
 def complement(C: Tensor) -> Tensor:
     """Orthonormal columns (..., n, n - c) orthogonal to the orthonormal ones of C (..., n, c)."""
     Q: Tensor = torch.linalg.qr(C, mode="complete")[0]

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
+from rasa_theory import bases, linalg
 from rasa_theory.errors import InputError, NotFinite
-from rasa_theory.storage import Divided, InMemory, OnDisk, Spill, Storage
+from rasa_theory.storage import Divided, Factored, InMemory, OnDisk, Spill, Storage
 
 _COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _COMPUTE |= {torch.float32: torch.float32, torch.float64: torch.float64}
@@ -126,9 +126,10 @@ class LayerStack:
     """The updates M_i in R^(b x a), i = 1..L, of one kind of module in L layers.
 
     `values`: an (L, b, a) array or tensor, or a list of L matrices of equal shape; real floating point, finite, not
-    empty. Or a `Storage`, which reads them from files. The memory is borrowed where dtype and device allow, and never
-    written. `dtype`, of the computation (None: the input's; half precisions compute in float32), is float32 or
-    float64. Narrower values stay as they are, and are converted a tile at a time. `device` None keeps the input's.
+    empty. Or a `Storage`, which reads them from files, or holds them as products of thin factors (`Factored`). The
+    memory is borrowed where dtype and device allow, and never written. `dtype`, of the computation (None: the input's;
+    half precisions compute in float32), is float32 or float64. Narrower values stay as they are, and are converted a
+    tile at a time; factors are converted at once. `device` None keeps the input's.
 
     Solvers read M through `right`, `left` and `tiles` alone, which count the passes over the data. They work on the
     view `unit()`, whose entries are divided by the power of two `scale`, so that the norm of M neither overflows nor
@@ -294,6 +295,8 @@ class LayerStack:
         with linalg.tf32(self.tf32 and self.device.type == "cuda"):
             if (M := self._whole) is not None:
                 product = linalg.product(M.mT if transposed else M, X)
+            elif isinstance(self._storage, Factored):
+                product = self._storage.product(X, transposed)
             else:
                 product = self._product_by_tiles(X, transposed)
         return product if self._gain == 1.0 else product * self._gain
@@ -342,7 +345,11 @@ class LayerStack:
         return block if gain == 1.0 else block * gain
 
     def svd(self) -> SVD:
-        """The exact SVD of every layer, in float64. Computed once (one pass) and kept for all views."""
+        """The exact SVD of every layer, in float64. Computed once (one pass) and kept for all views.
+
+        Of a factored stack from the factors, B_i A_i in float64 unrounded, completed to m = min(b, a) terms: singular
+        values 0, and singular vectors in any directions orthogonal to the others.
+        """
         if self._store.svd is None:
             self._store.passes += 1
             L, b, a = self._storage.shape
@@ -358,8 +365,8 @@ class LayerStack:
         m = min(b, a)
         shapes = ((L, b, m), (L, m), (L, m, a))
         U, S, Vh = (torch.empty(shape, dtype=torch.float64, device=self.device) for shape in shapes)
-        for i, _, M in self._stored_tiles(1 / self._power, rows=b):
-            U[i], S[i], Vh[i] = linalg.svd(M.double())
+        for i, layer in enumerate(self._layer_svds()):
+            U[i], S[i], Vh[i] = layer
         return SVD(U, S, Vh)
 
     def _spilled_svd(self) -> SVD:
@@ -367,12 +374,26 @@ class LayerStack:
         L, b, a = self._storage.shape
         m = min(b, a)
         left, S, right = Spill(L, m, b), torch.empty(L, m, dtype=torch.float64), Spill(L, m, a)
-        for i, _, M in self._stored_tiles(1 / self._power, rows=b):
-            U, S[i], Vh = linalg.svd(M.double())
+        for i, (U, sigma, Vh) in enumerate(self._layer_svds()):
+            S[i] = sigma
             left.add(U.mT)
             right.add(Vh)
-            del U, Vh, M  # before the next layer is read
+            del U, Vh  # before the next layer is read
         return SVD(left.tensor().mT, S, right.tensor())
+
+    def _layer_svds(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """U (b, m), S (m,) and Vh (m, a) of M / scale in float64, m = min(b, a), one layer after the other."""
+        L, b, a = self._storage.shape
+        held, m = self._storage, min(b, a)
+        if isinstance(held, Factored) and held.B.shape[2] <= m:
+            for i in range(L):
+                U, S, Vh = bases.product_svd(held.B[i].double() / self._power, held.A[i].double())
+                S = torch.nn.functional.pad(S, (0, m - len(S)))
+                yield bases.extended(U, m), S, bases.extended(Vh.mT, m).mT
+            return
+        for _, _, M in self._stored_tiles(1 / self._power, rows=b):
+            yield linalg.svd(M.double())
+            del M
 
     def gram(self) -> Tensor:
         """sum_i M_i M_i^T in float64, (b, b). Computed once per orientation (one pass) and kept for all views."""
@@ -407,7 +428,7 @@ class LayerStack:
     def normalised_layers(self) -> tuple[LayerStack, list[float]]:
         """A stack with every nonzero M_i divided by its norm, and the norms (1 for zero layers).
 
-        A copy if M is in memory, else M divided as it is read.
+        A copy if M is in memory, or if its factors are, else M divided as it is read.
         """
         largest, squares = [0.0] * self.layers, [0.0] * self.layers
         for i, _, M in self._stored_tiles():
@@ -420,6 +441,8 @@ class LayerStack:
         if isinstance(self._storage, InMemory):
             L, b, _ = units.shape
             units = InMemory(torch.stack([units.rows(i, 0, b) for i in range(L)]))
+        elif isinstance(self._storage, Factored):
+            units = self._storage.divided(divisors, relative)
         stack = LayerStack(units, self.name, self.dtype, self.device, self._memory)
         stack.tf32 = self.tf32
         norms = [x * y * self._gain if x > 0 else 1.0 for x, y in zip(largest, relative, strict=True)]
@@ -465,6 +488,11 @@ def _as_storage(
     elif isinstance(values, OnDisk | Divided):
         computed = _COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype)
         return values, computed, place or torch.device("cpu")
+    elif isinstance(values, Factored):
+        if values.dtype not in _COMPUTE:
+            raise InputError(f"stack {name!r}: factors of {values.dtype} are not real floating point; convert them")
+        values = values.to(_COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype), place)
+        return values, values.dtype, values.B.device
     if isinstance(values, Sequence) and not isinstance(values, str | bytes):
         M = _join([_as_tensor(m, f"stack {name!r}, layer {i}") for i, m in enumerate(values)], name)
     else:

@@ -128,6 +128,54 @@ class Divided:
         return self.whole.rows(layer, start, stop).to(self.dtype) / self.largest[layer] / self.relative[layer]
 
 
+@dataclass(frozen=True)
+class Factored:
+    """Matrices B_i A_i that are not formed: B (L, b, m), A (L, m, a), zero where a layer has fewer than m terms.
+
+    Raises InputError if the shapes, dtypes or devices disagree, or an axis is empty.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        B, A = self.B, self.A
+        fits = B.ndim == A.ndim == 3 and B.shape[0] == A.shape[0] and B.shape[2] == A.shape[1]
+        if not fits or 0 in (*B.shape, *A.shape):
+            raise InputError(
+                f"factors need shapes (L, b, m) and (L, m, a) without an empty axis, found {tuple(B.shape)} and "
+                f"{tuple(A.shape)}; give B before A, with a term of rank one for each column of B"
+            )
+        if (B.dtype, B.device) != (A.dtype, A.device):
+            raise InputError(f"factor B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}; give both the same")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.B.shape[0], self.B.shape[1], self.A.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.B.dtype
+
+    def rows(self, layer: int, start: int, stop: int) -> Tensor:
+        return self.B[layer, start:stop] @ self.A[layer]
+
+    def product(self, X: Tensor, transposed: bool) -> Tensor:
+        """B_i (A_i X), (L, b, n), of X (a, n) or (L, a, n); `transposed`: A_i^T (B_i^T X), of X (b, n) or (L, b, n)."""
+        if transposed:
+            return (X.mT @ self.B @ self.A).mT
+        return (X.mT @ self.A.mT @ self.B.mT).mT
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Factored:
+        """The same in another dtype or on another device; `device` None keeps it."""
+        return Factored(self.B.to(device, dtype), self.A.to(device, dtype))
+
+    def divided(self, largest: Sequence[float], relative: Sequence[float]) -> Factored:
+        """B_i A_i divided by largest[i] and then by relative[i]."""
+        first, second = (self.B.new_tensor(x)[:, None, None] for x in (largest, relative))
+        return Factored(self.B / first / second, self.A)
+
+
 class Spill:
     """A float64 tensor (L, n, m) that is written matrix by matrix into an unnamed temporary file, and then mapped.
 
