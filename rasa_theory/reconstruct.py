@@ -73,10 +73,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--source",
         metavar="S",
         help=f"updates (tuned minus base, not weights): {DEFAULT} (default), synthetic, a .safetensors, .npy or .npz "
-        "file, or a directory of safetensors",
+        "file, a directory of safetensors, or the folder of a PEFT LoRA adapter",
     )
     add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="DIR",
+        help="instead of --source: PEFT LoRA adapters of one base; one stack per module, over the adapters",
+    )
     add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
     add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
@@ -159,6 +165,9 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         raise InputError("--base and --tuned go together: name both checkpoints")
     if args.base is not None and args.source is not None:
         raise InputError("--source and --base with --tuned exclude each other; give one of them")
+    if args.adapters is not None and (args.source is not None or args.base is not None):
+        other = "--source" if args.source is not None else "--base with --tuned"
+        raise InputError(f"--adapters and {other} exclude each other; give one of them")
     if args.source == "synthetic":
         if args.memory is not None:
             raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
@@ -172,6 +181,8 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         found = Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
     elif args.base is not None:
         found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
+    elif args.adapters is not None:
+        found = open_source("", adapters=args.adapters, memory=args.memory)
     else:
         found = open_source(DEFAULT if args.source is None else args.source, memory=args.memory)
     return found

@@ -1,14 +1,16 @@
-"""Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, and generators."""
+"""Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, adapters, and generators."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from rasa_theory.errors import InputError
 from rasa_theory.problem import LayerStack, compute_device, compute_dtype, whole_number
+from rasa_theory.sources.adapters import CONFIG, open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
@@ -32,18 +34,29 @@ __all__ = [
 
 
 def open_source(
-    source: str = DEFAULT, *, base: str | None = None, tuned: str | None = None, memory: int | None = None
+    source: str = DEFAULT,
+    *,
+    base: str | None = None,
+    tuned: str | None = None,
+    adapters: Sequence[str] | None = None,
+    memory: int | None = None,
 ) -> Catalogue:
-    """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a checkpoint directory.
+    """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
 
-    `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. No values are
-    read before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+    `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. So do `adapters`,
+    the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
+    before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
 
     `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
-    of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end.
+    of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
+    adapters are thin, and held in memory.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
+    if adapters is not None:
+        if base is not None or tuned is not None:
+            raise InputError("--adapters and --base with --tuned exclude each other; give one of them")
+        return open_adapters([_existing(path) for path in adapters], memory)
     if base is not None and tuned is not None:
         return open_pair(_existing(base), _existing(tuned), memory)
     if base is not None or tuned is not None:
@@ -52,6 +65,8 @@ def open_source(
     if source in BUNDLED:
         return open_bundled(source, memory)
     path = _existing(source)
+    if (path / CONFIG).is_file():
+        return open_adapter(path, memory)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
         return open_checkpoint(path, memory)
@@ -61,7 +76,7 @@ def open_source(
         return open_npz(path, memory)
     raise InputError(
         f"{source}: the kind of file {suffix!r} is not known; give a .safetensors, .npy or .npz file, "
-        f"a checkpoint directory, or a bundled set ({', '.join(BUNDLED)})"
+        f"the directory of a checkpoint or adapter, or a bundled set ({', '.join(BUNDLED)})"
     )
 
 

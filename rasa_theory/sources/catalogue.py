@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch import Tensor
 from rasa_theory.errors import DamagedFile, InputError, NotFinite
 from rasa_theory.problem import LayerStack, compute_dtype
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
-from rasa_theory.storage import OnDisk, Part
+from rasa_theory.storage import Factored, OnDisk, Part
 
-__all__ = ["Catalogue", "LeftOut", "Reader", "StackSource", "catalogue_of"]
+__all__ = ["Catalogue", "Holder", "LeftOut", "Reader", "StackSource", "catalogue_of", "catalogue_of_groups"]
 
 _SHOWN = 5
 
@@ -79,6 +79,14 @@ class Reader:
     part: Callable[[str], Part] | None = None
 
 
+@dataclass(frozen=True)
+class Holder:
+    """`hold(group, dtype, device)` is what LayerStack takes; `file_of` names the file of a key in errors."""
+
+    hold: Callable[[Group, torch.dtype | None, torch.device | None], Tensor | OnDisk | Factored]
+    file_of: Callable[[str], str]
+
+
 def catalogue_of(
     source: str,
     entries: Iterable[Entry],
@@ -93,14 +101,33 @@ def catalogue_of(
     """
     entries = list(entries)
     groups, ungrouped = group(entries)
-    left_out = [*left_out, *ungrouped]
+    by_name = {entry.name: entry for entry in entries}
+
+    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | OnDisk:
+        return _held(g, reader, _common([by_name[key] for key in g.keys]), memory, dtype, device)
+
+    transposed = {g.name for g in groups if by_name[g.keys[0]].transposed}  # all of them: a number is what differs
+    holder = Holder(hold, reader.file_of)
+    return catalogue_of_groups(source, groups, [*left_out, *ungrouped], holder, memory, transposed)
+
+
+def catalogue_of_groups(
+    source: str,
+    groups: Sequence[Group],
+    left_out: list[LeftOut],
+    holder: Holder,
+    memory: int | None = None,
+    transposed: Collection[str] = (),
+) -> Catalogue:
+    """The stacks of `groups`, which `holder` holds when they are loaded. Raises InputError if there are none.
+
+    The holder gives those of `transposed`, by name, as (a, b).
+    """
     if not groups:
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out[:_SHOWN])
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         raise InputError(f"{source}: no stack remains ({shown or 'it holds no tensors'}{more})")
-    by_name = {entry.name: entry for entry in entries}
-    stacks = [_stack_source(g, [by_name[key] for key in g.keys], reader, memory) for g in groups]
-    return Catalogue(source, stacks, left_out)
+    return Catalogue(source, [_stack_source(g, holder, memory, g.name in transposed) for g in groups], left_out)
 
 
 def _common(entries: list[Entry]) -> torch.dtype:
@@ -110,14 +137,12 @@ def _common(entries: list[Entry]) -> torch.dtype:
     return common
 
 
-def _stack_source(g: Group, members: list[Entry], reader: Reader, memory: int | None) -> StackSource:
+def _stack_source(g: Group, holder: Holder, memory: int | None, transposed: bool) -> StackSource:
     b, a = g.shape
-    transposed = members[0].transposed  # as all of them, whose names differ in a number
     in_file = g._replace(shape=(a, b)) if transposed else g
-    stored = _common(members)
 
     def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
-        values = _held(in_file, reader, stored, memory, dtype, device)
+        values = holder.hold(in_file, dtype, device)
         try:
             stack = LayerStack(values, g.name, dtype, device, memory)
             return stack.transpose() if transposed else stack
@@ -126,9 +151,9 @@ def _stack_source(g: Group, members: list[Entry], reader: Reader, memory: int | 
         except NotFinite as error:
             key = g.keys[error.layer if len(g.keys) > 1 else 0]
             tensor = f" (tensor {key!r})" if len(g.keys) > 1 else ""
-            raise InputError(f"{reader.file_of(key)}: {error}{tensor}") from None
+            raise InputError(f"{holder.file_of(key)}: {error}{tensor}") from None
         except InputError as error:
-            raise InputError(f"{reader.file_of(g.keys[0])}: {error}") from None
+            raise InputError(f"{holder.file_of(g.keys[0])}: {error}") from None
 
     return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), transposed)
 

@@ -93,7 +93,8 @@ def _unusable(entry: Entry) -> str | None:
         return f"shape {entry.shape} is empty"
     if _ADAPTER.search(entry.name):
         return (
-            "a factor of an adapter, not an update; give the products B A times their scaling, or a merged checkpoint"
+            "a factor of an adapter, not an update; give the folder of the adapter, with its adapter_config.json, "
+            "as --source"
         )
     if len(entry.shape) not in (2, 3):
         return f"{len(entry.shape)} axes; a layer has 2, a stack of layers 3"

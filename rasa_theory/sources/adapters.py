@@ -1,0 +1,286 @@
+"""Folders of PEFT LoRA adapters: the updates B A times their scaling, kept as factors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rasa_theory.errors import InputError
+from rasa_theory.sources.catalogue import Catalogue, Holder, catalogue_of_groups
+from rasa_theory.sources.checkpoint import Checkpoint
+from rasa_theory.sources.grouping import Entry, Group, LeftOut, group, is_floating
+from rasa_theory.storage import Factored
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
+_MERGE = "merge it into the model, and give the models before and after as --base and --tuned"
+_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config")
+
+
+class Pair(NamedTuple):
+    """The factors of one module: keys of A (r, a) and B (b, r); its update is (b, a), B A times the scaling."""
+
+    A: str
+    B: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of `adapter_config.json` decides about the updates."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+    variant: str | None
+    target_parameters: list[str]
+
+    def rank(self, module: str) -> int:
+        """r of a module."""
+        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.r)
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with use_rslora."""
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class Adapter:
+    """The factors in a folder of a PEFT LoRA adapter, by module, and what of it is not taken.
+
+    Raises InputError, naming the file, if one is missing or damaged, the adapter is not LoRA, or factors contradict
+    each other or the ranks of the configuration.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._settings = _settings(path)
+        if not (path / WEIGHTS).is_file():
+            hint = ", only a pickle, which is never opened" if (path / "adapter_model.bin").exists() else ""
+            raise InputError(f"{path}: the folder has {CONFIG} but no {WEIGHTS}{hint}; save the adapter as safetensors")
+        self._checkpoint = Checkpoint(path / WEIGHTS)
+        self.pairs: dict[str, Pair] = {}
+        self.left_out: list[LeftOut] = []
+        found: dict[str, dict[str, Entry]] = {}
+        for key, entry in self._checkpoint.entries.items():
+            if match := _FACTOR.fullmatch(key):
+                found.setdefault(match[1], {})[match[2]] = entry
+            else:
+                self.left_out.append(LeftOut(key, _why_no_factor(key)))
+        scaled = {key.split(_MAGNITUDE)[0] for key in self._checkpoint.entries if _MAGNITUDE in key}
+        for module, parts in found.items():
+            reason = _why_not_taken(module, parts, self._settings)
+            if reason is None and parts["A"].name.removesuffix(".lora_A.weight") in scaled:
+                reason = _variant("lora_magnitude_vector (DoRA)")
+            if reason is not None:
+                self.left_out += [LeftOut(entry.name, reason) for entry in parts.values()]
+            else:
+                self.pairs[module] = self._pair(module, parts["A"], parts["B"])
+
+    @property
+    def file(self) -> str:
+        """The file of the factors."""
+        return str(self.path / WEIGHTS)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """B (b, r) times the scaling, in float64, and A (r, a) as it is stored."""
+        pair = self.pairs[module]
+        return self._checkpoint.read(pair.B).double() * pair.scaling, self._checkpoint.read(pair.A)
+
+    def _pair(self, module: str, A: Entry, B: Entry) -> Pair:
+        rank = A.shape[0]
+        if B.shape[1] != rank:
+            raise InputError(
+                f"{self.file}: {A.name!r} has shape {A.shape} and {B.name!r} {B.shape}, which do not multiply as B A; "
+                "save the adapter again"
+            )
+        if (expected := self._settings.rank(module)) != rank:
+            raise InputError(
+                f"{self.path / CONFIG}: module {module!r} has rank {expected} there, but {A.name!r} has shape "
+                f"{A.shape}, rank {rank}; take both files from one adapter, or mend r or rank_pattern"
+            )
+        wide = torch.float64 if "float64" in (A.dtype, B.dtype) else torch.float32
+        return Pair(A.name, B.name, (B.shape[0], A.shape[1]), rank, self._settings.scaling(module, rank), wide)
+
+
+def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
+    """The stacks of an adapter: of each module kind the updates scaling B_i A_i, (out, in), one per layer.
+
+    Grouped and named as the weights of the modules in a checkpoint would be (Conv1D, whose weight is (in, out), is
+    (out, in) here too). The factors are held in memory, in float32
+    or more, whatever `memory` is. Raises InputError as Adapter does, and if no stack remains.
+    """
+    adapter = Adapter(path)
+    module_of = {f"{module}.weight": module for module in adapter.pairs}
+    entries = [Entry(name, adapter.pairs[module].shape, "float32") for name, module in module_of.items()]
+    groups, ungrouped = group(entries)
+    holder = _holder(lambda key: (adapter, module_of[key]))
+    return catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
+
+
+def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue:
+    """Adapters of one base, stacked over tasks: one stack per module, named by it; layer t is that of paths[t].
+
+    Modules that not all have, or of different shapes, are left out. Raises InputError as Adapter does, for fewer than
+    two adapters, and if no stack remains.
+    """
+    if len(paths) < 2:
+        raise InputError(
+            f"--adapters needs two folders or more, found {len(paths)}; one adapter alone is a --source, stacked over "
+            "its layers"
+        )
+    adapters = [Adapter(path) for path in paths]
+    left_out = [LeftOut(name, f"in {x.path}: {reason}") for x in adapters for name, reason in x.left_out]
+    groups: list[Group] = []
+    at: dict[str, tuple[Adapter, str]] = {}
+    for module in {module: None for x in adapters for module in x.pairs}:
+        having = [x for x in adapters if module in x.pairs]
+        first = having[0]
+        if len(having) < len(adapters):
+            missing = next(x for x in adapters if module not in x.pairs)
+            left_out.append(LeftOut(module, f"in {first.path} but not in {missing.path}"))
+            continue
+        shape = first.pairs[module].shape
+        if other := next((x for x in having if x.pairs[module].shape != shape), None):
+            found = other.pairs[module].shape
+            left_out.append(LeftOut(module, f"shape {shape} in {first.path}, {found} in {other.path}"))
+            continue
+        keys = [f"{t}: {module}" for t in range(len(adapters))]
+        at |= {key: (x, module) for key, x in zip(keys, adapters, strict=True)}
+        groups.append(Group(module, len(keys), shape, keys))
+    return catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
+
+
+def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:
+    """Holds the factors of a group, whose keys `at` finds: adapter and module."""
+
+    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Factored:
+        layers = [at(key) for key in g.keys]
+        pairs = [adapter.pairs[module] for adapter, module in layers]
+        wide = torch.float64 if torch.float64 in [pair.dtype for pair in pairs] else torch.float32
+        (b, a), m = g.shape, max(pair.rank for pair in pairs)
+        B = torch.zeros(len(pairs), b, m, dtype=dtype or wide, device=device)
+        A = torch.zeros(len(pairs), m, a, dtype=dtype or wide, device=device)
+        for i, (adapter, module) in enumerate(layers):
+            r = pairs[i].rank
+            B[i, :, :r], A[i, :r] = adapter.factors(module)
+        return Factored(B, A)
+
+    return Holder(hold, lambda key: at(key)[0].file)
+
+
+# ---- the configuration
+
+
+def _settings(path: Path) -> Settings:
+    file = path / CONFIG
+    if not file.is_file():
+        raise InputError(f"{path}: not a folder with {CONFIG}; give the folder of a PEFT LoRA adapter")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not sound JSON ({error}); save the adapter again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}; save the adapter again")
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type is {config.get('peft_type')!r}, but only LORA has updates B A; {_MERGE}")
+
+    def value(name: str, default: Any, kind: str, sound: Callable[[Any], bool]) -> Any:
+        found = default if config.get(name) is None else config[name]
+        if not sound(found):
+            raise InputError(f"{file}: {name} must be {kind}, found {str(found)[:80]!r}; mend it")
+        return found
+
+    def pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda x: isinstance(x, dict) and all(_is_pattern(key) and of(x[key]) for key in x)
+
+    ranks, alphas = "regular expressions, each with a whole number above 0", "regular expressions, each with a number"
+    return Settings(
+        r=value("r", 8, "a whole number above 0", _is_rank),
+        lora_alpha=value("lora_alpha", 8, "a finite number", _is_number),
+        rank_pattern=value("rank_pattern", {}, ranks, pattern(_is_rank)),
+        alpha_pattern=value("alpha_pattern", {}, alphas, pattern(_is_number)),
+        use_rslora=value("use_rslora", False, "true or false", lambda x: isinstance(x, bool)),
+        variant=next((name for name in _VARIANTS if config.get(name)), None),
+        target_parameters=value("target_parameters", [], "a list of names", _are_names),
+    )
+
+
+def _is_rank(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e300
+
+
+def _is_pattern(key: str) -> bool:
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
+def _are_names(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
+
+
+def _matching(patterns: dict[str, Any], module: str) -> str:
+    """PEFT's rule (`get_pattern_key`): the first pattern that the name of the module ends with, after a dot."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+# ---- what is not taken
+
+
+def _variant(name: str) -> str:
+    return f"{name} makes this a variant of LoRA whose update is not B A; {_MERGE}"
+
+
+def _why_no_factor(key: str) -> str:
+    """Why a tensor that is neither lora_A nor lora_B of a module is left out."""
+    if ".lora_embedding_" in key:
+        return "a factor of an embedding's update; there is one embedding, and a stack needs two layers or more"
+    if _MAGNITUDE in key:
+        return "the magnitudes of DoRA, not a factor"
+    if re.search(r"\.lora_[AB]\.bias\Z", key):
+        return "the update of a bias (lora_bias), not a matrix"
+    if ".lora_" in key:
+        return "not called base_model.model.<module>.lora_A.weight or .lora_B.weight, as the factors of LoRA are"
+    return f"a whole tensor beside the factors (modules_to_save, a bias or an embedding), not an update; {_MERGE}"
+
+
+def _why_not_taken(module: str, parts: dict[str, Entry], settings: Settings) -> str | None:
+    """Why the factors of a module are left out; None if they are taken."""
+    if len(parts) < 2:
+        there, missing = ("A", "B") if "A" in parts else ("B", "A")
+        return f"lora_{there} without lora_{missing}"
+    if settings.variant is not None:
+        return _variant(settings.variant)
+    parents = {name.rpartition(".")[0] for name in settings.target_parameters}
+    if any(re.fullmatch(rf"(.*\.)?{re.escape(parent)}(\.base_layer)*", module) for parent in parents):
+        return "factors of a parameter with several matrices (target_parameters), not of one"
+    for entry in parts.values():
+        if len(entry.shape) != 2:
+            return f"lora_A or lora_B has {len(entry.shape)} axes (a convolution?); a factor has 2"
+        if not is_floating(entry.dtype):
+            return f"{entry.dtype} cannot be computed with; convert the adapter to bfloat16"
+        if 0 in entry.shape:
+            return f"shape {entry.shape} is empty"
+    return None
