@@ -92,11 +92,11 @@ def completed(C: Tensor, X: Tensor) -> Tensor:
 def extended(C: Tensor, n: int) -> Tensor:
     """C (..., b, c) with orthonormal columns, and n - c orthonormal ones beside them, c <= n <= b: (..., b, n).
 
-    By Householder's QR of C and zero columns, which takes any directions in their place.
+    The others are columns c + 1 .. n of the product of the Householder reflections that make C upper triangular.
     """
-    c = C.shape[-1]
-    Q: Tensor = torch.linalg.qr(torch.nn.functional.pad(C, (0, n - c)))[0]
-    return torch.cat([C, Q[..., c:]], -1)
+    b, c = C.shape[-2:]
+    unit = torch.eye(b, n, dtype=C.dtype, device=C.device)[:, c:].expand(*C.shape[:-2], b, n - c)
+    return torch.cat([C, torch.ormqr(*torch.geqrf(C), unit)], -1)
 
 
 def complement(C: Tensor) -> Tensor:
