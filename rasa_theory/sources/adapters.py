@@ -242,7 +242,10 @@ def _are_names(x: Any) -> bool:
 
 
 def _matching(patterns: dict[str, Any], module: str) -> str:
-    """PEFT's rule (`get_pattern_key`): the first pattern that the name of the module ends with, after a dot."""
+    """PEFT's rule since 0.15 (`get_pattern_key`): the first pattern that is the module's name, or its end after a dot.
+
+    The name itself where none is. Ranks and alphas are looked up apart.
+    """
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
 
 
