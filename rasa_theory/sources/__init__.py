@@ -47,6 +47,9 @@ def open_source(
     the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
     before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
 
+    The index of a checkpoint directory says which of its files are read. Matrices of checkpoints are (out, in), that is
+    (b, a), also where the file has them as (in, out), as in GPT-2.
+
     `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
     adapters are thin, and held in memory.
