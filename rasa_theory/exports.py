@@ -62,10 +62,12 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """PEFT's LoRA weights of every module, its leading `ranks[i]` terms (all of them if None)."""
+    """PEFT's LoRA weights of every module, its leading `ranks[i]` terms (all of them if None); none for rank 0."""
     tensors = {}
     for i, name in enumerate(modules.names):
         rank = factors.B.shape[2] if ranks is None else ranks[i]
+        if rank == 0:
+            continue
         B, A = balanced(factors.B[i, :, :rank], factors.A[i, :rank])
         tensors[f"{_PEFT}{name}.lora_A.weight"] = A
         tensors[f"{_PEFT}{name}.lora_B.weight"] = B

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,22 @@ from rasa_theory.console import (
     say_left_out,
     write_file,
 )
-from rasa_theory.descent import Progress
+from rasa_theory.descent import Callback
 from rasa_theory.errors import InputError
 from rasa_theory.exports import FORMATS, Modules
 from rasa_theory.extract_report import extraction_csv, extraction_table, model_card
-from rasa_theory.extraction import STORED, ExtractSettings, Workplace, extract_stack, identity
+from rasa_theory.extraction import STORED, ExtractSettings, extract_stack
 from rasa_theory.plotting import plot_extraction
 from rasa_theory.problem import RankBudget, check_memory, compute_device, compute_dtype
+from rasa_theory.ranks import RankTarget, allocate_ranks
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.sources import Catalogue, LeftOut, StackSource, open_source
 from rasa_theory.starts import STARTS
 from rasa_theory.study import environment
+from rasa_theory.workplace import Workplace, identity
 
 _FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation"}
+_UNSET = -1
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
 
 
@@ -60,8 +63,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--tuned", metavar="P", help="the checkpoint after it")
     add("--source", metavar="S", help="instead of the two: a checkpoint that holds updates, tuned minus base")
     add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
-    add("--rank", type=int, default=16, metavar="R", help="rank budget r of a layer (%(default)s)")
-    add("--k", type=int, default=1, metavar="K", help="ranks given to RaSA's pool; 0: LoRA alone (%(default)s)")
+    add("--rank", type=_number_or_auto, default=16, metavar="R", help="rank budget r of a layer, or auto (%(default)s)")
+    add("--energy", type=float, metavar="E", help="with --rank auto: keep this share of the squared norm")
+    add("--error", type=float, metavar="E", help="with --rank auto: miss at most this share of the squared norm")
+    add("--parameters", type=int, metavar="N", help="with --rank auto: spend at most so many numbers")
+    add(
+        "--k",
+        type=_number_or_auto,
+        default=_UNSET,
+        metavar="K",
+        help="ranks given to RaSA's pool; 0: LoRA alone; auto: the best of 1, 2, 4, .. (1; 0 with --rank auto)",
+    )
     add(
         "--format",
         choices=FORMATS,
@@ -87,10 +99,35 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _number_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
+
+def _target(args: argparse.Namespace) -> RankTarget | None:
+    """What --rank auto aims at. Raises InputError if that is not said, or said without it."""
+    given = [flag for flag in ("energy", "error", "parameters") if getattr(args, flag) is not None]
+    if args.rank is not None:
+        if given:
+            raise InputError(f"--{given[0]} goes with --rank auto, and nothing else")
+        return None
+    if len(given) != 1:
+        raise InputError("--rank auto needs one of --energy, --error and --parameters")
+    if args.error is not None and not 0 <= args.error < 1:
+        raise InputError(f"error must be at least 0 and below 1, got {args.error}")
+    return RankTarget(1 - args.error if args.error is not None else args.energy, args.parameters)
+
+
 def _run(args: argparse.Namespace, given: list[str]) -> int:
     with naming_flags(_FLAGS):
         solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
-        settings = ExtractSettings(args.rank, args.k, args.format, args.dtype, args.certificate, solver)
+        target = _target(args)
+        k = args.k if args.k != _UNSET else (1 if target is None else 0)
+        settings = ExtractSettings(args.rank, k, args.format, args.dtype, args.certificate, solver, target)
         dtype, device = compute_dtype(args.compute), compute_device(args.device)
     catalogue = _catalogue(args)
     modules = [Modules.of(s.keys, s.transposed, args.prefix) for s in catalogue.stacks]
@@ -164,7 +201,7 @@ def _check(
     problems = []
     for source in catalogue.stacks:
         try:
-            RankBudget(settings.rank, settings.k).check_fits(source)
+            RankBudget(settings.rank or 1, 0).check_fits(source)
             if args.memory is not None:
                 check_memory(source, args.memory)
         except InputError as error:
@@ -191,9 +228,10 @@ def _bytes(catalogue: Catalogue, settings: ExtractSettings) -> int:
     numbers = 0
     for s in catalogue.stacks:
         L, (b, a) = s.layers, s.shape
-        budget = RankBudget(settings.rank, settings.k)
-        rank = {"lora": settings.rank, "lora-exact-rasa": budget.private_rank + budget.pool_rank(L)}
-        numbers += L * (b * a if settings.format == "diff" else rank.get(settings.format, settings.rank) * (b + a))
+        r = min(b, a) if settings.rank is None else settings.rank  # at most
+        k = r if settings.k is None else settings.k
+        rank = r - k + L * k if settings.format == "lora-exact-rasa" else r
+        numbers += L * (b * a if settings.format == "diff" else rank * (b + a))
     return numbers * STORED[settings.dtype].itemsize
 
 
@@ -204,10 +242,15 @@ def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -
         turned = ", stored transposed" if s.transposed else ""
         lines.append(f"  {s.name}: {s.layers} x {s.shape[0]} x {s.shape[1]}{turned} ({size / 2**20:.1f} MiB)")
     lines.append(
-        f"r = {settings.rank}, k = {settings.k}; the adapter takes about {_bytes(catalogue, settings) / 2**20:.1f} MiB"
+        f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
+        f"{_bytes(catalogue, settings) / 2**20:.1f} MiB"
     )
     lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
     return "\n".join(lines)
+
+
+def _said(number: int | None) -> str:
+    return "auto" if number is None else str(number)
 
 
 def _identity(catalogue: Catalogue, modules: Sequence[Modules], settings: ExtractSettings) -> dict[str, Any]:
@@ -231,12 +274,17 @@ def _extracted(
     """The rows of all stacks, those that are new written; None if interrupted."""
     rows: list[dict[str, Any]] = []
     try:
+        ranks = _allocated(catalogue, settings, dtype, device, quiet)
         with progress_bar(len(catalogue.stacks), "stacks", quiet) as show:
             for n, source in enumerate(catalogue.stacks):
                 row = place.row(n)
                 if row is None:
                     show(n, f"{source.name}: reading")
-                    row = _one(source, modules[n], settings, place, n, dtype, device, show)
+                    extracted = extract_stack(
+                        source.load(dtype, device), modules[n], settings, ranks[n], _told(show, n, source)
+                    )
+                    place.add(n, extracted)
+                    row = extracted.row
                 rows.append(row)
     except KeyboardInterrupt:
         done = sum(place.row(n) is not None for n in range(len(catalogue.stacks)))
@@ -248,18 +296,25 @@ def _extracted(
     return rows
 
 
-def _one(
-    source: StackSource, modules: Modules, settings: ExtractSettings, place: Workplace, n: int,
-    dtype: torch.dtype, device: torch.device, show: Any,
-) -> dict[str, Any]:  # fmt: skip
-    stack = source.load(dtype, device)
+def _told(show: Callable[[int, str], None], n: int, source: StackSource) -> Callback:
+    return lambda progress: show(n, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
 
-    def told(progress: Progress) -> None:
-        show(n, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
 
-    extracted = extract_stack(stack, modules, settings, told)
-    place.add(n, extracted)
-    return extracted.row
+def _allocated(
+    catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype, device: torch.device, quiet: bool
+) -> Sequence[Sequence[int] | None]:
+    """The rank of every layer of every stack where the settings have a target: spectra of all of them, first."""
+    if settings.target is None:
+        return [None] * len(catalogue.stacks)
+    spectra = []
+    with progress_bar(len(catalogue.stacks), "spectra", quiet) as show:
+        for n, source in enumerate(catalogue.stacks):
+            show(n, source.name)
+            spectra.append(source.load(dtype, device).singular_values())
+    ranks = allocate_ranks(spectra, [sum(source.shape) for source in catalogue.stacks], settings.target)
+    if not any(map(any, ranks)):
+        raise InputError("the target leaves every layer rank 0; allow more parameters")
+    return ranks
 
 
 def write_adapter(place: Workplace, report: dict[str, Any]) -> None:

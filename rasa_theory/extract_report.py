@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 _CSV = (
-    "stack", "kind", "module", "norm_squared", "e_lora", "e_rasa", "e_stored",
+    "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
     "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
 )  # fmt: skip
 _HEAD = ("kind", "layers", "shape", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "rank 90%")
@@ -20,7 +20,7 @@ _EXPLANATION = (
     "written. rank 90%: what that share of the energy needs, median over layers."
 )
 _WHAT = {
-    "lora": "the best LoRA of rank {rank} of every layer",
+    "lora": "the best LoRA of every layer, of rank {rank}",
     "lora-exact-rasa": "RaSA of rank {rank} with k = {k}, written exactly as a LoRA of rank {written}",
     "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT",
     "diff": "dense differences to add to the base weights: {source}",
@@ -38,7 +38,7 @@ def extraction_table(report: dict[str, Any]) -> str:
     """One line per stack and one for all, at most 100 characters wide."""
     lines = [_HEAD]
     for row in report["stacks"]:
-        floor = "-" if row["lower_bound"] is None else _ratio(row["lower_bound"], row["e_lora"])
+        floor = "-" if row["k"] == 0 else _ratio(row["lower_bound"], row["e_lora"])
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
         lines.append(
@@ -51,6 +51,10 @@ def extraction_table(report: dict[str, Any]) -> str:
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
     text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION])
+
+
+def _chosen(number: int | None) -> str:
+    return "chosen for each layer" if number is None else str(number)
 
 
 def _errors(row: dict[str, Any]) -> tuple[str, str]:
@@ -79,7 +83,8 @@ def model_card(report: dict[str, Any]) -> str:
     """README.md of the adapter's folder, with the header that a model hub reads."""
     settings, total = report["plan"]["settings"], totals(report)
     written = max(rank for row in report["stacks"] for rank in row["ranks"].values())
-    what = _WHAT[settings["format"]].format(**settings, written=written, source=report["source"])
+    named = {"rank": _chosen(settings["rank"]), "k": _chosen(settings["k"]), "written": written}
+    what = _WHAT[settings["format"]].format(**named, source=report["source"])
     peft = settings["format"].startswith("lora")
     header = ["library_name: peft"] if peft else []
     if report["base"]:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 import math
-import shutil
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from rasa_theory.bounds import CERTIFICATES, lower_bound
-from rasa_theory.console import write_file
+from rasa_theory.bounds import CERTIFICATES, Bound, lower_bound
 from rasa_theory.descent import Callback
 from rasa_theory.errors import InputError
 from rasa_theory.exports import (
     FORMATS,
     Modules,
     dense_tensors,
-    join_safetensors,
-    lora_config,
     lora_tensors,
-    rasa_config,
     rasa_tensors,
 )
-from rasa_theory.factors import LoraFactors, RasaFactors, lora_parameters
+from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.lora import solve_lora
 from rasa_theory.objective import layer_errors
 from rasa_theory.problem import LayerStack, RankBudget
-from rasa_theory.rasa import SolverOptions, solve_rasa
+from rasa_theory.ranks import RankTarget
+from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
 
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
@@ -45,32 +37,39 @@ _SHARES = (50, 90, 99)
 class ExtractSettings:
     """What to extract: RaSA(r, k) beside LoRA of rank r, `format` of `exports.FORMATS`, stored as `dtype`.
 
-    k = 0 solves no RaSA. Raises InputError if a value is not one of those that there are.
+    k = 0 solves no RaSA; k None takes the best of 1, 2, 4, .., r for each stack. With a `target` the ranks are chosen
+    layer by layer (`ranks.allocate_ranks`), rank is None and k is 0. Raises InputError for anything else.
     """
 
-    rank: int
-    k: int
+    rank: int | None
+    k: int | None
     format: str = "lora"
     dtype: str = "float32"
     certificate: str = "closed"
     solver: SolverOptions = field(default_factory=SolverOptions)
+    target: RankTarget | None = None
 
     def __post_init__(self) -> None:
-        RankBudget(self.rank, self.k)
         for name, known in (("format", FORMATS), ("dtype", STORED), ("certificate", CERTIFICATES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.target is not None:
+            if self.rank is not None or self.k != 0:
+                raise InputError(
+                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0"
+                )
+        elif self.rank is None:
+            raise InputError("rank auto needs a target: an energy, an error or a number of parameters")
+        else:
+            RankBudget(self.rank, self.k or 0)
         if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
             raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool")
+        if self.format == "rasa" and self.k is None:
+            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
 
     def plain(self) -> dict[str, Any]:
         """As data, to compare with those of an earlier run."""
-        return {
-            "rank": self.rank, "k": self.k, "format": self.format, "dtype": self.dtype,
-            "certificate": self.certificate, "start": str(self.solver.start), "sweep": self.solver.sweep,
-            "max_sweeps": self.solver.max_sweeps, "rtol": self.solver.rtol, "seed": self.solver.seed,
-            "max_cancellation": self.solver.max_cancellation,
-        }  # fmt: skip
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -82,41 +81,47 @@ class Extracted:
 
 
 def extract_stack(
-    stack: LayerStack, modules: Modules, settings: ExtractSettings, callback: Callback | None = None
+    stack: LayerStack,
+    modules: Modules,
+    settings: ExtractSettings,
+    ranks: Sequence[int] | None = None,
+    callback: Callback | None = None,
 ) -> Extracted:
     """LoRA of rank r and RaSA(r, k) of one stack, the tensors of the format, and how far they are from it.
 
-    All errors are squared, in units of the input, per layer and summed. A LoRA without RaSA of layers larger than 1024
-    is taken from the certified leading part, and full spectra are not reported. Raises InputError if r > min(b, a), or
-    if the dtype of the files cannot hold the factors.
+    `ranks`, one per layer, stand for r where the settings have a target. All errors are squared, in units of the input,
+    per layer and summed. A LoRA without RaSA of layers larger than 1024 is taken from the certified leading part, and
+    full spectra are not reported. Raises InputError if r > min(b, a), or if the dtype of the files cannot hold the
+    factors.
     """
-    exact = settings.k > 0 or min(stack.shape) <= _EXACT
-    lora = solve_lora(stack, settings.rank, "exact" if exact else "fast", settings.solver.seed)
-    best: LoraFactors | RasaFactors = lora.factors
-    rasa_error, rasa_errors, floor = lora.error, lora.layer_errors, None
-    if settings.k > 0:
-        budget = RankBudget(settings.rank, settings.k)
-        found = solve_rasa(stack, budget, settings.solver, callback)
-        bound = lower_bound(stack, budget, settings.certificate)
-        rasa_error, rasa_errors, floor = found.error, found.layer_errors, [bound.value, bound.name]
+    L = stack.layers
+    given = [settings.rank or 0] * L if ranks is None else list(ranks)
+    exact = settings.k != 0 or min(stack.shape) <= _EXACT
+    lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
+    best: LoraFactors | RasaFactors = _cut(lora.factors, given)
+    lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
+    k, errors, floor = 0, lora_errors, Bound(0.0, "none")
+    if settings.k != 0:
+        found, k = _solved(stack, given[0], settings, callback)
+        floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
+        errors = found.layer_errors
         if settings.format != "lora":
-            best = found.factors
-    tensors, stored = _stored(stack, modules, best, settings)
-    L, spent = stack.layers, lora_parameters(stack.layers, stack.shape, settings.rank)
+            best, given = found.factors, [found.factors.as_lora().B.shape[2]] * L
+    tensors, stored = _stored(stack, modules, best, given, settings)
     spectra = _spectral_facts(stack.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
-    norms = stack.layer_norms_squared
+    norms, spent = stack.layer_norms_squared, sum(ranks or [settings.rank or 0] * L) * sum(stack.shape)
     row = {
         "name": stack.name, "kind": modules.kind, "layers": L, "shape": list(stack.shape),
-        "transposed": modules.transposed, "rank": settings.rank, "k": settings.k,
-        "norm_squared": stack.norm_squared, "e_lora": lora.error, "e_lora_interval": list(lora.interval),
-        "e_rasa": rasa_error, "lower_bound": floor and floor[0], "lower_bound_name": floor and floor[1],
+        "transposed": modules.transposed, "rank": settings.rank, "k": k,
+        "norm_squared": stack.norm_squared, "e_lora": math.fsum(lora_errors), "e_rasa": math.fsum(errors),
+        "lower_bound": floor.value, "lower_bound_name": floor.name,
         "e_stored": math.fsum(stored),
-        "parameters": {"lora": spent, "rasa": spent + L * L * settings.k, "stored": _count(tensors)},
-        "ranks": dict.fromkeys(modules.names, _written_rank(best)),
+        "parameters": {"lora": spent, "rasa": spent + L * L * k, "stored": sum(t.numel() for t in tensors.values())},
+        "ranks": {name: rank for name, rank in zip(modules.names, given, strict=True) if rank > 0},
         "modules": [
             {
-                "module": name, "norm_squared": norms[i], "e_lora": lora.layer_errors[i], "e_rasa": rasa_errors[i],
-                "e_stored": stored[i], **spectra[i],
+                "module": name, "rank": given[i], "norm_squared": norms[i], "e_lora": lora_errors[i],
+                "e_rasa": errors[i], "e_stored": stored[i], **spectra[i],
             }
             for i, name in enumerate(modules.names)
         ],
@@ -124,16 +129,32 @@ def extract_stack(
     return Extracted(tensors, row)
 
 
-def _written_rank(factors: LoraFactors | RasaFactors) -> int:
-    return int(factors.B.shape[2] if isinstance(factors, LoraFactors) else factors.as_lora().B.shape[2])
+def _cut(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
+    """The leading ranks[i] terms of every layer, the others 0."""
+    kept = (
+        torch.arange(factors.B.shape[2], device=factors.B.device)
+        < torch.tensor(ranks, device=factors.B.device)[:, None]
+    )
+    return LoraFactors(factors.B * kept[:, None], factors.A)
 
 
-def _count(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() for t in tensors.values())
+def _solved(
+    stack: LayerStack, rank: int, settings: ExtractSettings, callback: Callback | None
+) -> tuple[RasaSolution, int]:
+    """RaSA(r, k) and k; the best of several k, the smallest of equal ones, where none is given."""
+    if settings.k is not None:
+        return solve_rasa(stack, RankBudget(rank, settings.k), settings.solver, callback), settings.k
+    path = solve_path(stack, rank, {*(2**n for n in range(rank.bit_length())), rank}, settings.solver, callback)
+    k = min(path, key=lambda k: path[k].error)
+    return path[k], k
 
 
 def _stored(
-    stack: LayerStack, modules: Modules, factors: LoraFactors | RasaFactors, settings: ExtractSettings
+    stack: LayerStack,
+    modules: Modules,
+    factors: LoraFactors | RasaFactors,
+    ranks: Sequence[int],
+    settings: ExtractSettings,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
     factors = factors.to(torch.float64)
@@ -142,7 +163,7 @@ def _stored(
     elif settings.format == "rasa" and isinstance(factors, RasaFactors):
         tensors = rasa_tensors(modules, factors)
     else:
-        tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora())
+        tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
     kept = {key: tensor.to(STORED[settings.dtype]).contiguous().cpu() for key, tensor in tensors.items()}
     for key, tensor in kept.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -172,8 +193,14 @@ def _errors_of(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], for
         B_S, A_S = (on[f"base_model.rasa_shared_{x}.{kind}.weight"] for x in ("B", "A"))
         D = torch.stack([d[q:] for d in mixing])
         return layer_errors(stack, RasaFactors(private_B, torch.stack(A), B_S, A_S, D))
-    A, B = ([on[f"base_model.model.{n}.lora_{x}.weight"] for n in modules.names] for x in ("A", "B"))
-    return layer_errors(stack, LoraFactors(torch.stack(B), torch.stack(A)))
+    (b, a), widest = stack.shape, max(t.shape[0] for key, t in on.items() if ".lora_A." in key) if on else 0
+    left = torch.zeros(stack.layers, b, widest, dtype=torch.float64, device=stack.device)
+    right = torch.zeros(stack.layers, widest, a, dtype=torch.float64, device=stack.device)
+    for i, name in enumerate(modules.names):
+        if (key := f"base_model.model.{name}.lora_A.weight") in on:
+            rank = len(on[key])
+            right[i, :rank], left[i, :, :rank] = on[key], on[key.replace(".lora_A.", ".lora_B.")]
+    return layer_errors(stack, LoraFactors(left, right))
 
 
 def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
@@ -200,98 +227,3 @@ def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str,
         reached = (torch.cumsum(energy, 0) >= s / 100 * total).nonzero()
         facts[f"rank_{s}"] = int(reached[0]) + 1 if len(reached) else None
     return facts
-
-
-# ---- files
-
-
-class Workplace:
-    """The folder of an extraction: what is finished of it, and whether it may go on.
-
-    `plan` is what must not change between two runs that share the folder: settings, inputs, the stacks. Parts lie in
-    `parts` until all are there. Raises InputError if the folder belongs to another plan.
-    """
-
-    def __init__(self, out: Path, plan: dict[str, Any]) -> None:
-        self.out, self.plan, self.parts = out, plan, out / "parts"
-        self.finished = False
-        for name in ("report.json", "parts/manifest.json"):
-            if not (out / name).exists():
-                continue
-            known = _read_json(out / name)
-            if known.get("plan") != plan:
-                changed = next((key for key in plan if known.get("plan", {}).get(key) != plan[key]), "plan")
-                raise InputError(
-                    f"{out} holds an extraction with other {changed}; name another folder with --out, or delete it"
-                )
-            self.finished |= name == "report.json"
-        if not self.finished:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            if not (self.parts / "manifest.json").exists():
-                write_file(
-                    self.parts / "manifest.json", lambda f: f.write(json.dumps({"plan": plan}, indent=1).encode())
-                )
-
-    def row(self, n: int) -> dict[str, Any] | None:
-        """The row of the n-th stack, if it is finished."""
-        path = self.parts / f"{n:05d}.json"
-        return _read_json(path) if path.exists() else None
-
-    def add(self, n: int, extracted: Extracted) -> None:
-        """Write the tensors of the n-th stack and then its row, which says that they are there."""
-        write_file(self.tensors(n), lambda f: f.write(save(extracted.tensors)))
-        text = json.dumps(extracted.row, allow_nan=False)
-        write_file(self.parts / f"{n:05d}.json", lambda f: f.write(text.encode()))
-
-    def tensors(self, n: int) -> Path:
-        """Where the tensors of the n-th stack lie: dense ones in their final place."""
-        if self.plan["settings"]["format"] == "diff":
-            return self.out / f"diff-{n + 1:05d}.safetensors"
-        return self.parts / f"{n:05d}.safetensors"
-
-    def finish(self, rows: Sequence[dict[str, Any]], base: str | None) -> None:
-        """The adapter as one file with its configuration; for dense differences the index of their files."""
-        settings, parts = self.plan["settings"], [self.tensors(n) for n in range(len(rows))]
-        if settings["format"] == "diff":
-            files = {key: part.name for part in parts for key in _keys(part)}
-            index = {"metadata": {"rasa_theory": "tuned - base, reconstructed"}, "weight_map": files}
-            write_file(
-                self.out / "diff.safetensors.index.json", lambda f: f.write(json.dumps(index, indent=1).encode())
-            )
-            return
-        ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
-        transposed = any(row["transposed"] for row in rows)
-        if settings["format"] == "rasa":
-            config = rasa_config(list(ranks), settings["rank"], settings["k"], transposed, base)
-        else:
-            config = lora_config(ranks, transposed, base)
-        write_file(self.out / "adapter_model.safetensors", lambda f: join_safetensors(parts, f, {"format": "pt"}))
-        write_file(self.out / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
-
-    def clear(self) -> None:
-        """Remove the parts, which the finished files have made superfluous."""
-        shutil.rmtree(self.parts, ignore_errors=True)
-
-
-def identity(path: Path) -> dict[str, Any]:
-    """What tells whether a safetensors file has changed: size, time, and the digest of its header."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        digest = hashlib.sha256(file.read(size)).hexdigest()
-    facts = path.stat()
-    return {"file": str(path), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "header_sha256": digest}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it to begin anew") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _keys(path: Path) -> Iterator[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as tensors:
-        yield from tensors.keys()

@@ -48,6 +48,18 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _svd_by_qr_iteration(matrix)
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values, falling: (..., b, a) -> (..., min(b, a)); as `svd`, where divide and conquer fails."""
+    with suitable_threads(matrix):
+        try:
+            S: Tensor = torch.linalg.svdvals(matrix)
+            if bool(torch.isfinite(S).all()):
+                return S
+        except LinAlgError:
+            pass
+    return svd(matrix)[1]
+
+
 def _svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, a = matrix.shape[-2:]
     parts = [

@@ -360,6 +360,14 @@ class LayerStack:
         S = S * self.scale
         return SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
 
+    def singular_values(self) -> Tensor:
+        """Those of every layer, falling, (L, min(b, a)) in float64; one pass, unless the SVDs are known."""
+        if self._store.svd is not None or isinstance(self._storage, Factored):
+            return self.svd().S
+        self._store.passes += 1
+        tiles = self._stored_tiles(1 / self._power, rows=self._storage.shape[1])
+        return torch.stack([linalg.singular_values(M.double()) for _, _, M in tiles]) * self.scale
+
     def _svd_in_memory(self) -> SVD:
         L, b, a = self._storage.shape
         m = min(b, a)

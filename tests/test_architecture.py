@@ -12,7 +12,7 @@ import rasa_theory
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"linalg", "layers", "console", "storage"},
+    {"linalg", "layers", "console", "storage", "ranks"},
     {"bases"},
     {"problem", "spectra", "algebra"},
     {"factors"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"descent"},
     {"rasa", "attempts"},
     {"study", "bench", "extraction"},
-    {"plotting", "report", "extract_report"},
+    {"plotting", "report", "extract_report", "workplace"},
     {"reconstruct", "verify", "extract"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import extract, extraction
+from rasa_theory import extract, extraction, workplace
 from rasa_theory.extract import main
 
 peft = pytest.importorskip("peft")
@@ -205,6 +205,41 @@ def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, c
     assert not (tmp_path / "parts").exists()
 
 
+@pytest.mark.parametrize("target", [("--energy", "0.6"), ("--error", "0.4"), ("--parameters", "4000")])
+def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, target):
+    folder, tuned = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "*mlp.down*")
+    assert run(folder, tmp_path, "--rank", "auto", *target, *few) == 0
+    rows, config = report_of(tmp_path)["stacks"], json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
+    assert len(set(ranks.values())) > 1
+    assert config["rank_pattern"] == {name: rank for name, rank in ranks.items() if rank != config["r"]}
+    spent = sum(rank * sum(row["shape"]) for row in rows for rank in row["ranks"].values())
+    missed, norm = (sum(row[key] for row in rows) for key in ("e_stored", "norm_squared"))
+    if target[0] == "--parameters":
+        assert 4000 - 56 < spent <= 4000
+    else:
+        assert 0.38 <= missed / norm <= 0.4
+    model = peft.PeftModel.from_pretrained(base_model(transformers.LlamaForCausalLM, folder).double(), tmp_path)
+    merged, after = model.merge_and_unload().state_dict(), tuned.state_dict()
+    for row in rows:
+        for module in row["modules"]:
+            key = f"{module['module']}.weight"
+            error = float(((merged[key] - after[key].double()) ** 2).sum())
+            assert error == pytest.approx(module["e_stored"], rel=1e-5)
+
+
+def test_the_best_k_is_found(llamas, tmp_path):
+    folder, _ = llamas
+    more = ("--rank", "4", "--sweeps", "4", "--modules", "*self_attn.v*", "--format", "lora-exact-rasa")
+    assert run(folder, tmp_path / "auto", "--k", "auto", *more) == 0
+    (auto,) = report_of(tmp_path / "auto")["stacks"]
+    assert run(folder, tmp_path / "one", "--k", "1", *more) == 0
+    (one,) = report_of(tmp_path / "one")["stacks"]
+    assert auto["e_rasa"] <= one["e_rasa"]
+    assert auto["k"] in (1, 2, 4)
+
+
 def test_spectral_facts():
     sigma = torch.tensor([[3.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     first, equal, zero = extraction._spectral_facts(sigma)
@@ -253,7 +288,7 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
     """Every write in turn is the last that happens; the next run ends with the files of an undisturbed one."""
     folder, _ = llamas
     assert run(folder, tmp_path / "whole", *options(fmt)) == 0
-    real, n = extraction.write_file, 0
+    real, n = workplace.write_file, 0
     while True:
         left, out = n, tmp_path / f"out{n}"
 
@@ -264,14 +299,14 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
             left -= 1
             real(path, fill)
 
-        monkeypatch.setattr(extraction, "write_file", dies)
+        monkeypatch.setattr(workplace, "write_file", dies)
         monkeypatch.setattr(extract, "write_file", dies)
         try:
             assert run(folder, out, *options(fmt)) == 0
             break
         except SystemExit:
             assert not (out / "report.json").exists()
-        monkeypatch.setattr(extraction, "write_file", real)
+        monkeypatch.setattr(workplace, "write_file", real)
         monkeypatch.setattr(extract, "write_file", real)
         assert run(folder, out, *options(fmt)) == 0
         assert files_of(out) == files_of(tmp_path / "whole")
@@ -302,6 +337,12 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
         (["--rank", "99"], "rank 99 exceeds min(b, a) = 24"),
         (["--format", "rasa", "--k", "0"], "k must be at least 1 for format rasa"),
         (["--k", "40"], "shared_rank 40 exceeds rank 16"),
+        (["--rank", "auto"], "--rank auto needs one of --energy, --error and --parameters"),
+        (["--energy", "0.9"], "--energy goes with --rank auto"),
+        (["--rank", "auto", "--energy", "2"], "energy must be above 0 and at most 1, got 2.0"),
+        (["--rank", "auto", "--energy", "0.9", "--k", "1"], "k must be 0"),
+        (["--rank", "auto", "--parameters", "9"], "the target leaves every layer rank 0"),
+        (["--format", "rasa", "--k", "auto"], "k cannot be auto for format rasa"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--source", "x.safetensors"], "give --base and --tuned"),
         (["--modules", "nothing*"], "no stack matches --modules"),
@@ -314,7 +355,7 @@ def test_bad_input_is_one_sentence(llamas, tmp_path, capsys, more, sentence):
     assert run(folder, tmp_path / "out", *more) == 2
     err = capsys.readouterr().err
     assert sentence in err
-    assert len(err.splitlines()) == 1
+    assert [line.startswith("left out: ") for line in err.splitlines()[:-1]] == [True] * (len(err.splitlines()) - 1)
 
 
 def test_factors_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
