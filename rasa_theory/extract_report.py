@@ -45,7 +45,7 @@ def extraction_table(report: dict[str, Any]) -> str:
             (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), *_errors(row), floor,
              _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
-    total = totals(report)
+    total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
     lines.append(("all", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
@@ -58,7 +58,8 @@ def _chosen(number: int | None) -> str:
 
 
 def _errors(row: dict[str, Any]) -> tuple[str, str]:
-    return _ratio(row["e_lora"], row["norm_squared"]), _ratio(row["e_rasa"], row["e_lora"])
+    rasa = "-" if row["k"] == 0 else _ratio(row["e_rasa"], row["e_lora"])
+    return _ratio(row["e_lora"], row["norm_squared"]), rasa
 
 
 def _ratio(x: float, y: float) -> str:
