@@ -5,7 +5,7 @@
 
 The pair is a BERT of 6 layers, hidden size 384, with random weights, and the same with the bundled fine-tuning updates
 of all-MiniLM-L6-v2 added. Each extractor runs in a process of its own, its start and the reading of the files included;
-memory is the most that the process held. Errors are of the adapters as written, per layer, re-evaluated here.
+memory is the most that the process held (Linux). Errors are of the adapters as written, per layer, re-evaluated here.
 - rasa_theory: `python -m rasa_theory.extract --k 0`.
 - peft: `convert_to_lora` of an adapter that holds the whole update (full rank), since it converts adapters only.
 - mergekit: `mergekit-extract-lora`, if it is on the PATH (it has no place in this package's extras).
@@ -15,8 +15,8 @@ Needs peft and transformers (extra `test`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -70,14 +70,19 @@ def convert_with_peft(folder: Path, whole: Path, rank: int, out: Path) -> None:
 
 def measured(command: list[str]) -> tuple[float, float]:
     """Seconds, and the most memory in MiB, of a command."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    said = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status != 0:
-        raise RuntimeError(f"{' '.join(command)} failed: {said.strip().splitlines()[-1:]}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    began, peak = time.perf_counter(), 0.0
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        while child.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):  # it may end meanwhile
+                lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                peak = max(peak, float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+        if child.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed: {said.read().strip().splitlines()[-1:]}")
+    return seconds, peak
 
 
 def errors_of(adapter: Path, updates: dict[str, torch.Tensor]) -> dict[str, float]:

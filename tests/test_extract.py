@@ -251,6 +251,25 @@ def test_spectral_facts():
     assert set(zero.values()) == {0}
 
 
+def test_an_adapter_is_extracted_at_a_lower_rank(llamas, tmp_path):
+    """From PEFT's folder to PEFT's folder: of an adapter of rank 6, the best one of rank 2."""
+    folder, _ = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "*self_attn.q*", "--k", "0")
+    assert run(folder, tmp_path / "six", "--rank", "6", *few) == 0
+    assert (
+        main(["--source", str(tmp_path / "six"), "--rank", "2", "--k", "0", "--out", str(tmp_path / "two"), "--quiet"])
+        == 0
+    )
+    assert run(folder, tmp_path / "direct", "--rank", "2", *few) == 0
+    found, expected = ({row["kind"]: row for row in report_of(tmp_path / n)["stacks"]} for n in ("two", "direct"))
+    assert found.keys() == expected.keys()
+    tensors, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("two", "direct"))
+    for key in tensors:
+        if ".lora_A." in key:
+            B = key.replace(".lora_A.", ".lora_B.")
+            assert torch.allclose(tensors[B] @ tensors[key], other[B] @ other[key], atol=1e-6)
+
+
 # ---- interruptions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -122,15 +123,16 @@ def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of an adapter: of each module kind the updates scaling B_i A_i, (out, in), one per layer.
 
     Grouped and named as the weights of the modules in a checkpoint would be (Conv1D, whose weight is (in, out), is
-    (out, in) here too). The factors are held in memory, in float32
-    or more, whatever `memory` is. Raises InputError as Adapter does, and if no stack remains.
+    (out, in) here too). The factors are held in memory, in float32 or more, whatever `memory` is. Raises InputError as
+    Adapter does, and if no stack remains.
     """
     adapter = Adapter(path)
     module_of = {f"{module}.weight": module for module in adapter.pairs}
     entries = [Entry(name, adapter.pairs[module].shape, "float32") for name, module in module_of.items()]
     groups, ungrouped = group(entries)
     holder = _holder(lambda key: (adapter, module_of[key]))
-    return catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
+    found = catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
+    return dataclasses.replace(found, files=(Path(adapter.file),))
 
 
 def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue:
@@ -163,7 +165,8 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
         keys = [f"{t}: {module}" for t in range(len(adapters))]
         at |= {key: (x, module) for key, x in zip(keys, adapters, strict=True)}
         groups.append(Group(module, len(keys), shape, keys))
-    return catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
+    found = catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
+    return dataclasses.replace(found, files=tuple(Path(x.file) for x in adapters))
 
 
 def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:

@@ -1,0 +1,106 @@
+"""Seconds per GB and memory of an extraction from a pair of checkpoints that is larger than memory may be.
+
+    python experiments/extract_scale.py --scratch DIR            # 2 x 8.6 GB in DIR, removed at the end; some minutes
+    python experiments/extract_scale.py --scratch DIR --layers 2
+
+Both checkpoints hold, in bfloat16 shards, the attention and two of the three MLP matrices of `--layers` layers of an 8B
+model (4096 x 4096 twice, 1024 x 4096 twice, 14336 x 4096 twice). The base is zeros in sparse files; the tuned model
+has in every matrix 32 terms with sigma_j = j^-0.7 and noise of a tenth of its norm, the same draw for layers of equal
+shape but for their order of rows. The command is `rasa_theory.extract --rank 16 --k 0 --compute float32 --memory 8GiB`.
+Appends a row to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from extractors import measured
+
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+}  # fmt: skip
+COLUMNS = ("layers", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine")
+
+
+def update(shape: tuple[int, int]) -> torch.Tensor:
+    """32 terms and noise."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    b, a = shape
+    U, V = (torch.linalg.qr(torch.randn(n, 32, generator=generator))[0] for n in (b, a))
+    s = torch.arange(1, 33) ** -0.7
+    noise = torch.randn(b, a, generator=generator) * (0.1 * float(s.norm()) / (b * a) ** 0.5)
+    return ((U * s) @ V.T + noise).bfloat16()
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor | None], shapes: dict[str, tuple[int, int]]) -> None:
+    """A safetensors file of these tensors in bfloat16; zeros, left out of the disk, for None."""
+    header, offset = {}, 0
+    for key, (b, a) in shapes.items():
+        header[key] = {"dtype": "BF16", "shape": [b, a], "data_offsets": [offset, offset + 2 * b * a]}
+        offset += 2 * b * a
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, (b, a) in shapes.items():
+            if (tensor := tensors[key]) is None:
+                file.seek(2 * b * a, os.SEEK_CUR)
+            else:
+                file.write(tensor.view(torch.int16).numpy().data)
+        file.truncate(8 + len(text) + offset)
+
+
+def write_pair(folder: Path, layers: int) -> int:
+    """`base` and `tuned`, one shard per layer; the bytes of both."""
+    updates = {shape: update(shape) for shape in set(SHAPES.values())}
+    for name in ("base", "tuned"):
+        (folder / name).mkdir(parents=True)
+        places = {}
+        for i in range(layers):
+            shapes = {f"model.layers.{i}.{kind}.weight": shape for kind, shape in SHAPES.items()}
+            tensors = {
+                key: updates[shape].roll(97 * i, 0) if name == "tuned" else None for key, shape in shapes.items()
+            }
+            write_shard(folder / name / f"model-{i:05d}.safetensors", tensors, shapes)
+            places |= dict.fromkeys(shapes, f"model-{i:05d}.safetensors")
+        (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist, for the pair")
+    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
+    options = parser.parse_args()
+    folder = options.scratch
+    size = write_pair(folder, options.layers) / 1e9
+    command = [sys.executable, "-m", "rasa_theory.extract", "--base", f"{folder}/base", "--tuned", f"{folder}/tuned"]
+    command += ["--rank", "16", "--k", "0", "--compute", "float32", "--memory", "8GiB", "--out", f"{folder}/adapter"]
+    try:
+        seconds, peak = measured(command)
+    finally:
+        shutil.rmtree(folder)
+    values = (options.layers, size, seconds, seconds / size, peak, torch.get_num_threads(), torch.__version__)
+    row = dict(zip(COLUMNS, (*values, platform.machine()), strict=True))
+    print(row)
+    new = not options.out.exists()
+    with options.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
