@@ -165,8 +165,8 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
         keys = [f"{t}: {module}" for t in range(len(adapters))]
         at |= {key: (x, module) for key, x in zip(keys, adapters, strict=True)}
         groups.append(Group(module, len(keys), shape, keys))
-    found = catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
-    return dataclasses.replace(found, files=tuple(Path(x.file) for x in adapters))
+    catalogue = catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
+    return dataclasses.replace(catalogue, files=tuple(Path(x.file) for x in adapters))
 
 
 def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:
