@@ -236,15 +236,18 @@ def _bytes(catalogue: Catalogue, settings: ExtractSettings) -> int:
 
 
 def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -> str:
-    lines = [f"Source {catalogue.source}. Would extract, format {settings.format}:"]
+    lines, largest = [f"Source {catalogue.source}. Would extract, format {settings.format}:"], 0
     for s in catalogue.stacks:
-        size = s.layers * s.shape[0] * s.shape[1] * dtype.itemsize
+        L, (b, a) = s.layers, s.shape
+        size = L * b * a * dtype.itemsize
+        largest = max(largest, size + 8 * (4 * b * a + (L * min(b, a) * (b + a) if settings.exact(s.shape) else 0)))
         turned = ", stored transposed" if s.transposed else ""
-        lines.append(f"  {s.name}: {s.layers} x {s.shape[0]} x {s.shape[1]}{turned} ({size / 2**20:.1f} MiB)")
+        lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
     lines.append(
         f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
         f"{_bytes(catalogue, settings) / 2**20:.1f} MiB"
     )
+    lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
     lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
     return "\n".join(lines)
 

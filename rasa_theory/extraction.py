@@ -67,6 +67,10 @@ class ExtractSettings:
         if self.format == "rasa" and self.k is None:
             raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
 
+    def exact(self, shape: tuple[int, int]) -> bool:
+        """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""
+        return self.k != 0 or min(shape) <= _EXACT
+
     def plain(self) -> dict[str, Any]:
         """As data, to compare with those of an earlier run."""
         return dataclasses.asdict(self)
@@ -96,7 +100,7 @@ def extract_stack(
     """
     L = stack.layers
     given = [settings.rank or 0] * L if ranks is None else list(ranks)
-    exact = settings.k != 0 or min(stack.shape) <= _EXACT
+    exact = settings.exact(stack.shape)
     lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
     best: LoraFactors | RasaFactors = _cut(lora.factors, given)
     lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
