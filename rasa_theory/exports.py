@@ -6,6 +6,8 @@ A layer's update is (b, a) = (out, in), as the weight of a Linear; `Modules` say
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rasa_theory.errors import InputError
@@ -77,37 +78,44 @@ def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | 
 def rasa_tensors(modules: Modules, factors: RasaFactors) -> dict[str, Tensor]:
     """The authors' adapter (zwhe99/RaSA): x -> [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)), scaling 1.
 
-    The mixing of a module is ones for its private terms, then the diagonal of D_i. The pool's keys hold the kind of
-    module, with dots written as `__`.
+    The mixing of a module is ones for its private terms, then the diagonal of D_i, at most 1: the scale of a term lies
+    in the pool. The pool's keys hold the kind of module, with dots written as `__`.
     """
     private_B, private_A = balanced(factors.private_B, factors.private_A)
+    largest = factors.mixing.abs().amax(0)
+    scale = torch.where(largest > 0, largest, 1)
+    shared_B, shared_A, D = (
+        factors.shared_B * scale.sqrt(),
+        factors.shared_A * scale.sqrt()[:, None],
+        factors.mixing / scale,
+    )
     kind = modules.kind.replace(".", "__")
     tensors = {
-        f"base_model.rasa_shared_A.{kind}.weight": factors.shared_A,
-        f"base_model.rasa_shared_B.{kind}.weight": factors.shared_B,
+        f"base_model.rasa_shared_A.{kind}.weight": shared_A,
+        f"base_model.rasa_shared_B.{kind}.weight": shared_B,
     }
     for i, name in enumerate(modules.names):
         tensors[f"{_PEFT}{name}.rasa_A.weight"] = private_A[i]
         tensors[f"{_PEFT}{name}.rasa_B.weight"] = private_B[i]
         ones = factors.mixing.new_ones(private_A.shape[1])
-        tensors[f"{_PEFT}{name}.rasa_mixing.weight"] = torch.cat([ones, factors.mixing[i]])
+        tensors[f"{_PEFT}{name}.rasa_mixing.weight"] = torch.cat([ones, D[i]])
     return tensors
 
 
-def dense_tensors(modules: Modules, factors: LoraFactors | RasaFactors) -> dict[str, Tensor]:
-    """The updates themselves, by the keys and in the orientation of the checkpoint's weights."""
-    updates = (factors.update(i) for i in range(len(modules.names)))
-    return {
-        f"{name}.weight": update.mT if modules.transposed else update
-        for name, update in zip(modules.names, updates, strict=True)
-    }
+def dense_tensor(modules: Modules, factors: LoraFactors | RasaFactors, i: int) -> tuple[str, Tensor]:
+    """The update of layer i itself, by the key and in the orientation of the weight."""
+    update = factors.update(i)
+    return f"{modules.names[i]}.weight", update.mT if modules.transposed else update
 
 
 def lora_config(ranks: dict[str, int], transposed: bool, base: str | None) -> dict[str, Any]:
-    """PEFT's adapter_config.json for modules of these ranks; the scaling alpha / r is 1 everywhere."""
+    """PEFT's adapter_config.json for modules of these ranks; the scaling alpha / r is 1 everywhere.
+
+    Keys of a pattern are regular expressions that PEFT lets match the end of a name: anchored, they match one module.
+    """
     counts = list(ranks.values())
     common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
-    others = {name: rank for name, rank in ranks.items() if rank != common}
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -149,28 +157,26 @@ def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, 
     Raises InputError if two parts hold a tensor of the same name.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
+    begin, offset = {}, 0
     for part in parts:
-        for key, entry in _header(part)[1].items():
+        begin[part], entries = _header(part)
+        for key, entry in entries.items():
             if key in header:
                 raise InputError(f"two stacks would write the tensor {key!r}; keep one of them with --modules")
             start, stop = entry["data_offsets"]
             header[key] = entry | {"data_offsets": [offset + start, offset + stop]}
-        offset += part.stat().st_size - _header(part)[0]
+        offset += part.stat().st_size - begin[part]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
     for part in parts:
         with part.open("rb") as file:
-            file.seek(_header(part)[0])
-            while piece := file.read(_COPIED):
-                out.write(piece)
+            file.seek(begin[part])
+            shutil.copyfileobj(file, out, _COPIED)
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a sound safetensors file begins, and its entries."""
-    with safe_open(path, framework="pt"):  # checks it
-        pass
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(size))

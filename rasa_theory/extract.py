@@ -42,7 +42,7 @@ from rasa_theory.study import environment
 from rasa_theory.workplace import Workplace, identity
 
 _FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation"}
-_UNSET = -1
+_UNSET = object()
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
 
 
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     with naming_flags(_FLAGS):
         solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
         target = _target(args)
-        k = args.k if args.k != _UNSET else (1 if target is None else 0)
+        k = args.k if args.k is not _UNSET else (1 if target is None else 0)
         settings = ExtractSettings(args.rank, k, args.format, args.dtype, args.certificate, solver, target)
         dtype, device = compute_dtype(args.compute), compute_device(args.device)
     catalogue = _catalogue(args)
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
     say_left_out(catalogue.left_out, "report.json")
-    place = Workplace(out, _identity(catalogue, modules, settings))
+    place = Workplace(out, _plan_of(catalogue, modules, settings, args))
     command = ["python", "-m", "rasa_theory.extract", *given]
     if place.finished:
         print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
@@ -149,9 +149,9 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         rows = _extracted(catalogue, modules, settings, place, dtype, device, args.quiet)
         if rows is None:
             return 130
-        base = args.base_name or args.base
         report = {
-            "schema": 1, "command": command, "source": catalogue.source, "base": base, "plan": place.plan,
+            "schema": 1, "command": command, "source": catalogue.source,
+            "base": args.base_name or args.base, "plan": place.plan,
             "environment": environment(device, dtype), "stacks": rows,
             "left_out": [{"name": name, "reason": reason} for name, reason in catalogue.left_out],
         }  # fmt: skip
@@ -207,20 +207,35 @@ def _check(
         except InputError as error:
             problems.append(str(error))
     if settings.format == "rasa":
-        kinds = [m.kind for m in modules]
+        kinds = [m.kind.replace(".", "__") for m in modules]
         problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"
                      for k in sorted({k for k in kinds if kinds.count(k) > 1})]  # fmt: skip
-    if not args.dry_run:
-        needed, parent = _bytes(catalogue, settings), Path(args.out)
-        while not parent.exists():
-            parent = parent.parent
-        free = shutil.disk_usage(parent).free
-        if 2 * needed > free:
-            problems.append(
-                f"--out {args.out} needs {2 * needed / 2**30:.3g} GiB, of which {free / 2**30:.3g} GiB are free"
-            )
+    if settings.format == "diff" and (turned := [s.name for s in catalogue.stacks if _unclear(catalogue, s)]):
+        problems.append(
+            f"{turned[0]!r} may be stored transposed, which an adapter does not say; write another --format"
+        )
+    if not args.dry_run and settings.target is None:
+        problems += _room(Path(args.out), _bytes(catalogue, settings), settings)
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _unclear(catalogue: Catalogue, source: StackSource) -> bool:
+    """Whether the stack comes from an adapter's factors of what looks like a Conv1D."""
+    adapter = any(path.name == "adapter_config.json" for path in catalogue.files)
+    return adapter and source.keys[0].removesuffix(".weight").endswith(("c_attn", "q_attn", "c_fc", "c_proj"))
+
+
+def _room(out: Path, needed: int, settings: ExtractSettings) -> list[str]:
+    """The sentence that says that the disk is too small, if it is: for the parts and the whole, less what is there."""
+    parent = out
+    while not parent.exists():
+        parent = parent.parent
+    there = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.is_dir() else 0
+    wanted, free = (1 if settings.format == "diff" else 2) * needed - there, shutil.disk_usage(parent).free
+    if wanted <= free:
+        return []
+    return [f"--out {out} needs {wanted / 2**30:.3g} GiB, of which {free / 2**30:.3g} GiB are free; name another disk"]
 
 
 def _bytes(catalogue: Catalogue, settings: ExtractSettings) -> int:
@@ -232,6 +247,8 @@ def _bytes(catalogue: Catalogue, settings: ExtractSettings) -> int:
         k = r if settings.k is None else settings.k
         rank = r - k + L * k if settings.format == "lora-exact-rasa" else r
         numbers += L * (b * a if settings.format == "diff" else rank * (b + a))
+    if settings.target is not None and settings.target.parameters is not None:
+        numbers = min(numbers, settings.target.parameters)
     return numbers * STORED[settings.dtype].itemsize
 
 
@@ -256,12 +273,17 @@ def _said(number: int | None) -> str:
     return "auto" if number is None else str(number)
 
 
-def _identity(catalogue: Catalogue, modules: Sequence[Modules], settings: ExtractSettings) -> dict[str, Any]:
+def _plan_of(
+    catalogue: Catalogue, modules: Sequence[Modules], settings: ExtractSettings, args: argparse.Namespace
+) -> dict[str, Any]:
     """What two runs must have in common to share a folder."""
     return {
         "inputs": [identity(path) for path in catalogue.files],
-        "settings": settings.plain(),
-        "stacks": [{"name": s.name, "modules": list(m.names)} for s, m in zip(catalogue.stacks, modules, strict=True)],
+        "settings": settings.plain() | {"compute": args.compute, "base": args.base_name or args.base},
+        "stacks": [
+            {"name": s.name, "shape": list(s.shape), "transposed": s.transposed, "modules": list(m.names)}
+            for s, m in zip(catalogue.stacks, modules, strict=True)
+        ],
     }
 
 
@@ -277,7 +299,7 @@ def _extracted(
     """The rows of all stacks, those that are new written; None if interrupted."""
     rows: list[dict[str, Any]] = []
     try:
-        ranks = _allocated(catalogue, settings, dtype, device, quiet)
+        ranks = place.note("ranks.json", lambda: _allocated(catalogue, settings, dtype, device, quiet))
         with progress_bar(len(catalogue.stacks), "stacks", quiet) as show:
             for n, source in enumerate(catalogue.stacks):
                 row = place.row(n)
@@ -316,7 +338,9 @@ def _allocated(
             spectra.append(source.load(dtype, device).singular_values())
     ranks = allocate_ranks(spectra, [sum(source.shape) for source in catalogue.stacks], settings.target)
     if not any(map(any, ranks)):
-        raise InputError("the target leaves every layer rank 0; allow more parameters")
+        raise InputError(
+            "the target leaves every layer rank 0: the updates are zero, or one term costs more than allowed"
+        )
     return ranks
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+import shlex
 import statistics
 from typing import Any
 
@@ -89,7 +91,7 @@ def model_card(report: dict[str, Any]) -> str:
     peft = settings["format"].startswith("lora")
     header = ["library_name: peft"] if peft else []
     if report["base"]:
-        header.append(f"base_model: {report['base']}")
+        header.append(f"base_model: {json.dumps(report['base'])}")
     header += ["tags:", "- lora", "- rasa", "- extracted"]
     use = (
         '\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
@@ -112,7 +114,7 @@ This is {what}, stored in {settings["dtype"]}. Of the squared norm of the fine-t
 Every layer is in `report.csv` and `report.json`, drawn in `report.png`. Made by
 
 ```
-{" ".join(report["command"])}
+{shlex.join(report["command"])}
 ```
 
 with rasa_theory {report["environment"]["rasa_theory"]}.

@@ -17,7 +17,7 @@ from rasa_theory.errors import InputError
 from rasa_theory.exports import (
     FORMATS,
     Modules,
-    dense_tensors,
+    dense_tensor,
     lora_tensors,
     rasa_tensors,
 )
@@ -31,6 +31,7 @@ from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
 _SHARES = (50, 90, 99)
+_FACTS = ("stable_rank", "entropy_rank", *(f"rank_{share}" for share in _SHARES))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def extract_stack(
     given = [settings.rank or 0] * L if ranks is None else list(ranks)
     exact = settings.exact(stack.shape)
     lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
-    best: LoraFactors | RasaFactors = _cut(lora.factors, given)
+    best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
     k, errors, floor = 0, lora_errors, Bound(0.0, "none")
     if settings.k != 0:
@@ -110,7 +111,7 @@ def extract_stack(
         floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
         errors = found.layer_errors
         if settings.format != "lora":
-            best, given = found.factors, [found.factors.as_lora().B.shape[2]] * L
+            best, given = found.factors, [given[0] - k + L * k] * L
     tensors, stored = _stored(stack, modules, best, given, settings)
     spectra = _spectral_facts(stack.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
     norms, spent = stack.layer_norms_squared, sum(ranks or [settings.rank or 0] * L) * sum(stack.shape)
@@ -162,31 +163,41 @@ def _stored(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
     factors = factors.to(torch.float64)
+    dtype = STORED[settings.dtype]
     if settings.format == "diff":
-        tensors = dense_tensors(modules, factors)
-    elif settings.format == "rasa" and isinstance(factors, RasaFactors):
+        return _stored_dense(stack, modules, factors, dtype)
+    if settings.format == "rasa" and isinstance(factors, RasaFactors):
         tensors = rasa_tensors(modules, factors)
     else:
         tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
-    kept = {key: tensor.to(STORED[settings.dtype]).contiguous().cpu() for key, tensor in tensors.items()}
-    for key, tensor in kept.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{settings.dtype} cannot hold the entries of {key!r}; write bfloat16 or float32 (--dtype)"
-            )
-    return kept, _errors_of(stack, modules, kept, settings.format)
+    kept = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
+    return kept, layer_errors(stack, _read_back(stack, modules, kept, settings.format))
 
 
-def _errors_of(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], format_: str) -> list[float]:
-    """||M_i - update_i||^2 with the updates that the written tensors alone give, in float64."""
+def _stored_dense(
+    stack: LayerStack, modules: Modules, factors: LoraFactors | RasaFactors, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The same of dense updates, a layer at a time."""
+    kept, errors = {}, []
+    for i, _, M in stack.tiles(rows=stack.shape[0]):
+        key, update = dense_tensor(modules, factors, i)
+        kept[key] = _rounded(key, update, dtype)
+        written = kept[key].to(stack.device, torch.float64)
+        errors.append(float(((M.double() - (written.mT if modules.transposed else written)) ** 2).sum()))
+    return kept, errors
+
+
+def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype).contiguous().cpu()
+    if not bool(torch.isfinite(rounded).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"{name} cannot hold the entries of {key!r}; write bfloat16 or float32 (--dtype)")
+    return rounded
+
+
+def _read_back(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], format_: str) -> LoraFactors | RasaFactors:
+    """The factors that the written tensors alone give, in float64."""
     on = {key: tensor.to(stack.device, torch.float64) for key, tensor in kept.items()}
-    if format_ == "diff":
-        errors = [0.0] * stack.layers
-        for i, rows, M in stack.tiles():
-            update = on[f"{modules.names[i]}.weight"]
-            oriented = update.mT if modules.transposed else update
-            errors[i] += float(((M.double() - oriented[rows]) ** 2).sum())
-        return errors
     if format_ == "rasa":
         kind = modules.kind.replace(".", "__")
         A, B, mixing = (
@@ -195,16 +206,15 @@ def _errors_of(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], for
         q = A[0].shape[0]
         private_B = torch.stack([b * d[:q] for b, d in zip(B, mixing, strict=True)])
         B_S, A_S = (on[f"base_model.rasa_shared_{x}.{kind}.weight"] for x in ("B", "A"))
-        D = torch.stack([d[q:] for d in mixing])
-        return layer_errors(stack, RasaFactors(private_B, torch.stack(A), B_S, A_S, D))
-    (b, a), widest = stack.shape, max(t.shape[0] for key, t in on.items() if ".lora_A." in key) if on else 0
+        return RasaFactors(private_B, torch.stack(A), B_S, A_S, torch.stack([d[q:] for d in mixing]))
+    (b, a), widest = stack.shape, max((len(t) for key, t in on.items() if ".lora_A." in key), default=0)
     left = torch.zeros(stack.layers, b, widest, dtype=torch.float64, device=stack.device)
     right = torch.zeros(stack.layers, widest, a, dtype=torch.float64, device=stack.device)
     for i, name in enumerate(modules.names):
         if (key := f"base_model.model.{name}.lora_A.weight") in on:
             rank = len(on[key])
             right[i, :rank], left[i, :, :rank] = on[key], on[key.replace(".lora_A.", ".lora_B.")]
-    return layer_errors(stack, LoraFactors(left, right))
+    return LoraFactors(left, right)
 
 
 def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
@@ -213,7 +223,7 @@ def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
     for energy in (sigma**2).cpu():
         total = float(energy.sum())
         if total == 0:
-            facts.append(dict.fromkeys(("stable_rank", "entropy_rank", *(f"rank_{s}" for s in _SHARES)), 0))
+            facts.append(dict.fromkeys(_FACTS, 0))
             continue
         p, cumulative = energy / total, torch.cumsum(energy, 0) / total
         entropy = -float(torch.special.xlogy(p, p).sum())
@@ -226,7 +236,9 @@ def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str,
     """What the leading part alone says: the stable rank, and ranks for shares of the energy that it reaches."""
     energy = (factors.B[i].double() ** 2).sum(0).cpu()
     total = stack.layer_norms_squared[i]
-    facts: dict[str, Any] = {"stable_rank": total / float(energy[0]) if total > 0 else 0, "entropy_rank": None}
+    if total == 0:
+        return dict.fromkeys(_FACTS, 0)
+    facts: dict[str, Any] = {"stable_rank": total / float(energy[0]), "entropy_rank": None}
     for s in _SHARES:
         reached = (torch.cumsum(energy, 0) >= s / 100 * total).nonzero()
         facts[f"rank_{s}"] = int(reached[0]) + 1 if len(reached) else None

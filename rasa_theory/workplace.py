@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,45 @@ from rasa_theory.errors import InputError
 from rasa_theory.exports import join_safetensors, lora_config, rasa_config
 from rasa_theory.extraction import Extracted
 
+_BEGINNING = 1 << 20  # bytes
+_PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
+_FINAL = ("report.json", "adapter_model.safetensors", "adapter_config.json", "diff.safetensors.index.json", "README.md")
+
 
 class Workplace:
-    """The folder of an extraction: what is finished of it, and whether it may go on.
+    """The folder `out`. `plan` is what must not change between two runs that share it: inputs, settings, stacks.
 
-    `plan` is what must not change between two runs that share the folder: settings, inputs, the stacks. Parts lie in
-    `parts` until all are there. Raises InputError if the folder belongs to another plan.
+    Raises InputError if it holds the adapter of another plan, or files that are not ours.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any]) -> None:
-        self.out, self.plan, self.parts = out, plan, out / "parts"
-        self.finished = False
-        for name in ("report.json", "parts/manifest.json"):
-            if not (out / name).exists():
-                continue
-            known = _read_json(out / name)
-            if known.get("plan") != plan:
-                changed = next((key for key in plan if known.get("plan", {}).get(key) != plan[key]), "plan")
+        self.out, self.plan, self.parts = out, plan, out / _PARTS
+        self.finished = (out / "report.json").exists()
+        begun = out / "report.json" if self.finished else self.parts / "manifest.json"
+        if begun.exists():
+            known = _read_json(begun).get("plan") or {}
+            if changed := [key for key in plan if known.get(key) != plan[key]]:
                 raise InputError(
-                    f"{out} holds an extraction with other {changed}; name another folder with --out, or delete it"
+                    f"{out} holds an extraction with other {changed[0]}; name another folder with --out, or delete it"
                 )
-            self.finished |= name == "report.json"
-        if not self.finished:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            if not (self.parts / "manifest.json").exists():
-                write_file(
-                    self.parts / "manifest.json", lambda f: f.write(json.dumps({"plan": plan}, indent=1).encode())
-                )
+        if self.finished:
+            self.clear()
+        elif not begun.exists():
+            if found := [*(out / name for name in _FINAL if (out / name).exists()), *out.glob("diff-*.safetensors")]:
+                raise InputError(f"{found[0]} is there already, and not ours; name another folder with --out")
+            self.clear()
+            self.parts.mkdir(parents=True)
+            self._write("manifest.json", {"plan": plan})
+
+    def note(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned when it was first asked for, which is kept as data."""
+        if not (self.parts / name).exists():
+            self._write(name, {"kept": make()})
+        return _read_json(self.parts / name)["kept"]
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        text = json.dumps(data, indent=1, allow_nan=False)
+        write_file(self.parts / name, lambda f: f.write(text.encode()))
 
     def row(self, n: int) -> dict[str, Any] | None:
         """The row of the n-th stack, if it is finished."""
@@ -54,8 +65,7 @@ class Workplace:
     def add(self, n: int, extracted: Extracted) -> None:
         """Write the tensors of the n-th stack and then its row, which says that they are there."""
         write_file(self.tensors(n), lambda f: f.write(save(extracted.tensors)))
-        text = json.dumps(extracted.row, allow_nan=False)
-        write_file(self.parts / f"{n:05d}.json", lambda f: f.write(text.encode()))
+        self._write(f"{n:05d}.json", extracted.row)
 
     def tensors(self, n: int) -> Path:
         """Where the tensors of the n-th stack lie: dense ones in their final place."""
@@ -83,24 +93,26 @@ class Workplace:
         write_file(self.out / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
 
     def clear(self) -> None:
-        """Remove the parts, which the finished files have made superfluous."""
+        """Remove the parts, and files that a killed process did not finish."""
         shutil.rmtree(self.parts, ignore_errors=True)
+        for name in _FINAL:
+            for file in self.out.glob(f".{name}.*"):
+                file.unlink(missing_ok=True)
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """What tells whether a safetensors file has changed: size, time, and the digest of its header."""
+    """What tells whether a file has changed: size, time, and a digest of its beginning, where headers are."""
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        digest = hashlib.sha256(file.read(size)).hexdigest()
+        digest = hashlib.sha256(file.read(_BEGINNING)).hexdigest()
     facts = path.stat()
-    return {"file": str(path), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "header_sha256": digest}
+    return {"file": str(path.resolve()), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it to begin anew") from None
+        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} to begin anew") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -10,7 +10,7 @@ from rasa_theory import InputError, LayerStack, solve_lora
 from rasa_theory.exports import (
     Modules,
     balanced,
-    dense_tensors,
+    dense_tensor,
     join_safetensors,
     lora_config,
     lora_tensors,
@@ -58,6 +58,7 @@ def test_the_authors_layout_rebuilds_the_forward_of_a_layer():
     for i, name in enumerate(NAMES):
         A, B, mixing = (tensors[f"base_model.model.{name}.rasa_{s}.weight"] for s in ("A", "B", "mixing"))
         assert mixing.shape == (2 + 3,)
+        assert float(mixing.abs().max()) <= 1 + 1e-12
         assert torch.equal(mixing[:2], torch.ones(2, dtype=torch.float64))
         inner = mixing[:, None] * (torch.cat([A, shared[0]]) @ x)
         assert torch.allclose(torch.cat([B, shared[1]], 1) @ inner, f.update(i) @ x, rtol=0, atol=1e-13)
@@ -66,9 +67,9 @@ def test_the_authors_layout_rebuilds_the_forward_of_a_layer():
 def test_dense_tensors_lie_as_the_weights_do():
     f = random_factors(3, 7, 6, 2, 1)
     for transposed in (False, True):
-        tensors = dense_tensors(Modules(NAMES, transposed), f)
-        first = tensors[f"{NAMES[0]}.weight"]
-        assert torch.equal(first.mT if transposed else first, f.update(0))
+        key, update = dense_tensor(Modules(NAMES, transposed), f, 1)
+        assert key == f"{NAMES[1]}.weight"
+        assert torch.equal(update.mT if transposed else update, f.update(1))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +91,10 @@ def test_the_modules_of_weights():
 
 
 def test_ranks_that_differ_go_into_patterns():
-    config = lora_config({"a.q": 8, "a.k": 8, "a.v": 5}, False, "base")
+    config = lora_config({"a.q": 8, "a.k": 8, "a.v": 9}, True, "base")
     assert (config["r"], config["lora_alpha"]) == (8, 8)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {"a.v": 5}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {r"^a\.v": 9}
+    assert config["fan_in_fan_out"]
     assert config["target_modules"] == ["a.q", "a.k", "a.v"]
 
 

@@ -202,7 +202,7 @@ def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, c
     assert card.startswith("---\nlibrary_name: peft\nbase_model: ")
     assert printed[0] in card
     assert (tmp_path / "report.png").stat().st_size > 5000
-    assert not (tmp_path / "parts").exists()
+    assert not (tmp_path / ".extract").exists()
 
 
 @pytest.mark.parametrize("target", [("--energy", "0.6"), ("--error", "0.4"), ("--parameters", "4000")])
@@ -213,7 +213,8 @@ def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, t
     rows, config = report_of(tmp_path)["stacks"], json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
     assert len(set(ranks.values())) > 1
-    assert config["rank_pattern"] == {name: rank for name, rank in ranks.items() if rank != config["r"]}
+    others = {"^" + name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != config["r"]}
+    assert config["rank_pattern"] == others
     spent = sum(rank * sum(row["shape"]) for row in rows for rank in row["ranks"].values())
     missed, norm = (sum(row[key] for row in rows) for key in ("e_stored", "norm_squared"))
     if target[0] == "--parameters":
@@ -227,6 +228,65 @@ def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, t
             key = f"{module['module']}.weight"
             error = float(((merged[key] - after[key].double()) ** 2).sum())
             assert error == pytest.approx(module["e_stored"], rel=1e-5)
+            assert error == pytest.approx(module["e_lora"], rel=1e-5)
+        assert row["parameters"]["stored"] == sum(rank * sum(row["shape"]) for rank in row["ranks"].values())
+
+
+def test_names_that_end_alike_do_not_share_a_rank(tmp_path):
+    """`layers.0.q` is the end of `mtp.layers.0.q`: a pattern of PEFT that is not anchored would hit both."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"layers": (5, 5), "mtp.layers": (2, 5)}
+    updates = {}
+    for name, ranks in sizes.items():
+        for i, r in enumerate(ranks):
+            product = torch.randn(8, r, generator=generator) @ torch.randn(r, 8, generator=generator)
+            updates[f"{name}.{i}.q.weight"] = product
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "auto", "--energy", "0.999999", "--quiet"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.mtp = self.made(), torch.nn.Module()
+            self.mtp.layers = self.made()
+
+        def made(self):
+            layers = [torch.nn.Module() for _ in range(2)]
+            for layer in layers:
+                layer.q = torch.nn.Linear(8, 8, bias=False)
+            return torch.nn.ModuleList(layers)
+
+    model = Model()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    for key, M in updates.items():
+        assert torch.allclose(merged[key] - before[key], M, atol=2e-2)
+
+
+def test_large_layers_without_a_pool_go_without_full_spectra(llamas, tmp_path, monkeypatch):
+    folder, _ = llamas
+    few = ("--rank", "9", "--k", "0", "--modules", "*self_attn.v*")
+    assert run(folder, tmp_path / "exact", *few) == 0
+    monkeypatch.setattr(extraction, "_EXACT", 1)
+    assert run(folder, tmp_path / "fast", *few) == 0
+    (exact,), (fast,) = (report_of(tmp_path / name)["stacks"] for name in ("exact", "fast"))
+    assert fast["e_stored"] == pytest.approx(exact["e_stored"], rel=1e-5)
+    for x, y in zip(exact["modules"], fast["modules"], strict=True):
+        assert y["stable_rank"] == pytest.approx(x["stable_rank"], rel=1e-5)
+        assert y["rank_50"] == x["rank_50"] <= 9
+        assert (y["entropy_rank"], y["rank_90"], y["rank_99"]) == (None, None, None)
+
+
+def test_dense_differences_of_conv1d_lie_as_the_checkpoint_has_them(tmp_path):
+    tuned = saved_pair(tmp_path, gpt2, ".h.")
+    few = ("--modules", "*c_proj*", "--rank", "24", "--k", "0", "--format", "diff")
+    assert run(tmp_path, tmp_path / "out", *few) == 0
+    index = json.loads((tmp_path / "out" / "diff.safetensors.index.json").read_text())["weight_map"]
+    before, after = base_model(transformers.GPT2LMHeadModel, tmp_path).state_dict(), tuned.state_dict()
+    for key, file in index.items():
+        assert torch.allclose(before[key] + load_file(tmp_path / "out" / file)[key], after[key], atol=1e-6)
+    assert all(row["e_stored"] <= 1e-9 for row in report_of(tmp_path / "out")["stacks"])
 
 
 def test_the_best_k_is_found(llamas, tmp_path):
@@ -296,7 +356,7 @@ def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, caps
     monkeypatch.setattr(extract, "extract_stack", stops)
     assert run(folder, tmp_path / "out", *options()) == 130
     assert "2 of 4 stacks are done" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["parts"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".extract"]
     assert run(folder, tmp_path / "out", *options()) == 0
     assert len(done) == len(set(done)) == 5
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -341,6 +401,8 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
     capsys.readouterr()
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--seed", "1") == 2
     assert "holds an extraction with other settings" in capsys.readouterr().err
+    assert run(tmp_path / "pair", tmp_path / "out", *options(), "--compute", "float32") == 2
+    assert "holds an extraction with other settings" in capsys.readouterr().err
     shard = sorted((tmp_path / "pair" / "tuned").glob("*.safetensors"))[0]
     shard.touch()
     assert run(tmp_path / "pair", tmp_path / "out", *options()) == 2
@@ -355,6 +417,7 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
     [
         (["--rank", "99"], "rank 99 exceeds min(b, a) = 24"),
         (["--format", "rasa", "--k", "0"], "k must be at least 1 for format rasa"),
+        (["--k", "-1"], "shared_rank must be at least 0, got -1"),
         (["--k", "40"], "shared_rank 40 exceeds rank 16"),
         (["--rank", "auto"], "--rank auto needs one of --energy, --error and --parameters"),
         (["--energy", "0.9"], "--energy goes with --rank auto"),
@@ -375,6 +438,15 @@ def test_bad_input_is_one_sentence(llamas, tmp_path, capsys, more, sentence):
     err = capsys.readouterr().err
     assert sentence in err
     assert [line.startswith("left out: ") for line in err.splitlines()[:-1]] == [True] * (len(err.splitlines()) - 1)
+
+
+def test_files_of_others_are_left_alone(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    (tmp_path / "README.md").write_text("mine")
+    assert run(folder, tmp_path, *options()) == 2
+    assert "README.md is there already, and not ours" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_factors_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_no_ranks_that_keep_as_much_cost_less_by_more_than_a_term(energy):
 @pytest.mark.parametrize("parameters", [10, 25, 42, 60, 78, 1000])
 def test_no_ranks_of_as_many_parameters_keep_more(parameters):
     ranks = allocate_ranks(SIGMAS, COSTS, RankTarget(parameters=parameters))
-    assert spent(ranks) <= parameters
+    assert min(parameters, spent([[3, 2], [2]])) - max(COSTS) < spent(ranks) <= parameters
     best = max(kept(other) for other in all_ranks() if spent(other) <= spent(ranks))
     assert kept(ranks) == pytest.approx(best)
 

@@ -94,6 +94,11 @@ class Adapter:
                 self.pairs[module] = self._pair(module, parts["A"], parts["B"])
 
     @property
+    def files(self) -> tuple[Path, Path]:
+        """The configuration and the factors."""
+        return self.path / CONFIG, self.path / WEIGHTS
+
+    @property
     def file(self) -> str:
         """The file of the factors."""
         return str(self.path / WEIGHTS)
@@ -132,7 +137,7 @@ def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
     groups, ungrouped = group(entries)
     holder = _holder(lambda key: (adapter, module_of[key]))
     found = catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
-    return dataclasses.replace(found, files=(Path(adapter.file),))
+    return dataclasses.replace(found, files=adapter.files)
 
 
 def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue:
@@ -166,7 +171,7 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
         at |= {key: (x, module) for key, x in zip(keys, adapters, strict=True)}
         groups.append(Group(module, len(keys), shape, keys))
     catalogue = catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
-    return dataclasses.replace(catalogue, files=tuple(Path(x.file) for x in adapters))
+    return dataclasses.replace(catalogue, files=tuple(file for x in adapters for file in x.files))
 
 
 def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import zipfile
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def open_npy(path: Path, memory: int | None = None) -> Catalogue:
                 )
             return FileRows(path, stream.tell(), shape[2], dtype)
 
-    return catalogue_of(str(path), [entry], Reader(read, lambda key: str(path), part), memory=memory)
+    found = catalogue_of(str(path), [entry], Reader(read, lambda key: str(path), part), memory=memory)
+    return dataclasses.replace(found, files=(path,))
 
 
 def open_npz(path: Path, memory: int | None = None) -> Catalogue:
@@ -65,7 +67,8 @@ def open_npz(path: Path, memory: int | None = None) -> Catalogue:
         with _sound(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
-    return catalogue_of(str(path), entries, Reader(read, lambda key: str(path)), left_out, memory)
+    found = catalogue_of(str(path), entries, Reader(read, lambda key: str(path)), left_out, memory)
+    return dataclasses.replace(found, files=(path,))
 
 
 @contextlib.contextmanager

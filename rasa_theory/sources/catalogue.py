@@ -44,7 +44,7 @@ class StackSource:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The stacks of `source`, and what of it is not looked at; `files` are the safetensors files that it reads."""
+    """The stacks of `source`, and what of it is not looked at; `files` are those that it reads."""
 
     source: str
     stacks: list[StackSource]
