@@ -81,7 +81,7 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 def say_left_out(left_out: Sequence[tuple[str, str]], file: str) -> None:
     """What of the source is in no stack, on standard error: the first few, and how many in all; `file` lists them."""
-    for name, why in left_out[:_SHOWN]:
+    for name, why in sorted(left_out, key=lambda one: " axes; " in one[1])[:_SHOWN]:  # biases and norms last
         print(f"left out: {name}: {why}", file=sys.stderr)
     if len(left_out) > _SHOWN:
         print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in {file}", file=sys.stderr)

@@ -41,8 +41,9 @@ from rasa_theory.starts import STARTS
 from rasa_theory.study import environment
 from rasa_theory.workplace import Workplace, identity
 
-_FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation"}
+_FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation", "shared_rank": "k"}
 _UNSET = object()
+_PROBLEMS = 2  # said of many
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
 
 
@@ -116,16 +117,17 @@ def _target(args: argparse.Namespace) -> RankTarget | None:
             raise InputError(f"--{given[0]} goes with --rank auto, and nothing else")
         return None
     if len(given) != 1:
-        raise InputError("--rank auto needs one of --energy, --error and --parameters")
+        raise InputError("--rank auto needs exactly one of --energy, --error and --parameters")
     if args.error is not None and not 0 <= args.error < 1:
-        raise InputError(f"error must be at least 0 and below 1, got {args.error}")
-    return RankTarget(1 - args.error if args.error is not None else args.energy, args.parameters)
+        raise InputError(f"--error must be at least 0 and below 1, got {args.error}")
+    with naming_flags(_FLAGS):
+        return RankTarget(1 - args.error if args.error is not None else args.energy, args.parameters)
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
+    target = _target(args)
     with naming_flags(_FLAGS):
         solver = SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
-        target = _target(args)
         k = args.k if args.k is not _UNSET else (1 if target is None else 0)
         settings = ExtractSettings(args.rank, k, args.format, args.dtype, args.certificate, solver, target)
         dtype, device = compute_dtype(args.compute), compute_device(args.device)
@@ -146,9 +148,16 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     else:
-        rows = _extracted(catalogue, modules, settings, place, dtype, device, args.quiet)
+        try:
+            rows = _extracted(catalogue, modules, settings, place, dtype, device, args.quiet)
+        except InputError:
+            place.abandon()
+            raise
         if rows is None:
             return 130
+        if not any(row["norm_squared"] for row in rows):
+            place.clear()
+            raise InputError(f"{catalogue.source}: every update is zero, there is nothing to extract")
         report = {
             "schema": 1, "command": command, "source": catalogue.source,
             "base": args.base_name or args.base, "plan": place.plan,
@@ -217,7 +226,8 @@ def _check(
     if not args.dry_run and settings.target is None:
         problems += _room(Path(args.out), _bytes(catalogue, settings), settings)
     if problems:
-        raise InputError("; ".join(problems))
+        more = f"; and {len(problems) - _PROBLEMS} more of this kind" if len(problems) > _PROBLEMS else ""
+        raise InputError("; ".join(problems[:_PROBLEMS]) + more)
 
 
 def _unclear(catalogue: Catalogue, source: StackSource) -> bool:

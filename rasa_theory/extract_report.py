@@ -14,12 +14,12 @@ _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
     "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
 )  # fmt: skip
-_HEAD = ("kind", "layers", "shape", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "rank 90%")
+_HEAD = ("kind", "layers", "shape", "r", "k", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "90%")
 _WIDTH = 100
 _EXPLANATION = (
     "Squared errors. LoRA: the best of rank r. RaSA: r - k private ranks and a pool, at the same number\n"
     "of parameters but for the mixing. floor: no RaSA of this budget is below. file: the adapter as\n"
-    "written. rank 90%: what that share of the energy needs, median over layers."
+    "written. 90%: the rank that this share of the energy needs, median over layers."
 )
 _WHAT = {
     "lora": "the best LoRA of every layer, of rank {rank}",
@@ -44,19 +44,29 @@ def extraction_table(report: dict[str, Any]) -> str:
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
         lines.append(
-            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), *_errors(row), floor,
-             _ratio(row["e_stored"], row["norm_squared"]), median)
+            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _ranks(row), str(row["k"]),
+             *_errors(row), floor, _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
     total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
-    lines.append(("all", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
+    lines.append(("all", "", "", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
     text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION])
+    counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
+    numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers])
 
 
 def _chosen(number: int | None) -> str:
     return "chosen for each layer" if number is None else str(number)
+
+
+def _ranks(row: dict[str, Any]) -> str:
+    """r, or from where to where it goes over the layers."""
+    if row["rank"] is not None:
+        return str(row["rank"])
+    ranks = [module["rank"] for module in row["modules"]]
+    return f"{min(ranks)}..{max(ranks)}"
 
 
 def _errors(row: dict[str, Any]) -> tuple[str, str]:
@@ -98,6 +108,9 @@ def model_card(report: dict[str, Any]) -> str:
         if peft
         else ""
     )
+    covered = f"{sum(row['layers'] for row in report['stacks'])} in number"
+    if report["left_out"]:
+        covered += f" ({len(report['left_out'])} tensors or stacks of the source are left out, see `report.json`)"
     share = total["e_stored"] / total["norm_squared"] if total["norm_squared"] > 0 else 0.0
     return f"""---
 {chr(10).join(header)}
@@ -105,7 +118,8 @@ def model_card(report: dict[str, Any]) -> str:
 
 # Adapter extracted from {report["source"]}
 
-This is {what}, stored in {settings["dtype"]}. Of the squared norm of the fine-tuning update it misses {share:.2%}.
+This is {what}, stored in {settings["dtype"]}. Of the squared norm of the updates of
+the modules below, {covered}, it misses {share:.2%}.
 {use}
 ```
 {extraction_table(report)}

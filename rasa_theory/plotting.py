@@ -100,9 +100,10 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     `report` is that of `python -m rasa_theory.extract`.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = report["stacks"]
-    columns = max(1, min(len(rows), 3))
+    columns = 2 if len(rows) in (2, 4) else min(len(rows), 3)
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(1.0 + 3.8 * columns, 1.2 + 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -113,6 +114,7 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
             ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
         ax.set_title(row["kind"], fontsize=10)
         ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in list(axes.flat)[len(rows) :]:
         ax.set_axis_off()
     figure.supxlabel("layer", fontsize=11)

@@ -35,14 +35,13 @@ class Workplace:
         if begun.exists():
             known = _read_json(begun).get("plan") or {}
             if changed := [key for key in plan if known.get(key) != plan[key]]:
-                raise InputError(
-                    f"{out} holds an extraction with other {changed[0]}; name another folder with --out, or delete it"
-                )
+                what = f"other {changed[0]}{_difference(known.get(changed[0]), plan[changed[0]])}"
+                raise InputError(f"{out} holds an extraction with {what}; name another folder with --out, or delete it")
         if self.finished:
             self.clear()
         elif not begun.exists():
-            if found := [*(out / name for name in _FINAL if (out / name).exists()), *out.glob("diff-*.safetensors")]:
-                raise InputError(f"{found[0]} is there already, and not ours; name another folder with --out")
+            if found := sorted(path for path in out.iterdir() if not path.name.startswith(".")):
+                raise InputError(f"{found[0]} is there already, and not ours; name an empty or new folder with --out")
             self.clear()
             self.parts.mkdir(parents=True)
             self._write("manifest.json", {"plan": plan})
@@ -92,6 +91,11 @@ class Workplace:
         write_file(self.out / "adapter_model.safetensors", lambda f: join_safetensors(parts, f, {"format": "pt"}))
         write_file(self.out / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
 
+    def abandon(self) -> None:
+        """Leave nothing where nothing is finished."""
+        if not any(self.parts.glob("[0-9]*.json")):
+            self.clear()
+
     def clear(self) -> None:
         """Remove the parts, and files that a killed process did not finish."""
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -106,6 +110,17 @@ def identity(path: Path) -> dict[str, Any]:
         digest = hashlib.sha256(file.read(_BEGINNING)).hexdigest()
     facts = path.stat()
     return {"file": str(path.resolve()), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest}
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Which of two plans' values differ, where that can be said in a few words."""
+    if isinstance(before, dict):
+        names = [str(key) for key in now if before.get(key) != now[key]]
+    elif isinstance(before, list) and now and "file" in now[0]:
+        names = [Path(x["file"]).name for x in now if x not in before]
+    else:
+        return ""
+    return f" ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})" if names else ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, t
 def test_names_that_end_alike_do_not_share_a_rank(tmp_path):
     """`layers.0.q` is the end of `mtp.layers.0.q`: a pattern of PEFT that is not anchored would hit both."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {"layers": (5, 5), "mtp.layers": (2, 5)}
+    sizes = {"layers": (2, 5), "mtp.layers": (5, 5)}
     updates = {}
     for name, ranks in sizes.items():
         for i, r in enumerate(ranks):
@@ -400,13 +400,13 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
     assert run(tmp_path / "pair", tmp_path / "out", *options()) == 130
     capsys.readouterr()
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--seed", "1") == 2
-    assert "holds an extraction with other settings" in capsys.readouterr().err
+    assert "holds an extraction with other settings (solver)" in capsys.readouterr().err
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--compute", "float32") == 2
-    assert "holds an extraction with other settings" in capsys.readouterr().err
+    assert "holds an extraction with other settings (compute)" in capsys.readouterr().err
     shard = sorted((tmp_path / "pair" / "tuned").glob("*.safetensors"))[0]
     shard.touch()
     assert run(tmp_path / "pair", tmp_path / "out", *options()) == 2
-    assert "holds an extraction with other inputs" in capsys.readouterr().err
+    assert f"holds an extraction with other inputs ({shard.name})" in capsys.readouterr().err
 
 
 # ---- bad input
@@ -417,9 +417,9 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
     [
         (["--rank", "99"], "rank 99 exceeds min(b, a) = 24"),
         (["--format", "rasa", "--k", "0"], "k must be at least 1 for format rasa"),
-        (["--k", "-1"], "shared_rank must be at least 0, got -1"),
-        (["--k", "40"], "shared_rank 40 exceeds rank 16"),
-        (["--rank", "auto"], "--rank auto needs one of --energy, --error and --parameters"),
+        (["--k", "-1"], "shared_rank must be at least 0, got -1 (--k)"),
+        (["--k", "40"], "shared_rank 40 exceeds rank 16 (--k)"),
+        (["--rank", "auto"], "--rank auto needs exactly one of --energy, --error and --parameters"),
         (["--energy", "0.9"], "--energy goes with --rank auto"),
         (["--rank", "auto", "--energy", "2"], "energy must be above 0 and at most 1, got 2.0"),
         (["--rank", "auto", "--energy", "0.9", "--k", "1"], "k must be 0"),
@@ -447,6 +447,20 @@ def test_files_of_others_are_left_alone(llamas, tmp_path, capsys):
     assert "README.md is there already, and not ours" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_run_that_fails_before_anything_is_finished_leaves_nothing(llamas, tmp_path):
+    folder, _ = llamas
+    few = ("--modules", "*self_attn.v*", "--rank", "auto", "--parameters")
+    assert run(folder, tmp_path, *few, "9") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert run(folder, tmp_path, *few, "900") == 0
+
+
+def test_a_model_that_has_not_changed_gives_no_adapter(llamas, tmp_path, capsys):
+    base = str(llamas[0] / "base")
+    assert main(["--base", base, "--tuned", base, "--rank", "2", "--k", "0", "--quiet", "--out", str(tmp_path)]) == 2
+    assert "every update is zero" in capsys.readouterr().err
 
 
 def test_factors_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
