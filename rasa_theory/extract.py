@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from rasa_theory.workplace import Workplace, identity
 
 _FLAGS = {"max_sweeps": "sweeps", "max_cancellation": "max-cancellation", "shared_rank": "k"}
 _UNSET = object()
+_EMBEDDING = re.compile(r"embed|(?:\A|\.)w[tp]e\.weight\Z")
 _PROBLEMS = 2  # said of many
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
 
@@ -160,7 +162,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
             raise InputError(f"{catalogue.source}: every update is zero, there is nothing to extract")
         report = {
             "schema": 1, "command": command, "source": catalogue.source,
-            "base": args.base_name or args.base, "plan": place.plan,
+            "base": _base(args, catalogue), "plan": place.plan,
             "environment": environment(device, dtype), "stacks": rows,
             "left_out": [{"name": name, "reason": reason} for name, reason in catalogue.left_out],
         }  # fmt: skip
@@ -178,9 +180,9 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     if (args.base is None) == (args.source is None):
         raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates")
     if args.source is not None:
-        found = open_source(args.source, memory=args.memory)
+        found = open_source(args.source, memory=args.memory, alone=True)
     else:
-        found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
+        found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory, alone=True)
     return _nameable(found.matching(args.modules))
 
 
@@ -194,6 +196,8 @@ def _nameable(catalogue: Catalogue) -> Catalogue:
             reason = "one tensor with three axes, whose layers are no modules"
         elif unnamed := [key for key in source.keys if not key.endswith(".weight")]:
             reason = f"{unnamed[0]!r} is not the weight of a module, so no adapter can name it"
+        elif _EMBEDDING.search(source.keys[0]):
+            reason = "an embedding, for which adapters have other tensors"
         if reason is None:
             kept.append(source)
         else:
@@ -279,6 +283,15 @@ def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -
     return "\n".join(lines)
 
 
+def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
+    """What the adapter says that it belongs to: what is asked for, the base given, or that of the source's adapter."""
+    given: str | None = args.base_name or args.base
+    if given is None and (configs := [path for path in catalogue.files if path.name == "adapter_config.json"]):
+        named = json.loads(configs[0].read_text(encoding="utf-8")).get("base_model_name_or_path")
+        given = named if isinstance(named, str) else None
+    return given
+
+
 def _said(number: int | None) -> str:
     return "auto" if number is None else str(number)
 
@@ -289,7 +302,7 @@ def _plan_of(
     """What two runs must have in common to share a folder."""
     return {
         "inputs": [identity(path) for path in catalogue.files],
-        "settings": settings.plain() | {"compute": args.compute, "base": args.base_name or args.base},
+        "settings": settings.plain() | {"compute": args.compute, "base": _base(args, catalogue)},
         "stacks": [
             {"name": s.name, "shape": list(s.shape), "transposed": s.transposed, "modules": list(m.names)}
             for s, m in zip(catalogue.stacks, modules, strict=True)

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import statistics
+import textwrap
 from typing import Any
 
 _CSV = (
@@ -24,7 +25,7 @@ _EXPLANATION = (
 _WHAT = {
     "lora": "the best LoRA of every layer, of rank {rank}",
     "lora-exact-rasa": "RaSA of rank {rank} with k = {k}, written exactly as a LoRA of rank {written}",
-    "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT",
+    "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT (github.com/zwhe99/RaSA)",
     "diff": "dense differences to add to the base weights: {source}",
 }
 
@@ -39,7 +40,8 @@ def totals(report: dict[str, Any]) -> dict[str, float]:
 def extraction_table(report: dict[str, Any]) -> str:
     """One line per stack and one for all, at most 100 characters wide."""
     lines = [_HEAD]
-    for row in report["stacks"]:
+    changed = [row for row in report["stacks"] if row["norm_squared"] > 0]
+    for row in changed:
         floor = "-" if row["k"] == 0 else _ratio(row["lower_bound"], row["e_lora"])
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
@@ -54,7 +56,9 @@ def extraction_table(report: dict[str, Any]) -> str:
     text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
     numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers])
+    same = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(same)}.", _WIDTH) if same else []
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers, *unchanged])
 
 
 def _chosen(number: int | None) -> str:

@@ -94,19 +94,21 @@ def extract_stack(
 ) -> Extracted:
     """LoRA of rank r and RaSA(r, k) of one stack, the tensors of the format, and how far they are from it.
 
-    `ranks`, one per layer, stand for r where the settings have a target. All errors are squared, in units of the input,
-    per layer and summed. A LoRA without RaSA of layers larger than 1024 is taken from the certified leading part, and
-    full spectra are not reported. Raises InputError if r > min(b, a), or if the dtype of the files cannot hold the
-    factors.
+    `ranks`, one per layer, stand for r where the settings have a target; a stack of zeros has ranks 0 and no tensors.
+    All errors are squared, in units of the input, per layer and summed. A LoRA without RaSA of layers larger than 1024
+    is taken from the certified leading part, and full spectra are not reported. Raises InputError if r > min(b, a), or
+    if the dtype of the files cannot hold the factors.
     """
     L = stack.layers
+    if stack.norm_squared == 0:  # nothing to write
+        ranks = [0] * L
     given = [settings.rank or 0] * L if ranks is None else list(ranks)
     exact = settings.exact(stack.shape)
     lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
     best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
     k, errors, floor = 0, lora_errors, Bound(0.0, "none")
-    if settings.k != 0:
+    if settings.k != 0 and any(given):
         found, k = _solved(stack, given[0], settings, callback)
         floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
         errors = found.layer_errors
@@ -162,6 +164,8 @@ def _stored(
     settings: ExtractSettings,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
+    if stack.norm_squared == 0:
+        return {}, [0.0] * stack.layers
     factors = factors.to(torch.float64)
     dtype = STORED[settings.dtype]
     if settings.format == "diff":

@@ -102,7 +102,7 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = report["stacks"]
+    rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
     columns = 2 if len(rows) in (2, 4) else min(len(rows), 3)
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(1.0 + 3.8 * columns, 1.2 + 2.6 * lines), layout="constrained")

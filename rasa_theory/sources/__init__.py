@@ -40,6 +40,7 @@ def open_source(
     tuned: str | None = None,
     adapters: Sequence[str] | None = None,
     memory: int | None = None,
+    alone: bool = False,
 ) -> Catalogue:
     """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
 
@@ -52,7 +53,8 @@ def open_source(
 
     `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
-    adapters are thin, and held in memory.
+    adapters are thin, and held in memory. With `alone`, a matrix of a checkpoint that is the only one of its kind is a
+    stack of one layer.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
@@ -61,7 +63,7 @@ def open_source(
             raise InputError("--adapters and --base with --tuned exclude each other; give one of them")
         return open_adapters([_existing(path) for path in adapters], memory)
     if base is not None and tuned is not None:
-        return open_pair(_existing(base), _existing(tuned), memory)
+        return open_pair(_existing(base), _existing(tuned), memory, alone)
     if base is not None or tuned is not None:
         given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
         raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
@@ -72,7 +74,7 @@ def open_source(
         return open_adapter(path, memory)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
-        return open_checkpoint(path, memory)
+        return open_checkpoint(path, memory, alone)
     if suffix == ".npy":
         return open_npy(path, memory)
     if suffix == ".npz":

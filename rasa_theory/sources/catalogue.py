@@ -93,14 +93,15 @@ def catalogue_of(
     reader: Reader,
     left_out: Sequence[LeftOut] = (),
     memory: int | None = None,
+    alone: bool = False,
 ) -> Catalogue:
-    """Group `entries` into stacks that `reader` reads by key when loaded.
+    """Group `entries` into stacks that `reader` reads by key when loaded; `alone` as for `grouping.group`.
 
     A stack larger than a quarter of `memory` stays on disk. `left_out` is what the file format has already set aside.
     Raises InputError if no stack remains.
     """
     entries = list(entries)
-    groups, ungrouped = group(entries)
+    groups, ungrouped = group(entries, alone)
     by_name = {entry.name: entry for entry in entries}
 
     def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | OnDisk:
@@ -177,7 +178,8 @@ def _held(
             )
         return OnDisk([reader.part(key) for key in g.keys], shape, stored)
     if len(g.keys) == 1:
-        return reader.read(g.keys[0])
+        values = reader.read(g.keys[0])
+        return values if values.ndim == 3 else values[None]
     target = stored if dtype is None or dtype.itemsize > stored.itemsize else compute_dtype(dtype)
     values = torch.empty(shape, dtype=target, device=device)
     for layer, key in zip(values, g.keys, strict=True):

@@ -58,19 +58,19 @@ class Checkpoint:
         return FileRows(header.file, offset, shape[-1], np.dtype(_KINDS[dtype]), dtype == "BF16")
 
 
-def open_checkpoint(path: Path, memory: int | None = None) -> Catalogue:
-    """The stacks of a checkpoint, their matrices as (out, in).
+def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
+    """The stacks of a checkpoint, their matrices as (out, in); `alone` as for `grouping.group`.
 
     Raises InputError as `find_shards` does, if a config.json is not sound, and if no stack remains.
     """
     checkpoint = Checkpoint(path)
     reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
     entries = oriented(checkpoint.entries.values(), model_types(path))
-    found = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory)
+    found = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory, alone)
     return dataclasses.replace(found, files=checkpoint.files)
 
 
-def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
+def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
     Tensors that only one has, or whose shapes differ, are left out. The config.json of `tuned`,
@@ -104,7 +104,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None) -> Catalogue:
         return Difference(after.part(key), before.part(key), wide[key])
 
     entries = oriented(entries, model_types(tuned) or model_types(base))
-    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory)
+    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory, alone)
     return dataclasses.replace(found, files=before.files + after.files)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
 _LAYER = re.compile(rf"(?:\A|\.)(?:{'|'.join(LAYER_WORDS)})\.([0-9]+)(?=\.|\Z)")
 _ADAPTER = re.compile(r"(?:\A|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|\Z)")
+_ALONE = "the only"
 _NUMBER = re.compile(r"([0-9]+)")
 _FLOATING = re.compile(r"b?float(16|32|64|96|128)")
 
@@ -55,13 +56,14 @@ def is_floating(dtype: str) -> bool:
     return _FLOATING.fullmatch(dtype) is not None
 
 
-def group(entries: Iterable[Entry]) -> tuple[list[Group], list[LeftOut]]:
+def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], list[LeftOut]]:
     """The stacks that `entries` form, and the tensors that form none, with the reason.
 
     A tensor with three axes is a stack, named by its key. Matrices are grouped by name: the number after the first
     component `layers`, `layer`, `h`, `block` or `blocks` that a number follows is the layer; without one, the only
     number that varies among names alike but for their numbers. All other numbers stay in the name, which has `*` in
-    the layer's place, and `[BxA]` at its end where the layers come in several shapes.
+    the layer's place, and `[BxA]` at its end where the layers come in several shapes. A matrix that is alone is left
+    out, or with `alone` a stack of one layer, named by its key.
     """
     groups: list[Group] = []
     left_out: list[LeftOut] = []
@@ -80,6 +82,11 @@ def group(entries: Iterable[Entry]) -> tuple[list[Group], list[LeftOut]]:
         found, rest = _split_by_shape(name, members)
         groups += found
         left_out += rest
+    if alone:
+        shapes = {entry.name: (entry.shape[0], entry.shape[1]) for entry in matrices}
+        single = [one.name for one in left_out if one.reason.startswith(_ALONE)]
+        groups += [Group(name, 1, shapes[name], [name]) for name in single]
+        left_out = [one for one in left_out if one.name not in set(single)]
     return _with_unique_names(groups, left_out)
 
 
@@ -123,7 +130,7 @@ def _families(matrices: list[Entry]) -> tuple[dict[str, list[_Member]], list[Lef
             name = "".join([*parts[:i], "*", *parts[i + 1 :]])
             families.setdefault(name, []).extend(_Member(_canonical(p[i]), entry) for p, entry in members)
             continue
-        reason = "the only tensor of its kind; a stack of matrices needs two layers or more"
+        reason = f"{_ALONE} tensor of its kind; a stack of matrices needs two layers or more"
         if varying:
             reason = (
                 f"{len(varying)} numbers vary among the names {'*'.join(texts)!r}, so which is the layer is unclear; "
@@ -155,7 +162,7 @@ def _split_by_shape(name: str, members: list[_Member]) -> tuple[list[Group], lis
         if len(keys) > 1:
             groups.append(Group(full_name, len(keys), (b, a), keys))
         else:
-            left_out.append(LeftOut(keys[0], f"the only layer of {full_name!r}; a stack of matrices needs two or more"))
+            left_out.append(LeftOut(keys[0], f"{_ALONE} layer of {full_name!r}; a stack of matrices needs two or more"))
     return groups, left_out
 
 
