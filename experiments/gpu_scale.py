@@ -46,7 +46,8 @@ from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
 from rasa_theory.descent import Descent
 from rasa_theory.inner import sweeps_on
-from rasa_theory.problem import SVD, compute_device
+from rasa_theory.inputs import compute_device
+from rasa_theory.problem import SVD
 from rasa_theory.starts import random_start
 from rasa_theory.updates import normalise_pool
 

@@ -33,8 +33,9 @@ from rasa_theory.errors import InputError
 from rasa_theory.exports import FORMATS, Modules
 from rasa_theory.extract_report import extraction_csv, extraction_table, model_card
 from rasa_theory.extraction import STORED, ExtractSettings, extract_stack
+from rasa_theory.inputs import compute_device, compute_dtype
 from rasa_theory.plotting import plot_extraction
-from rasa_theory.problem import RankBudget, check_memory, compute_device, compute_dtype
+from rasa_theory.problem import RankBudget, check_memory
 from rasa_theory.ranks import RankTarget, allocate_ranks
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.sources import Catalogue, LeftOut, StackSource, open_source

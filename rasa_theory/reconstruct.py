@@ -27,8 +27,9 @@ from rasa_theory.console import (
     write_file,
 )
 from rasa_theory.errors import InputError
+from rasa_theory.inputs import compute_device, compute_dtype
 from rasa_theory.plotting import plot_iterations
-from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_device, compute_dtype
+from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
 from rasa_theory.sources import (

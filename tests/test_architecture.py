@@ -13,7 +13,7 @@ ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
     {"linalg", "layers", "console", "storage", "ranks"},
-    {"bases"},
+    {"bases", "inputs"},
     {"problem", "spectra", "algebra"},
     {"factors"},
     {"sources", "objective", "bounds"},

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack, compute_device, compute_dtype, whole_number
+from rasa_theory.inputs import compute_device, compute_dtype
+from rasa_theory.problem import LayerStack, whole_number
 from rasa_theory.sources.adapters import CONFIG, open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory.errors import DamagedFile, InputError, NotFinite
-from rasa_theory.problem import LayerStack, compute_dtype
+from rasa_theory.inputs import compute_dtype
+from rasa_theory.problem import LayerStack
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
 from rasa_theory.storage import Factored, OnDisk, Part
 
