@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ class Modules:
     """The modules of a model whose updates a stack holds, one per layer in order.
 
     `names` are the keys of their weights less ".weight"; `transposed` if those weights are (in, out), as in a Conv1D.
+    Where layers are tasks, names are `task/module`, task a number; see `of_task`.
     """
 
     names: tuple[str, ...]
@@ -45,6 +45,8 @@ class Modules:
     @property
     def kind(self) -> str:
         """What follows the layer's number in the names, `self_attn.q_proj`; the name without numbers if none does."""
+        if "/" in self.names[0]:
+            return self.names[0].partition("/")[2]
         parts = self.names[0].split(".")
         for n, (word, number) in enumerate(pairwise(parts)):
             if word in LAYER_WORDS and number.isdecimal():
@@ -151,28 +153,41 @@ def rasa_config(modules: Sequence[str], rank: int, k: int, transposed: bool, bas
     }
 
 
-def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str]) -> None:
-    """All tensors of `parts` as one safetensors file, copied piece by piece, so that none is in memory as a whole.
+def of_task(name: str, task: int | None) -> str | None:
+    """The key or module of one task, without its number; None for another task's. None for `task`: the name itself."""
+    if task is None:
+        return name
+    found = re.fullmatch(rf"(base_model\.model\.)?{task}/(.+)", name)
+    return (found[1] or "") + found[2] if found else None
+
+
+def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str], task: int | None = None) -> None:
+    """All tensors of `parts`, or those of one task, as one safetensors file, copied piece by piece.
 
     Raises InputError if two parts hold a tensor of the same name.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
-    begin, offset = {}, 0
+    pieces: list[tuple[Path, int, int]] = []  # part, first byte, how many
+    offset = 0
     for part in parts:
-        begin[part], entries = _header(part)
+        begin, entries = _header(part)
         for key, entry in entries.items():
-            if key in header:
-                raise InputError(f"two stacks would write the tensor {key!r}; keep one of them with --modules")
+            if (name := of_task(key, task)) is None:
+                continue
+            if name in header:
+                raise InputError(f"two stacks would write the tensor {name!r}; keep one of them with --modules")
             start, stop = entry["data_offsets"]
-            header[key] = entry | {"data_offsets": [offset + start, offset + stop]}
-        offset += part.stat().st_size - begin[part]
+            header[name] = entry | {"data_offsets": [offset, offset + stop - start]}
+            pieces.append((part, begin + start, stop - start))
+            offset += stop - start
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
-    for part in parts:
+    for part, first, size in pieces:
         with part.open("rb") as file:
-            file.seek(begin[part])
-            shutil.copyfileobj(file, out, _COPIED)
+            file.seek(first)
+            while size > 0:
+                size -= out.write(file.read(min(size, _COPIED)))
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rasa_theory import linalg
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import (
     Parser,
@@ -38,7 +41,7 @@ from rasa_theory.plotting import plot_extraction
 from rasa_theory.problem import RankBudget, check_memory
 from rasa_theory.ranks import RankTarget, allocate_ranks
 from rasa_theory.rasa import SolverOptions
-from rasa_theory.sources import Catalogue, LeftOut, StackSource, open_source
+from rasa_theory.sources import Catalogue, LeftOut, StackSource, base_of, open_source
 from rasa_theory.starts import STARTS
 from rasa_theory.study import environment
 from rasa_theory.workplace import Workplace, identity
@@ -66,6 +69,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--base", metavar="P", help="a checkpoint before fine-tuning: a .safetensors file or a directory of them")
     add("--tuned", metavar="P", help="the checkpoint after it")
     add("--source", metavar="S", help="instead of the two: a checkpoint that holds updates, tuned minus base")
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="DIR",
+        help="instead: LoRA adapters of one base, for PEFT, compressed together: one stack per module, over the "
+        "adapters; an adapter of each goes into a folder of its own",
+    )
     add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
     add("--rank", type=_number_or_auto, default=16, metavar="R", help="rank budget r of a layer, or auto (%(default)s)")
     add("--energy", type=float, metavar="E", help="with --rank auto: keep this share of the squared norm")
@@ -135,7 +145,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         settings = ExtractSettings(args.rank, k, args.format, args.dtype, args.certificate, solver, target)
         dtype, device = compute_dtype(args.compute), compute_device(args.device)
     catalogue = _catalogue(args)
-    modules = [Modules.of(s.keys, s.transposed, args.prefix) for s in catalogue.stacks]
+    modules = [_modules(s, args) for s in catalogue.stacks]
     _check(catalogue, modules, settings, args)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
@@ -178,13 +188,32 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
 def _catalogue(args: argparse.Namespace) -> Catalogue:
     if (args.base is None) != (args.tuned is None):
         raise InputError("--base and --tuned go together: name both checkpoints")
-    if (args.base is None) == (args.source is None):
-        raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates")
+    if sum(given is not None for given in (args.base, args.source, args.adapters)) != 1:
+        raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates, or --adapters")
+    if args.adapters is not None:
+        found = open_source("", adapters=args.adapters, memory=args.memory)
+        return found.matching(args.modules)
     if args.source is not None:
         found = open_source(args.source, memory=args.memory, alone=True)
     else:
         found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory, alone=True)
     return _nameable(found.matching(args.modules))
+
+
+def _modules(source: StackSource, args: argparse.Namespace) -> Modules:
+    if args.adapters is not None:
+        return Modules(tuple(f"{task}/{args.prefix}{source.name}" for task in range(source.layers)))
+    return Modules.of(source.keys, source.transposed, args.prefix)
+
+
+def _tasks(args: argparse.Namespace) -> list[list[str | None]] | None:
+    """The folder and the base of every adapter, where several are compressed together."""
+    if args.adapters is None:
+        return None
+    return [
+        [f"{task}-{Path(path).resolve().name}", args.base_name or base_of(Path(path))]
+        for task, path in enumerate(args.adapters)
+    ]
 
 
 def _nameable(catalogue: Catalogue) -> Catalogue:
@@ -224,7 +253,9 @@ def _check(
         kinds = [m.kind.replace(".", "__") for m in modules]
         problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"
                      for k in sorted({k for k in kinds if kinds.count(k) > 1})]  # fmt: skip
-    if settings.format == "diff" and (turned := [s.name for s in catalogue.stacks if _unclear(catalogue, s)]):
+    if args.adapters is not None and settings.format not in ("lora", "lora-exact-rasa"):
+        problems.append(f"format {settings.format} is for one model; write adapters as lora or lora-exact-rasa")
+    elif settings.format == "diff" and (turned := [s.name for s in catalogue.stacks if _unclear(catalogue, s)]):
         problems.append(
             f"{turned[0]!r} may be stored transposed, which an adapter does not say; write another --format"
         )
@@ -279,6 +310,10 @@ def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -
         f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
         f"{_bytes(catalogue, settings) / 2**20:.1f} MiB"
     )
+    if exact := [s for s in catalogue.stacks if settings.exact(s.shape)]:
+        lines.append(
+            f"Exact SVDs take up to about {_svd_seconds(exact):.0f} s here, by one timed now; the solver comes on top."
+        )
     lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
     lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
     return "\n".join(lines)
@@ -288,13 +323,21 @@ def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
     """What the adapter says that it belongs to: what is asked for, the base given, or that of the source's adapter."""
     given: str | None = args.base_name or args.base
     if given is None and (configs := [path for path in catalogue.files if path.name == "adapter_config.json"]):
-        named = json.loads(configs[0].read_text(encoding="utf-8")).get("base_model_name_or_path")
-        given = named if isinstance(named, str) else None
+        given = base_of(configs[0].parent)
     return given
 
 
 def _said(number: int | None) -> str:
     return "auto" if number is None else str(number)
+
+
+def _svd_seconds(sources: Sequence[StackSource]) -> float:
+    """From one SVD of at most 512 x 512, by the cubes of the sizes; larger ones are up to three times faster."""
+    m = min(512, max(min(s.shape) for s in sources))
+    matrix = torch.randn(m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    linalg.svd(matrix)
+    return (time.perf_counter() - began) * sum(s.layers * math.prod(s.shape) * min(s.shape) for s in sources) / m**3
 
 
 def _plan_of(
@@ -303,7 +346,7 @@ def _plan_of(
     """What two runs must have in common to share a folder."""
     return {
         "inputs": [identity(path) for path in catalogue.files],
-        "settings": settings.plain() | {"compute": args.compute, "base": _base(args, catalogue)},
+        "settings": settings.plain() | {"compute": args.compute, "base": _base(args, catalogue), "tasks": _tasks(args)},
         "stacks": [
             {"name": s.name, "shape": list(s.shape), "transposed": s.transposed, "modules": list(m.names)}
             for s, m in zip(catalogue.stacks, modules, strict=True)
@@ -371,7 +414,7 @@ def _allocated(
 def write_adapter(place: Workplace, report: dict[str, Any]) -> None:
     """All final files, the report last, which says that the others are there; then the parts go."""
     out, figure = place.out, plot_extraction(report)
-    place.finish(report["stacks"], report["base"])
+    place.finish(report["stacks"])
     write_file(out / "report.csv", lambda f: f.write(extraction_csv(report).encode()))
     write_file(out / "report.png", lambda f: figure.savefig(f, format="png", dpi=150))
     write_file(out / "README.md", lambda f: f.write(model_card(report).encode()))

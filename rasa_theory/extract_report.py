@@ -107,11 +107,9 @@ def model_card(report: dict[str, Any]) -> str:
     if report["base"]:
         header.append(f"base_model: {json.dumps(report['base'])}")
     header += ["tags:", "- lora", "- rasa", "- extracted"]
-    use = (
-        '\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
-        if peft
-        else ""
-    )
+    place = "one of its folders" if settings["tasks"] else "this folder"
+    load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
+    use = f"\n```python\n{load}\n```\n" if peft else ""
     covered = f"{sum(row['layers'] for row in report['stacks'])} in number"
     if report["left_out"]:
         covered += f" ({len(report['left_out'])} tensors or stacks of the source are left out, see `report.json`)"

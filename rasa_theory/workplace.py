@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from rasa_theory.console import write_file
 from rasa_theory.errors import InputError
-from rasa_theory.exports import join_safetensors, lora_config, rasa_config
+from rasa_theory.exports import join_safetensors, lora_config, of_task, rasa_config
 from rasa_theory.extraction import Extracted
 
 _BEGINNING = 1 << 20  # bytes
@@ -72,8 +72,8 @@ class Workplace:
             return self.out / f"diff-{n + 1:05d}.safetensors"
         return self.parts / f"{n:05d}.safetensors"
 
-    def finish(self, rows: Sequence[dict[str, Any]], base: str | None) -> None:
-        """The adapter as one file with its configuration; for dense differences the index of their files."""
+    def finish(self, rows: Sequence[dict[str, Any]]) -> None:
+        """The adapter, or that of each task, with its configuration; for dense differences the index of their files."""
         settings, parts = self.plan["settings"], [self.tensors(n) for n in range(len(rows))]
         if settings["format"] == "diff":
             files = {key: part.name for part in parts for key in _keys(part)}
@@ -85,11 +85,20 @@ class Workplace:
         ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
         transposed = any(row["transposed"] for row in rows)
         if settings["format"] == "rasa":
-            config = rasa_config(list(ranks), settings["rank"], settings["k"], transposed, base)
+            config = rasa_config(list(ranks), settings["rank"], settings["k"], transposed, settings["base"])
+            self._adapter(self.out, parts, config, None)
+        elif settings["tasks"] is None:
+            self._adapter(self.out, parts, lora_config(ranks, transposed, settings["base"]), None)
         else:
-            config = lora_config(ranks, transposed, base)
-        write_file(self.out / "adapter_model.safetensors", lambda f: join_safetensors(parts, f, {"format": "pt"}))
-        write_file(self.out / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+            for task, (folder, base) in enumerate(settings["tasks"]):
+                mine = {name: rank for key, rank in ranks.items() if (name := of_task(key, task)) is not None}
+                if mine:
+                    (self.out / folder).mkdir(exist_ok=True)
+                    self._adapter(self.out / folder, parts, lora_config(mine, transposed, base), task)
+
+    def _adapter(self, folder: Path, parts: Sequence[Path], config: dict[str, Any], task: int | None) -> None:
+        write_file(folder / "adapter_model.safetensors", lambda f: join_safetensors(parts, f, {"format": "pt"}, task))
+        write_file(folder / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
 
     def abandon(self) -> None:
         """Leave nothing where nothing is finished."""

@@ -14,6 +14,7 @@ from rasa_theory.exports import (
     join_safetensors,
     lora_config,
     lora_tensors,
+    of_task,
     rasa_tensors,
 )
 
@@ -111,3 +112,12 @@ def test_joined_files_hold_the_same_tensors(tmp_path):
     assert all(torch.equal(joined[key], expected[key]) for key in joined)
     with open(tmp_path / "twice.safetensors", "wb") as out, pytest.raises(InputError, match="two stacks would write"):
         join_safetensors([parts[0], parts[0]], out, {})
+
+
+def test_the_names_of_one_task():
+    assert of_task("base_model.model.1/h.0.q.lora_A.weight", 1) == "base_model.model.h.0.q.lora_A.weight"
+    assert of_task("1/h.0.q", 1) == "h.0.q"
+    assert of_task("h.0.q", None) == "h.0.q"
+    for other in ("11/h.0.q", "base_model.model.11/h.0.q.lora_A.weight", "h.1/q"):
+        assert of_task(other, 1) is None
+    assert Modules(("0/model.layers.3.q", "1/model.layers.3.q")).kind == "model.layers.3.q"

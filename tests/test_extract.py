@@ -330,6 +330,37 @@ def test_an_adapter_is_extracted_at_a_lower_rank(llamas, tmp_path):
             assert torch.allclose(tensors[B] @ tensors[key], other[B] @ other[key], atol=1e-6)
 
 
+def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
+    """Two of rank 6 become two of rank 2 - 1 + 2 that share a pool per module; PEFT loads each by itself."""
+    folder, _ = llamas
+    few = ("--modules", "*self_attn.v*", "--rank", "6", "--k", "0")
+    for name, scale in (("one", 1.0), ("two", 2.0)):
+        assert run(folder, tmp_path / name, *few) == 0
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        generator = torch.Generator().manual_seed(int(scale))
+        changed = {key: t + 0.05 * scale * torch.randn(t.shape, generator=generator) for key, t in tensors.items()}
+        save_file(changed, tmp_path / name / "adapter_model.safetensors")
+    arguments = ["--adapters", str(tmp_path / "one"), str(tmp_path / "two"), "--rank", "2", "--k", "1", "--sweeps", "6"]
+    arguments += ["--format", "lora-exact-rasa", "--quiet", "--out", str(tmp_path / "both")]
+    assert main(arguments) == 0
+    rows = report_of(tmp_path / "both")["stacks"]
+    assert [row["kind"] for row in rows] == [f"model.layers.{i}.self_attn.v_proj" for i in range(3)]
+    for task, name in enumerate(("one", "two")):
+        given, found = (
+            peft.PeftModel.from_pretrained(base_model(transformers.LlamaForCausalLM, folder).double(), path)
+            .merge_and_unload()
+            .state_dict()
+            for path in (tmp_path / name, tmp_path / "both" / f"{task}-{name}")
+        )
+        for row in rows:
+            key = f"{row['kind']}.weight"
+            missed = float(((given[key] - found[key]) ** 2).sum())
+            assert missed == pytest.approx(row["modules"][task]["e_stored"], rel=1e-4)
+            assert 0 < missed < row["modules"][task]["norm_squared"]
+    assert main(arguments) == 0  # finished already
+    assert main([*arguments[:-1], str(tmp_path / "dense"), "--format", "diff"]) == 2
+
+
 # ---- interruptions
 
 
@@ -512,4 +543,5 @@ def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
+    assert "Exact SVDs take up to about 0 s here" in text
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 from rasa_theory.errors import InputError
 from rasa_theory.inputs import compute_device, compute_dtype
 from rasa_theory.problem import LayerStack, whole_number
-from rasa_theory.sources.adapters import CONFIG, open_adapter, open_adapters
+from rasa_theory.sources.adapters import CONFIG, base_of, open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
@@ -25,6 +25,7 @@ __all__ = [
     "Catalogue",
     "LeftOut",
     "StackSource",
+    "base_of",
     "check_synthetic",
     "load",
     "open_source",

@@ -195,7 +195,13 @@ def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:
 # ---- the configuration
 
 
-def _settings(path: Path) -> Settings:
+def base_of(path: Path) -> str | None:
+    """The base model that an adapter's configuration names, if it does. Raises InputError if it is not sound."""
+    name = _config(path).get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise InputError(f"{path}: not a folder with {CONFIG}; give the folder of a PEFT LoRA adapter")
@@ -205,6 +211,11 @@ def _settings(path: Path) -> Settings:
         raise InputError(f"{file}: not sound JSON ({error}); save the adapter again") from None
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}; save the adapter again")
+    return config
+
+
+def _settings(path: Path) -> Settings:
+    file, config = path / CONFIG, _config(path)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is {config.get('peft_type')!r}, but only LORA has updates B A; {_MERGE}")
 
