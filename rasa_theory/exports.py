@@ -20,6 +20,7 @@ from torch import Tensor
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.sources.grouping import LAYER_WORDS
+from rasa_theory.sources.headers import read_header
 
 FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
 _PEFT = "base_model.model."
@@ -170,16 +171,15 @@ def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, 
     pieces: list[tuple[Path, int, int]] = []  # part, first byte, how many
     offset = 0
     for part in parts:
-        begin, entries = _header(part)
-        for key, entry in entries.items():
+        for key, stored in read_header(part).tensors.items():
             if (name := of_task(key, task)) is None:
                 continue
             if name in header:
                 raise InputError(f"two stacks would write the tensor {name!r}; keep one of them with --modules")
-            start, stop = entry["data_offsets"]
-            header[name] = entry | {"data_offsets": [offset, offset + stop - start]}
-            pieces.append((part, begin + start, stop - start))
-            offset += stop - start
+            offsets = [offset, offset + stored.size]
+            header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": offsets}
+            pieces.append((part, stored.offset, stored.size))
+            offset += stored.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
@@ -188,12 +188,3 @@ def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, 
             file.seek(first)
             while size > 0:
                 size -= out.write(file.read(min(size, _COPIED)))
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a sound safetensors file begins, and its entries."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(size))
-    entries.pop("__metadata__", None)
-    return 8 + size, entries

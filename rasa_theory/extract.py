@@ -173,7 +173,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
             raise InputError(f"{catalogue.source}: every update is zero, there is nothing to extract")
         report = {
             "schema": 1, "command": command, "source": catalogue.source,
-            "base": _base(args, catalogue), "plan": place.plan,
+            "base": place.plan["settings"]["base"], "plan": place.plan,
             "environment": environment(device, dtype), "stacks": rows,
             "left_out": [{"name": name, "reason": reason} for name, reason in catalogue.left_out],
         }  # fmt: skip
@@ -303,7 +303,7 @@ def _plan(catalogue: Catalogue, settings: ExtractSettings, dtype: torch.dtype) -
     for s in catalogue.stacks:
         L, (b, a) = s.layers, s.shape
         size = L * b * a * dtype.itemsize
-        largest = max(largest, size + 8 * (4 * b * a + (L * min(b, a) * (b + a) if settings.exact(s.shape) else 0)))
+        largest = max(largest, s.memory(dtype, settings.exact(s.shape)))
         turned = ", stored transposed" if s.transposed else ""
         lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
     lines.append(
@@ -402,7 +402,9 @@ def _allocated(
     with progress_bar(len(catalogue.stacks), "spectra", quiet) as show:
         for n, source in enumerate(catalogue.stacks):
             show(n, source.name)
-            spectra.append(source.load(dtype, device).singular_values())
+            stack = source.load(dtype, device)
+            unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
+            spectra.append(stack.singular_values() if stack.norm_squared > 0 else unchanged)
     ranks = allocate_ranks(spectra, [sum(source.shape) for source in catalogue.stacks], settings.target)
     if not any(map(any, ranks)):
         raise InputError(

@@ -100,15 +100,19 @@ def extract_stack(
     if the dtype of the files cannot hold the factors.
     """
     L = stack.layers
-    if stack.norm_squared == 0:  # nothing to write
-        ranks = [0] * L
+    if stack.norm_squared == 0:
+        zeros = [0.0] * L
+        return Extracted(
+            {}, _row(stack, modules, settings, [0] * L, zeros, zeros, zeros, [dict.fromkeys(_FACTS, 0)] * L)
+        )
     given = [settings.rank or 0] * L if ranks is None else list(ranks)
+    spent = sum(given) * sum(stack.shape)
     exact = settings.exact(stack.shape)
     lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
     best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
     k, errors, floor = 0, lora_errors, Bound(0.0, "none")
-    if settings.k != 0 and any(given):
+    if settings.k != 0:
         found, k = _solved(stack, given[0], settings, callback)
         floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
         errors = found.layer_errors
@@ -116,24 +120,40 @@ def extract_stack(
             best, given = found.factors, [given[0] - k + L * k] * L
     tensors, stored = _stored(stack, modules, best, given, settings)
     spectra = _spectral_facts(stack.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
-    norms, spent = stack.layer_norms_squared, sum(ranks or [settings.rank or 0] * L) * sum(stack.shape)
-    row = {
-        "name": stack.name, "kind": modules.kind, "layers": L, "shape": list(stack.shape),
-        "transposed": modules.transposed, "rank": settings.rank, "k": k,
-        "norm_squared": stack.norm_squared, "e_lora": math.fsum(lora_errors), "e_rasa": math.fsum(errors),
-        "lower_bound": floor.value, "lower_bound_name": floor.name,
-        "e_stored": math.fsum(stored),
-        "parameters": {"lora": spent, "rasa": spent + L * L * k, "stored": sum(t.numel() for t in tensors.values())},
-        "ranks": {name: rank for name, rank in zip(modules.names, given, strict=True) if rank > 0},
+    row = _row(stack, modules, settings, given, lora_errors, errors, stored, spectra)
+    written = sum(t.numel() for t in tensors.values())
+    parameters = {"lora": spent, "rasa": spent + L * L * k, "stored": written}
+    floors = {"lower_bound": floor.value, "lower_bound_name": floor.name}
+    return Extracted(tensors, row | {"k": k, "parameters": parameters} | floors)
+
+
+def _row(
+    stack: LayerStack,
+    modules: Modules,
+    settings: ExtractSettings,
+    ranks: Sequence[int],
+    lora: Sequence[float],
+    rasa: Sequence[float],
+    stored: Sequence[float],
+    facts: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The row of a stack of which nothing is written yet: ranks written, squared errors and spectral facts by layer."""
+    norms = stack.layer_norms_squared
+    return {
+        "name": stack.name, "kind": modules.kind, "layers": stack.layers, "shape": list(stack.shape),
+        "transposed": modules.transposed, "rank": settings.rank, "k": 0,
+        "norm_squared": stack.norm_squared, "e_lora": math.fsum(lora), "e_rasa": math.fsum(rasa),
+        "lower_bound": 0.0, "lower_bound_name": "none", "e_stored": math.fsum(stored),
+        "parameters": {"lora": 0, "rasa": 0, "stored": 0},
+        "ranks": {name: rank for name, rank in zip(modules.names, ranks, strict=True) if rank > 0},
         "modules": [
             {
-                "module": name, "rank": given[i], "norm_squared": norms[i], "e_lora": lora_errors[i],
-                "e_rasa": errors[i], "e_stored": stored[i], **spectra[i],
+                "module": name, "rank": ranks[i], "norm_squared": norms[i], "e_lora": lora[i],
+                "e_rasa": rasa[i], "e_stored": stored[i], **facts[i],
             }
             for i, name in enumerate(modules.names)
         ],
     }  # fmt: skip
-    return Extracted(tensors, row)
 
 
 def _cut(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
@@ -164,8 +184,6 @@ def _stored(
     settings: ExtractSettings,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
-    if stack.norm_squared == 0:
-        return {}, [0.0] * stack.layers
     factors = factors.to(torch.float64)
     dtype = STORED[settings.dtype]
     if settings.format == "diff":

@@ -256,8 +256,7 @@ def _plan(
     for source in catalogue.stacks:
         L, (b, a) = source.layers, source.shape
         size = L * b * a * dtype.itemsize
-        memory = size + 8 * (L * min(b, a) * (b + a) + 4 * b * a)  # the stack, its SVDs in float64, work on one layer
-        largest = max(largest, memory)
+        largest = max(largest, source.memory(dtype))
         ks = ", ".join(str(k) for k in settings.ks)
         widest = max(RankBudget(settings.rank, k).private_rank + L * k for k in settings.ks)
         lines.append(

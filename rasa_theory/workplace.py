@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save
 
 from rasa_theory.console import write_file
 from rasa_theory.errors import InputError
 from rasa_theory.exports import join_safetensors, lora_config, of_task, rasa_config
 from rasa_theory.extraction import Extracted
+from rasa_theory.sources.headers import read_header
 
 _BEGINNING = 1 << 20  # bytes
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
@@ -76,7 +76,7 @@ class Workplace:
         """The adapter, or that of each task, with its configuration; for dense differences the index of their files."""
         settings, parts = self.plan["settings"], [self.tensors(n) for n in range(len(rows))]
         if settings["format"] == "diff":
-            files = {key: part.name for part in parts for key in _keys(part)}
+            files = {key: part.name for part in parts for key in read_header(part).tensors}
             index = {"metadata": {"rasa_theory": "tuned - base, reconstructed"}, "weight_map": files}
             write_file(
                 self.out / "diff.safetensors.index.json", lambda f: f.write(json.dumps(index, indent=1).encode())
@@ -138,8 +138,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete {path.parent} to begin anew") from None
     return found if isinstance(found, dict) else {}
-
-
-def _keys(path: Path) -> Iterator[str]:
-    with safe_open(path, framework="pt") as tensors:
-        yield from tensors.keys()

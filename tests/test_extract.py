@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import extract, extraction, workplace
+from rasa_theory import LayerStack, extract, extraction, workplace
+from rasa_theory.exports import Modules
 from rasa_theory.extract import main
 
 peft = pytest.importorskip("peft")
@@ -508,6 +509,15 @@ def test_a_single_matrix_goes_along_and_what_has_not_changed_does_not(tmp_path, 
     rows = {row["kind"]: row for row in report_of(tmp_path / "out")["stacks"]}
     assert rows["attention.self.query"]["e_rasa"] > 0
     assert rows["bert.pooler.dense"]["norm_squared"] == 0
+
+
+def test_a_stack_that_has_not_changed_is_not_decomposed():
+    stack = LayerStack(torch.zeros(2, 6, 5))
+    extracted = extraction.extract_stack(stack, Modules(("h.0.q", "h.1.q")), extraction.ExtractSettings(3, 1))
+    assert extracted.tensors == {}
+    assert extracted.row["ranks"] == {}
+    assert extracted.row["e_rasa"] == extracted.row["e_stored"] == 0
+    assert stack.data_passes == 0
 
 
 def test_a_run_that_fails_before_anything_is_finished_leaves_nothing(llamas, tmp_path):

@@ -42,6 +42,11 @@ class StackSource:
     keys: tuple[str, ...] = ()
     transposed: bool = False
 
+    def memory(self, dtype: torch.dtype, decomposed: bool = True) -> int:
+        """Bytes that work on it takes, about: the stack, its float64 SVDs if `decomposed`, and what one layer needs."""
+        L, (b, a) = self.layers, self.shape
+        return L * b * a * dtype.itemsize + 8 * (L * min(b, a) * (b + a) * decomposed + 4 * b * a)
+
 
 @dataclass(frozen=True)
 class Catalogue:

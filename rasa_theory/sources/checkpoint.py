@@ -54,7 +54,7 @@ class Checkpoint:
         """The same tensor, to be read in blocks of rows. Raises InputError as `read` does."""
         header = self._of[key]
         header.check_unchanged()
-        dtype, shape, offset = header.tensors[key]
+        dtype, shape, offset, _ = header.tensors[key]
         return FileRows(header.file, offset, shape[-1], np.dtype(_KINDS[dtype]), dtype == "BF16")
 
 

@@ -22,11 +22,12 @@ _LONGEST_REASON = 200  # letters
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its dtype as the file calls it (BF16), its shape, and its first byte in the file."""
+    """A tensor in a file: its dtype as the file calls it (BF16), its shape, its first byte in the file, its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def read_header(file: Path) -> Header:
             (size,) = struct.unpack("<Q", stream.read(8))
             found = parse_json(stream.read(size))
         found.pop("__metadata__", None)
-        tensors = {
-            key: Stored(info["dtype"], tuple(info["shape"]), 8 + size + info["data_offsets"][0])
-            for key, info in sorted(found.items())
-        }
+        tensors = {}
+        for key, info in sorted(found.items()):
+            start, stop = info["data_offsets"]
+            tensors[key] = Stored(info["dtype"], tuple(info["shape"]), 8 + size + start, stop - start)
     return Header(file, tensors, stamp)
 
 
