@@ -113,7 +113,7 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
         for key, label, color, dash in kinds:
             ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
         ax.set_title(row["kind"], fontsize=10)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * ax.dataLim.ymax or 1)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in list(axes.flat)[len(rows) :]:
         ax.set_axis_off()
