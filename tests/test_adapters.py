@@ -341,12 +341,14 @@ def settings(**changed: Any) -> Any:
     return lambda folder: write(folder, pairs(LAYERS), **changed)
 
 
+NO_OBJECT = "adapter_config.json: not a sound file with one JSON object ("
 BAD = {
     "no weights": (remove("adapter_model.safetensors"), "a: the folder has adapter_config.json but no adapter_model."),
-    "empty": (config(""), "adapter_config.json: not sound JSON"),
-    "cut": (config('{"peft_type": "LO'), "adapter_config.json: not sound JSON"),
-    "deep": (config("[" * 100000), "adapter_config.json: not sound JSON"),
-    "a list": (config("[1]"), "adapter_config.json: expected a JSON object, found list"),
+    "empty": (config(""), NO_OBJECT),
+    "cut": (config('{"peft_type": "LO'), NO_OBJECT),
+    "deep": (config("[" * 100000), f"{NO_OBJECT}it is nested too deep)"),
+    "a list": (config("[1]"), f"{NO_OBJECT}it holds a list); download or write it again"),
+    "twice": (config('{"peft_type": "LORA", "r": 2, "r": 4}'), f"{NO_OBJECT}'r' is there twice)"),
     "no type": (config("{}"), "adapter_config.json: peft_type is None, but only LORA"),
     "another type": (settings(peft_type="LOHA"), "adapter_config.json: peft_type is 'LOHA', but only LORA"),
     "r": (settings(r=0), "adapter_config.json: r must be a whole number above 0, found '0'"),

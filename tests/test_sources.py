@@ -359,7 +359,9 @@ def test_a_config_that_is_not_sound_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "c", gpt2_like(), None)
     for text in ("", "[]", "{" * 9999, '{"model_type": "gpt2", "model_type": "qwen"}'):
         (tmp_path / "c" / "config.json").write_text(text)
-        with pytest.raises(InputError, match=r"config.json: not a sound file with one JSON object \(.*\); download it"):
+        with pytest.raises(
+            InputError, match=r"config.json: not a sound file with one JSON object \(.*\); download or write it"
+        ):
             open_source(path)
 
 

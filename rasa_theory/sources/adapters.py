@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from rasa_theory.errors import InputError
 from rasa_theory.sources.catalogue import Catalogue, Holder, catalogue_of_groups
 from rasa_theory.sources.checkpoint import Checkpoint
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group, is_floating
+from rasa_theory.sources.headers import read_json
 from rasa_theory.storage import Factored
 
 CONFIG = "adapter_config.json"
@@ -205,13 +205,7 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise InputError(f"{path}: not a folder with {CONFIG}; give the folder of a PEFT LoRA adapter")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not sound JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}; save the adapter again")
-    return config
+    return read_json(file)
 
 
 def _settings(path: Path) -> Settings:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from rasa_theory.errors import InputError, UnsoundFile
+from rasa_theory.errors import UnsoundFile
 
 _LARGEST_JSON = 100_000_000  # bytes; safetensors allows its headers as many
 _LONGEST_REASON = 200  # letters
+_ADVICE = "download or write it again"
 
 
 class Stored(NamedTuple):
@@ -74,7 +75,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 100 MB. Raises InputError, naming the file, if there is none."""
+    """The object in a JSON file of at most 100 MB. Raises UnsoundFile if there is none."""
     try:
         size, _ = _stamp(file)
         if size > _LARGEST_JSON:
@@ -83,7 +84,7 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a sound file with one JSON object ({_why(error)}); download it again") from None
+        raise UnsoundFile(f"{file}: not a sound file with one JSON object ({_why(error)})", _ADVICE) from None
     return found
 
 
@@ -115,9 +116,7 @@ def _sound(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise UnsoundFile(
-            f"{file}: not a sound safetensors file ({_why(error)})", "download or write it again"
-        ) from None
+        raise UnsoundFile(f"{file}: not a sound safetensors file ({_why(error)})", _ADVICE) from None
 
 
 def _why(error: Exception) -> str:
