@@ -511,6 +511,35 @@ def test_a_single_matrix_goes_along_and_what_has_not_changed_does_not(tmp_path, 
     assert rows["bert.pooler.dense"]["norm_squared"] == 0
 
 
+@pytest.mark.parametrize("headless", ["base", "tuned"])
+def test_a_headless_model_and_one_with_a_head_are_a_pair(tmp_path, headless):
+    """The layers of the one are called bert.encoder.., of the other encoder..; the adapter is loaded onto the base."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    with_head = transformers.BertForSequenceClassification(config).eval()
+    saved = {"base": with_head, "tuned": with_head} | {headless: with_head.bert}
+    saved["base"].save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, weight in with_head.named_parameters():
+            if "self.query.weight" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    saved["tuned"].save_pretrained(tmp_path / "tuned")
+    assert run(tmp_path, tmp_path / "out", "--rank", "24", "--k", "0") == 0
+    report = report_of(tmp_path / "out")
+    how = {"base": "'bert.' taken off", "tuned": "'bert.' put before"}[headless]
+    assert f"({how} the names of {tmp_path / 'tuned'})" in report["source"]
+    assert report["source"] in (tmp_path / "out" / "README.md").read_text()
+    head, other = tmp_path / {"base": "tuned", "tuned": "base"}[headless], tmp_path / headless
+    assert {"name": "classifier.weight", "reason": f"in {head} but not in {other}"} in report["left_out"]
+    base = base_model(type(saved["base"]), tmp_path)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload()
+    found = merged if headless == "base" else merged.bert
+    for key, weight in with_head.bert.state_dict().items():
+        assert torch.allclose(found.state_dict()[key], weight, atol=1e-5)
+
+
 def test_a_stack_that_has_not_changed_is_not_decomposed():
     stack = LayerStack(torch.zeros(2, 6, 5))
     extracted = extraction.extract_stack(stack, Modules(("h.0.q", "h.1.q")), extraction.ExtractSettings(3, 1))

@@ -251,6 +251,101 @@ def test_pair_leaves_out_what_does_not_correspond(tmp_path: Path) -> None:
     assert catalogue.stacks[0].load(torch.float64, None).norm_squared == 0.0
 
 
+BERT = [f"encoder.layer.{i}.attention.self.{kind}.weight" for i in range(3) for kind in ("query", "key")]
+PREFIXED = {  # the longer names begin so, the shorter ones so; what is said of the tuned names, if longer, if shorter
+    "a headless model": ("bert.", "", [*BERT, "embeddings.word.weight"], "'bert.' taken off", "'bert.' put before"),
+    "two components": (
+        "model.text.", "", ["layers.0.q", "layers.1.q", "tok"], "'model.text.' taken off", "'model.text.' put before",
+    ),
+    "behind a component that both have": (
+        "model.text.", "model.", ["model.layers.0.q", "model.layers.1.q", "model.tok"],
+        "'model.text.' read as 'model.' in", "'model.' read as 'model.text.' in",
+    ),
+    "a component twice": (
+        "model.model.", "model.", ["model.layers.0.q", "model.layers.1.q"], "'model.' taken off", "'model.' put before",
+    ),
+    "numbers first": ("net.", "", ["0.weight", "1.weight"], "'net.' taken off", "'net.' put before"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("long", "short", "names", "if_longer", "if_shorter"), PREFIXED.values(), ids=PREFIXED.keys())
+@pytest.mark.parametrize("longer", ["base", "tuned"])
+def test_a_pair_whose_names_differ_by_a_prefix(
+    tmp_path: Path, long: str, short: str, names: list[str], if_longer: str, if_shorter: str, longer: str
+) -> None:
+    base, tuned = layers_of(names), layers_of(names[::-1])
+    prefixed = {name: long + name.removeprefix(short) for name in names}
+    paths = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
+    for side, tensors in (("base", base), ("tuned", tuned)):
+        head = {"classifier.weight": matrix()} if side == longer else {}
+        save_file({prefixed[n] if side == longer else n: t for n, t in tensors.items()} | head, paths[side])
+    catalogue = open_source(**paths, alone=True)
+    in_base = [prefixed[name] if longer == "base" else name for name in names]
+    assert sorted(key for s in catalogue.stacks for key in s.keys) == sorted(in_base)
+    for source in catalogue.stacks:
+        updates = [tuned[names[in_base.index(key)]] - base[names[in_base.index(key)]] for key in source.keys]
+        assert torch.equal(source.load(None, None).values, torch.stack(updates))
+    other = "tuned" if longer == "base" else "base"
+    assert catalogue.left_out == [("classifier.weight", f"in {paths[longer]} but not in {paths[other]}")]
+    said = f"{if_longer if longer == 'tuned' else if_shorter} the names of {paths['tuned']}"
+    assert catalogue.source == f"{paths['tuned']} minus {paths['base']} ({said})"
+
+
+def test_a_pair_with_a_prefix_reads_from_disk_as_from_memory(tmp_path: Path) -> None:
+    names = [f"layer.{i}.query" for i in range(16)]
+    base, tuned = layers_of(names), layers_of(names[::-1])
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({f"bert.{name}": tensor for name, tensor in tuned.items()}, tmp_path / "tuned.safetensors")
+    pair = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
+    (stack,) = open_source(**pair, memory=2048).stacks
+    rows = [rows for _, _, rows in stack.load(None, None).tiles(rows=2)]
+    assert torch.equal(torch.cat(rows), torch.cat([tuned[name] - base[name] for name in names]))
+
+
+@pytest.mark.parametrize("shared", ["encoder.layer.0.attention.self.query.weight", "encoder.layer.9.other.weight"])
+def test_where_one_layer_has_the_same_name_no_prefix_is_looked_for(tmp_path: Path, shared: str) -> None:
+    """Such as a copy of the layers, of a teacher or an average of weights, that lies beside them."""
+    base, tuned = layers_of([*BERT, shared]), layers_of([f"teacher.{name}" for name in BERT] + [shared])
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    pair = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
+    catalogue = open_source(**pair, alone=True)
+    assert [s.keys for s in catalogue.stacks] == [(shared,)]
+    assert catalogue.source == f"{pair['tuned']} minus {pair['base']}"
+
+
+def test_equal_names_without_a_number_do_not_hide_a_prefix_and_come_first(tmp_path: Path) -> None:
+    base = layers_of(["layers.0.q", "layers.1.q", "lm_head.weight", "norms"])
+    tuned = layers_of(["text.norms", "text.layers.1.q", "text.layers.0.q", "norms", "lm_head.weight"])
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    pair = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
+    catalogue = open_source(**pair, alone=True)
+    found = {s.name: s.load(None, None).values for s in catalogue.stacks}
+    assert found.keys() == {"layers.*.q", "lm_head.weight", "norms"}
+    assert torch.equal(found["norms"][0], tuned["norms"] - base["norms"])
+    assert torch.equal(found["layers.*.q"][1], tuned["text.layers.1.q"] - base["layers.1.q"])
+    assert catalogue.left_out == [("text.norms", f"in {pair['tuned']} but not in {pair['base']}")]
+
+
+def test_a_prefix_that_is_not_the_only_one_is_refused_and_of_another_shape_is_none(tmp_path: Path) -> None:
+    names = ["layers.0.q", "layers.1.q"]
+    towers = layers_of([f"{tower}.{name}" for tower in ("text", "image") for name in names])
+    save_file(layers_of(names), tmp_path / "one.safetensors")
+    save_file(towers, tmp_path / "two.safetensors")
+    one, two = str(tmp_path / "one.safetensors"), str(tmp_path / "two.safetensors")
+    unclear = "which layers correspond is unclear, .* 'image.' {0} the names, and with 'text.' {0} the names of "
+    with pytest.raises(InputError, match=unclear.format("taken off")):
+        open_source(base=one, tuned=two)
+    with pytest.raises(InputError, match=unclear.format("put before")):
+        open_source(base=two, tuned=one)
+    wider = {name: torch.ones(9, 9) for name in towers if name.startswith("image.")}
+    save_file({**towers, **wider}, two)
+    catalogue = open_source(base=one, tuned=two)
+    assert [s.keys for s in catalogue.stacks] == [tuple(names)]
+    assert {name for name, _ in catalogue.left_out} == {"image.layers.0.q", "image.layers.1.q"}
+
+
 def test_pair_needs_both_sides(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--base is given without --tuned"):
         open_source(base="x")

@@ -15,7 +15,8 @@ from rasa_theory.sources.adapters import CONFIG, base_of, open_adapter, open_ada
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
-from rasa_theory.sources.checkpoint import open_checkpoint, open_pair
+from rasa_theory.sources.checkpoint import open_checkpoint
+from rasa_theory.sources.pair import open_pair
 from rasa_theory.sources.shards import PICKLES
 from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
 

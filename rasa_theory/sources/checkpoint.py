@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: one file or a directory of them, alone or as the pair base and tuned. No pickles."""
+"""Checkpoints in safetensors: one file or a directory of them. No pickles."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
-from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
+from rasa_theory.sources.grouping import Entry
 from rasa_theory.sources.headers import opened
 from rasa_theory.sources.orientation import model_types, oriented
 from rasa_theory.sources.shards import find_shards
-from rasa_theory.storage import Difference, FileRows
+from rasa_theory.storage import FileRows
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
@@ -27,6 +26,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._of, self.left_out = find_shards(path)
         self.entries: dict[str, Entry] = {}
         for key, header in self._of.items():
@@ -68,44 +68,6 @@ def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) 
     entries = oriented(checkpoint.entries.values(), model_types(path))
     found = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory, alone)
     return dataclasses.replace(found, files=checkpoint.files)
-
-
-def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
-    """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
-
-    Tensors that only one has, or whose shapes differ, are left out. The config.json of `tuned`,
-    or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` does.
-    """
-    before, after = Checkpoint(base), Checkpoint(tuned)
-    entries: list[Entry] = []
-    left_out = [*before.left_out, *after.left_out]
-    for key in before.entries | after.entries:
-        if key not in after.entries or key not in before.entries:
-            there, missing = (base, tuned) if key in before.entries else (tuned, base)
-            left_out.append(LeftOut(key, f"in {there} but not in {missing}"))
-            continue
-        old, new = before.entries[key], after.entries[key]
-        if old.shape != new.shape:
-            left_out.append(LeftOut(key, f"shape {old.shape} in {base}, {new.shape} in {tuned}"))
-            continue
-        dtypes = (old.dtype, new.dtype)
-        unusable = [dtype for dtype in dtypes if not is_floating(dtype)]
-        wider = "float64" if "float64" in dtypes else "float32"
-        entries.append(Entry(key, old.shape, unusable[0] if unusable else wider))
-    wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
-
-    def read(key: str) -> Tensor:
-        return after.read(key).to(wide[key]) - before.read(key).to(wide[key])
-
-    def file_of(key: str) -> str:
-        return f"{after.file_of(key)} minus {before.file_of(key)}"
-
-    def part(key: str) -> Difference:
-        return Difference(after.part(key), before.part(key), wide[key])
-
-    entries = oriented(entries, model_types(tuned) or model_types(base))
-    found = catalogue_of(f"{tuned} minus {base}", entries, Reader(read, file_of, part), left_out, memory, alone)
-    return dataclasses.replace(found, files=before.files + after.files)
 
 
 def _dtype_name(name: str) -> str:

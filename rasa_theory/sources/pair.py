@@ -1,0 +1,142 @@
+"""The pair of checkpoints base and tuned: updates, tuned minus base, of the tensors that correspond."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rasa_theory.errors import InputError
+from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
+from rasa_theory.sources.checkpoint import Checkpoint
+from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
+from rasa_theory.sources.orientation import model_types, oriented
+from rasa_theory.storage import Difference
+
+
+class Prefix(NamedTuple):
+    """Names of the tuned checkpoint that begin with `tuned` begin with `base` in the other, and go on alike.
+
+    Each is dotted components with the dot after them, or empty; one of the two begins with the other.
+    """
+
+    base: str
+    tuned: str
+
+    def in_base(self, name: str) -> str:
+        """The name in the base of a tensor called `name` in the tuned checkpoint."""
+        return self.base + name.removeprefix(self.tuned) if name.startswith(self.tuned) else name
+
+    def __str__(self) -> str:
+        if not self.base:
+            return f"{self.tuned!r} taken off the names"
+        return (
+            f"{self.tuned!r} read as {self.base!r} in the names"
+            if self.tuned
+            else f"{self.base!r} put before the names"
+        )
+
+
+def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
+    """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
+
+    Names are those of `base`. Where no layer has the same name in both, they may differ by a prefix (`find_prefix`),
+    which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
+    `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do.
+    """
+    before, after = Checkpoint(base), Checkpoint(tuned)
+    prefix = find_prefix(before, after)
+    key_after = _corresponding(before.entries, after.entries, prefix)
+    entries: list[Entry] = []
+    left_out = [*before.left_out, *after.left_out]
+    for key, old in before.entries.items():
+        if key not in key_after:
+            left_out.append(LeftOut(key, f"in {base} but not in {tuned}"))
+            continue
+        new = after.entries[key_after[key]]
+        if old.shape != new.shape:
+            left_out.append(LeftOut(key, f"shape {old.shape} in {base}, {new.shape} in {tuned}"))
+            continue
+        dtypes = (old.dtype, new.dtype)
+        unusable = [dtype for dtype in dtypes if not is_floating(dtype)]
+        wider = "float64" if "float64" in dtypes else "float32"
+        entries.append(Entry(key, old.shape, unusable[0] if unusable else wider))
+    taken = set(key_after.values())
+    left_out += [LeftOut(key, f"in {tuned} but not in {base}") for key in after.entries if key not in taken]
+    wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
+
+    def read(key: str) -> Tensor:
+        return after.read(key_after[key]).to(wide[key]) - before.read(key).to(wide[key])
+
+    def file_of(key: str) -> str:
+        return f"{after.file_of(key_after[key])} minus {before.file_of(key)}"
+
+    def part(key: str) -> Difference:
+        return Difference(after.part(key_after[key]), before.part(key), wide[key])
+
+    source = f"{tuned} minus {base}" + (f" ({prefix} of {tuned})" if prefix is not None else "")
+    entries = oriented(entries, model_types(tuned) or model_types(base))
+    found = catalogue_of(source, entries, Reader(read, file_of, part), left_out, memory, alone)
+    return dataclasses.replace(found, files=before.files + after.files)
+
+
+def find_prefix(before: Checkpoint, after: Checkpoint) -> Prefix | None:
+    """By what the names of two checkpoints differ, if no layer has the same name in both; None if by nothing found.
+
+    A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name. A
+    prefix is a run of components that the names of one have, and those of the other have not, at their beginning or
+    after their first component, and before the number: `bert.`, or `language_model.` in
+    `model.language_model.layers.0` for `model.layers.0`. It fits if with it a layer of the one has the name and shape
+    of a layer of the other. Raises InputError if several fit: nothing is guessed.
+    """
+    old, new = _layers(before.entries), _layers(after.entries)
+    if not old.keys().isdisjoint(new):
+        return None
+    found = {Prefix(base=short, tuned=long): None for long, short in _beginnings(new, old)}
+    found |= {Prefix(base=long, tuned=short): None for long, short in _beginnings(old, new)}
+    if len(found) > 1:
+        raise InputError(
+            f"{after.path} and {before.path}: which layers correspond is unclear, for they are found with "
+            f"{', and with '.join(map(str, found))} of {after.path}; give checkpoints whose names agree"
+        )
+    return next(iter(found), None)
+
+
+def _layers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if len(entry.shape) in (2, 3) and is_floating(entry.dtype) and any(map(str.isdecimal, name.split(".")))
+    }
+
+
+def _beginnings(longer: Mapping[str, Entry], shorter: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
+    """How names of `longer` begin, and how with a run of components less, where a layer of `shorter` is called so."""
+    for name, entry in longer.items():
+        parts = name.split(".")
+        number = next(i for i, part in enumerate(parts) if part.isdecimal())
+        met: set[str] = set()
+        for start in (0, 1):
+            for stop in range(start + 1, number + 1):
+                less = ".".join(parts[:start] + parts[stop:])
+                if less not in met and less in shorter and shorter[less].shape == entry.shape:
+                    met.add(less)  # either `model` of model.model.layers.0 may go: the first does
+                    yield _dotted(parts[:stop]), _dotted(parts[:start])
+
+
+def _dotted(parts: list[str]) -> str:
+    return "".join(f"{part}." for part in parts)
+
+
+def _corresponding(before: Mapping[str, Entry], after: Mapping[str, Entry], prefix: Prefix | None) -> dict[str, str]:
+    """By its name in the base, the name in the tuned checkpoint of each tensor that both have: an equal one first."""
+    found: dict[str, str] = {}
+    for name in after:
+        key = name if prefix is None or name in before else prefix.in_base(name)
+        if key == name or key not in after:
+            found[key] = name
+    return {key: found[key] for key in before if key in found}
