@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import LayerStack, extract, extraction, workplace
+from rasa_theory import LayerStack, extract, extraction, reconstruct, workplace
 from rasa_theory.exports import Modules
 from rasa_theory.extract import main
 
@@ -470,6 +470,17 @@ def test_bad_input_is_one_sentence(llamas, tmp_path, capsys, more, sentence):
     err = capsys.readouterr().err
     assert sentence in err
     assert [line.startswith("left out: ") for line in err.splitlines()[:-1]] == [True] * (len(err.splitlines()) - 1)
+
+
+def test_two_different_models_are_one_sentence(llamas, tmp_path, capsys):
+    bert().save_pretrained(tmp_path / "bert")
+    out, pair = tmp_path / "out", ["--base", str(tmp_path / "bert"), "--tuned", str(llamas[0] / "tuned")]
+    capsys.readouterr()
+    for command in (main, reconstruct.main):
+        assert command([*pair, "--out", str(out)]) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert f": no matrix of {pair[3]}, such as 'lm_head.weight', is in {pair[1]}, which has others, " in sentence
+    assert not out.exists()
 
 
 def test_files_of_others_are_left_alone(llamas, tmp_path, capsys):

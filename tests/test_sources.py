@@ -346,6 +346,30 @@ def test_a_prefix_that_is_not_the_only_one_is_refused_and_of_another_shape_is_no
     assert {name for name, _ in catalogue.left_out} == {"image.layers.0.q", "image.layers.1.q"}
 
 
+def test_two_different_models_are_no_pair(tmp_path: Path) -> None:
+    small = {**layers_of(BERT), "norm": torch.ones(4)}
+    large = {name: torch.ones(9, 9) if t.ndim == 2 else t for name, t in small.items()}
+    other = {f"h.{i}.attn.weight": matrix() for i in range(2)} | {"norm": torch.ones(4)}
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("small", "large", "other", "vectors")}
+    for name, tensors in zip(paths, (small, large, other, {"h.0.b": torch.ones(4)}), strict=True):
+        save_file(tensors, paths[name])
+    one, another = min(BERT), "h.0.attn.weight"
+    absent = "no matrix of {t}, such as {mine!r}, is in {b}, which has others, such as {theirs!r}"
+    unequal = (
+        "{t} and {b} have no matrix of the same name and shape: {mine!r}, for one, is (9, 9) in the one and (3, 4) "
+    )
+    for base, tuned, sentence in [
+        ("small", "other", absent.format(t=paths["other"], b=paths["small"], mine=another, theirs=one)),
+        ("other", "small", absent.format(t=paths["small"], b=paths["other"], mine=one, theirs=another)),
+        ("small", "large", unequal.format(t=paths["large"], b=paths["small"], mine=one) + "in the other"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            open_source(base=paths[base], tuned=paths[tuned])
+        assert str(caught.value) == f"{sentence}; give a model and what was fine-tuned from it, both in full"
+    with pytest.raises(InputError, match=r"no stack remains \('h.0.b': in "):
+        open_source(base=paths["vectors"], tuned=paths["small"])
+
+
 def test_pair_needs_both_sides(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--base is given without --tuned"):
         open_source(base="x")

@@ -46,7 +46,8 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
 
     Names are those of `base`. Where no layer has the same name in both, they may differ by a prefix (`find_prefix`),
     which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
-    `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do.
+    `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do, and
+    if both hold matrices, but none is in both.
     """
     before, after = Checkpoint(base), Checkpoint(tuned)
     prefix = find_prefix(before, after)
@@ -65,6 +66,8 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
         unusable = [dtype for dtype in dtypes if not is_floating(dtype)]
         wider = "float64" if "float64" in dtypes else "float32"
         entries.append(Entry(key, old.shape, unusable[0] if unusable else wider))
+    if not any(map(_is_matrix, entries)):
+        _refuse_strangers(before, after, key_after)
     taken = set(key_after.values())
     left_out += [LeftOut(key, f"in {tuned} but not in {base}") for key in after.entries if key not in taken]
     wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
@@ -110,8 +113,12 @@ def _layers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {
         name: entry
         for name, entry in entries.items()
-        if len(entry.shape) in (2, 3) and is_floating(entry.dtype) and any(map(str.isdecimal, name.split(".")))
+        if _is_matrix(entry) and is_floating(entry.dtype) and any(map(str.isdecimal, name.split(".")))
     }
+
+
+def _is_matrix(entry: Entry) -> bool:
+    return len(entry.shape) in (2, 3)
 
 
 def _beginnings(longer: Mapping[str, Entry], shorter: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
@@ -140,3 +147,21 @@ def _corresponding(before: Mapping[str, Entry], after: Mapping[str, Entry], pref
         if key == name or key not in after:
             found[key] = name
     return {key: found[key] for key in before if key in found}
+
+
+def _refuse_strangers(before: Checkpoint, after: Checkpoint, key_after: Mapping[str, str]) -> None:
+    """Raise InputError if two checkpoints that have no matrix in common hold matrices: they are two models."""
+    advice = "give a model and what was fine-tuned from it, both in full"
+    for key, old in before.entries.items():
+        if key in key_after and _is_matrix(old):
+            new = after.entries[key_after[key]]
+            raise InputError(
+                f"{after.path} and {before.path} have no matrix of the same name and shape: {key!r}, for one, is "
+                f"{new.shape} in the one and {old.shape} in the other; {advice}"
+            )
+    first, second = (next(filter(_is_matrix, x.entries.values()), None) for x in (after, before))
+    if first is not None and second is not None:
+        raise InputError(
+            f"no matrix of {after.path}, such as {first.name!r}, is in {before.path}, which has others, such as "
+            f"{second.name!r}; {advice}"
+        )
