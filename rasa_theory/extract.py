@@ -257,7 +257,8 @@ def _check(
         problems.append(f"format {settings.format} is for one model; write adapters as lora or lora-exact-rasa")
     elif settings.format == "diff" and (turned := [s.name for s in catalogue.stacks if _unclear(catalogue, s)]):
         problems.append(
-            f"{turned[0]!r} may be stored transposed, which an adapter does not say; write another --format"
+            f"{turned[0]!r} may be stored transposed: it is called like a Conv1D, but the adapter's fan_in_fan_out is "
+            "false; set that to true if it is one, or write another --format"
         )
     if not args.dry_run and settings.target is None:
         problems += _room(Path(args.out), _bytes(catalogue, settings), settings)
@@ -267,9 +268,10 @@ def _check(
 
 
 def _unclear(catalogue: Catalogue, source: StackSource) -> bool:
-    """Whether the stack comes from an adapter's factors of what looks like a Conv1D."""
+    """Whether the stack comes from factors of what is called like a Conv1D, and the adapter does not say it is one."""
     adapter = any(path.name == "adapter_config.json" for path in catalogue.files)
-    return adapter and source.keys[0].removesuffix(".weight").endswith(("c_attn", "q_attn", "c_fc", "c_proj"))
+    called = source.keys[0].removesuffix(".weight").endswith(("c_attn", "q_attn", "c_fc", "c_proj"))
+    return adapter and called and not source.transposed
 
 
 def _room(out: Path, needed: int, settings: ExtractSettings) -> list[str]:

@@ -162,6 +162,47 @@ def test_variants_whose_update_is_no_product_are_refused(tmp_path: Path, variant
         open_source(str(tmp_path / "a"))
 
 
+# ---- Conv1D
+
+
+GPT = [f"h.{i}.attn.c_attn" for i in range(2)]
+HEADS = [f"heads.{i}.q" for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "flag", "transposed"),
+    [
+        (GPT, True, GPT),
+        (GPT + HEADS, True, GPT),  # PEFT sets the flag to what the last module is that it wraps
+        (HEADS, True, HEADS),
+        (GPT + HEADS, False, []),
+        (HEADS, None, []),
+    ],
+)
+def test_the_flag_says_which_weights_lie_the_other_way_round(
+    tmp_path: Path, names: list[str], flag: bool | None, transposed: list[str]
+) -> None:
+    tensors = pairs(names)
+    folder = write(tmp_path / "a", tensors, fan_in_fan_out=flag)
+    for source in open_source(str(folder)).stacks:
+        modules = [key.removesuffix(".weight") for key in source.keys]
+        assert source.transposed == (modules[0] in transposed)
+        stack = source.load(None, None)
+        assert isinstance(stack._storage, Factored)
+        assert stack.shape == source.shape == (6, 5)
+        torch.testing.assert_close(stack.values, torch.stack([2 * product(tensors, name) for name in modules]))
+
+
+def test_of_several_adapters_one_that_says_so_suffices(tmp_path: Path) -> None:
+    tensors = pairs(GPT + HEADS)
+    dirs = [str(write(tmp_path / str(flag), tensors, fan_in_fan_out=flag)) for flag in (False, True)]
+    for order in (dirs, dirs[::-1]):
+        stacks = open_source(adapters=order).stacks
+        assert {s.name for s in stacks if s.transposed} == set(GPT)
+        for source in stacks:
+            torch.testing.assert_close(source.load(None, None).values[1], 2 * product(tensors, source.name))
+
+
 # ---- over tasks
 
 
@@ -355,6 +396,7 @@ BAD = {
     "r true": (settings(r=True), "r must be a whole number above 0, found 'True'"),
     "alpha": (settings(lora_alpha="4"), "lora_alpha must be a finite number, found '4'"),
     "alpha NaN": (settings(lora_alpha=math.nan), "lora_alpha must be a finite number, found 'nan'"),
+    "orientation": (settings(fan_in_fan_out="no"), "fan_in_fan_out must be true or false, found 'no'"),
     "rslora": (settings(use_rslora=1), "use_rslora must be true or false, found '1'"),
     "pattern": (settings(rank_pattern={"(": 2}), "rank_pattern must be regular expressions, each with a whole number"),
     "alphas": (settings(alpha_pattern=[3]), "alpha_pattern must be regular expressions, each with a number"),

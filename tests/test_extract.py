@@ -331,6 +331,47 @@ def test_an_adapter_is_extracted_at_a_lower_rank(llamas, tmp_path):
             assert torch.allclose(tensors[B] @ tensors[key], other[B] @ other[key], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+def test_an_adapter_of_conv1d_modules_keeps_their_orientation(tmp_path):
+    """A GPT-2 with PEFT's adapter, with that extracted from it, and with dense updates: the same weights."""
+    torch.manual_seed(0)
+    gpt2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base_model(transformers.GPT2LMHeadModel, tmp_path), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    after = model.merge_and_unload().state_dict()
+    few = ["--source", str(tmp_path / "adapter"), "--rank", "3", "--k", "0", "--quiet"]
+    assert main([*few, "--out", str(tmp_path / "lora")]) == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    base = base_model(transformers.GPT2LMHeadModel, tmp_path)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[key], after[key], atol=1e-5) for key in after)
+    assert main([*few, "--format", "diff", "--out", str(tmp_path / "diff")]) == 0
+    before = base_model(transformers.GPT2LMHeadModel, tmp_path).state_dict()
+    updates = {key: x for file in (tmp_path / "diff").glob("*.safetensors") for key, x in load_file(file).items()}
+    assert updates.keys() == {
+        f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in ("attn.c_attn", "mlp.c_fc")
+    }
+    assert all(torch.allclose(before[key] + x, after[key], atol=1e-5) for key, x in updates.items())
+
+
+def test_dense_updates_of_what_may_be_a_conv1d_are_refused(tmp_path, capsys):
+    """Linear modules of GPT-2's names, or Conv1D ones wrapped before a Linear one: the flag is false for both."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "score"], init_lora_weights=False)
+    model = transformers.GPT2ForSequenceClassification(gpt2().config)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    few = ["--source", str(tmp_path / "adapter"), "--rank", "2", "--k", "0", "--quiet"]
+    assert main([*few, "--format", "diff", "--out", str(tmp_path / "diff")]) == 2
+    assert "c_attn.weight' may be stored transposed: it is called like a Conv1D, but the" in capsys.readouterr().err
+    assert main([*few, "--out", str(tmp_path / "lora")]) == 0
+
+
 def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
     """Two of rank 6 become two of rank 2 - 1 + 2 that share a pool per module; PEFT loads each by itself."""
     folder, _ = llamas

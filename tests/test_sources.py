@@ -28,7 +28,7 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory.sources import BUNDLED, load, open_source, planted_stack, provenance, synthetic_stack
-from rasa_theory.sources.grouping import Entry, group
+from rasa_theory.sources.grouping import Entry, Group, group
 from rasa_theory.sources.synthetic import singular_values
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -95,7 +95,7 @@ def test_grouping_by_name(names: list[str], expected: dict[str, list[str]]) -> N
 
 def test_three_axes_are_a_stack_named_by_its_key() -> None:
     groups, left_out = group([Entry("layers.0.experts", (1, 3, 4), "bfloat16")])
-    assert (groups, left_out) == ([("layers.0.experts", 1, (3, 4), ["layers.0.experts"])], [])
+    assert (groups, left_out) == ([Group("layers.0.experts", 1, (3, 4), ["layers.0.experts"])], [])
 
 
 def test_unequal_shapes_form_separate_stacks() -> None:

@@ -18,6 +18,7 @@ from rasa_theory.sources.catalogue import Catalogue, Holder, catalogue_of_groups
 from rasa_theory.sources.checkpoint import Checkpoint
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group, is_floating
 from rasa_theory.sources.headers import read_json
+from rasa_theory.sources.orientation import adapted_conv1d
 from rasa_theory.storage import Factored
 
 CONFIG = "adapter_config.json"
@@ -29,7 +30,10 @@ _VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_
 
 
 class Pair(NamedTuple):
-    """The factors of one module: keys of A (r, a) and B (b, r); its update is (b, a), B A times the scaling."""
+    """The factors of one module: keys of A (r, a) and B (b, r); its update is (b, a), B A times the scaling.
+
+    `transposed`: the module's weight is (a, b).
+    """
 
     A: str
     B: str
@@ -37,6 +41,7 @@ class Pair(NamedTuple):
     rank: int
     scaling: float
     dtype: torch.dtype
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Settings:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     use_rslora: bool
+    fan_in_fan_out: bool
     variant: str | None
     target_parameters: list[str]
 
@@ -83,6 +89,7 @@ class Adapter:
                 found.setdefault(match[1], {})[match[2]] = entry
             else:
                 self.left_out.append(LeftOut(key, _why_no_factor(key)))
+        turned = adapted_conv1d(found, self._settings.fan_in_fan_out)
         scaled = {key.split(_MAGNITUDE)[0] for key in self._checkpoint.entries if _MAGNITUDE in key}
         for module, parts in found.items():
             reason = _why_not_taken(module, parts, self._settings)
@@ -91,7 +98,7 @@ class Adapter:
             if reason is not None:
                 self.left_out += [LeftOut(entry.name, reason) for entry in parts.values()]
             else:
-                self.pairs[module] = self._pair(module, parts["A"], parts["B"])
+                self.pairs[module] = self._pair(module, parts["A"], parts["B"], module in turned)
 
     @property
     def files(self) -> tuple[Path, Path]:
@@ -108,7 +115,7 @@ class Adapter:
         pair = self.pairs[module]
         return self._checkpoint.read(pair.B).double() * pair.scaling, self._checkpoint.read(pair.A)
 
-    def _pair(self, module: str, A: Entry, B: Entry) -> Pair:
+    def _pair(self, module: str, A: Entry, B: Entry, transposed: bool) -> Pair:
         rank = A.shape[0]
         if B.shape[1] != rank:
             raise InputError(
@@ -121,19 +128,21 @@ class Adapter:
                 f"{A.shape}, rank {rank}; take both files from one adapter, or mend r or rank_pattern"
             )
         wide = torch.float64 if "float64" in (A.dtype, B.dtype) else torch.float32
-        return Pair(A.name, B.name, (B.shape[0], A.shape[1]), rank, self._settings.scaling(module, rank), wide)
+        scaling = self._settings.scaling(module, rank)
+        return Pair(A.name, B.name, (B.shape[0], A.shape[1]), rank, scaling, wide, transposed)
 
 
 def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of an adapter: of each module kind the updates scaling B_i A_i, (out, in), one per layer.
 
-    Grouped and named as the weights of the modules in a checkpoint would be (Conv1D, whose weight is (in, out), is
-    (out, in) here too). The factors are held in memory, in float32 or more, whatever `memory` is. Raises InputError as
-    Adapter does, and if no stack remains.
+    Grouped and named as the weights of the modules in a checkpoint would be; which of them are (in, out) there,
+    `adapted_conv1d` says. The factors are held in memory, in float32 or more, whatever `memory` is. Raises InputError
+    as Adapter does, and if no stack remains.
     """
     adapter = Adapter(path)
     module_of = {f"{module}.weight": module for module in adapter.pairs}
-    entries = [Entry(name, adapter.pairs[module].shape, "float32") for name, module in module_of.items()]
+    pairs = {name: adapter.pairs[module] for name, module in module_of.items()}
+    entries = [Entry(name, pair.shape, "float32", pair.transposed) for name, pair in pairs.items()]
     groups, ungrouped = group(entries)
     holder = _holder(lambda key: (adapter, module_of[key]))
     found = catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
@@ -143,8 +152,8 @@ def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
 def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue:
     """Adapters of one base, stacked over tasks: one stack per module, named by it; layer t is that of paths[t].
 
-    Modules that not all have, or of different shapes, are left out. Raises InputError as Adapter does, for fewer than
-    two adapters, and if no stack remains.
+    Modules that not all have, or of different shapes, are left out; weights are (in, out) where one adapter says so.
+    Raises InputError as Adapter does, for fewer than two adapters, and if no stack remains.
     """
     if len(paths) < 2:
         raise InputError(
@@ -169,7 +178,8 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
             continue
         keys = [f"{t}: {module}" for t in range(len(adapters))]
         at |= {key: (x, module) for key, x in zip(keys, adapters, strict=True)}
-        groups.append(Group(module, len(keys), shape, keys))
+        transposed = any(x.pairs[module].transposed for x in having)
+        groups.append(Group(module, len(keys), shape, keys, transposed))
     catalogue = catalogue_of_groups(", ".join(map(str, paths)), groups, left_out, _holder(at.__getitem__), memory)
     return dataclasses.replace(catalogue, files=tuple(file for x in adapters for file in x.files))
 
@@ -187,7 +197,7 @@ def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:
         for i, (adapter, module) in enumerate(layers):
             r = pairs[i].rank
             B[i, :, :r], A[i, :r] = adapter.factors(module)
-        return Factored(B, A)
+        return Factored(A.mT, B.mT) if g.transposed else Factored(B, A)
 
     return Holder(hold, lambda key: at(key)[0].file)
 
@@ -228,7 +238,8 @@ def _settings(path: Path) -> Settings:
         lora_alpha=value("lora_alpha", 8, "a finite number", _is_number),
         rank_pattern=value("rank_pattern", {}, ranks, pattern(_is_rank)),
         alpha_pattern=value("alpha_pattern", {}, alphas, pattern(_is_number)),
-        use_rslora=value("use_rslora", False, "true or false", lambda x: isinstance(x, bool)),
+        use_rslora=value("use_rslora", False, "true or false", _is_flag),
+        fan_in_fan_out=value("fan_in_fan_out", False, "true or false", _is_flag),
         variant=next((name for name in _VARIANTS if config.get(name)), None),
         target_parameters=value("target_parameters", [], "a list of names", _are_names),
     )
@@ -240,6 +251,10 @@ def _is_rank(x: Any) -> bool:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e300
+
+
+def _is_flag(x: Any) -> bool:
+    return isinstance(x, bool)
 
 
 def _is_pattern(key: str) -> bool:

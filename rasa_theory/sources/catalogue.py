@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,7 +32,7 @@ class StackSource:
     has been damaged or a value is not finite.
 
     `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); none if the stack is generated.
-    `transposed`: the file holds each matrix as (a, b), and `load` gives a transposed view.
+    `transposed`: the model has each matrix as (a, b), as a Conv1D does its weight; `load` gives (b, a) all the same.
     """
 
     name: str
@@ -87,7 +87,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Holder:
-    """`hold(group, dtype, device)` is what LayerStack takes; `file_of` names the file of a key in errors."""
+    """`hold(group, dtype, device)` is what LayerStack takes, with matrices as the model has them (`Group.in_model`).
+
+    `file_of` names the file of a key in errors.
+    """
 
     hold: Callable[[Group, torch.dtype | None, torch.device | None], Tensor | OnDisk | Factored]
     file_of: Callable[[str], str]
@@ -113,9 +116,7 @@ def catalogue_of(
     def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | OnDisk:
         return _held(g, reader, _common([by_name[key] for key in g.keys]), memory, dtype, device)
 
-    transposed = {g.name for g in groups if by_name[g.keys[0]].transposed}  # all of them: a number is what differs
-    holder = Holder(hold, reader.file_of)
-    return catalogue_of_groups(source, groups, [*left_out, *ungrouped], holder, memory, transposed)
+    return catalogue_of_groups(source, groups, [*left_out, *ungrouped], Holder(hold, reader.file_of), memory)
 
 
 def catalogue_of_groups(
@@ -124,17 +125,13 @@ def catalogue_of_groups(
     left_out: list[LeftOut],
     holder: Holder,
     memory: int | None = None,
-    transposed: Collection[str] = (),
 ) -> Catalogue:
-    """The stacks of `groups`, which `holder` holds when they are loaded. Raises InputError if there are none.
-
-    The holder gives those of `transposed`, by name, as (a, b).
-    """
+    """The stacks of `groups`, which `holder` holds when they are loaded. Raises InputError if there are none."""
     if not groups:
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out[:_SHOWN])
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         raise InputError(f"{source}: no stack remains ({shown or 'it holds no tensors'}{more})")
-    return Catalogue(source, [_stack_source(g, holder, memory, g.name in transposed) for g in groups], left_out)
+    return Catalogue(source, [_stack_source(g, holder, memory) for g in groups], left_out)
 
 
 def _common(entries: list[Entry]) -> torch.dtype:
@@ -144,15 +141,12 @@ def _common(entries: list[Entry]) -> torch.dtype:
     return common
 
 
-def _stack_source(g: Group, holder: Holder, memory: int | None, transposed: bool) -> StackSource:
-    b, a = g.shape
-    in_file = g._replace(shape=(a, b)) if transposed else g
-
+def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
     def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
-        values = holder.hold(in_file, dtype, device)
+        values = holder.hold(g, dtype, device)
         try:
             stack = LayerStack(values, g.name, dtype, device, memory)
-            return stack.transpose() if transposed else stack
+            return stack.transpose() if g.transposed else stack
         except DamagedFile:
             raise
         except NotFinite as error:
@@ -162,7 +156,7 @@ def _stack_source(g: Group, holder: Holder, memory: int | None, transposed: bool
         except InputError as error:
             raise InputError(f"{holder.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), transposed)
+    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed)
 
 
 def _held(
@@ -174,7 +168,7 @@ def _held(
     device: torch.device | None,
 ) -> Tensor | OnDisk:
     """The stack as it is stored, in memory or on disk."""
-    shape = (g.layers, *g.shape)
+    shape = (g.layers, *g.in_model)
     size = math.prod(shape) * stored.itemsize
     if memory is not None and 4 * size > memory:
         if reader.part is None:

@@ -18,7 +18,7 @@ _FLOATING = re.compile(r"b?float(16|32|64|96|128)")
 class Entry(NamedTuple):
     """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64.
 
-    `transposed`: the file holds a matrix of this shape (b, a) as (a, b).
+    `transposed`: the model has this matrix (b, a) as (a, b).
     """
 
     name: str
@@ -31,12 +31,20 @@ class Group(NamedTuple):
     """A stack to be: `layers` matrices of `shape` (b, a).
 
     `keys` has one key per layer, in order, or the one key of a tensor that is the stack itself, (L, b, a).
+    `transposed`: the model has each matrix as (a, b).
     """
 
     name: str
     layers: int
     shape: tuple[int, int]
     keys: list[str]
+    transposed: bool = False
+
+    @property
+    def in_model(self) -> tuple[int, int]:
+        """The shape of a matrix as the model has it."""
+        b, a = self.shape
+        return (a, b) if self.transposed else (b, a)
 
 
 class LeftOut(NamedTuple):
@@ -83,10 +91,9 @@ def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], l
         groups += found
         left_out += rest
     if alone:
-        shapes = {entry.name: (entry.shape[0], entry.shape[1]) for entry in matrices}
-        single = [one.name for one in left_out if one.reason.startswith(_ALONE)]
-        groups += [Group(name, 1, shapes[name], [name]) for name in single]
-        left_out = [one for one in left_out if one.name not in set(single)]
+        single = {one.name for one in left_out if one.reason.startswith(_ALONE)}
+        groups += [_of_matrices(entry.name, [entry]) for entry in matrices if entry.name in single]
+        left_out = [one for one in left_out if one.name not in single]
     return _with_unique_names(groups, left_out)
 
 
@@ -152,18 +159,25 @@ def _split_by_shape(name: str, members: list[_Member]) -> tuple[list[Group], lis
         if one.number == next_.number:
             reason = f"layer {one.number} of {name!r} is there twice: {one.entry.name!r} and {next_.entry.name!r}"
             return [], [LeftOut(m.entry.name, reason) for m in members]
-    by_shape: dict[tuple[int, int], list[str]] = {}
+    by_shape: dict[tuple[int, ...], list[Entry]] = {}
     for _, entry in members:
-        by_shape.setdefault((entry.shape[0], entry.shape[1]), []).append(entry.name)
+        by_shape.setdefault(entry.shape, []).append(entry)
     groups: list[Group] = []
     left_out: list[LeftOut] = []
-    for (b, a), keys in by_shape.items():
+    for (b, a), entries in by_shape.items():
         full_name = name if len(by_shape) == 1 else f"{name}[{b}x{a}]"
-        if len(keys) > 1:
-            groups.append(Group(full_name, len(keys), (b, a), keys))
+        if len(entries) > 1:
+            groups.append(_of_matrices(full_name, entries))
         else:
-            left_out.append(LeftOut(keys[0], f"{_ALONE} layer of {full_name!r}; a stack of matrices needs two or more"))
+            reason = f"{_ALONE} layer of {full_name!r}; a stack of matrices needs two or more"
+            left_out.append(LeftOut(entries[0].name, reason))
     return groups, left_out
+
+
+def _of_matrices(name: str, entries: list[Entry]) -> Group:
+    b, a = entries[0].shape
+    keys = [entry.name for entry in entries]
+    return Group(name, len(keys), (b, a), keys, entries[0].transposed)  # names that differ by a number are of one kind
 
 
 def _with_unique_names(groups: list[Group], left_out: list[LeftOut]) -> tuple[list[Group], list[LeftOut]]:

@@ -1,10 +1,10 @@
-"""Which matrices a checkpoint stores as (in, out), not (out, in): the Conv1D weights of GPT-2 and its relatives."""
+"""Which matrices a model has as (in, out), not (out, in): the Conv1D weights of GPT-2 and its relatives."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rasa_theory.sources.grouping import Entry
@@ -42,3 +42,15 @@ def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
     if not conv1d:
         return entries
     return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in kinds else e for e in entries]
+
+
+def adapted_conv1d(modules: Collection[str], fan_in_fan_out: bool) -> set[str]:
+    """Those modules of a PEFT adapter whose weights are (in, out), by the flag in its configuration.
+
+    PEFT has one flag for all modules, and sets it to what each is as it wraps them: as saved, it speaks of the last.
+    True: the modules called c_attn, q_attn, c_fc or c_proj, beside which there may be Linear ones, or, where none is
+    called so, all. False: none is known to be one; before a Linear module those of these names may be all the same.
+    """
+    if not fan_in_fan_out:
+        return set()
+    return {module for module in modules if _CONV1D.search(module)} or set(modules)
