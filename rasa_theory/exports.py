@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.errors import InputError
-from rasa_theory.factors import LoraFactors, RasaFactors
+from rasa_theory.factors import LoraFactors, RasaFactors, balanced
 from rasa_theory.sources.grouping import LAYER_WORDS
 from rasa_theory.sources.headers import read_header
 
@@ -52,17 +52,7 @@ class Modules:
         for n, (word, number) in enumerate(pairwise(parts)):
             if word in LAYER_WORDS and number.isdecimal():
                 return ".".join(parts[n + 2 :])
-        return ".".join(part for part in parts if not part.isdecimal())
-
-
-def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same products with b_j and a_j of equal norm in every term: (.., b, n), (.., n, a).
-
-    So neither factor leaves the range of half precision before the other.
-    """
-    nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
-    ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
-    return B * ratio[..., None, :], A / ratio[..., :, None]
+        return ".".join(part for part in parts if not part.isdecimal()) or self.names[0]
 
 
 def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -79,29 +69,34 @@ def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | 
 
 
 def rasa_tensors(modules: Modules, factors: RasaFactors) -> dict[str, Tensor]:
+    """The authors' adapter with these updates: `evened` factors, private terms with the mixing 1."""
+    even = factors.evened()
+    mixing = torch.cat([even.mixing.new_ones(even.layers, even.private_A.shape[1]), even.mixing], 1)
+    return rasa_layout(modules, even.private_B, even.private_A, mixing, even.shared_B, even.shared_A)
+
+
+def rasa_layout(
+    modules: Modules,
+    private_B: Iterable[Tensor],
+    private_A: Iterable[Tensor],
+    mixing: Iterable[Tensor],
+    shared_B: Tensor,
+    shared_A: Tensor,
+) -> dict[str, Tensor]:
     """The authors' adapter (zwhe99/RaSA): x -> [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)), scaling 1.
 
-    The mixing of a module is ones for its private terms, then the diagonal of D_i, at most 1: the scale of a term lies
-    in the pool. The pool's keys hold the kind of module, with dots written as `__`.
+    Of every module B~_i (b, q), A~_i (q, a) and its mixing (q + R,), first of the private terms; and the pool. The
+    pool's keys hold the kind of module, with dots written as `__`.
     """
-    private_B, private_A = balanced(factors.private_B, factors.private_A)
-    largest = factors.mixing.abs().amax(0)
-    scale = torch.where(largest > 0, largest, 1)
-    shared_B, shared_A, D = (
-        factors.shared_B * scale.sqrt(),
-        factors.shared_A * scale.sqrt()[:, None],
-        factors.mixing / scale,
-    )
     kind = modules.kind.replace(".", "__")
     tensors = {
         f"base_model.rasa_shared_A.{kind}.weight": shared_A,
         f"base_model.rasa_shared_B.{kind}.weight": shared_B,
     }
-    for i, name in enumerate(modules.names):
-        tensors[f"{_PEFT}{name}.rasa_A.weight"] = private_A[i]
-        tensors[f"{_PEFT}{name}.rasa_B.weight"] = private_B[i]
-        ones = factors.mixing.new_ones(private_A.shape[1])
-        tensors[f"{_PEFT}{name}.rasa_mixing.weight"] = torch.cat([ones, D[i]])
+    for name, Bt, At, d in zip(modules.names, private_B, private_A, mixing, strict=True):
+        tensors[f"{_PEFT}{name}.rasa_A.weight"] = At
+        tensors[f"{_PEFT}{name}.rasa_B.weight"] = Bt
+        tensors[f"{_PEFT}{name}.rasa_mixing.weight"] = d
     return tensors
 
 

@@ -20,6 +20,16 @@ def _check_shapes(expected: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, the other factors need {shape}")
 
 
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same products with b_j and a_j of equal norm in every term: (.., b, n), (.., n, a).
+
+    So neither factor leaves the range of half precision before the other.
+    """
+    nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
+    ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
+    return B * ratio[..., None, :], A / ratio[..., :, None]
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """Updates B_i A_i of rank r: B (L, b, r), A (L, r, a). Raises InputError if the shapes disagree."""
@@ -142,6 +152,19 @@ class RasaFactors:
         return RasaFactors(
             self.private_B * c.reshape(-1, 1, 1), self.private_A, self.shared_B, self.shared_A, self.mixing * c[:, None]
         )
+
+    def evened(self) -> RasaFactors:
+        """The same updates for an adapter: `balanced` private terms, |d_ij| at most 1, the scale of a term in the pool.
+
+        A pool column and its row are multiplied by the same number.
+        """
+        private_B, private_A = balanced(self.private_B, self.private_A)
+        largest = self.mixing.abs().amax(0)
+        scale = torch.where(largest > 0, largest, 1)
+        return RasaFactors(
+            private_B, private_A,
+            self.shared_B * scale.sqrt(), self.shared_A * scale.sqrt()[:, None], self.mixing / scale,
+        )  # fmt: skip
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RasaFactors:
         """The same factors in another dtype or on another device."""
