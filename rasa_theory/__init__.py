@@ -1,5 +1,6 @@
 """How much more rank-sharing adapters (RaSA) express than LoRA, and why: reconstruction of fine-tuning updates."""
 
+from rasa_theory import adapter
 from rasa_theory._version import __version__
 from rasa_theory.attempts import Attempt, random_attempt
 from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
@@ -33,6 +34,7 @@ __all__ = [
     "SolverOptions",
     "StopReason",
     "__version__",
+    "adapter",
     "allocation_bound",
     "layer_errors",
     "load",

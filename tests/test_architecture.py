@@ -18,7 +18,7 @@ FLOORS = [
     {"factors"},
     {"sources", "objective", "bounds"},
     {"lora", "updates", "subspaces", "exports"},
-    {"inner"},
+    {"inner", "adapter"},
     {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},

@@ -1,0 +1,98 @@
+"""Which layers of a model an adapter stands beside: found by name, checked, grouped by kind and shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from rasa_theory.adapter.layer import AdaptedLinear, is_conv1d, why_not_linear
+from rasa_theory.adapter.terms import Kind
+from rasa_theory.errors import InputError
+from rasa_theory.exports import Modules
+
+PLACE = "rasa_adapters"  # where a model has its adapters
+_SHOWN = 4
+
+
+def named(model: nn.Module, targets: Sequence[str]) -> set[str]:
+    """The names of the modules that the targets mean.
+
+    Raises InputError if a target names nothing, or what no adapter can stand beside.
+    """
+    if isinstance(targets, str) or not targets:
+        raise InputError(f"targets must be a list of names of modules, got {targets!r}")
+    modules = dict(_walk(model))
+    linear = [name for name, module in modules.items() if why_not_linear(module) is None]
+    chosen: set[str] = set()
+    for target in targets:
+        if "*" in target:
+            found = [name for name in linear if fnmatchcase(name, target)]
+        else:
+            found = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if not found:
+            kinds = list(dict.fromkeys(Modules((name,)).kind for name in linear))
+            raise InputError(f"target {target!r} names no Linear or Conv1D of the model, which has {some(kinds)}")
+        for name in found:
+            if reason := why_not_linear(modules[name]):
+                raise InputError(f"module {name!r} is {reason}; choose targets without it")
+        chosen.update(found)
+    return chosen
+
+
+def kinds_of(model: nn.Module, names: Collection[str]) -> list[Kind]:
+    """These modules by kind and shape, in the order of the model; a kind of several shapes has the shape in its name.
+
+    Raises InputError if the weight of one is shared with another module, or the model cannot hold adapters.
+    """
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise InputError(f"a {type(model).__name__} takes all that is registered in it for its own; inject into a "
+                         "module that has it as a part")  # fmt: skip
+    modules = list(_walk(model))
+    _check_not_shared(modules, names)
+    found: dict[str, dict[tuple[int, ...], dict[str, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
+    for name, module in modules:
+        if name in names:
+            layer = module.base if isinstance(module, AdaptedLinear) else module
+            found[Modules((name,)).kind][tuple(layer.weight.shape)][name] = layer  # type: ignore[arg-type]
+    return [
+        Kind(
+            kind if len(shapes) == 1 else f"{kind}.{'x'.join(map(str, shape))}",
+            Modules(tuple(layers), all(map(is_conv1d, layers.values()))),
+            [layer.weight for layer in layers.values()],  # type: ignore[misc]
+        )
+        for kind, shapes in found.items()
+        for shape, layers in shapes.items()
+    ]
+
+
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, one that has two names twice; nothing inside an adapted layer or an adapter."""
+    for key, child in module._modules.items():
+        if child is not None and key != PLACE:
+            yield prefix + key, child
+            if not isinstance(child, AdaptedLinear):
+                yield from _walk(child, f"{prefix}{key}.")
+
+
+def _check_not_shared(modules: Sequence[tuple[str, nn.Module]], chosen: Collection[str]) -> None:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules:
+        plain = module.base if isinstance(module, AdaptedLinear) else module
+        for parameter in plain._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    for names in owners.values():
+        if len(names) > 1 and (targets := [name for name in names if name in chosen]):
+            other = next(name for name in names if name != targets[0])
+            raise InputError(
+                f"{targets[0]!r} and {other!r} share one weight, so that a change of the one changes the other; "
+                "choose targets without it"
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

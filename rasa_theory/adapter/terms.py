@@ -1,0 +1,109 @@
+"""The terms of an adapter for all layers of one kind: private factors, one pool, and how every layer mixes them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rasa_theory.exports import Modules
+from rasa_theory.factors import RasaFactors
+from rasa_theory.problem import RankBudget
+
+
+class Kind(NamedTuple):
+    """The layers of a model of one kind and shape: name, modules, and their weights, (out, in) or transposed."""
+
+    name: str
+    modules: Modules
+    weights: list[Tensor]
+
+
+def initial_mixing(q: int, R: int, alpha: float) -> Tensor:
+    """The mixing (q + R,) at the start (He et al., ICLR 2025, section 3.2): alpha / (2 q), then alpha / (2 R).
+
+    Private terms and pool carry half of alpha each; where one of them is empty, the other carries all of it, so that
+    k = 0 is LoRA with its scaling alpha / r.
+    """
+    half = alpha / 2 if q and R else alpha
+    return torch.cat([torch.full((n,), half / max(n, 1), dtype=torch.float64) for n in (q, R)])
+
+
+class Terms(nn.Module):
+    """What is added to L weights of one shape (b, a): update i is [B~_i, B_S] diag(d_i) [A~_i; A_S].
+
+    private_B[i] (b, q) and shared_B (b, R) start at zero, private_A[i] (q, a) and shared_A (R, a) by Kaiming's rule as
+    in PEFT, uniform in +-1/sqrt(a); mixing[i] (q + R,) by `initial_mixing`. The mixing is trained if there is a pool.
+    Every layer's own terms have the dtype and device of its weight, the pool those of the first.
+    """
+
+    def __init__(
+        self, kind: Kind, budget: RankBudget, alpha: float, dropout: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        weights, L = kind.weights, len(kind.weights)
+        b, a = weights[0].shape[::-1] if kind.modules.transposed else weights[0].shape
+        q, R = budget.private_rank, L * budget.shared_rank
+        self.kind, self.targets, self.budget, self.shape = kind.name, kind.modules, budget, (int(b), int(a))
+
+        def kaiming(rank: int) -> Tensor:
+            return (2 * torch.rand(rank, a, generator=generator) - 1) / math.sqrt(a)
+
+        d = initial_mixing(q, R, alpha)
+        self.private_B = nn.ParameterList(nn.Parameter(W.new_zeros(b, q)) for W in weights)
+        self.private_A = nn.ParameterList(nn.Parameter(kaiming(q).to(W)) for W in weights)
+        self.mixing = nn.ParameterList(nn.Parameter(d.to(W, copy=True)) for W in weights)
+        self.shared_B = nn.Parameter(weights[0].new_zeros(b, R))
+        self.shared_A = nn.Parameter(kaiming(R).to(weights[0]))
+        self.dropout = nn.Dropout(dropout)
+
+    def train_only(self, trained: bool) -> None:
+        """Whether its parameters require gradients: all of them, but for the mixing where there is no pool."""
+        self.requires_grad_(trained)
+        self.mixing.requires_grad_(trained and self.budget.shared_rank > 0)
+
+    def factors_of(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B~_i, B_S] (b, q + R), d_i (q + R,) and [A~_i; A_S] (q + R, a), on the device of layer i."""
+        Bt, At = self.private_B[i], self.private_A[i]
+        return (
+            torch.cat([Bt, self.shared_B.to(Bt.device)], 1),
+            self.mixing[i],
+            torch.cat([At, self.shared_A.to(At.device)], 0),
+        )
+
+    def forward(self, x: Tensor, i: int) -> Tensor:
+        """Update i applied to x (.., a) -> (.., b), by thin products; nothing of size (b, a) is formed."""
+        B, d, A = self.factors_of(i)
+        return F.linear(F.linear(self.dropout(x).to(A.dtype), A) * d, B)
+
+    def update(self, i: int) -> Tensor:
+        """Update i itself, (b, a), at least in float32."""
+        B, d, A = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.factors_of(i))
+        return (B * d) @ A
+
+    @torch.no_grad()
+    def assign(self, factors: RasaFactors) -> None:
+        """Take over reconstructed updates: private terms get the mixing 1, pool terms at most 1."""
+        even = factors.evened()
+        for i in range(even.layers):
+            self.private_B[i].copy_(even.private_B[i])
+            self.private_A[i].copy_(even.private_A[i])
+            self.mixing[i].copy_(torch.cat([even.mixing.new_ones(self.budget.private_rank), even.mixing[i]]))
+        self.shared_B.copy_(even.shared_B)
+        self.shared_A.copy_(even.shared_A)
+
+    @torch.no_grad()
+    def factors(self) -> RasaFactors:
+        """The same updates as factors of a reconstruction: the mixing of the private terms goes into B~_i."""
+        q, device = self.budget.private_rank, self.shared_A.device
+        mixing = torch.stack([d.to(device) for d in self.mixing])
+        return RasaFactors(
+            private_B=torch.stack([Bt.to(device) for Bt in self.private_B]) * mixing[:, None, :q],
+            private_A=torch.stack([At.to(device) for At in self.private_A]),
+            shared_B=self.shared_B.detach().clone(),
+            shared_A=self.shared_A.detach().clone(),
+            mixing=mixing[:, q:].clone(),
+        )
