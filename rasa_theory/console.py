@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from tqdm import tqdm
-
 from rasa_theory._version import __version__
 from rasa_theory.errors import InputError
 
@@ -102,6 +100,8 @@ def memory_size(text: str) -> int:
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
     """Progress on standard error: yields show(done, what is being done); full when all went well."""
+    from tqdm import tqdm  # the library, which writes files too, needs none
+
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}] {desc}"
     with tqdm(
         total=total,
