@@ -187,7 +187,7 @@ def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> dict[s
         queries.append(encoder([p.docstring for p in part], settings.query_tokens))
         codes.append(encoder([p.body for p in part], settings.code_tokens))
     scores = torch.cat(queries) @ torch.cat(codes).T
-    rank = (scores > scores.diag().unsqueeze(1)).sum(1) + 1
+    rank = len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)  # ties and NaN count as worst
     return {"mrr": float((1 / rank.double()).mean()), "recall_at_1": float((rank == 1).double().mean())}
 
 

@@ -164,9 +164,12 @@ def embedded(encoder: Encoder, texts: Sequence[str], tokens: int) -> torch.Tenso
 
 
 def mrr(queries: torch.Tensor, answers: torch.Tensor) -> float:
-    """Mean reciprocal rank of answer i among all answers to query i."""
+    """Mean reciprocal rank of answer i among all answers to query i; ties, and what is not finite, count as worst.
+
+    So a model that has collapsed, and gives all texts one embedding, has 1 / n, not 1.
+    """
     scores = queries @ answers.T
-    rank = (scores > scores.diag().unsqueeze(1)).sum(1) + 1
+    rank = len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)
     return float((1 / rank.double()).mean())
 
 
