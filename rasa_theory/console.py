@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import sys
 import tempfile
 import time
@@ -131,24 +132,16 @@ def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, 
 
 def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file whole or not at all. Raises InputError if that fails."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # named before it is there: interrupted, it goes
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             fill(file)
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; name another folder with --out") from None
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def output_folder(name: str) -> Path | None:

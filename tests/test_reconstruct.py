@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 import rasa_theory as rt
 from rasa_theory import reconstruct
-from rasa_theory.console import memory_size
+from rasa_theory.console import memory_size, write_file
 
 study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
@@ -268,6 +269,26 @@ def test_a_real_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "factors.safetensors")
     assert {name.split("/")[1] for name in tensors} == {str(k) for k in finished}
     assert not list(tmp_path.glob(".*"))  # no half-written file
+
+
+def test_interrupted_as_a_file_is_made_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, umask = Path.open, os.umask(0o27)
+    try:
+        write_file(tmp_path / "whole", lambda f: f.write(b"all"))
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o640
+
+    def interrupted(path: Path, *rest: Any) -> Any:
+        real(path, *rest).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "whole", lambda f: f.write(b"other"))
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["whole"]
+    assert (tmp_path / "whole").read_bytes() == b"all"
 
 
 @pytest.mark.parametrize(
