@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from rasa_theory.bounds import CERTIFICATES
+from rasa_theory import flags
 from rasa_theory.console import (
     Parser,
     exit_status,
-    memory_size,
     naming_flags,
     output_folder,
     progress_bar,
@@ -32,22 +32,9 @@ from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
-from rasa_theory.sources import (
-    DEFAULT,
-    Catalogue,
-    StackSource,
-    check_synthetic,
-    open_source,
-    synthetic_stack,
-)
-from rasa_theory.starts import STARTS
+from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, synthetic_stack
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
 
-_FLAGS = {
-    "shared_rank": "k",
-    "max_sweeps": "sweeps",
-    "max_cancellation": "max-cancellation",
-}  # where a flag is not called as in the library
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _ON_NO_MEMORY = (
     "take fewer or smaller stacks (--modules), --dtype float32, or --memory, with which large ones stay on disk; "
@@ -67,42 +54,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
         epilog="Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
     )
+    flags.add_sources(
+        parser,
+        source=f"instead of the two: updates (tuned minus base, not weights): {DEFAULT} (default), synthetic, a "
+        ".safetensors, .npy or .npz file, a directory of safetensors, or the folder of a PEFT LoRA adapter",
+        adapters="instead: PEFT LoRA adapters of one base; one stack per module, over the adapters",
+    )
     add = parser.add_argument
     add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
     add("--k", type=_whole_numbers, default=(1,), metavar="K", help="ranks given to the pool; 0,1,2 is a path (1)")
-    add(
-        "--source",
-        metavar="S",
-        help=f"updates (tuned minus base, not weights): {DEFAULT} (default), synthetic, a .safetensors, .npy or .npz "
-        "file, a directory of safetensors, or the folder of a PEFT LoRA adapter",
-    )
-    add("--base", metavar="P", help="with --tuned instead of --source: a checkpoint before fine-tuning")
-    add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
-    add(
-        "--adapters",
-        nargs="+",
-        metavar="DIR",
-        help="instead of --source: PEFT LoRA adapters of one base; one stack per module, over the adapters",
-    )
-    add("--modules", action="append", default=[], metavar="GLOB", help="keep the stacks whose name matches; repeatable")
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
-    add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
-    add(
-        "--certificate",
-        choices=CERTIFICATES,
-        default="closed",
-        help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
-    )
-    add(
-        "--sweeps", type=int, default=SolverOptions.max_sweeps, metavar="N", help="at most so many sweeps (%(default)s)"
-    )
-    add(
-        "--rtol",
-        type=float,
-        default=SolverOptions.rtol,
-        metavar="X",
-        help="stop when a sweep gains less than this share (%(default)s)",
-    )
+    flags.add_solver(parser)
     add(
         "--max-cancellation",
         type=float,
@@ -110,17 +72,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="X",
         help="stop where a term of a layer exceeds so many times the norm of the layer (%(default)s); inf allows all",
     )
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
-    add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
     add("--dtype", choices=("float64", "float32"), default="float64", help="of the computation (%(default)s)")
-    add(
-        "--memory",
-        type=memory_size,
-        metavar="SIZE",
-        help="such as 2GiB: larger stacks stay in their .npy or .safetensors files, read in parts on every pass, and "
-        "their SVDs in a temporary file; half is for the work on one layer (default: no limit)",
-    )
     add(
         "--tf32",
         action="store_true",
@@ -129,9 +82,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add(
         "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
     )
-    add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
-    add("--quiet", action="store_true", help="no progress bar")
-    add("--dry-run", action="store_true", help="only say what would run, its size and memory")
+    flags.add_running(parser)
     made = parser.add_argument_group("with --source synthetic")
     made.add_argument("--layers", type=int, metavar="L", help="layers (6)")
     made.add_argument("--shape", type=_shape, metavar="B,A", help="of a layer (384,384)")
@@ -162,42 +113,24 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _catalogue(args: argparse.Namespace) -> Catalogue:
-    if (args.base is None) != (args.tuned is None):
-        raise InputError("--base and --tuned go together: name both checkpoints")
-    if args.base is not None and args.source is not None:
-        raise InputError("--source and --base with --tuned exclude each other; give one of them")
-    if args.adapters is not None and (args.source is not None or args.base is not None):
-        other = "--source" if args.source is not None else "--base with --tuned"
-        raise InputError(f"--adapters and {other} exclude each other; give one of them")
-    if args.source == "synthetic":
-        if args.memory is not None:
-            raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
-        with naming_flags(_FLAGS):
-            check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
+    if args.source != "synthetic":
+        return flags.given_source(args, DEFAULT)
+    flags.check_sources(args)
+    if args.memory is not None:
+        raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
+    with naming_flags(flags.NAMES):
+        check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
-        def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
-            stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-            return LayerStack(stack.values, "synthetic", dtype, device)
+    def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
+        stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
+        return LayerStack(stack.values, "synthetic", dtype, device)
 
-        found = Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
-    elif args.base is not None:
-        found = open_source("", base=args.base, tuned=args.tuned, memory=args.memory)
-    elif args.adapters is not None:
-        found = open_source("", adapters=args.adapters, memory=args.memory)
-    else:
-        found = open_source(DEFAULT if args.source is None else args.source, memory=args.memory)
-    return found
+    return Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
-    with naming_flags(_FLAGS):
-        solver = SolverOptions(
-            start=args.start,
-            max_sweeps=args.sweeps,
-            rtol=args.rtol,
-            seed=args.seed,
-            max_cancellation=args.max_cancellation,
-        )
+    with naming_flags(flags.NAMES):
+        solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
         dtype, device = compute_dtype(args.dtype), compute_device(args.device)
     whole = _catalogue(args)
@@ -205,7 +138,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     for source in catalogue.stacks:
         RankBudget(args.rank, 0).check_fits(source)
         if args.memory is not None:
-            with naming_flags(_FLAGS):
+            with naming_flags(flags.NAMES):
                 check_memory(source, args.memory)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:

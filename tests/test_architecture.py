@@ -22,8 +22,9 @@ FLOORS = [
     {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},
-    {"study", "bench", "extraction"},
+    {"study", "bench", "extraction", "flags"},
     {"plotting", "report", "extract_report", "workplace"},
+    {"preflight"},
     {"reconstruct", "verify", "extract"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

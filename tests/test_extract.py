@@ -499,7 +499,7 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
         (["--rank", "auto", "--parameters", "9"], "the target leaves every layer rank 0"),
         (["--format", "rasa", "--k", "auto"], "k cannot be auto for format rasa"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
-        (["--source", "x.safetensors"], "give --base and --tuned"),
+        (["--source", "x.safetensors"], "--source and --base with --tuned exclude each other; give one of them"),
         (["--modules", "nothing*"], "no stack matches --modules"),
         (["--start", "nowhere"], "invalid choice: 'nowhere'"),
         (["--out", "none"], "--out none writes no adapter"),
@@ -522,6 +522,11 @@ def test_two_different_models_are_one_sentence(llamas, tmp_path, capsys):
         (sentence,) = capsys.readouterr().err.splitlines()
         assert f": no matrix of {pair[3]}, such as 'lm_head.weight', is in {pair[1]}, which has others, " in sentence
     assert not out.exists()
+
+
+def test_there_is_no_default_source(tmp_path, capsys):
+    assert main(["--rank", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "give --base and --tuned, two checkpoints, or --source" in capsys.readouterr().err
 
 
 def test_files_of_others_are_left_alone(llamas, tmp_path, capsys):

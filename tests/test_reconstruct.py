@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import rasa_theory as rt
-from rasa_theory import reconstruct
+from rasa_theory import flags, reconstruct
 from rasa_theory.console import memory_size, write_file
 
 study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
@@ -432,7 +432,7 @@ def test_an_error_that_is_not_one_of_input_or_memory_is_not_hidden(monkeypatch: 
     def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(reconstruct, "open_source", fails)
+    monkeypatch.setattr(flags, "open_source", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         reconstruct.main(["--out", "none"])
 

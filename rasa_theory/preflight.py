@@ -1,0 +1,158 @@
+"""Before an extraction: what it is to do, what can be known to fail, and how much it will take."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rasa_theory import linalg
+from rasa_theory.errors import InputError
+from rasa_theory.exports import Modules
+from rasa_theory.extraction import STORED, ExtractSettings
+from rasa_theory.problem import RankBudget, check_memory
+from rasa_theory.sources import Catalogue, StackSource
+from rasa_theory.workplace import identity
+
+_PROBLEMS = 2  # said of many
+
+
+@dataclass(frozen=True)
+class Job:
+    """An extraction: the stacks of `catalogue`, each with its `modules`, and how.
+
+    `base`: what the adapter says that it belongs to. `tasks`: folder and base of every adapter where the layers of a
+    stack are adapters of one base, compressed together, else None. `memory` in bytes, None: no limit.
+    """
+
+    catalogue: Catalogue
+    modules: Sequence[Modules]
+    settings: ExtractSettings
+    dtype: torch.dtype
+    device: torch.device
+    base: str | None = None
+    tasks: list[list[str | None]] | None = None
+    memory: int | None = None
+
+    def plan(self) -> dict[str, Any]:
+        """What two runs must have in common to share a folder."""
+        compute = str(self.dtype).removeprefix("torch.")
+        return {
+            "inputs": [identity(path) for path in self.catalogue.files],
+            "settings": self.settings.plain() | {"compute": compute, "base": self.base, "tasks": self.tasks},
+            "stacks": [
+                {"name": s.name, "shape": list(s.shape), "transposed": s.transposed, "modules": list(m.names)}
+                for s, m in zip(self.catalogue.stacks, self.modules, strict=True)
+            ],
+        }
+
+
+# ---- what can be known to fail
+
+
+def check(job: Job, out: Path | None) -> None:
+    """Raise InputError, one sentence, for all that can be known before anything is read.
+
+    `out` is the folder of the adapter, None if nothing will be written.
+    """
+    settings, problems = job.settings, []
+    for source in job.catalogue.stacks:
+        try:
+            RankBudget(settings.rank or 1, 0).check_fits(source)
+            if job.memory is not None:
+                check_memory(source, job.memory)
+        except InputError as error:
+            problems.append(str(error))
+    if settings.format == "rasa":
+        kinds = [m.kind.replace(".", "__") for m in job.modules]
+        problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"
+                     for k in sorted({k for k in kinds if kinds.count(k) > 1})]  # fmt: skip
+    if job.tasks is not None and settings.format not in ("lora", "lora-exact-rasa"):
+        problems.append(f"format {settings.format} is for one model; write adapters as lora or lora-exact-rasa")
+    elif settings.format == "diff" and (turned := [s.name for s in job.catalogue.stacks if _unclear(job, s)]):
+        problems.append(
+            f"{turned[0]!r} may be stored transposed, which an adapter does not say; write another --format"
+        )
+    if out is not None and settings.target is None:
+        problems += _room(job, out)
+    if problems:
+        more = f"; and {len(problems) - _PROBLEMS} more of this kind" if len(problems) > _PROBLEMS else ""
+        raise InputError("; ".join(problems[:_PROBLEMS]) + more)
+
+
+def _unclear(job: Job, source: StackSource) -> bool:
+    """Whether the stack comes from an adapter's factors of what looks like a Conv1D."""
+    adapter = any(path.name == "adapter_config.json" for path in job.catalogue.files)
+    return adapter and source.keys[0].removesuffix(".weight").endswith(("c_attn", "q_attn", "c_fc", "c_proj"))
+
+
+def _room(job: Job, out: Path) -> list[str]:
+    """The sentence that says that the disk is too small, if it is: for the parts and the whole, less what is there."""
+    parent = out
+    while not parent.exists():
+        parent = parent.parent
+    there = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.is_dir() else 0
+    copies = 1 if job.settings.format == "diff" else 2
+    wanted, free = copies * adapter_bytes(job) - there, shutil.disk_usage(parent).free
+    if wanted <= free:
+        return []
+    return [f"--out {out} needs {wanted / 2**30:.3g} GiB, of which {free / 2**30:.3g} GiB are free; name another disk"]
+
+
+# ---- what it will take
+
+
+def adapter_bytes(job: Job) -> int:
+    """About how large the adapter will be, at most."""
+    settings, numbers = job.settings, 0
+    for s in job.catalogue.stacks:
+        L, (b, a) = s.layers, s.shape
+        r = min(b, a) if settings.rank is None else settings.rank
+        k = r if settings.k is None else settings.k
+        rank = r - k + L * k if settings.format == "lora-exact-rasa" else r
+        numbers += L * (b * a if settings.format == "diff" else rank * (b + a))
+    if settings.target is not None and settings.target.parameters is not None:
+        numbers = min(numbers, settings.target.parameters)
+    return numbers * STORED[settings.dtype].itemsize
+
+
+def forecast(job: Job) -> str:
+    """What would be extracted, with its sizes, memory and time, for --dry-run."""
+    settings, catalogue = job.settings, job.catalogue
+    lines, largest = [f"Source {catalogue.source}. Would extract, format {settings.format}:"], 0
+    for s in catalogue.stacks:
+        L, (b, a) = s.layers, s.shape
+        size = L * b * a * job.dtype.itemsize
+        largest = max(largest, s.memory(job.dtype, settings.exact(s.shape)))
+        turned = ", stored transposed" if s.transposed else ""
+        lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
+    lines.append(
+        f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
+        f"{adapter_bytes(job) / 2**20:.1f} MiB"
+    )
+    if exact := [s for s in catalogue.stacks if settings.exact(s.shape)]:
+        lines.append(
+            f"Exact SVDs take up to about {_svd_seconds(exact):.0f} s here, by one timed now; the solver comes on top."
+        )
+    lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
+    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
+    return "\n".join(lines)
+
+
+def _said(number: int | None) -> str:
+    return "auto" if number is None else str(number)
+
+
+def _svd_seconds(sources: Sequence[StackSource]) -> float:
+    """From one SVD of at most 512 x 512, by the cubes of the sizes; larger ones are up to three times faster."""
+    m = min(512, max(min(s.shape) for s in sources))
+    matrix = torch.randn(m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    linalg.svd(matrix)
+    return (time.perf_counter() - began) * sum(s.layers * math.prod(s.shape) * min(s.shape) for s in sources) / m**3
