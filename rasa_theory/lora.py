@@ -11,7 +11,7 @@ from torch import Tensor
 from rasa_theory import linalg, spectra
 from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, check_memory
 
 METHODS = ("exact", "fast")
 WIDTH = 1e-6  # of the interval of method "fast", in units of ||M_i||^2, before the SVD is taken instead
@@ -42,7 +42,7 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
       random vectors that `seed` gives. A layer that is small, or whose certificate does not get there in reasonable
       time (many singular values as large as sigma_r), has its SVD taken. One pass, a layer at a time.
 
-    Raises InputError unless 1 <= rank <= min(b, a), and for an unknown method.
+    Raises InputError unless 1 <= rank <= min(b, a), for an unknown method, and where the stack's memory is too little.
     """
     RankBudget(rank, 0).check_fits(stack)
     if method not in METHODS:
@@ -75,6 +75,8 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
             M = tile.values / size  # a power of two: exact
             part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator)
             if part is None:
+                if stack.memory is not None:
+                    check_memory(stack, stack.memory)
                 part = _leading_part_by_svd(M.double(), rank)
             B[tile.layer], A[tile.layer] = part.B * size, part.A
             low, error, high = (x * size**2 for x in (part.low, part.error, part.high))

@@ -21,7 +21,8 @@ from rasa_theory.storage import Divided, Factored, InMemory, Spill, Storage
 _LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}  # beyond 2^+-this, squares or products leave the range
 _TILE_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19  # tiles of products: what was converted is still in the cache when it is multiplied
-_LAYER_COPIES = 8  # in float64: what the work on one layer takes, an SVD with its workspace at worst
+_SVD_COPIES = 8  # of a layer in float64: what its SVD takes with its workspace
+_LAYER_COPIES = 4  # what any other work on a whole layer takes: itself, scaled, in float32, and a search's bases
 
 
 class Shaped(Protocol):
@@ -44,14 +45,18 @@ def whole_number(name: str, value: Any) -> int:
         raise InputError(f"{name} must be a whole number, got {value!r}") from None
 
 
-def check_memory(stack: Shaped, memory: int) -> None:
-    """Raise InputError if half of `memory` (bytes) is not enough for the work on one layer of `stack`."""
+def check_memory(stack: Shaped, memory: int, decomposed: bool = True) -> None:
+    """Raise InputError if half of `memory` (bytes) is not enough for the work on one layer of `stack`.
+
+    That is its exact SVD if `decomposed`, else all other work that needs a whole layer.
+    """
     b, a = stack.shape
-    needed = 2 * _LAYER_COPIES * 8 * b * a
+    needed = 2 * (_SVD_COPIES if decomposed else _LAYER_COPIES) * 8 * b * a
     if needed > memory:
+        work = "the exact SVD of one" if decomposed else "the work on one"
         raise InputError(
             f"memory of {memory / 2**20:.4g} MiB is too little for stack {stack.name!r}: its layers of {b} x {a} need "
-            f"{needed / 2**20:.4g} MiB, twice what the exact SVD of one takes; allow so much"
+            f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow so much"
         )
 
 
@@ -135,8 +140,9 @@ class LayerStack:
     `memory` (bytes; None: no limit) bounds what is allocated for M on the CPU: a quarter for entries that are kept
     (sources leave larger stacks on disk), a quarter for the exact SVDs (larger ones lie in a temporary file of
     8 L min(b, a) (b + a) bytes, mapped, whose pages the system drops when it needs memory), half for the work on one
-    layer. It does not bound torch itself, what is thin (factors, products with M, the bases of the default solver, up
-    to half as wide as M), the few b x b and a x a matrices of bounds, and what the searches for floors keep.
+    layer: what needs more raises InputError. It does not bound torch itself, what is thin (factors, products with M,
+    the bases of the default solver, up to half as wide as M), the few b x b and a x a matrices of bounds, and what the
+    searches for floors keep.
 
     `tf32`, False unless set: products may round to TF32 on CUDA. Errors are the float64 residual all the same.
 
@@ -159,8 +165,6 @@ class LayerStack:
         self._gain = 1.0
         self._flipped = False
         self._store = _Store()
-        if self._memory is not None:
-            check_memory(self, self._memory)
         self._power = self._find_power()
 
     def _find_power(self) -> float:
@@ -311,6 +315,8 @@ class LayerStack:
 
     def tiles(self, rows: int | None = None) -> Iterator[Tile]:
         """All of M in blocks of at most `rows` rows of one layer (None: some 4 million entries). One pass."""
+        if rows is not None and rows >= self.shape[0]:
+            self._check_memory(decomposed=False)
         self._store.passes += 1
         yield from self._tiles_of_columns(rows) if self._flipped else self._stored_tiles(self._gain, rows)
 
@@ -348,6 +354,7 @@ class LayerStack:
         values 0, and singular vectors in any directions orthogonal to the others.
         """
         if self._store.svd is None:
+            self._check_memory(decomposed=True)
             self._store.passes += 1
             L, b, a = self._storage.shape
             size = 8 * L * min(b, a) * (b + a)
@@ -361,9 +368,14 @@ class LayerStack:
         """Those of every layer, falling, (L, min(b, a)) in float64; one pass, unless the SVDs are known."""
         if self._store.svd is not None or isinstance(self._storage, Factored):
             return self.svd().S
+        self._check_memory(decomposed=False)
         self._store.passes += 1
         tiles = self._stored_tiles(1 / self._power, rows=self._storage.shape[1])
         return torch.stack([linalg.singular_values(M.double()) for _, _, M in tiles]) * self.scale
+
+    def _check_memory(self, decomposed: bool) -> None:
+        if self._memory is not None:
+            check_memory(self, self._memory, decomposed)
 
     def _svd_in_memory(self) -> SVD:
         L, b, a = self._storage.shape

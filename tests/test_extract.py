@@ -279,6 +279,22 @@ def test_large_layers_without_a_pool_go_without_full_spectra(llamas, tmp_path, m
         assert (y["entropy_rank"], y["rank_90"], y["rank_99"]) == (None, None, None)
 
 
+def test_memory_for_svds_is_demanded_only_where_they_are_taken(tmp_path, monkeypatch, capsys):
+    """Layers of 120 x 100, r = 2: half the memory of an SVD is enough for their leading parts."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1, 101) ** -1.5
+    updates = {f"h.{i}.q.weight": torch.randn(120, 100, generator=generator) * sizes for i in range(2)}
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--quiet"]
+    arguments += ["--memory", str(64 * 120 * 100), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "twice what the exact SVD of one takes" in capsys.readouterr().err
+    monkeypatch.setattr(extraction, "_EXACT", 1)
+    assert main(arguments) == 0
+    assert main([*arguments[:-3], "760000", "--out", str(tmp_path / "less")]) == 2
+    assert "twice what the work on one takes" in capsys.readouterr().err
+
+
 def test_dense_differences_of_conv1d_lie_as_the_checkpoint_has_them(tmp_path):
     tuned = saved_pair(tmp_path, gpt2, ".h.")
     few = ("--modules", "*c_proj*", "--rank", "24", "--k", "0", "--format", "diff")

@@ -207,11 +207,23 @@ def test_narrow_values_stay_as_they_are_and_compute_as_if_converted(
 
 def test_a_limit_below_one_layer(stack_file: Path) -> None:
     sentence = (
-        r"updates.npy: memory of 0.007324 MiB is too little for stack 'updates': its layers of 12 x 10 need "
+        r"memory of 0.007324 MiB is too little for stack 'updates': its layers of 12 x 10 need "
         r"0.01465 MiB, twice what the exact SVD of one takes; allow so much"
     )
-    with pytest.raises(rt.InputError, match=sentence):
-        streamed(stack_file, memory=LIMIT // 2)
+    stack = streamed(stack_file, memory=LIMIT // 2)
+    for work in (stack.svd, lambda: rt.solve_rasa(stack, rt.RankBudget(2, 1)), lambda: rt.solve_lora(stack, 2)):
+        with pytest.raises(rt.InputError, match=sentence):
+            work()
+    with pytest.raises(rt.InputError, match=sentence):  # so small a layer has its SVD taken
+        rt.solve_lora(stack, 2, "fast")
+    exact = rt.LayerStack(stack.values)
+    assert torch.allclose(stack.singular_values(), exact.singular_values())
+    least = streamed(stack_file, memory=LIMIT // 2 - 1)
+    assert least.norm_squared == pytest.approx(exact.norm_squared, rel=1e-12)
+    with pytest.raises(rt.InputError, match="twice what the work on one takes"):
+        least.singular_values()
+    with pytest.raises(rt.InputError, match="twice what the work on one takes"):
+        rt.solve_lora(least, 2, "fast")
     with pytest.raises(rt.InputError, match="memory must be at least 1 byte, got 0"):
         streamed(stack_file, memory=0)
     with pytest.raises(rt.InputError, match=r"memory must be a whole number, got 2\.5"):
