@@ -129,7 +129,8 @@ def forecast(job: Job) -> str:
     for s in catalogue.stacks:
         L, (b, a) = s.layers, s.shape
         size = L * b * a * job.dtype.itemsize
-        largest = max(largest, s.memory(job.dtype, settings.exact(s.shape)))
+        dense = L * b * a * STORED[settings.dtype].itemsize if settings.format == "diff" else 0
+        largest = max(largest, s.memory(job.dtype, settings.exact(s.shape)) + dense)
         turned = ", stored transposed" if s.transposed else ""
         lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
     lines.append(

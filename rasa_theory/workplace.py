@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from rasa_theory.console import write_file
 from rasa_theory.errors import InputError
-from rasa_theory.exports import join_safetensors, lora_config, of_task, rasa_config
+from rasa_theory.exports import join_safetensors, lora_config, of_task, rasa_config, write_safetensors
 from rasa_theory.extraction import Extracted
 from rasa_theory.sources.headers import read_header
 
@@ -63,7 +61,7 @@ class Workplace:
 
     def add(self, n: int, extracted: Extracted) -> None:
         """Write the tensors of the n-th stack and then its row, which says that they are there."""
-        write_file(self.tensors(n), lambda f: f.write(save(extracted.tensors)))
+        write_file(self.tensors(n), lambda f: write_safetensors(extracted.tensors, f, {"format": "pt"}))
         self._write(f"{n:05d}.json", extracted.row)
 
     def tensors(self, n: int) -> Path:

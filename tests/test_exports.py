@@ -1,5 +1,7 @@
 """Files that other tools load: what a consumer rebuilds from the written tensors alone is the update."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from rasa_theory.exports import (
     lora_tensors,
     of_task,
     rasa_tensors,
+    write_safetensors,
 )
 
 NAMES = tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(3))
@@ -121,3 +124,26 @@ def test_the_names_of_one_task():
     for other in ("11/h.0.q", "base_model.model.11/h.0.q.lora_A.weight", "h.1/q"):
         assert of_task(other, 1) is None
     assert Modules(("0/model.layers.3.q", "1/model.layers.3.q")).kind == "model.layers.3.q"
+
+
+def test_tensors_are_written_one_by_one(tmp_path):
+    """Any dtype that is written, turned ones and empty ones; no bytes of all of them beside the tensors."""
+    tensors = {
+        "turned": torch.randn(3, 5).mT, "half": torch.randn(4, 3).half(), "double": torch.randn(2, 2).double(),
+        "none": torch.zeros(4, 0), "column": torch.randn(5, 5)[:1].mT, "one": torch.randn(7, 7).bfloat16()[:1, :1].mT,
+        "row": torch.randn(3).bfloat16(),
+    }  # fmt: skip
+    tensors |= {f"large.{i}": torch.randn(256, 256) for i in range(8)}
+    tracemalloc.start()
+    try:
+        with (tmp_path / "all.safetensors").open("wb") as out:
+            write_safetensors(tensors, out, {"format": "pt"})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 * 256 * 4
+    found = load_file(tmp_path / "all.safetensors")
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor)
