@@ -147,23 +147,17 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     else:
-        try:
+        with place:
             rows = _extracted(job, place, args.quiet)
-        except InputError:
-            place.abandon()
-            raise
-        if rows is None:
-            return 130
-        if not any(row["norm_squared"] for row in rows):
-            place.clear()
-            raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract")
-        report = {
-            "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given], "source": job.catalogue.source,
-            "base": job.base, "plan": place.plan,
-            "environment": environment(job.device, job.dtype), "stacks": rows,
-            "left_out": [{"name": name, "reason": reason} for name, reason in job.catalogue.left_out],
-        }  # fmt: skip
-        write_adapter(place, report)
+            if rows is None:
+                return 130
+            report = {
+                "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given],
+                "source": job.catalogue.source, "base": job.base, "plan": place.plan,
+                "environment": environment(job.device, job.dtype), "stacks": rows,
+                "left_out": [{"name": name, "reason": reason} for name, reason in job.catalogue.left_out],
+            }  # fmt: skip
+            write_adapter(place, report)
     print(extraction_table(report), file=text)
     print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
     if args.json:
@@ -239,6 +233,12 @@ def _extracted(job: Job, place: Workplace, quiet: bool) -> list[dict[str, Any]] 
             file=sys.stderr,
         )
         return None
+    except InputError:
+        place.abandon()
+        raise
+    if not any(row["norm_squared"] for row in rows):
+        place.clear()
+        raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract")
     return rows
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+if sys.platform != "win32":
+    import fcntl
 
 from rasa_theory.console import write_file
 from rasa_theory.errors import InputError
@@ -17,13 +22,15 @@ from rasa_theory.sources.headers import read_header
 
 _BEGINNING = 1 << 20  # bytes
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
+_LOCK = "lock"  # among the parts
 _FINAL = ("report.json", "adapter_model.safetensors", "adapter_config.json", "diff.safetensors.index.json", "README.md")
 
 
 class Workplace:
     """The folder `out`. `plan` is what must not change between two runs that share it: inputs, settings, stacks.
 
-    Raises InputError if it holds the adapter of another plan, or files that are not ours.
+    Within its `with`, which anything but a finished folder needs, no other process gets in. Raises InputError if it
+    holds the adapter of another plan, or files that are not ours; the `with`, if another process works there.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any]) -> None:
@@ -37,12 +44,22 @@ class Workplace:
                 raise InputError(f"{out} holds an extraction with {what}; name another folder with --out, or delete it")
         if self.finished:
             self.clear()
-        elif not begun.exists():
-            if found := sorted(path for path in out.iterdir() if not path.name.startswith(".")):
-                raise InputError(f"{found[0]} is there already, and not ours; name an empty or new folder with --out")
-            self.clear()
-            self.parts.mkdir(parents=True)
-            self._write("manifest.json", {"plan": plan})
+        elif not begun.exists() and (found := sorted(path for path in out.iterdir() if path.name[0] != ".")):
+            raise InputError(f"{found[0]} is there already, and not ours; name an empty or new folder with --out")
+
+    def __enter__(self) -> Workplace:
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.parts / _LOCK)
+        if not (self.parts / "manifest.json").exists():
+            for stale in self.parts.iterdir():  # of no plan that is known
+                if stale.name != _LOCK:
+                    stale.unlink()
+            self._write("manifest.json", {"plan": self.plan})
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def note(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returned when it was first asked for, which is kept as data."""
@@ -109,6 +126,29 @@ class Workplace:
         for name in _FINAL:
             for file in self.out.glob(f".{name}.*"):
                 file.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, locked until it is closed or the process ends, however that may be; None where there are no locks.
+
+    Raises InputError if another process has locked it, or has just removed it with the folder that it was in.
+    """
+    if sys.platform == "win32":
+        return None
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except BlockingIOError:
+        alone = False
+    except OSError:  # a file system that knows none
+        alone = True
+    if not alone:
+        file.close()
+        raise InputError(
+            f"another process is extracting into {path.parent.parent}; wait for it, or name another folder"
+        )
+    return file
 
 
 def identity(path: Path) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import LayerStack, extract, extraction, reconstruct, workplace
+from rasa_theory import InputError, LayerStack, extract, extraction, reconstruct, workplace
 from rasa_theory.exports import Modules
 from rasa_theory.extract import main
 
@@ -480,6 +482,48 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
         assert files_of(out) == files_of(tmp_path / "whole")
         n += 1
     assert n >= 1 + 2 * 4 + 5
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from rasa_theory.workplace import Workplace
+
+with Workplace(Path(sys.argv[1]), {"settings": {}}):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
+def test_two_processes_do_not_share_a_folder_and_a_killed_one_keeps_none_out(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "in\n"
+            (tmp_path / ".extract" / "manifest.json").unlink()  # whose plan would be refused anyway
+            assert run(folder, tmp_path, *options()) == 2
+            assert f"another process is extracting into {tmp_path}" in capsys.readouterr().err.splitlines()[-1]
+        finally:
+            holder.kill()
+    assert run(folder, tmp_path, *options()) == 0
+    assert not (tmp_path / ".extract").exists()
+
+
+def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
+    plan = {"settings": {}}
+    real = workplace.fcntl.flock
+
+    def removed(*rest):
+        real(*rest)
+        shutil.rmtree(tmp_path / ".extract")
+
+    monkeypatch.setattr(workplace.fcntl, "flock", removed)
+    with pytest.raises(InputError, match="another process"), workplace.Workplace(tmp_path, plan):
+        pass
+    monkeypatch.setattr(workplace.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
+    with workplace.Workplace(tmp_path, plan) as place:
+        assert place.note("x", lambda: 1) == 1
 
 
 def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypatch, capsys):
