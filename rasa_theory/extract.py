@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -125,10 +126,11 @@ def _job(args: argparse.Namespace) -> Job:
         )
         dtype, device = compute_dtype(args.compute), compute_device(args.device)
     catalogue = flags.given_source(args, alone=True).matching(args.modules)
+    unnamed: list[StackSource] = []
     if args.adapters is None:
-        catalogue = _nameable(catalogue)
+        catalogue, unnamed = _nameable(catalogue)
     modules = [_modules(s, args) for s in catalogue.stacks]
-    return Job(catalogue, modules, settings, dtype, device, _base(args, catalogue), _tasks(args), args.memory)
+    return Job(catalogue, modules, settings, dtype, device, unnamed, _base(args, catalogue), _tasks(args), args.memory)
 
 
 def _run(args: argparse.Namespace, given: list[str]) -> int:
@@ -148,14 +150,13 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     else:
         with place:
-            rows = _extracted(job, place, args.quiet)
-            if rows is None:
+            found = _extracted(job, place, args.quiet)
+            if found is None:
                 return 130
             report = {
                 "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given],
                 "source": job.catalogue.source, "base": job.base, "plan": place.plan,
-                "environment": environment(job.device, job.dtype), "stacks": rows,
-                "left_out": [{"name": name, "reason": reason} for name, reason in job.catalogue.left_out],
+                "environment": environment(job.device, job.dtype), **found,
             }  # fmt: skip
             write_adapter(place, report)
     print(extraction_table(report), file=text)
@@ -189,30 +190,33 @@ def _tasks(args: argparse.Namespace) -> list[list[str | None]] | None:
     ]
 
 
-def _nameable(catalogue: Catalogue) -> Catalogue:
-    """The stacks whose layers are weights of modules; the others move to `left_out`."""
+def _nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
+    """The stacks whose layers are weights of modules; and the others, which move to `left_out`."""
     kept: list[StackSource] = []
+    unnamed: list[StackSource] = []
     left_out = list(catalogue.left_out)
     for source in catalogue.stacks:
         reason = None
         if len(source.keys) != source.layers:
             reason = "one tensor with three axes, whose layers are no modules"
-        elif unnamed := [key for key in source.keys if not key.endswith(".weight")]:
-            reason = f"{unnamed[0]!r} is not the weight of a module, so no adapter can name it"
+        elif strange := [key for key in source.keys if not key.endswith(".weight")]:
+            reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
         elif _EMBEDDING.search(source.keys[0]):
             reason = "an embedding, for which adapters have other tensors"
         if reason is None:
             kept.append(source)
         else:
+            unnamed.append(source)
             left_out.append(LeftOut(source.name, reason))
     if not kept:
         raise InputError(f"{catalogue.source}: no stack remains ({left_out[-1].name!r}: {left_out[-1].reason})")
-    return dataclasses.replace(catalogue, stacks=kept, left_out=left_out)
+    return dataclasses.replace(catalogue, stacks=kept, left_out=left_out), unnamed
 
 
-def _extracted(job: Job, place: Workplace, quiet: bool) -> list[dict[str, Any]] | None:
-    """The rows of all stacks, those that are new written; None if interrupted."""
+def _extracted(job: Job, place: Workplace, quiet: bool) -> dict[str, list[dict[str, Any]]] | None:
+    """What the report says of all stacks, those that are new written, and of what is left out; None if interrupted."""
     rows: list[dict[str, Any]] = []
+    norms: dict[str, float | None] = {}
     stacks = job.catalogue.stacks
     try:
         ranks = place.note("ranks.json", lambda: _allocated(job, quiet))
@@ -226,6 +230,9 @@ def _extracted(job: Job, place: Workplace, quiet: bool) -> list[dict[str, Any]] 
                     place.add(n, extracted)
                     row = extracted.row
                 rows.append(row)
+            for n, source in enumerate(job.unnamed):
+                show(len(stacks), f"{source.name}: norm")
+                norms[source.name] = place.note(f"norm-{n:05d}.json", functools.partial(_norm, source))
     except KeyboardInterrupt:
         done = sum(place.row(n) is not None for n in range(len(stacks)))
         print(
@@ -239,7 +246,22 @@ def _extracted(job: Job, place: Workplace, quiet: bool) -> list[dict[str, Any]] 
     if not any(row["norm_squared"] for row in rows):
         place.clear()
         raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract")
-    return rows
+    left_out = [
+        {"name": name, "reason": reason} | ({"norm_squared": norm} if (norm := norms.get(name)) is not None else {})
+        for name, reason in job.catalogue.left_out
+    ]
+    return {"stacks": rows, "left_out": left_out}
+
+
+def _norm(source: StackSource) -> float | None:
+    """||M||^2 of a stack of which nothing is written; None if it cannot be read, or holds entries that are not finite.
+
+    In the dtype of the file, so that it takes no more memory than need be.
+    """
+    try:
+        return source.load(None, None).norm_squared
+    except InputError:
+        return None
 
 
 def _told(show: Callable[[int, str], None], n: int, source: StackSource) -> Callback:

@@ -58,7 +58,18 @@ def extraction_table(report: dict[str, Any]) -> str:
     numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
     same = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(same)}.", _WIDTH) if same else []
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers, *unchanged])
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers, *unchanged, *_left_out(report)])
+
+
+def _left_out(report: dict[str, Any]) -> list[str]:
+    """Which part of the squared norm, of the stacks and of what is left out together, is in no row; largest first."""
+    norms = {one["name"]: one["norm_squared"] for one in report["left_out"] if one.get("norm_squared", 0) > 0}
+    if not norms:
+        return []
+    whole = totals(report)["norm_squared"] + math.fsum(norms.values())
+    ranked = sorted(norms, key=lambda name: -norms[name])
+    shares = ", ".join(f"{name.removesuffix('.weight')} {100 * norms[name] / whole:.3g} %" for name in ranked)
+    return textwrap.wrap(f"Left out, by share of the squared norm: {shares}.", _WIDTH, break_on_hyphens=False)
 
 
 def _chosen(number: int | None) -> str:

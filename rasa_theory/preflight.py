@@ -27,6 +27,7 @@ _PROBLEMS = 2  # said of many
 class Job:
     """An extraction: the stacks of `catalogue`, each with its `modules`, and how.
 
+    `unnamed` are stacks that no adapter can name, among what the catalogue leaves out: of them the norms are told.
     `base`: what the adapter says that it belongs to. `tasks`: folder and base of every adapter where the layers of a
     stack are adapters of one base, compressed together, else None. `memory` in bytes, None: no limit.
     """
@@ -36,6 +37,7 @@ class Job:
     settings: ExtractSettings
     dtype: torch.dtype
     device: torch.device
+    unnamed: Sequence[StackSource] = ()
     base: str | None = None
     tasks: list[list[str | None]] | None = None
     memory: int | None = None
@@ -77,7 +79,8 @@ def check(job: Job, out: Path | None) -> None:
         problems.append(f"format {settings.format} is for one model; write adapters as lora or lora-exact-rasa")
     elif settings.format == "diff" and (turned := [s.name for s in job.catalogue.stacks if _unclear(job, s)]):
         problems.append(
-            f"{turned[0]!r} may be stored transposed, which an adapter does not say; write another --format"
+            f"{turned[0]!r} may be stored transposed: it is called like a Conv1D, but the adapter's fan_in_fan_out is "
+            "false; set that to true if it is one, or write another --format"
         )
     if out is not None and settings.target is None:
         problems += _room(job, out)
@@ -87,9 +90,9 @@ def check(job: Job, out: Path | None) -> None:
 
 
 def _unclear(job: Job, source: StackSource) -> bool:
-    """Whether the stack comes from an adapter's factors of what looks like a Conv1D."""
+    """Whether the stack comes from factors of what is called like a Conv1D, and the adapter does not say it is one."""
     adapter = any(path.name == "adapter_config.json" for path in job.catalogue.files)
-    return adapter and source.keys[0].removesuffix(".weight").endswith(("c_attn", "q_attn", "c_fc", "c_proj"))
+    return adapter and called_conv1d(source.keys[0]) and not source.transposed
 
 
 def _room(job: Job, out: Path) -> list[str]:
@@ -133,6 +136,7 @@ def forecast(job: Job) -> str:
         largest = max(largest, s.memory(job.dtype, settings.exact(s.shape)) + dense)
         turned = ", stored transposed" if s.transposed else ""
         lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
+    largest = max([largest, *(4 * s.layers * math.prod(s.shape) for s in job.unnamed)])  # read in float32
     lines.append(
         f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
         f"{adapter_bytes(job) / 2**20:.1f} MiB"

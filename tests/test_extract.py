@@ -657,6 +657,39 @@ def test_a_headless_model_and_one_with_a_head_are_a_pair(tmp_path, headless):
         assert torch.allclose(found.state_dict()[key], weight, atol=1e-5)
 
 
+def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
+    """Of an embedding that lies on disk, of what is no weight of a module; not of what is 0 or cannot be read."""
+    generator = torch.Generator().manual_seed(0)
+    updates = {f"h.{i}.q.weight": torch.randn(8, 6, generator=generator) for i in range(2)}
+    updates |= {"wte.weight": torch.randn(300, 6, generator=generator), "gate": torch.ones(2, 2)}
+    updates |= {"wpe.weight": torch.zeros(9, 6), "embed.weight": torch.full((9, 6), float("nan"))}
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--quiet"]
+    arguments += ["--memory", str(128 * 8 * 6), "--out", str(tmp_path / "out")]
+    real, asked = extract._norm, []
+
+    def stops(source):
+        asked.append(source.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(source)
+
+    monkeypatch.setattr(extract, "_norm", stops)
+    assert main(arguments) == 130
+    assert "1 of 1 stacks are done" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert sorted(asked) == sorted([*(key for key in updates if key[:2] != "h."), asked[2]])
+    left_out = {one["name"]: one for one in report_of(tmp_path / "out")["left_out"]}
+    assert [key for key in left_out if "norm_squared" not in left_out[key]] == ["embed.weight"]
+    energy = {key: float((M.double() ** 2).sum()) for key, M in updates.items() if key != "embed.weight"}
+    for key in ("wte.weight", "gate", "wpe.weight"):
+        assert left_out[key]["norm_squared"] == pytest.approx(energy[key], rel=1e-12)
+    share, gate = (100 * energy[key] / sum(energy.values()) for key in ("wte.weight", "gate"))
+    line = f"Left out, by share of the squared norm: wte {share:.3g} %, gate {gate:.3g} %."
+    assert line in capsys.readouterr().out.splitlines()
+    assert line in (tmp_path / "out" / "README.md").read_text().splitlines()
+
+
 def test_a_stack_that_has_not_changed_is_not_decomposed():
     stack = LayerStack(torch.zeros(2, 6, 5))
     extracted = extraction.extract_stack(stack, Modules(("h.0.q", "h.1.q")), extraction.ExtractSettings(3, 1))

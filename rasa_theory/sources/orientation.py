@@ -44,6 +44,11 @@ def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
     return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in kinds else e for e in entries]
 
 
+def called_conv1d(name: str) -> bool:
+    """Whether a module or its weight has one of the names of Conv1D: c_attn, q_attn, c_fc, c_proj."""
+    return _CONV1D.search(name) is not None
+
+
 def adapted_conv1d(modules: Collection[str], fan_in_fan_out: bool) -> set[str]:
     """Those modules of a PEFT adapter whose weights are (in, out), by the flag in its configuration.
 
@@ -53,4 +58,4 @@ def adapted_conv1d(modules: Collection[str], fan_in_fan_out: bool) -> set[str]:
     """
     if not fan_in_fan_out:
         return set()
-    return {module for module in modules if _CONV1D.search(module)} or set(modules)
+    return {module for module in modules if called_conv1d(module)} or set(modules)
