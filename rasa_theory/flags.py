@@ -91,4 +91,4 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
-    add("--dry-run", action="store_true", help="only say what would run, its size and memory")
+    add("--dry-run", action="store_true", help="only say what would run, and what it takes")

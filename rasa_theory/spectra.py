@@ -77,6 +77,16 @@ class RitzBasis(NamedTuple):
     deviation: float
 
 
+def _sizes(rank: int) -> tuple[int, int]:
+    """The width of a block, and m, the columns of V."""
+    return rank + 8, 2 * (rank + 8)
+
+
+def worth_it(shape: tuple[int, int], rank: int) -> bool:
+    """Whether (b, a) is so large beside `rank` that `leading_part` may be faster than an SVD; else it does not try."""
+    return 4 * _sizes(rank)[1] <= min(shape)
+
+
 def leading_part(
     M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
 ) -> LeadingPart | None:
@@ -86,11 +96,10 @@ def leading_part(
     where the goal is not met, or the matrix too small for this to be worth it. The largest entry of M should be near 1.
     """
     b, a = M.shape
-    width = rank + 8  # of a block
-    kept = 2 * width  # m
+    width, kept = _sizes(rank)
     single, M = M.float(), M.double()
     norm_squared = float((torch.linalg.vector_norm(M, dim=1) ** 2).sum())
-    if 4 * kept > min(b, a) or norm_squared == 0:
+    if not worth_it((b, a), rank) or norm_squared == 0:
         return None
     precision = max(b, a) * float(torch.finfo(M.dtype).eps)
     allowance = ALLOWANCE * math.sqrt(rank * kept) * precision * norm_squared

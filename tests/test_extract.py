@@ -1,5 +1,6 @@
 """From two checkpoints to an adapter: PEFT loads it, the report says what it misses, and nothing is lost on the way."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import InputError, LayerStack, extract, extraction, reconstruct, workplace
+from rasa_theory import InputError, LayerStack, extract, extraction, preflight, reconstruct, storage, workplace
 from rasa_theory.exports import Modules
 from rasa_theory.extract import main
+from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -732,5 +734,61 @@ def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
-    assert "Exact SVDs take up to about 0 s here" in text
+    assert "LoRA takes up to about 0 s here, reading aside, by a layer timed now; the solver comes on top." in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "exact", "said", "least", "most"),
+    [
+        (("--rank", "2", "--k", "0"), 1024, "4 times;", 4, 4),
+        (("--rank", "2", "--k", "0", "--format", "diff"), 1024, "4 times;", 4, 4),
+        (("--rank", "2", "--k", "0"), 1, "4 times;", 4, 4),
+        (("--rank", "auto", "--energy", "0.9"), 1024, "8 times;", 8, 8),
+        (("--rank", "auto", "--energy", "0.9"), 1, "8 times;", 8, 8),
+        (("--rank", "4", "--k", "1"), 1024, "some 50 to 350 times, by the solver for the most part;", 50, 350),
+        (
+            ("--rank", "4", "--k", "2", "--start", "lora", "--sweeps", "10"),
+            1024,
+            "some 20 times, and by the solver twice or three times a sweep;",
+            20,
+            20 + 3 * 10,
+        ),
+    ],
+)
+def test_a_stack_is_read_as_often_as_the_dry_run_says(tmp_path, monkeypatch, capsys, more, exact, said, least, most):
+    """Of 422 KiB, more than a quarter of the memory."""
+    values = synthetic_stack(9, (120, 100), "power:1.5", 0.5, 0).values.float()
+    save_file({f"h.{i}.q.weight": M.clone() for i, M in enumerate(values)}, tmp_path / "updates.safetensors")
+    monkeypatch.setattr(extraction, "_EXACT", exact)
+    rows, read = [], storage.FileRows.read
+
+    def counted(part, start, stop):
+        rows.append(stop - start)
+        return read(part, start, stop)
+
+    monkeypatch.setattr(storage.FileRows, "read", counted)
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--memory", str(128 * 120 * 100), "--quiet", *more]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"Every stack is read {said}" in capsys.readouterr().out
+    assert not rows
+    assert main(arguments) == 0
+    assert least <= sum(rows) / (9 * 120) <= most
+
+
+def test_how_long_a_lora_takes_is_extrapolated_to_all_layers(tmp_path, monkeypatch):
+    """Half a second for the layer that is timed, whatever it is: as many times that as there are such layers."""
+    times = itertools.count()
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(times) / 2)
+    monkeypatch.setattr(preflight, "extract_stack", lambda *rest: None)
+
+    def said(shape, rank, k):
+        stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
+        settings = extraction.ExtractSettings(rank, k)
+        return preflight._duration(preflight.Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu"))
+
+    assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
+    assert said((1024, 1024), 4, 1).startswith("LoRA takes up to about 32 s here")
+    assert said((2560, 1280), 4, 0).startswith("LoRA takes about 8 s here, and up to 125 s where singular values")
+    assert said((2560, 1280), 400, 0).startswith("LoRA takes up to about 125 s here, reading")
