@@ -159,6 +159,7 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
                 "environment": environment(job.device, job.dtype), **found,
             }  # fmt: skip
             write_adapter(place, report)
+    print(f"Updates: {report['source']}", file=text)
     print(extraction_table(report), file=text)
     print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
     if args.json:
@@ -245,7 +246,9 @@ def _extracted(job: Job, place: Workplace, quiet: bool) -> dict[str, list[dict[s
         raise
     if not any(row["norm_squared"] for row in rows):
         place.clear()
-        raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract")
+        changed = [name for name, norm in norms.items() if norm]
+        only = f"; only {changed[0]!r} has changed, which no adapter of these formats can hold" if changed else ""
+        raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract{only}")
     left_out = [
         {"name": name, "reason": reason} | ({"norm_squared": norm} if (norm := norms.get(name)) is not None else {})
         for name, reason in job.catalogue.left_out

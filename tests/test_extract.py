@@ -390,6 +390,17 @@ def test_dense_updates_of_what_may_be_a_conv1d_are_refused(tmp_path, capsys):
     assert main([*few, "--format", "diff", "--out", str(tmp_path / "diff")]) == 2
     assert "c_attn.weight' may be stored transposed: it is called like a Conv1D, but the" in capsys.readouterr().err
     assert main([*few, "--out", str(tmp_path / "lora")]) == 0
+    assert "score" in json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["target_modules"]
+
+
+def test_where_only_an_embedding_has_changed_it_is_named(tmp_path, capsys):
+    weights = {f"h.{i}.q.weight": torch.ones(4, 4) for i in range(2)} | {"wte.weight": torch.ones(9, 4)}
+    save_file(weights, tmp_path / "base.safetensors")
+    save_file(weights | {"wte.weight": torch.zeros(9, 4)}, tmp_path / "tuned.safetensors")
+    pair = ["--base", str(tmp_path / "base.safetensors"), "--tuned", str(tmp_path / "tuned.safetensors"), "--rank", "2"]
+    assert main([*pair, "--k", "0", "--quiet", "--out", str(tmp_path / "out")]) == 2
+    assert "every update is zero, there is nothing to extract; only 'wte.weight' has changed" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):

@@ -20,8 +20,7 @@ from rasa_theory.console import output_folder, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.exports import lora_config, lora_tensors, rasa_config, rasa_layout
 from rasa_theory.problem import RankBudget
-from rasa_theory.sources.adapters import CONFIG, WEIGHTS
-from rasa_theory.sources.adapters import Adapter as LoraFolder
+from rasa_theory.sources.adapters import CONFIG, WEIGHTS, LoraFolder
 from rasa_theory.sources.headers import read_header, read_json
 
 _FORMATS = ("rasa", "lora-exact-rasa")

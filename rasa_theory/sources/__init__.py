@@ -56,8 +56,8 @@ def open_source(
 
     `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
-    adapters are thin, and held in memory. With `alone`, a matrix of a checkpoint that is the only one of its kind is a
-    stack of one layer.
+    adapters are thin, and held in memory. With `alone`, a matrix of a checkpoint or
+    adapter that is the only one of its kind is a stack of one layer.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
@@ -74,7 +74,7 @@ def open_source(
         return open_bundled(source, memory)
     path = _existing(source)
     if (path / CONFIG).is_file():
-        return open_adapter(path, memory)
+        return open_adapter(path, memory, alone)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
         return open_checkpoint(path, memory, alone)

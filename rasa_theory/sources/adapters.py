@@ -67,7 +67,7 @@ class Settings:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-class Adapter:
+class LoraFolder:
     """The factors in a folder of a PEFT LoRA adapter, by module, and what of it is not taken.
 
     Raises InputError, naming the file, if one is missing or damaged, the adapter is not LoRA, or factors contradict
@@ -132,18 +132,18 @@ class Adapter:
         return Pair(A.name, B.name, (B.shape[0], A.shape[1]), rank, scaling, wide, transposed)
 
 
-def open_adapter(path: Path, memory: int | None = None) -> Catalogue:
+def open_adapter(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of an adapter: of each module kind the updates scaling B_i A_i, (out, in), one per layer.
 
     Grouped and named as the weights of the modules in a checkpoint would be; which of them are (in, out) there,
     `adapted_conv1d` says. The factors are held in memory, in float32 or more, whatever `memory` is. Raises InputError
-    as Adapter does, and if no stack remains.
+    as LoraFolder does, and if no stack remains. `alone` as for `grouping.group`.
     """
-    adapter = Adapter(path)
+    adapter = LoraFolder(path)
     module_of = {f"{module}.weight": module for module in adapter.pairs}
     pairs = {name: adapter.pairs[module] for name, module in module_of.items()}
     entries = [Entry(name, pair.shape, "float32", pair.transposed) for name, pair in pairs.items()]
-    groups, ungrouped = group(entries)
+    groups, ungrouped = group(entries, alone)
     holder = _holder(lambda key: (adapter, module_of[key]))
     found = catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, holder, memory)
     return dataclasses.replace(found, files=adapter.files)
@@ -153,17 +153,17 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
     """Adapters of one base, stacked over tasks: one stack per module, named by it; layer t is that of paths[t].
 
     Modules that not all have, or of different shapes, are left out; weights are (in, out) where one adapter says so.
-    Raises InputError as Adapter does, for fewer than two adapters, and if no stack remains.
+    Raises InputError as LoraFolder does, for fewer than two adapters, and if no stack remains.
     """
     if len(paths) < 2:
         raise InputError(
             f"--adapters needs two folders or more, found {len(paths)}; one adapter alone is a --source, stacked over "
             "its layers"
         )
-    adapters = [Adapter(path) for path in paths]
+    adapters = [LoraFolder(path) for path in paths]
     left_out = [LeftOut(name, f"in {x.path}: {reason}") for x in adapters for name, reason in x.left_out]
     groups: list[Group] = []
-    at: dict[str, tuple[Adapter, str]] = {}
+    at: dict[str, tuple[LoraFolder, str]] = {}
     for module in {module: None for x in adapters for module in x.pairs}:
         having = [x for x in adapters if module in x.pairs]
         first = having[0]
@@ -184,7 +184,7 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
     return dataclasses.replace(catalogue, files=tuple(file for x in adapters for file in x.files))
 
 
-def _holder(at: Callable[[str], tuple[Adapter, str]]) -> Holder:
+def _holder(at: Callable[[str], tuple[LoraFolder, str]]) -> Holder:
     """Holds the factors of a group, whose keys `at` finds: adapter and module."""
 
     def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Factored:
