@@ -153,7 +153,14 @@ def output_folder(name: str) -> Path | None:
         return None
     if not name:
         raise InputError("--out '' names no folder; name one, or none to write nothing")
-    path = Path(name)
+    try:
+        return writable_folder(Path(name))
+    except InputError as error:
+        raise InputError(f"--out {error}") from None
+
+
+def writable_folder(path: Path) -> Path:
+    """The folder itself, made if need be. Raises InputError if it cannot be written."""
     verb = "made"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -161,6 +168,6 @@ def output_folder(name: str) -> Path | None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(
-            f"--out {path} is not a folder that can be {verb}: {error.strerror or error}; name another folder"
+            f"{path} is not a folder that can be {verb}: {error.strerror or error}; name another folder"
         ) from None
     return path
