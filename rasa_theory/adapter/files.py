@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from rasa_theory.adapter.model import Adapter, put
 from rasa_theory.adapter.targets import kinds_of
-from rasa_theory.adapter.terms import Terms
-from rasa_theory.console import output_folder, write_file
+from rasa_theory.adapter.terms import Settings, Terms
+from rasa_theory.console import writable_folder, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.exports import lora_config, lora_tensors, rasa_config, rasa_layout
 from rasa_theory.problem import RankBudget
@@ -36,8 +35,7 @@ def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: st
     """
     if format not in _FORMATS:
         raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
-    out = output_folder(str(folder))
-    assert out is not None
+    out = writable_folder(Path(folder))
     tensors, config = _as_rasa(adapter, base) if format == "rasa" else _as_lora(adapter, base)
     content = serialised({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"format": "pt"})
     write_file(out / WEIGHTS, lambda f: f.write(content))
@@ -49,7 +47,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Adap
     """Put the adapter of a folder into a model and enable it: one in the authors' layout, or PEFT's LoRA of one rank.
 
     The parameters take the dtype of the model. Raises InputError, and changes nothing, if there is none, the files are
-    not sound, or the model has no such modules.
+    not sound or hold what is no update of a linear layer, or the model has no such modules.
     """
     path = Path(folder)
     config = read_json(path / CONFIG)
@@ -58,13 +56,6 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Adap
     if config.get("peft_type") == "LORA":
         return _lora(model, path, name)
     raise InputError(f"{path / CONFIG}: peft_type is {config.get('peft_type')!r}, expected RASA or LORA")
-
-
-def _modules_there(model: nn.Module, modules: Collection[str], file: Path) -> Collection[str]:
-    there = dict(model.named_modules())
-    if missing := [module for module in modules if module not in there]:
-        raise InputError(f"{file} has a module {missing[0]!r}, which the model has not")
-    return modules
 
 
 # ---- the authors' layout
@@ -99,19 +90,26 @@ def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Ad
     modules = [found[1] for key in tensors if (found := _MODULE.fullmatch(key))]
     if not modules:
         raise InputError(f"{path / WEIGHTS}: no tensor is called base_model.model.<module>.rasa_A.weight")
-    settings = [config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout")]
-    if not all(isinstance(x, int | float) for x in settings):
-        raise InputError(f"{path / CONFIG}: r, rasa_k, rasa_alpha and rasa_dropout must be numbers, found {settings}")
-    rank, k, alpha, dropout = settings
-    budget, kinds, used = RankBudget(rank, k), [], set()  # type: ignore[arg-type, var-annotated]
-    for kind in kinds_of(model, _modules_there(model, modules, path / WEIGHTS)):
-        terms = Terms(kind, budget, alpha, dropout, torch.Generator())  # type: ignore[arg-type]
+    settings = _settings(path / CONFIG, config)
+    kinds: list[Terms] = []
+    used: set[str] = set()
+    for kind in kinds_of(model, modules):
+        kind.check_fits(settings.budget)  # before anything is allocated
+        terms = Terms(kind, settings, torch.Generator())
         _assign(_layout(terms), tensors, path / WEIGHTS)
         kinds.append(terms)
         used |= _layout(terms).keys()
     if unused := sorted(tensors.keys() - used):
         raise InputError(f"{path / WEIGHTS}: {unused[0]!r} belongs to none of its modules; save the adapter again")
-    return put(model, name, alpha, kinds)  # type: ignore[arg-type]
+    return put(model, name, settings.alpha, kinds)
+
+
+def _settings(file: Path, config: dict[str, Any]) -> Settings:
+    r, k, alpha, dropout = (config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout"))
+    try:
+        return Settings(RankBudget(r, k), alpha, dropout)  # type: ignore[arg-type]  # they are checked there
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 @torch.no_grad()
@@ -141,14 +139,18 @@ def _as_lora(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
 @torch.no_grad()
 def _lora(model: nn.Module, path: Path, name: str) -> Adapter:
     lora = LoraFolder(path)
+    if lora.left_out:
+        tensor, reason = lora.left_out[0]
+        raise InputError(f"{path}: {tensor!r} would be lost: {reason}; load it with PEFT")
     ranks = {pair.rank for pair in lora.pairs.values()}
     if len(ranks) != 1:
         raise InputError(f"{path}: {'ranks differ over modules' if ranks else 'it has no factors'}; load it with PEFT")
-    budget = RankBudget(ranks.pop(), 0)
+    rank = ranks.pop()
+    settings = Settings(RankBudget(rank, 0), float(rank))
 
     kinds = []
-    for kind in kinds_of(model, _modules_there(model, lora.pairs, path)):
-        terms = Terms(kind, budget, float(budget.rank), 0.0, torch.Generator())
+    for kind in kinds_of(model, lora.pairs):
+        terms = Terms(kind, settings, torch.Generator())
         for i, module in enumerate(kind.modules.names):
             B, A = lora.factors(module)
             if (found := (B.shape[0], A.shape[1])) != terms.shape:
@@ -156,7 +158,7 @@ def _lora(model: nn.Module, path: Path, name: str) -> Adapter:
             terms.private_B[i].copy_(B)
             terms.private_A[i].copy_(A)
         kinds.append(terms)
-    return put(model, name, float(budget.rank), kinds)
+    return put(model, name, settings.alpha, kinds)
 
 
 def _transposed(adapter: Adapter) -> bool:

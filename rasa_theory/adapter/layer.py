@@ -18,11 +18,13 @@ def why_not_linear(module: nn.Module) -> str | None:
     if isinstance(module, AdaptedLinear):
         return None
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return f"a {type(module).__name__}, neither Linear nor Conv1D"
+        return f"it is a {type(module).__name__}, neither Linear nor Conv1D"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "the out_proj of a torch MultiheadAttention, which reads its weight and never calls it"
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        return "it is the out_proj of a torch MultiheadAttention, which reads its weight and never calls it"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter of its own (weight norm, another parametrization, or a quantised layer)"
+    if not weight.is_floating_point() or weight.ndim != 2:
         return "its weight is quantised, or no matrix; load the model in bfloat16"
     return None
 

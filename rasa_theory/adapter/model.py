@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rasa_theory.adapter.layer import AdaptedLinear
 from rasa_theory.adapter.targets import PLACE, kinds_of, named, some
-from rasa_theory.adapter.terms import Kind, Terms
+from rasa_theory.adapter.terms import Kind, Settings, Terms
 from rasa_theory.errors import InputError
 from rasa_theory.factors import RasaFactors, lora_parameters
 from rasa_theory.problem import RankBudget
@@ -28,10 +27,21 @@ class Adapter(nn.Module):
     def __init__(self, model: nn.Module, name: str, alpha: float, kinds: Sequence[Terms]) -> None:
         super().__init__()
         self.name, self.alpha = name, alpha
-        self.kinds = nn.ModuleDict({terms.kind.replace(".", "__"): terms for terms in kinds})
+        self.kinds = nn.ModuleDict()
+        for terms in kinds:
+            key = terms.kind.replace(".", "__")
+            if key in self.kinds:
+                raise InputError(f"two kinds of module are called {key!r} if a dot is `__`; give each its own adapter")
+            self.kinds[key + "_" * _kept_by_torch(key)] = terms
         self._model = (model,)  # in a tuple, so that torch does not register it here
 
     # ---- what it is
+
+    def check_finite(self) -> None:
+        """Raise InputError if one of its values is infinite or NaN, naming the parameter."""
+        for key, value in self.named_parameters():
+            if not value.is_meta and not bool(value.isfinite().all()):
+                raise InputError(f"adapter {self.name!r}: {key} has values that are not finite")
 
     @property
     def terms(self) -> dict[str, Terms]:
@@ -93,7 +103,7 @@ class Adapter(nn.Module):
         for name, at in self.targets.items():
             self._layer(name).active = at
         for terms in self.terms.values():
-            terms.train_only(True)
+            terms.set_trained(True)
 
     def disable(self) -> None:
         """Leave the model as it was without adapters; a merged one is taken out of the weights first."""
@@ -122,21 +132,21 @@ class Adapter(nn.Module):
             if layer.shows(terms):
                 layer.active = None
         for terms in self.terms.values():
-            terms.train_only(False)
+            terms.set_trained(False)
 
     # ---- merging
 
     def merge(self) -> None:
         """Add its updates to the weights, each rounded once; the forward pass then costs nothing more.
 
-        Raises InputError if it is not active, is merged already, or has values that are not finite.
+        Until `unmerge` its parameters must stay as they are: what is taken out again is the update that they give then.
+        A state dict of the model has the merged weights meanwhile. Raises InputError if it is not active, is merged
+        already, or has values that are not finite.
         """
         if not self.active or self.merged:
             state = "merged already" if self.merged else "not active; enable it first"
             raise InputError(f"adapter {self.name!r} is {state}")
-        broken = [key for key, value in self.state_dict().items() if not bool(value.isfinite().all())]
-        if broken:
-            raise InputError(f"adapter {self.name!r}: {broken[0]} has values that are not finite; it is not merged")
+        self.check_finite()
         self._add(1)
 
     def unmerge(self) -> None:
@@ -186,25 +196,34 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def put(model: nn.Module, name: str, alpha: float, kinds: Sequence[Terms]) -> Adapter:
     """Put terms, made for layers of the model, beside these layers, and enable them; all else is frozen.
 
-    Raises InputError, and changes nothing, if the model has an adapter of this name, or one that is merged.
+    Raises InputError, and changes nothing, if the name is taken or none, an adapter in the model is merged, or the
+    terms have values that are not finite.
     """
     if not name or "." in name:
         raise InputError(f"the name of an adapter has no dot and is not empty, got {name!r}")
+    if _kept_by_torch(name):
+        raise InputError(f"torch keeps the name {name!r} to itself; call the adapter otherwise")
     if name in adapters(model):
         raise InputError(f"the model has an adapter {name!r} already; unload it first, or take another name")
     if merged := [other.name for other in adapters(model).values() if other.merged]:
         raise InputError(f"adapter {merged[0]!r} is merged into the weights; unmerge it first")
     adapter = Adapter(model, name, alpha, kinds).train(model.training)
+    adapter.check_finite()
     model.requires_grad_(False)
     for target in adapter.targets:
         layer = model.get_submodule(target)
         if not isinstance(layer, AdaptedLinear):
             _replace(model, target, AdaptedLinear(layer))
     if not hasattr(model, PLACE):
-        model.add_module(PLACE, nn.ModuleDict())
+        model.add_module(PLACE, nn.ModuleDict().train(model.training))
     getattr(model, PLACE)[name] = adapter
     adapter.enable()
     return adapter
+
+
+def _kept_by_torch(key: str) -> bool:
+    """Whether no module can have this name in a ModuleDict: its methods have such names."""
+    return hasattr(nn.ModuleDict(), key)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -232,18 +251,12 @@ def inject(
     Raises InputError if a target names nothing or something that is no such layer, a rank exceeds a layer, a weight is
     shared with another module, or the model has an adapter of this name.
     """
-    alpha = 2.0 * budget.rank if alpha is None else alpha
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"alpha must be finite and above 0, got {alpha}")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout must be at least 0 and below 1, got {dropout}")
-    generator = torch.Generator().manual_seed(seed)
-
+    settings = Settings(budget, 2.0 * budget.rank if alpha is None else alpha, dropout)
     kinds = kinds_of(model, named(model, targets))
     for kind in kinds:
-        if budget.rank > min(shape := tuple(kind.weights[0].shape)):
-            raise InputError(f"rank {budget.rank} exceeds the smaller side of {kind.name}, {shape}")
-    return put(model, name, alpha, [Terms(kind, budget, alpha, dropout, generator) for kind in kinds])
+        kind.check_fits(budget)
+    generator = torch.Generator().manual_seed(seed)
+    return put(model, name, settings.alpha, [Terms(kind, settings, generator) for kind in kinds])
 
 
 def from_factors(model: nn.Module, factors: Mapping[str, RasaFactors], *, name: str = "default") -> Adapter:
@@ -252,6 +265,8 @@ def from_factors(model: nn.Module, factors: Mapping[str, RasaFactors], *, name: 
     A target must name modules of one kind and shape. Private terms get the mixing 1; every term is scaled so that its
     two factors are of equal norm. Raises InputError as `inject` does, and if the factors are of other sizes.
     """
+    if not factors:
+        raise InputError("there are no factors; give those of one target at least")
     terms: dict[str, Terms] = {}
     for target, one in factors.items():
         kinds = kinds_of(model, named(model, [target]))
@@ -259,7 +274,10 @@ def from_factors(model: nn.Module, factors: Mapping[str, RasaFactors], *, name: 
             found = some([kind.name for kind in kinds])
             raise InputError(f"{target!r} names modules of {len(kinds)} kinds, {found}; give factors for each")
         if kinds[0].name in terms:
-            raise InputError(f"{target!r} names modules that another target names too")
+            raise InputError(
+                f"{target!r} names modules of the kind {kinds[0].name!r}, and so does another target; all layers of a "
+                "kind have one pool, so give their factors together, by one target"
+            )
         terms[kinds[0].name] = _reconstructed(kinds[0], one)
     return put(model, name, 1.0, list(terms.values()))
 
@@ -271,7 +289,7 @@ def _reconstructed(kind: Kind, factors: RasaFactors) -> Terms:
             f"{kind.name}: the factors are of {factors.layers} layers and {R} pool terms, the model has {L} layers, "
             "each of which gives as many terms to the pool"
         )
-    terms = Terms(kind, RankBudget(q + R // L, R // L), 1.0, 0.0, torch.Generator())
+    terms = Terms(kind, Settings(RankBudget(q + R // L, R // L), 1.0), torch.Generator())
     if terms.shape != (found := (factors.shared_B.shape[0], factors.shared_A.shape[1])):
         raise InputError(f"{kind.name}: the factors are of shape {found}, the layers of {terms.shape}")
     terms.assign(factors)

@@ -18,10 +18,7 @@ _SHOWN = 4
 
 
 def named(model: nn.Module, targets: Sequence[str]) -> set[str]:
-    """The names of the modules that the targets mean.
-
-    Raises InputError if a target names nothing, or what no adapter can stand beside.
-    """
+    """The names of the modules that the targets mean, for `kinds_of`. Raises InputError if a target names nothing."""
     if isinstance(targets, str) or not targets:
         raise InputError(f"targets must be a list of names of modules, got {targets!r}")
     modules = dict(_walk(model))
@@ -35,9 +32,6 @@ def named(model: nn.Module, targets: Sequence[str]) -> set[str]:
         if not found:
             kinds = list(dict.fromkeys(Modules((name,)).kind for name in linear))
             raise InputError(f"target {target!r} names no Linear or Conv1D of the model, which has {some(kinds)}")
-        for name in found:
-            if reason := why_not_linear(modules[name]):
-                raise InputError(f"module {name!r} is {reason}; choose targets without it")
         chosen.update(found)
     return chosen
 
@@ -45,12 +39,19 @@ def named(model: nn.Module, targets: Sequence[str]) -> set[str]:
 def kinds_of(model: nn.Module, names: Collection[str]) -> list[Kind]:
     """These modules by kind and shape, in the order of the model; a kind of several shapes has the shape in its name.
 
-    Raises InputError if the weight of one is shared with another module, or the model cannot hold adapters.
+    Raises InputError if the model has no such module, no adapter can stand beside one, the weight of one is shared with
+    another module, or the model cannot hold adapters.
     """
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise InputError(f"a {type(model).__name__} takes all that is registered in it for its own; inject into a "
                          "module that has it as a part")  # fmt: skip
     modules = list(_walk(model))
+    there = dict(modules)
+    for name in names:
+        if name not in there:
+            raise InputError(f"the model has no module {name!r}")
+        if reason := why_not_linear(there[name]):
+            raise InputError(f"module {name!r} cannot be adapted: {reason}; choose targets without it")
     _check_not_shared(modules, names)
     found: dict[str, dict[tuple[int, ...], dict[str, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
     for name, module in modules:

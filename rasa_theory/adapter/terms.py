@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rasa_theory.errors import InputError
 from rasa_theory.exports import Modules
 from rasa_theory.factors import RasaFactors
 from rasa_theory.problem import RankBudget
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Kind(NamedTuple):
@@ -20,6 +24,39 @@ class Kind(NamedTuple):
     name: str
     modules: Modules
     weights: list[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, a) = (out, in) of an update."""
+        rows, columns = self.weights[0].shape
+        return (columns, rows) if self.modules.transposed else (rows, columns)
+
+    def check_fits(self, budget: RankBudget) -> None:
+        """Raise InputError if r exceeds min(b, a)."""
+        if budget.rank > min(self.shape):
+            raise InputError(f"rank {budget.rank} exceeds the smaller side of {self.name}, {self.shape}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What new terms are made with: ranks, alpha (the scale of the updates, as in LoRA), dropout on their input.
+
+    Raises InputError unless alpha is a finite number above 0 and 0 <= dropout < 1.
+    """
+
+    budget: RankBudget
+    alpha: float
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{name} must be a number, got {value!r}")
+        if not 0 < self.alpha <= _LARGEST:
+            raise InputError(f"alpha must be finite and above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
 def initial_mixing(q: int, R: int, alpha: float) -> Tensor:
@@ -40,27 +77,24 @@ class Terms(nn.Module):
     Every layer's own terms have the dtype and device of its weight, the pool those of the first.
     """
 
-    def __init__(
-        self, kind: Kind, budget: RankBudget, alpha: float, dropout: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, kind: Kind, settings: Settings, generator: torch.Generator) -> None:
         super().__init__()
-        weights, L = kind.weights, len(kind.weights)
-        b, a = weights[0].shape[::-1] if kind.modules.transposed else weights[0].shape
-        q, R = budget.private_rank, L * budget.shared_rank
-        self.kind, self.targets, self.budget, self.shape = kind.name, kind.modules, budget, (int(b), int(a))
+        weights, budget, (b, a) = kind.weights, settings.budget, kind.shape
+        q, R = budget.private_rank, budget.pool_rank(len(weights))
+        self.kind, self.targets, self.budget, self.shape = kind.name, kind.modules, budget, kind.shape
 
         def kaiming(rank: int) -> Tensor:
             return (2 * torch.rand(rank, a, generator=generator) - 1) / math.sqrt(a)
 
-        d = initial_mixing(q, R, alpha)
+        d = initial_mixing(q, R, settings.alpha)
         self.private_B = nn.ParameterList(nn.Parameter(W.new_zeros(b, q)) for W in weights)
         self.private_A = nn.ParameterList(nn.Parameter(kaiming(q).to(W)) for W in weights)
         self.mixing = nn.ParameterList(nn.Parameter(d.to(W, copy=True)) for W in weights)
         self.shared_B = nn.Parameter(weights[0].new_zeros(b, R))
         self.shared_A = nn.Parameter(kaiming(R).to(weights[0]))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(settings.dropout)
 
-    def train_only(self, trained: bool) -> None:
+    def set_trained(self, trained: bool) -> None:
         """Whether its parameters require gradients: all of them, but for the mixing where there is no pool."""
         self.requires_grad_(trained)
         self.mixing.requires_grad_(trained and self.budget.shared_rank > 0)
@@ -97,13 +131,21 @@ class Terms(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> RasaFactors:
-        """The same updates as factors of a reconstruction: the mixing of the private terms goes into B~_i."""
-        q, device = self.budget.private_rank, self.shared_A.device
-        mixing = torch.stack([d.to(device) for d in self.mixing])
+        """The same updates as factors of a reconstruction, at least in float32, on the device of the pool; copies.
+
+        The mixing of the private terms goes into B~_i.
+        """
+        q, pool = self.budget.private_rank, self.shared_A
+        wide = torch.promote_types(pool.dtype, torch.float32)
+
+        def stacked(parts: nn.ParameterList) -> Tensor:
+            return torch.stack([part.to(pool.device, wide) for part in parts])
+
+        mixing = stacked(self.mixing)
         return RasaFactors(
-            private_B=torch.stack([Bt.to(device) for Bt in self.private_B]) * mixing[:, None, :q],
-            private_A=torch.stack([At.to(device) for At in self.private_A]),
-            shared_B=self.shared_B.detach().clone(),
-            shared_A=self.shared_A.detach().clone(),
+            private_B=stacked(self.private_B) * mixing[:, None, :q],
+            private_A=stacked(self.private_A),
+            shared_B=self.shared_B.to(wide, copy=True),
+            shared_A=self.shared_A.to(wide, copy=True),
             mixing=mixing[:, q:].clone(),
         )
