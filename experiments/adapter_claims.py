@@ -15,7 +15,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from scipy import stats
 
 Row = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+STYLES = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in COLOURS]
 SMOOTH = 20  # steps
 
 
@@ -91,6 +92,7 @@ def common_mrr(runs: dict[str, dict[int, Row]], seed: int) -> float:
 
 
 def entropy_rank(sigma: Sequence[float]) -> float:
+    """exp of the entropy of the shares of energy: n for n equal singular values."""
     p = np.asarray(sigma) ** 2
     p = p[p > 0] / p.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
@@ -138,25 +140,25 @@ def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
 
 
-def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], colour: str, label: str) -> None:
-    """Mean over seeds, its interval, and the label at the end."""
+def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], style: dict[str, str], label: str) -> None:
+    """Mean over seeds, and its interval."""
     middle, half = np.transpose([interval(column) for column in zip(*ys, strict=True)])
-    axes.plot(x, middle, color=colour, lw=1.6, label=label)
-    axes.fill_between(x, middle - half, middle + half, color=colour, alpha=0.15, lw=0)
+    axes.plot(x, middle, lw=1.6, label=label, **style)
+    axes.fill_between(x, middle - half, middle + half, color=style["color"], alpha=0.15, lw=0)
 
 
 def plot_claims(runs: dict[str, dict[int, Row]], path: Path) -> None:
     """Learning: loss and MRR against the step. Forgetting: drift against MRR."""
     plain = {name: of for name, of in runs.items() if " from " not in name}
     figure, (loss, mrr, forget) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for (name, of), colour in zip(plain.items(), COLOURS, strict=False):
+    for (name, of), style in zip(plain.items(), cycle(STYLES), strict=False):
         rows = list(of.values())
         smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid") for r in rows]
-        band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, colour, name)
+        band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, style, name)
         steps = [look["step"] for look in rows[0]["looks"]]
-        band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], colour, name)
+        band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], style, name)
         at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
-        forget.plot(*at.T, "o-", color=colour, lw=1.4, ms=4, label=name)
+        forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **style)
     loss.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps", title="learning")
     mrr.set(xlabel="step", ylabel="validation MRR", title="learning")
     forget.set(xlabel="validation MRR", ylabel="drift of prose, 1 - mean cosine", title="forgetting, by performance")
@@ -176,7 +178,7 @@ def plot_updates(runs: dict[str, dict[int, Row]], path: Path) -> None:
             body.set_facecolor(COLOURS[0])
     used.set_xticks(range(len(names)), names, rotation=30)
     used.set(ylabel="entropy rank of an update", title="ranks that training uses, over layers, kinds and seeds")
-    for colour, (name, gains) in zip(COLOURS, predicted(runs).items(), strict=False):
+    for colour, (name, gains) in zip(cycle(COLOURS), predicted(runs).items(), strict=False):
         predicts.plot(*zip(*gains, strict=True), "o", color=colour, label=name)
     predicts.axhline(0, color="0.6", lw=0.8)
     predicts.set(xlabel="1 - e_rasa / e_lora of the full update", ylabel="test MRR, RaSA minus LoRA",
@@ -185,6 +187,11 @@ def plot_updates(runs: dict[str, dict[int, Row]], path: Path) -> None:
         predicts.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def total_error(full: Row, errors: dict[str, dict[str, float]], which: str) -> float:
+    """Squared error over all kinds; that of every kind is given relative to the energy of its update."""
+    return sum(e[which] * float(np.square(full["updates"][kind]["norms"]).sum()) for kind, e in errors.items())
 
 
 def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, float]]]:
@@ -197,7 +204,8 @@ def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, fl
         for seed in sorted(of.keys() & runs[versus].keys() & runs.get("full", {}).keys()):
             errors = runs["full"][seed]["reconstruction"].get(budget)
             if errors is not None:
-                gain = 1 - sum(e["e_rasa"] for e in errors.values()) / sum(e["e_lora"] for e in errors.values())
+                rasa, lora = (total_error(runs["full"][seed], errors, which) for which in ("e_rasa", "e_lora"))
+                gain = 1 - rasa / lora
                 better = of[seed]["test_mrr"] - runs[versus][seed]["test_mrr"]
                 found.setdefault(name, []).append((gain, better))
     return found
@@ -207,12 +215,12 @@ def plot_starts(runs: dict[str, dict[int, Row]], short_steps: int, path: Path) -
     """Starts from data beside random ones; steps count the full fine-tuning before."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for panel, method in zip(axes, ("lora(2)", "rasa(2,1)"), strict=True):
-        for colour, start in zip(COLOURS, ("", " from gradient", " from updates"), strict=False):
+        for style, start in zip(STYLES, ("", " from gradient", " from updates"), strict=False):
             if of := runs.get(method + start):
                 before = short_steps if "updates" in start else 0
                 steps = [before + look["step"] for look in next(iter(of.values()))["looks"]]
                 curves = [[look["validation_mrr"] for look in r["looks"]] for r in of.values()]
-                band(panel, steps, curves, colour, start.strip() or "random start")
+                band(panel, steps, curves, style, start.strip() or "random start")
         panel.set(xlabel="step", title=method)
         panel.legend(frameon=False)
     axes[0].set_ylabel("validation MRR")
@@ -231,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     plot_claims(runs, args.out / "train_adapters.png")
     plot_updates(runs, args.out / "adapter_updates.png")
     if any(" from " in name for name in runs):
-        short = next(iter(runs["lora(2)"].values()))["settings"]["short_steps"]
+        short = next(row for of in runs.values() for row in of.values())["settings"]["short_steps"]
         plot_starts(runs, short, args.out / "adapter_starts.png")
     for line in lines:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))

@@ -425,6 +425,8 @@ class Rows:
 def perform(runs: Sequence[Run], tuning: bool, rows: Rows, settings: Settings, jobs: int, keep: Path | None) -> None:
     """Run what is missing, one process per job; a run that is finished is written at once."""
     missing = [run for run in runs if rows.find(run, tuning) is None]
+    if not missing:
+        return
     tasks = [(run, settings, tuning, keep) for run in missing]
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=4) as pool:
