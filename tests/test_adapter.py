@@ -355,6 +355,31 @@ def test_switched_off_it_is_the_model_without_it() -> None:
     torch.testing.assert_close(model(data()), after)
 
 
+def test_answers_of_the_base_between_forward_and_backward_change_no_gradient() -> None:
+    model = small()
+    adapter = perturbed(ad.inject(model, KINDS, rt.RankBudget(4, 2)))
+    model(data()).square().sum().backward()
+    expected = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    loss = model(data()).square().sum()
+    with adapter.disabled():
+        assert not model(data()).requires_grad
+    loss.backward()
+    for p, gradient in zip(adapter.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
+def test_one_that_is_not_active_is_not_after_disabled_either() -> None:
+    model = small()
+    first = perturbed(ad.inject(model, KINDS, rt.RankBudget(4, 2), name="first"))
+    second = perturbed(ad.inject(model, KINDS, rt.RankBudget(2, 1), name="second"))
+    after = model(data())
+    with first.disabled():
+        assert torch.equal(model(data()), after)
+    assert (first.active, second.active) == (False, True)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in second.parameters()}
+
+
 def test_of_several_adapters_one_is_active() -> None:
     model = small()
     before = model(data())
@@ -378,8 +403,13 @@ def test_of_several_adapters_one_is_active() -> None:
     first.unload()
     torch.testing.assert_close(model(data()), two)
     assert isinstance(model.layers[0].up, nn.Linear)
+    for gone in (first.enable, first.unload):
+        with pytest.raises(rt.InputError, match="adapter 'first' has been unloaded"):
+            gone()
+    torch.testing.assert_close(model(data()), two)
     second.unload()
     torch.testing.assert_close(model(data()), before)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in small().named_modules()]
     assert list(model.state_dict()) == list(small().state_dict())
 
 
@@ -391,6 +421,23 @@ def test_merged_and_taken_out_it_is_a_plain_model() -> None:
     adapter.unload()
     assert list(model.state_dict()) == list(small().state_dict())
     torch.testing.assert_close(model(data()), after)
+
+
+def test_merged_and_taken_out_it_leaves_the_layers_to_the_others() -> None:
+    model = small()
+    first = perturbed(ad.inject(model, KINDS, rt.RankBudget(4, 2), name="first"))
+    second = perturbed(ad.inject(model, ["up"], rt.RankBudget(2, 1), name="second"), seed=9)
+    first.enable()
+    after = model(data())
+    first.merge()
+    first.unload()
+    torch.testing.assert_close(model(data()), after)
+    weights = {
+        f"layers.{i}.up.weight": model.layers[i].up.weight + second.delta_weight(f"layers.{i}.up") for i in range(3)
+    }
+    weights |= {f"layers.{i}.down.weight": model.layers[i].down.weight for i in range(3)}
+    second.enable()
+    torch.testing.assert_close(model(data()), torch.func.functional_call(small(), weights, (data(),)))
 
 
 def test_what_cannot_be_merged() -> None:
@@ -701,6 +748,13 @@ class Tied(nn.Module):
         self.attention = nn.MultiheadAttention(5, 1)
 
 
+def flat() -> nn.Linear:
+    """As where weights are spread over devices, each a part of a row of numbers."""
+    layer = nn.Linear(6, 9)
+    layer.weight = nn.Parameter(layer.weight.detach().flatten())
+    return layer
+
+
 def shaped(**layers: nn.Module) -> Model:
     """The model with other modules in its second block."""
     model = small()
@@ -741,6 +795,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
         ),
         "two kinds of module are called 'a__b'",
     ),
+    (lambda: ad.inject(shaped(up=flat()), ["up"], rt.RankBudget(2, 1)), "its weight is quantised, or no matrix"),
     (lambda: ad.from_factors(small(), {}), "there are no factors"),
 ]
 

@@ -95,25 +95,26 @@ class Adapter(nn.Module):
     def enable(self) -> None:
         """Apply its updates, and no other adapter's; its parameters alone require gradients.
 
-        Raises InputError while another one is merged.
+        Raises InputError, and changes nothing, while another one is merged, or if it is not in the model any more.
         """
+        layers = {name: self._layer(name) for name in self.targets}
         for other in adapters(self._model[0]).values():
             if other is not self:
                 other._stop()
         for name, at in self.targets.items():
-            self._layer(name).active = at
+            layers[name].active = at
         for terms in self.terms.values():
             terms.set_trained(True)
 
     def disable(self) -> None:
-        """Leave the model as it was without adapters; a merged one is taken out of the weights first."""
+        """Apply its updates no more, and train nothing of it; if merged, it is taken out of the weights first."""
         if self.merged:
             self.unmerge()
         self._stop()
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model without adapters, for a while; afterwards it is as it was, merged or not."""
+        """The model without it for a while, such as for the answers of the base; then as before, merged or not."""
         active, merged = self.active, self.merged
         self.disable()
         try:
@@ -165,23 +166,25 @@ class Adapter(nn.Module):
         """Take it out of the model; where no other adapter stands beside a layer, the layer itself comes back.
 
         What is merged stays in the weights: `merge` and `unload` leave a plain model that computes what this one did.
-        The weights of the model stay frozen.
+        The weights of the model stay frozen. Raises InputError if it is not in the model any more.
         """
-        model, place = self._model[0], getattr(self._model[0], PLACE)
         if not self.merged:
             self._stop()
-        del place[self.name]
-        others = {name for other in place.values() for name in other.targets}
+        model, place = self._model[0], getattr(self._model[0], PLACE)
+        others = {name for other in place.values() if other is not self for name in other.targets}
         for name, (terms, _) in self.targets.items():
             layer = self._layer(name)
             if layer.shows(terms):
                 layer.active, layer.merged = None, False
             if name not in others:
                 _replace(model, name, layer.base)
+        del place[self.name]
         if not len(place):
             delattr(model, PLACE)
 
     def _layer(self, name: str) -> AdaptedLinear:
+        if adapters(self._model[0]).get(self.name) is not self:
+            raise InputError(f"adapter {self.name!r} has been unloaded")
         layer = self._model[0].get_submodule(name)
         if not isinstance(layer, AdaptedLinear):
             raise InputError(f"module {name!r} of the model has been replaced since the adapter was injected")
