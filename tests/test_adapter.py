@@ -690,9 +690,14 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(other(ids).last_hidden_state, after)
     peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora"), autocast_adapter_dtype=False)
     torch.testing.assert_close(peft.double()(ids).last_hidden_state, after)
-    adapter.merge()
+    second = perturbed(ad.inject(model, targets, rt.RankBudget(2, 1), name="second"))
+    other = model(ids).last_hidden_state
+    second.merge()
+    torch.testing.assert_close(model(ids).last_hidden_state, other)
+    second.unload()
+    ad.load(model := copy.deepcopy(base), tmp_path / "rasa").merge()
     torch.testing.assert_close(model(ids).last_hidden_state, after)
-    adapter.unload()
+    ad.adapters(model)["default"].unload()
     torch.testing.assert_close(model(ids).last_hidden_state, after)
 
 
@@ -748,6 +753,15 @@ class Tied(nn.Module):
         self.attention = nn.MultiheadAttention(5, 1)
 
 
+def tied_later() -> Model:
+    """A layer that has an adapter, and later shares its weight."""
+    model = small()
+    ad.inject(model, ["up"], rt.RankBudget(2, 1))
+    model.other = nn.Linear(6, 9)
+    model.other.weight = model.layers[0].up.weight
+    return model
+
+
 def flat() -> nn.Linear:
     """As where weights are spread over devices, each a part of a row of numbers."""
     layer = nn.Linear(6, 9)
@@ -765,6 +779,11 @@ def shaped(**layers: nn.Module) -> Model:
 
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: ad.inject(small(), ["nothing"], rt.RankBudget(2, 1)), "target 'nothing' names no Linear .* 'up', 'down'"),
+    (lambda: ad.inject(small(), ["p"], rt.RankBudget(2, 1)), "target 'p' names no Linear"),
+    (
+        lambda: ad.inject(tied_later(), ["up"], rt.RankBudget(2, 1), name="second"),
+        "'layers.0.up' and 'other' share one",
+    ),
     (lambda: ad.inject(small(), ["*.nothing"], rt.RankBudget(2, 1)), "names no Linear or Conv1D of the model"),
     (lambda: ad.inject(small(), ["norm"], rt.RankBudget(2, 1)), "'norm' cannot be adapted: it is a LayerNorm, neither"),
     (lambda: ad.inject(small(), "up", rt.RankBudget(2, 1)), "targets must be a list of names"),

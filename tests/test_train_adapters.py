@@ -155,6 +155,8 @@ def test_mrr() -> None:
     answers = torch.eye(4)
     queries = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.9, 0.8, 0.1, 0.7], [0, 0, 0, 1]])
     assert experiment.mrr(queries, answers) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4)
+    for collapsed in (torch.ones(5, 4), torch.full((5, 4), torch.nan)):
+        assert experiment.mrr(collapsed, collapsed) == pytest.approx(1 / 5)
 
 
 # ---- the statistics
