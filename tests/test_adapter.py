@@ -621,6 +621,7 @@ def test_the_authors_layout_keeps_every_parameter(rank: int, k: int, tmp_path: P
         assert torch.equal(p, q), key
         assert p.requires_grad == q.requires_grad
     assert (again.alpha, again.terms["up"].dropout.p) == (5.0, 0.25)
+    assert ad.adapters(other) == {"again": again}
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     expected = {"peft_type": "RASA", "r": rank, "rasa_k": k, "rasa_alpha": 5.0, "base_model_name_or_path": "some/base"}
     assert expected.items() <= config.items()
@@ -686,6 +687,9 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
         assert adapter.delta_weight(target).shape == base.get_submodule(target).weight.shape
     ad.save(adapter, tmp_path / "rasa")
     ad.save(adapter, tmp_path / "lora", format="lora-exact-rasa")
+    for folder in ("rasa", "lora"):
+        written = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert written["fan_in_fan_out"] == (name == "gpt2")
     ad.load(other := copy.deepcopy(base), tmp_path / "rasa")
     torch.testing.assert_close(other(ids).last_hidden_state, after)
     peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora"), autocast_adapter_dtype=False)
@@ -723,6 +727,19 @@ def test_a_reconstruction_goes_into_a_model(k: int) -> None:
         torch.testing.assert_close(back.update(i), adapter.delta_weight(f"layers.{i}.up"))
     losses = trained(model, adapter, 5)
     assert losses[-1] < losses[0]
+
+
+def test_kinds_of_unequal_ranks_are_saved_as_lora_only(tmp_path: Path) -> None:
+    factors = {}
+    for kind, shape, rank in (("up", (3, 9, 6), 2), ("down", (3, 6, 9), 3)):
+        updates = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        factors[kind] = rt.solve_rasa(rt.LayerStack(updates), rt.RankBudget(rank, 1)).factors
+    adapter = ad.from_factors(model := small(), factors)
+    with pytest.raises(rt.InputError, match="different ranks, which the authors' layout cannot say"):
+        ad.save(adapter, tmp_path)
+    ad.save(adapter, tmp_path, format="lora-exact-rasa")
+    peft = PeftModel.from_pretrained(small(), str(tmp_path), autocast_adapter_dtype=False)
+    torch.testing.assert_close(peft.double()(data()), model(data()), rtol=1e-10, atol=1e-12)
 
 
 def test_factors_of_unequal_scale_fit_into_half_precision() -> None:
