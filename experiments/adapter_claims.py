@@ -99,10 +99,12 @@ def entropy_rank(sigma: Sequence[float]) -> float:
 
 
 def reference(name: str, runs: dict[str, dict[int, Row]]) -> str | None:
-    """LoRA at the same number of parameters."""
-    rank = name.partition("(")[2].partition(")")[0].split(",")[0]
-    lora = f"lora({rank})"
-    return lora if name.startswith("rasa") and lora in runs else None
+    """LoRA at the same number of parameters, from the same start if it ran."""
+    budget, _, start = name.partition(")")
+    if not budget.startswith("rasa("):
+        return None
+    lora = f"lora({budget.removeprefix('rasa(').split(',')[0]})"
+    return next((run for run in (lora + start, lora) if run in runs), None)
 
 
 def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:

@@ -204,6 +204,7 @@ def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
     runs = {name: {} for name in ("full", "lora(2)", "lora(8)", "lora(7)", "rasa(2,1)", "rasa(8,4)")}
     assert claims.reference("rasa(8,4)", runs) == "lora(8)"
     assert claims.reference("rasa(2,1) from gradient", runs) == "lora(2)"
+    assert claims.reference("rasa(2,1) from gradient", runs | {"lora(2) from gradient": {}}) == "lora(2) from gradient"
     assert claims.reference("lora(7)", runs) is None
 
 
