@@ -198,7 +198,8 @@ def test_drift_at_equal_mrr_is_interpolated_where_it_is_first_reached(
 def test_entropy_rank_counts_equal_values() -> None:
     assert claims.entropy_rank([3.0] * 5) == pytest.approx(5)
     assert claims.entropy_rank([2.0, 0.0]) == pytest.approx(1)
-    assert 1 < claims.entropy_rank([2.0, 1.0]) < 2
+    p = [0.8, 0.2]  # of the energy
+    assert claims.entropy_rank([2.0, 1.0]) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
 
 
 def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
@@ -215,14 +216,16 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
              "lora(2) from gradient", "rasa(2,1) from updates"]  # fmt: skip
     rows = [row(name, seed, [0.2, 0.4, 0.6 + 0.02 * n], [0.0, 0.1, 0.3], reconstruction={"2,1": errors})
             for n, name in enumerate(names) for seed in range(3)]  # fmt: skip
+    tuned = rows[0] | {"tuning": True, "run": {"seed": 100, "learning_rate": 1.0}}
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
+    file.write_text("\n".join(map(json.dumps, [tuned, *rows])))
     claims.main(["--rows", str(file), "--out", str(tmp_path)])
     assert "method=rasa(2,1) " in capsys.readouterr().out
     for name in ("train_adapters.csv", "train_adapters.png", "adapter_updates.png", "adapter_starts.png"):
         assert (tmp_path / name).stat().st_size > 0
     runs = claims.read(file)
     line = claims.table(runs)[2]
+    assert runs["full"].keys() == {0, 1, 2}
     assert (line["method"], line["seeds"]) == ("rasa(2,1)", 3)
     assert line["test_mrr_minus_lora"] == pytest.approx(0.02)
     assert line["drift_at_equal_mrr"] == pytest.approx(2 * (0.1 + 0.2 * 0.2 / 0.24))
