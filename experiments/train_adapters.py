@@ -48,7 +48,8 @@ import rasa_theory as rt
 from rasa_theory import adapter as adapters
 
 TARGETS = ["encoder.layer.*"]
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SHORT_RATE = 1e-4  # of the short full fine-tuning before the starts from data
 TUNING_SEED = 100
 BUDGETS = ((2, 1), (8, 1), (8, 4))  # of the reconstructions of full updates
 PROSE_PACKAGES = ("numpy", "scipy", "torch", "transformers", "matplotlib", "safetensors", "tqdm")
@@ -168,7 +169,8 @@ def mrr(queries: torch.Tensor, answers: torch.Tensor) -> float:
 
     So a model that has collapsed, and gives all texts one embedding, has 1 / n, not 1.
     """
-    scores = queries @ answers.T
+    with torch.autocast("cpu", enabled=False):  # bfloat16 would make ties
+        scores = queries @ answers.T
     rank = len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)
     return float((1 / rank.double()).mean())
 
@@ -270,6 +272,8 @@ def execute(run: Run, settings: Settings, tuning: bool, keep: Path | None = None
     row["looks"] = [] if tuning else [{"step": 0} | look(encoder, settings, before)]
     plain = {name: value.clone() for name, value in encoder.model.state_dict().items()} if run.method == "full" else {}
     parameters, adapter = prepared(encoder, run, settings)
+    if row["looks"] and run.start == "updates":  # which begins elsewhere than the model before
+        row["looks"] = [{"step": 0} | look(encoder, settings, before)]
 
     def watch(step: int) -> None:
         if step == settings.steps or (not tuning and step % settings.every == 0):
@@ -350,7 +354,7 @@ def factors_of_data(run: Run, settings: Settings) -> dict[str, rt.RasaFactors]:
     plain = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     short = replace(settings, steps=settings.short_steps, warmup=min(settings.warmup, settings.short_steps))
     if run.start == "updates":
-        train(encoder, list(encoder.model.parameters()), short, GRID[0], run.seed + 1000, lambda _: None)
+        train(encoder, list(encoder.model.parameters()), short, SHORT_RATE, run.seed + 1000, lambda _: None)
         stacks = updates(encoder, plain, None)
     else:
         torch.manual_seed(run.seed)

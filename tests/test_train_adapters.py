@@ -135,7 +135,7 @@ def test_the_methods_have_equal_parameters_or_the_largest_rank() -> None:
 
 def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
-    base, scores = run_of("lora", 2, 0), dict(zip(experiment.GRID, (0.1, 0.3, 0.5, 0.4, 0.2), strict=True))
+    base, scores = run_of("lora", 2, 0), dict(zip(experiment.GRID, (0.05, 0.1, 0.3, 0.5, 0.4, 0.2), strict=True))
     for rate, score in scores.items():
         for seed, shift in ((experiment.TUNING_SEED, 0.0), (0, 1.0 * (rate == 1e-2))):
             run = replace(base, learning_rate=rate, seed=seed)
