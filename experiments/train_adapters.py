@@ -1,8 +1,8 @@
 """Does RaSA learn more and faster than LoRA at equal parameters, and does it forget less? all-MiniLM-L6-v2, trained.
 
     python experiments/train_adapters.py --rank 2 --jobs 2           the full protocol
-    python experiments/train_adapters.py --rank 8 --seeds 3 --jobs 2
-    python experiments/train_adapters.py --rank 2 --data-starts --jobs 2
+    python experiments/train_adapters.py --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 --jobs 2
+    python experiments/train_adapters.py --rank 8 --seeds 3 --rates 3e-4 1e-3 3e-3 --jobs 2
     python experiments/train_adapters.py --smoke                      three steps of each method, for function only
 
 The task is that of the bundled updates (`finetune_minilm.py`): to find Python functions by their docstrings, InfoNCE
@@ -451,10 +451,15 @@ def _execute(task: tuple[Run, Settings, bool, Path | None]) -> dict[str, Any]:
     return execute(*task)
 
 
-def chosen_rate(run: Run, rows: Rows) -> float:
-    """The learning rate of the grid with the best validation MRR."""
-    tried = [rows.find(replace(run, learning_rate=rate, seed=TUNING_SEED), True) for rate in GRID]
-    return max(GRID, key=lambda rate: tried[GRID.index(rate)]["looks"][-1]["validation_mrr"])  # type: ignore[index]
+def chosen_rate(run: Run, rows: Rows, rates: Sequence[float] = GRID) -> float:
+    """The learning rate with the best validation MRR."""
+
+    def validation(rate: float) -> float:
+        row = rows.find(replace(run, learning_rate=rate, seed=TUNING_SEED), True)
+        assert row is not None
+        return float(row["looks"][-1]["validation_mrr"])
+
+    return max(rates, key=validation)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -462,23 +467,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=2, help="r of LoRA and RaSA")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method at its learning rate")
     parser.add_argument("--data-starts", action="store_true", help="the starts from data, in place of the methods")
+    parser.add_argument("--rates", type=float, nargs="+", default=GRID, help="learning rates to choose from")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("figures/train_adapters.jsonl"))
     parser.add_argument("--keep", type=Path, help="folder for the trained adapters, as PEFT LoRA")
     parser.add_argument("--smoke", action="store_true", help="three steps of each method on few pairs")
     args = parser.parse_args(arguments)
-    settings, rates = Settings(), GRID
+    settings, rates = Settings(), args.rates
     if args.smoke:
         settings = Settings(steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8, every=3,
                             short_steps=1)  # fmt: skip
         rates = GRID[:1]
+
+    def rates_of(run: Run) -> Sequence[float]:
+        return GRID if run.method == "full" else rates  # its best one is far from the adapters'
+
     rows = Rows(args.out, settings)
     compared = methods(args.rank, args.data_starts)
     if not args.smoke:
-        trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates]
+        trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates_of(run)]
         perform(trials, True, rows, settings, args.jobs, None)
     final = [
-        replace(run, learning_rate=rates[0] if args.smoke else chosen_rate(run, rows), seed=seed)
+        replace(run, learning_rate=rates[0] if args.smoke else chosen_rate(run, rows, rates_of(run)), seed=seed)
         for seed in range(1 if args.smoke else args.seeds)
         for run in compared
     ]
