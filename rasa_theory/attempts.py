@@ -37,8 +37,9 @@ def random_attempt(
     seed: int,
     callback: Callback | None = None,
     start: RasaFactors | None = None,
+    iterations: int = ITERATIONS,
 ) -> Attempt:
-    """Run at most 60 iterations; end 10 after the crossing, but not before the 30th, unless the pool degenerates.
+    """Run at most so many iterations; end 10 after the crossing, but not before the 30th, unless the pool degenerates.
 
     One iteration is one cycle of private SVDs, D, B_S and A_S (He et al., 2025, Section 3). The start is
     `random_start`: a random pool that nobody uses yet, unless `start` gives another. An error counts as below e_lora
@@ -50,7 +51,7 @@ def random_attempt(
     margin = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
     below = max(math.sqrt(e_lora) / stack.scale - margin, 0.0) ** 2
     crossed: int | None = None
-    while run.stop_reason is None and run.sweeps < ITERATIONS:
+    while run.stop_reason is None and run.sweeps < iterations:
         if crossed is not None and run.sweeps >= max(AT_LEAST, crossed + AFTER_CROSSING):
             break
         run.run(run.sweeps + 1, 0.0, callback, stack.scale)

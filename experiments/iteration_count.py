@@ -1,0 +1,277 @@
+"""After how many iterations is RaSA below LoRA's minimum? When are "about 10" right, when not, and why?
+
+    python experiments/iteration_count.py --jobs 2         all of it, a row of the table at a time; goes on where it was
+    python experiments/iteration_count.py --figure         from the table that is there
+    python experiments/iteration_count.py --smoke
+
+One attempt is the paper's: a random pool, then cycles of private SVDs, D, B_S, A_S until ten cycles after the first
+error below e_lora, at most 200. Parts:
+
+    real        the bundled updates, r = 4, 8, 16, k = 1, 2, 4, r
+    synthetic   spectra j^-p, p = 0.3, 0.7, 1.2, flat to steep, by how much of their bases the layers share
+    pool        how large the random pool is at the start, and of what kind: dyads of random units, of the layers' own
+                singular vectors, or Gaussian matrices (rows and columns of unequal length)
+    layers      the first 2, 3, 4, 6 of the bundled layers, and 2 to 32 synthetic ones
+
+Written to --out: iteration_count.csv, one row per attempt: the first iteration below e_lora (empty: none), errors after
+10, 30, 60 iterations and in the end, and the closed forms, all in units of e_lora; and iteration_count.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per processor, see --jobs
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import rasa_theory as rt
+from rasa_theory.attempts import median_iterations, random_attempt
+from rasa_theory.sources import synthetic_stack
+from rasa_theory.starts import random_start
+
+ITERATIONS = 200
+SEEDS = 10
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attempt. `stack`: a bundled one, or `power:P` for sigma_j = j^-P with `overlap` of common bases."""
+
+    part: str
+    stack: str
+    layers: int
+    rank: int
+    k: int
+    seed: int
+    overlap: float = 0.0
+    pool: str = "units"
+    size: float = 0.0
+
+
+MEASURES = ("iterations", "at_10", "at_30", "at_60", "end", "steps", "e_alloc", "floor", "e_lora")
+COLUMNS = (*Case.__dataclass_fields__, *MEASURES)
+
+
+def cases(seeds: int) -> Iterator[Case]:
+    """All attempts, the cheap and telling ones first."""
+    real = ("query", "key", "value", "attention_output")
+    for seed in range(seeds):
+        for stack in real:
+            for r in (8, 4, 16):
+                for k in sorted({1, 2, 4, r}):
+                    yield Case("real", stack, 6, r, k, seed)
+        for p in ("power:0.3", "power:0.7", "power:1.2"):
+            for overlap in (0.0, 0.5, 1.0):
+                for k in (1, 4):
+                    yield Case("synthetic", p, 6, 8, k, seed, overlap)
+        for stack, overlap in (("attention_output", 0.0), ("query", 0.0), ("power:0.7", 0.5)):
+            for pool in ("units", "own", "gaussian"):
+                for size in (0.01, 0.1, 0.3, 1.0):
+                    yield Case("pool", stack, 6, 8, 1, seed, overlap, pool, size)
+        for stack in ("attention_output", "query"):
+            for L in (2, 3, 4):
+                yield Case("layers", stack, L, 8, 1, seed)
+        for L in (2, 6, 12, 32):
+            yield Case("layers", "power:0.7", L, 8, 1, seed, 0.5)
+
+
+@cache
+def stack_of(name: str, layers: int, overlap: float) -> rt.LayerStack:
+    if name.startswith("power"):
+        return synthetic_stack(layers, (128, 128), name, overlap, seed=0)
+    whole = next(stack for stack in rt.load("minilm-code")[0] if stack.name == name)
+    return whole if layers == whole.layers else rt.LayerStack(whole.values[:layers], name)
+
+
+@cache
+def closed_forms(name: str, layers: int, overlap: float, rank: int, k: int) -> dict[str, float]:
+    stack, budget = stack_of(name, layers, overlap), rt.RankBudget(rank, k)
+    e_lora = rt.solve_lora(stack, rank).error
+    return {
+        "e_alloc": rt.allocation_bound(stack, budget).value / e_lora,
+        "floor": rt.lower_bound(stack, budget).value / e_lora,
+        "e_lora": e_lora,
+    }
+
+
+def start_of(stack: rt.LayerStack, case: Case) -> rt.RasaFactors:
+    """The random pool: its terms have size^2 ||M||^2 in all, or D = 0.
+
+    units: random unit columns and rows; own: singular vectors of layers, at random; gaussian: of random length.
+    """
+    budget = rt.RankBudget(case.rank, case.k)
+    factors = random_start(stack, budget, case.seed, case.size)
+    if case.pool == "units":
+        return factors
+    generator = torch.Generator().manual_seed(case.seed + 10_000)
+    R = budget.pool_rank(stack.layers)
+    if case.pool == "own":
+        U, _, Vh = torch.linalg.svd(stack.values.double(), full_matrices=False)
+        layer = torch.randint(stack.layers, (R,), generator=generator)
+        j = torch.randint(min(64, U.shape[2]), (R,), generator=generator)
+        B_S, A_S = U[layer, :, j].T, Vh[layer, j]
+    else:
+        B_S = factors.shared_B * torch.rand(R, generator=generator, dtype=torch.float64).mul(4).sub(2).exp()
+        A_S = factors.shared_A
+    pool = torch.einsum("lr,rs,ls->", factors.mixing, (B_S.T @ B_S) * (A_S @ A_S.T), factors.mixing)
+    D = factors.mixing * case.size * (stack.norm_squared / pool) ** 0.5
+    return rt.RasaFactors(factors.private_B, factors.private_A, B_S, A_S, D)
+
+
+def attempt(case: Case) -> dict[str, Any]:
+    """One row."""
+    torch.set_num_threads(1)
+    stack, budget = stack_of(case.stack, case.layers, case.overlap), rt.RankBudget(case.rank, case.k)
+    known = closed_forms(case.stack, case.layers, case.overlap, case.rank, case.k)
+    e_lora = known["e_lora"]
+    found = random_attempt(stack, budget, e_lora, case.seed, start=start_of(stack, case), iterations=ITERATIONS)
+    history = [error / e_lora for error in found.history]
+    reached = {f"at_{n}": history[n] if n < len(history) else None for n in (10, 30, 60)}
+    return (
+        asdict(case) | {"iterations": found.iterations, "end": history[-1], "steps": len(history) - 1} | reached | known
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        for key, value in row.items():
+            if key not in ("part", "stack", "pool"):
+                row[key] = None if value == "" else float(value)
+        for key in ("layers", "rank", "k", "seed"):
+            row[key] = int(row[key])
+    return rows
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(**{key: row[key] for key in Case.__dataclass_fields__})
+
+
+def perform(missing: Sequence[Case], path: Path, jobs: int) -> None:
+    """Append a row per attempt as it ends."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            for row in tqdm(pool.imap_unordered(attempt, missing), total=len(missing), mininterval=10):
+                writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
+                file.flush()
+
+
+def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """By the values of `keys`: lower median of the iterations, range of those that crossed, and the share that did."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    lines = []
+    for values, group in groups.items():
+        counts = [None if row["iterations"] is None else int(row["iterations"]) for row in group]
+        crossed = sorted(n for n in counts if n is not None)
+        lines.append(
+            dict(zip(keys, values, strict=True))
+            | {"median": median_iterations(counts), "first": crossed[0] if crossed else None,
+               "last": crossed[-1] if crossed else None, "crossed": len(crossed), "attempts": len(group),
+               "by_10": sum(n <= 10 for n in crossed), "room": 1 - group[0]["e_alloc"]}
+        )  # fmt: skip
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- the figure
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Crossings by stack and k, by spectrum and overlap, by the pool at the start, by the number of layers."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    ((real, synthetic), (pool, layers)) = figure.subplots(2, 2)
+    of = {part: [row for row in rows if row["part"] == part] for part in ("real", "synthetic", "pool", "layers")}
+    eight = [row for row in of["real"] if row["rank"] == 8]
+    _columns(real, eight, "stack", "k", "k = {}", "bundled updates, r = 8")
+    _columns(
+        synthetic,
+        [row for row in of["synthetic"] if row["k"] == 1],
+        "stack",
+        "overlap",
+        "{:g} common",
+        "synthetic, r = 8, k = 1",
+    )
+    _columns(pool, [row for row in of["pool"] if row["stack"] == "attention_output"], "pool", "size", "size {:g}",
+             "attention output, k = 1: pool at the start")  # fmt: skip
+    bundled = [
+        row
+        for row in [*of["layers"], *eight]
+        if row["k"] == 1 and row["stack"] in ("attention_output", "query", "power:0.7")
+    ]
+    _columns(layers, bundled, "stack", "layers", "L = {}", "number of layers, r = 8, k = 1")
+    return figure
+
+
+def _columns(axes: Any, rows: Sequence[dict[str, Any]], outer: str, inner: str, label: str, title: str) -> None:
+    """A column of attempts per value of `inner`, grouped by `outer`; those that never cross stand on top."""
+    never, ticks, x = ITERATIONS * 1.6, [], 0.0
+    for n, name in enumerate(dict.fromkeys(row[outer] for row in rows)):
+        begin = x
+        for value in sorted({row[inner] for row in rows if row[outer] == name}):
+            group = [row for row in rows if row[outer] == name and row[inner] == value]
+            heights = [row["iterations"] or never for row in group]
+            jitter = [x + 0.5 * (i / max(len(heights) - 1, 1) - 0.5) for i in range(len(heights))]
+            axes.plot(jitter, heights, "o", ms=3, alpha=0.6, color=COLOURS[n % len(COLOURS)])
+            median = median_iterations([None if row["iterations"] is None else int(row["iterations"]) for row in group])
+            axes.plot([x - 0.35, x + 0.35], [median or never] * 2, color="black", lw=1.5)
+            ticks.append((x, label.format(value)))
+            x += 1
+        axes.annotate(str(name), ((begin + x - 1) / 2, 1.0), (0, -4), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="center", va="top", color=COLOURS[n % len(COLOURS)])  # fmt: skip
+        x += 0.7
+    axes.axhline(10, color="0.7", lw=0.8)
+    axes.set_yscale("log")
+    axes.set_ylim(1, never * 2.2)
+    axes.set_yticks([1, 3, 10, 30, 100, never], ["1", "3", "10", "30", "100", "never"])
+    axes.set_xticks([t for t, _ in ticks], [text for _, text in ticks], rotation=60, fontsize=7)
+    axes.set_title(title, fontsize=10)
+    axes.set_ylabel("first iteration below LoRA")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument("--figure", action="store_true", help="draw what is there, run nothing")
+    parser.add_argument("--smoke", action="store_true", help="a few attempts of each part")
+    args = parser.parse_args(arguments)
+    table = args.out / "iteration_count.csv"
+    if not args.figure:
+        known = {astuple(case_of(row)) for row in read(table)}
+        wanted = list(cases(1 if args.smoke else args.seeds))
+        if args.smoke:
+            wanted = [case for case in wanted if case.stack.startswith("power") and case.layers <= 6][::5]
+        perform([case for case in wanted if astuple(case) not in known], table, args.jobs)
+    rows = read(table)
+    plot(rows).savefig(args.out / "iteration_count.png", dpi=130)
+    for line in summary(rows, ("part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
+        print({key: round(x, 4) if isinstance(x, float) and math.isfinite(x) else x for key, x in line.items()})
+
+
+if __name__ == "__main__":
+    main()
