@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from rasa_theory.errors import InputError
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile("(can't|cannot) allocate|not enough memory|out of memory|size calculation overflowed", re.I)
 
 # ---- arguments and exit statuses
@@ -138,7 +140,10 @@ def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
             fill(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name another folder with --out") from None
+        advice = "name another folder with --out"
+        if error.errno in _FULL:
+            advice = f"make room and give the same command again, or {advice}"
+        raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

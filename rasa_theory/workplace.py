@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,10 @@ from rasa_theory.sources.headers import read_header
 _BEGINNING = 1 << 20  # bytes
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
 _LOCK = "lock"  # among the parts
-_FINAL = ("report.json", "adapter_model.safetensors", "adapter_config.json", "diff.safetensors.index.json", "README.md")
+_UNFINISHED = re.compile(  # what `write_file` calls our files while it writes them
+    r"\.(report\.(json|csv|png)|README\.md|adapter_(model\.safetensors|config\.json)"
+    r"|diff(-\d+\.safetensors|\.safetensors\.index\.json))\.[0-9a-f]{16}"
+)
 
 
 class Workplace:
@@ -50,6 +54,7 @@ class Workplace:
     def __enter__(self) -> Workplace:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.parts / _LOCK)
+        self._sweep()
         if not (self.parts / "manifest.json").exists():
             for stale in self.parts.iterdir():  # of no plan that is known
                 if stale.name != _LOCK:
@@ -123,8 +128,12 @@ class Workplace:
     def clear(self) -> None:
         """Remove the parts, and files that a killed process did not finish."""
         shutil.rmtree(self.parts, ignore_errors=True)
-        for name in _FINAL:
-            for file in self.out.glob(f".{name}.*"):
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left unfinished, here and in the folders of tasks."""
+        for file in [*self.out.glob(".*"), *self.out.glob("*/.*")]:
+            if _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """From two checkpoints to an adapter: PEFT loads it, the report says what it misses, and nothing is lost on the way."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -537,6 +538,47 @@ def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(workplace.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
     with workplace.Workplace(tmp_path, plan) as place:
         assert place.note("x", lambda: 1) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
+def test_a_folder_that_was_left_lets_the_next_in(tmp_path):
+    first = workplace.Workplace(tmp_path, {"settings": {}})
+    with first, pytest.raises(InputError, match="another process"), workplace.Workplace(tmp_path, first.plan):
+        pass
+    with workplace.Workplace(tmp_path, first.plan):
+        pass
+
+
+def test_what_a_killed_process_left_unfinished_goes(tmp_path):
+    """Whichever of our files it was writing; hidden files of others stay."""
+    names = ["report.csv", "report.png", "README.md", "diff-00002.safetensors", "diff.safetensors.index.json"]
+    unfinished = [f".{name}.{'0a' * 8}" for name in names]
+    unfinished.append(f"0-task/.adapter_model.safetensors.{'1b' * 8}")
+    (tmp_path / "0-task").mkdir()
+    (tmp_path / ".extract").mkdir()
+    (tmp_path / ".extract" / "manifest.json").write_text('{"plan": {"settings": {}}}')
+    for name in [*unfinished, ".hidden"]:
+        (tmp_path / name).write_text("half")
+    with workplace.Workplace(tmp_path, {"settings": {}}):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".extract", ".hidden", "0-task"]
+        assert not list((tmp_path / "0-task").iterdir())
+
+
+def test_a_disk_that_becomes_full_is_said_with_what_to_do(llamas, tmp_path, monkeypatch, capsys):
+    folder, _ = llamas
+    real = extract.plot_extraction
+
+    def full(report):
+        figure = real(report)
+        figure.savefig = lambda *rest, **more: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        return figure
+
+    monkeypatch.setattr(extract, "plot_extraction", full)
+    assert run(folder, tmp_path / "out", *options()) == 2
+    assert "report.png: No space left on device; make room and give the same command again" in capsys.readouterr().err
+    monkeypatch.setattr(extract, "plot_extraction", real)
+    monkeypatch.setattr(extract, "extract_stack", None)  # all of them are done
+    assert run(folder, tmp_path / "out", *options()) == 0
 
 
 def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypatch, capsys):
