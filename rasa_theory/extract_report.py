@@ -72,8 +72,8 @@ def _left_out(report: dict[str, Any]) -> list[str]:
     return textwrap.wrap(f"Left out, by share of the squared norm: {shares}.", _WIDTH, break_on_hyphens=False)
 
 
-def _chosen(number: int | None) -> str:
-    return "chosen for each layer" if number is None else str(number)
+def _chosen(number: int | None, what: str) -> str:
+    return f"chosen for each {what}" if number is None else str(number)
 
 
 def _ranks(row: dict[str, Any]) -> str:
@@ -110,8 +110,12 @@ def extraction_csv(report: dict[str, Any]) -> str:
 def model_card(report: dict[str, Any]) -> str:
     """README.md of the adapter's folder, with the header that a model hub reads."""
     settings, total = report["plan"]["settings"], totals(report)
-    written = max(rank for row in report["stacks"] for rank in row["ranks"].values())
-    named = {"rank": _chosen(settings["rank"]), "k": _chosen(settings["k"]), "written": written}
+    written = sorted({rank for row in report["stacks"] for rank in row["ranks"].values()})
+    named = {
+        "rank": _chosen(settings["rank"], "layer"),
+        "k": _chosen(settings["k"], "kind of module"),
+        "written": " or ".join(map(str, written)),
+    }
     what = _WHAT[settings["format"]].format(**named, source=report["source"])
     peft = settings["format"].startswith("lora")
     header = ["library_name: peft"] if peft else []

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import InputError, LayerStack, extract, extraction, preflight, reconstruct, storage, workplace
+from rasa_theory import InputError, LayerStack, extract, extraction, preflight, reconstruct, sources, storage, workplace
 from rasa_theory.exports import Modules
 from rasa_theory.extract import main
+from rasa_theory.extract_report import model_card
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 
 peft = pytest.importorskip("peft")
@@ -637,6 +638,36 @@ def test_two_different_models_are_one_sentence(llamas, tmp_path, capsys):
         (sentence,) = capsys.readouterr().err.splitlines()
         assert f": no matrix of {pair[3]}, such as 'lm_head.weight', is in {pair[1]}, which has others, " in sentence
     assert not out.exists()
+
+
+def test_an_adapter_is_no_half_of_a_pair_and_all_missing_paths_are_named(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    few = ("--rank", "2", "--k", "0", "--modules", "*self_attn.v*")
+    assert run(folder, tmp_path / "adapter", *few) == 0
+    adapter, base = str(tmp_path / "adapter"), str(folder / "base")
+    capsys.readouterr()
+    for pair in ((base, adapter), (adapter, base), (adapter, adapter)):
+        assert main(["--base", pair[0], "--tuned", pair[1], "--out", str(tmp_path / "out")]) == 2
+        assert (
+            f"{adapter} is the folder of an adapter, not a model; give it alone as --source" in capsys.readouterr().err
+        )
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", tmp_path)
+    shutil.copy(next((folder / "base").glob("*.safetensors")), tmp_path / "model.safetensors")
+    sources._refuse_adapters([tmp_path])  # a model beside the configuration of an adapter
+    assert main(["--base", "nowhere", "--tuned", "neither", "--out", str(tmp_path / "out")]) == 2
+    assert "'nowhere' and 'neither' do not exist; give a .safetensors file or a dir" in capsys.readouterr().err
+
+
+def test_the_card_says_what_is_chosen_and_every_rank_that_is_written(llamas, tmp_path):
+    folder, _ = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "lm_head*", "--rank", "3", "--sweeps", "2")
+    few += ("--format", "lora-exact-rasa")
+    assert run(folder, tmp_path / "one", *few, "--k", "1") == 0
+    report = report_of(tmp_path / "one")
+    report["stacks"] += [{**report["stacks"][0], "ranks": {"lm_head": 3}}]
+    assert "RaSA of rank 3 with k = 1, written exactly as a LoRA of rank 3 or 5, stored" in model_card(report)
+    assert run(folder, tmp_path / "auto", *few, "--k", "auto") == 0
+    assert "with k = chosen for each kind of module, written" in (tmp_path / "auto" / "README.md").read_text()
 
 
 def test_there_is_no_default_source(tmp_path, capsys):

@@ -29,6 +29,7 @@ from rasa_theory import (
 )
 from rasa_theory.sources import BUNDLED, load, open_source, planted_stack, provenance, synthetic_stack
 from rasa_theory.sources.grouping import Entry, Group, group
+from rasa_theory.sources.pair import Prefix
 from rasa_theory.sources.synthetic import singular_values
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -289,6 +290,17 @@ def test_a_pair_whose_names_differ_by_a_prefix(
     assert catalogue.left_out == [("classifier.weight", f"in {paths[longer]} but not in {paths[other]}")]
     said = f"{if_longer if longer == 'tuned' else if_shorter} the names of {paths['tuned']}"
     assert catalogue.source == f"{paths['tuned']} minus {paths['base']} ({said})"
+
+
+def test_a_prefix_is_put_only_before_names_that_begin_as_it_says(tmp_path: Path) -> None:
+    """`tok` of the tuned checkpoint is not `model.text.tok`, though that has its shape."""
+    prefix = Prefix(base="model.text.", tuned="model.")
+    tuned = layers_of(["model.layers.0.q", "model.layers.1.q", "tok"])
+    base = {prefix.in_base(name): t for name, t in layers_of(list(tuned)).items() if name != "tok"}
+    save_file(base | {"model.text.tok": matrix()}, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    paths = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
+    assert [name for name, _ in open_source(**paths).left_out] == ["model.text.tok", "tok"]
 
 
 def test_a_pair_with_a_prefix_reads_from_disk_as_from_memory(tmp_path: Path) -> None:

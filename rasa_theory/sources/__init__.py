@@ -11,7 +11,7 @@ import torch
 from rasa_theory.errors import InputError
 from rasa_theory.inputs import compute_device, compute_dtype
 from rasa_theory.problem import LayerStack, whole_number
-from rasa_theory.sources.adapters import CONFIG, base_of, open_adapter, open_adapters
+from rasa_theory.sources.adapters import CONFIG, WEIGHTS, base_of, open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
@@ -64,15 +64,17 @@ def open_source(
     if adapters is not None:
         if base is not None or tuned is not None:
             raise InputError("--adapters and --base with --tuned exclude each other; give one of them")
-        return open_adapters([_existing(path) for path in adapters], memory)
+        return open_adapters(_existing(adapters, "the folders of PEFT LoRA adapters"), memory)
     if base is not None and tuned is not None:
-        return open_pair(_existing(base), _existing(tuned), memory, alone)
+        before, after = _existing([base, tuned], "a .safetensors file or a directory of them")
+        _refuse_adapters((before, after))
+        return open_pair(before, after, memory, alone)
     if base is not None or tuned is not None:
         given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
         raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
     if source in BUNDLED:
         return open_bundled(source, memory)
-    path = _existing(source)
+    (path,) = _existing([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
     if (path / CONFIG).is_file():
         return open_adapter(path, memory, alone)
     suffix = path.suffix.lower()
@@ -105,8 +107,19 @@ def load(
     return [stack.load(target, place) for stack in catalogue.stacks], catalogue.left_out
 
 
-def _existing(source: str) -> Path:
-    name = os.path.expanduser(source)
-    if not os.path.exists(name):  # unlike Path.exists, False also for the empty name and for impossible ones
-        raise InputError(f"{source!r} does not exist; give a file, a directory or a bundled set ({', '.join(BUNDLED)})")
-    return Path(name)
+def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
+    """Their paths. Raises InputError, naming all of them, if some are not there."""
+    names = [os.path.expanduser(source) for source in sources]
+    # unlike Path.exists, os.path.exists is False also for the empty name and for impossible ones
+    if missing := [repr(s) for s, name in zip(sources, names, strict=True) if not os.path.exists(name)]:
+        raise InputError(f"{' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist; give {wanted}")
+    return [Path(name) for name in names]
+
+
+def _refuse_adapters(models: Sequence[Path]) -> None:
+    """Raise InputError where one of a pair is the folder of an adapter: a difference of factors is no update."""
+    for path in models:
+        if (path / CONFIG).is_file() and [file.name for file in path.glob("*.safetensors")] == [WEIGHTS]:
+            raise InputError(
+                f"{path} is the folder of an adapter, not a model; give it alone as --source, or several as --adapters"
+            )
