@@ -138,13 +138,13 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
     check(job, None if args.dry_run else Path(args.out))
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
-        print(forecast(job), file=text)
+        print(forecast(job, Path(args.out)), file=text)
         return 0
     out = output_folder(args.out)
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
-    say_left_out(job.catalogue.left_out, "report.json")
     place = Workplace(out, job.plan())
+    say_left_out(job.catalogue.left_out, "report.json")
     if place.finished:
         print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))

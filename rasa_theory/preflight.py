@@ -100,15 +100,23 @@ def _unclear(job: Job, source: StackSource) -> bool:
 
 def _room(job: Job, out: Path) -> list[str]:
     """The sentence that says that the disk is too small, if it is: for the parts and the whole, less what is there."""
-    parent = out
-    while not parent.exists():
-        parent = parent.parent
     there = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.is_dir() else 0
-    copies = 1 if job.settings.format == "diff" else 2
-    wanted, free = copies * adapter_bytes(job) - there, shutil.disk_usage(parent).free
+    wanted, free = _copies(job) * adapter_bytes(job) - there, _free(out)
     if wanted <= free:
         return []
     return [f"--out {out} needs {wanted / 2**30:.3g} GiB, of which {free / 2**30:.3g} GiB are free; name another disk"]
+
+
+def _copies(job: Job) -> int:
+    """How often the adapter is on disk at most: dense updates are written where they stay."""
+    return 1 if job.settings.format == "diff" else 2
+
+
+def _free(out: Path) -> int:
+    """Free bytes where `out` is, or is to be."""
+    while not out.exists():
+        out = out.parent
+    return shutil.disk_usage(out).free
 
 
 # ---- what it will take
@@ -128,8 +136,8 @@ def adapter_bytes(job: Job) -> int:
     return numbers * STORED[settings.dtype].itemsize
 
 
-def forecast(job: Job) -> str:
-    """What would be extracted, with its sizes, memory and time, for --dry-run."""
+def forecast(job: Job, out: Path) -> str:
+    """What would be extracted into `out`, with its sizes, memory and time, for --dry-run."""
     settings, catalogue = job.settings, job.catalogue
     lines, largest = [f"Source {catalogue.source}. Would extract, format {settings.format}:"], 0
     for s in catalogue.stacks:
@@ -140,13 +148,14 @@ def forecast(job: Job) -> str:
         turned = ", stored transposed" if s.transposed else ""
         lines.append(f"  {s.name}: {L} x {b} x {a}{turned} ({size / 2**20:.1f} MiB)")
     largest = max([largest, *(4 * s.layers * math.prod(s.shape) for s in job.unnamed)])  # read in float32
+    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
+    twice = ", twice that while it is made" if _copies(job) > 1 else ""
     lines.append(
         f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
-        f"{adapter_bytes(job) / 2**20:.1f} MiB"
+        f"{adapter_bytes(job) / 2**20:.1f} MiB{twice}; {_free(out) / 2**30:.3g} GiB are free in {out}."
     )
     lines += [_reads(settings), _duration(job)]
     lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
-    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
     return "\n".join(lines)
 
 
@@ -188,8 +197,10 @@ def _duration(job: Job) -> str:
     most = seconds + _seconds(job, searched, 512, _svd_cost)
     seconds += _seconds(job, searched, _LEADING, math.prod)
     about = "up to about" if decomposed else "about"
-    flat = f", and up to {most:.0f} s where singular values hardly fall" if searched else ""
+    flat = f", and up to {most:.0f} s where singular values hardly fall" if searched and most >= 1 else ""
     solver = "" if settings.k == 0 else "; the solver comes on top"
+    if seconds < 1:
+        about, seconds = "less than", 1
     return f"LoRA takes {about} {seconds:.0f} s here{flat}, reading aside, by a layer timed now{solver}."
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -813,13 +814,53 @@ def test_a_stack_without_names_of_modules_is_refused(tmp_path, capsys):
     assert "one tensor with three axes, whose layers are no modules" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, capsys):
+def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=7 * 2**30))
     assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
-    assert "LoRA takes up to about 0 s here, reading aside, by a layer timed now; the solver comes on top." in text
+    assert "LoRA takes less than 1 s here, reading aside, by a layer timed now; the solver comes on top." in text
+    assert "  left out: model.norm.weight: 1 axes" in text
+    assert (
+        f"the adapter takes at most about 0.0 MiB, twice that while it is made; 7 GiB are free in {tmp_path / 'out'}."
+        in text
+    )
+    assert text.splitlines()[-1].startswith("One stack is in memory at a time: about 0 MiB")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("fmt", "copies", "there"), [("lora", 2, 0), ("diff", 1, 0), ("diff", 1, 1000)])
+def test_a_disk_that_is_too_small_is_said_before_any_work(llamas, tmp_path, monkeypatch, capsys, fmt, copies, there):
+    """To the byte; less what an interrupted run has left there."""
+    folder, _ = llamas
+    numbers = 3 * 24 * 24 if fmt == "diff" else 3 * 2 * (24 + 24)
+    wanted = copies * 4 * numbers - there
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".kept.safetensors").write_bytes(bytes(there))
+    more = ("--rank", "2", "--k", "0", "--modules", "*self_attn.v*", "--format", fmt)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=wanted - 1))
+    assert run(folder, tmp_path / "out", *more) == 2
+    assert f"--out {tmp_path / 'out'} needs {wanted / 2**30:.3g} GiB, of which" in capsys.readouterr().err
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=wanted))
+    assert run(folder, tmp_path / "out", *more) == 0
+
+
+def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory(tmp_path, capsys):
+    n, b, a = 2, 96, 64
+    updates = {f"h.{i}.q.weight": torch.randn(b, a) for i in range(n)}
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--out", str(tmp_path)]
+    arguments += ["--format", "diff", "--dry-run"]
+    work = 8 * (n * b * a + n * min(b, a) * (b + a) + 4 * b * a) + 4 * n * b * a
+
+    def said():
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert f"about {work / 2**20:.0f} MiB at most" in said()
+    save_file(updates | {"wte.weight": torch.zeros(40_000, a)}, tmp_path / "updates.safetensors")
+    assert f"about {4 * 40_000 * a / 2**20:.0f} MiB at most" in said()
 
 
 @pytest.mark.parametrize(
