@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import shlex
 import statistics
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 _CSV = (
@@ -52,13 +54,25 @@ def extraction_table(report: dict[str, Any]) -> str:
     total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
     lines.append(("all", "", "", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    room = _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+    common = _common([row["kind"] for row in changed]) if widths[0] > room else ""
+    lines = [(line[0].removeprefix(common), *line[1:]) for line in lines]
+    widths[0] = min(max(len(line[0]) for line in lines), room)
     text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
     numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
     same = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(same)}.", _WIDTH) if same else []
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], _EXPLANATION, numbers, *unchanged, *_left_out(report)])
+    begin = [f"All kinds begin with {common!r}, which is not shown."] if common else []
+    return "\n".join(
+        [text[0], "-" * len(text[0]), *text[1:], *begin, _EXPLANATION, numbers, *unchanged, *_left_out(report)]
+    )
+
+
+def _common(kinds: Sequence[str]) -> str:
+    """The components, each with the dot after it, with which all kinds begin and none ends."""
+    columns = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
+    return "".join(f"{column[0]}." for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _left_out(report: dict[str, Any]) -> list[str]:
