@@ -17,6 +17,7 @@ from rasa_theory import InputError, LayerStack, extract, extraction, preflight, 
 from rasa_theory.exports import Modules
 from rasa_theory.extract import main
 from rasa_theory.extract_report import extraction_table, model_card
+from rasa_theory.ranks import RankTarget
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 
 peft = pytest.importorskip("peft")
@@ -930,12 +931,13 @@ def test_how_long_a_lora_takes_is_extrapolated_to_all_layers(tmp_path, monkeypat
     monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(times) / 2)
     monkeypatch.setattr(preflight, "extract_stack", lambda *rest: None)
 
-    def said(shape, rank, k):
+    def said(shape, rank, k, target=None):
         stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
-        settings = extraction.ExtractSettings(rank, k)
+        settings = extraction.ExtractSettings(rank, k, target=target)
         return preflight._duration(preflight.Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu"))
 
     assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
+    assert said((512, 512), None, 0, RankTarget(0.9)).startswith("LoRA takes up to about 8 s here")  # and the spectra
     assert said((1024, 1024), 4, 1).startswith("LoRA takes up to about 32 s here")
     assert said((2560, 1280), 4, 0).startswith("LoRA takes about 8 s here, and up to 125 s where singular values")
     assert said((2560, 1280), 400, 0).startswith("LoRA takes up to about 125 s here, reading")

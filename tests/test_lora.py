@@ -308,3 +308,19 @@ def test_bad_input_is_named():
         solve_lora(stack, 1, method="quick")
     with pytest.raises(InputError, match=r"rank 4 exceeds min\(b, a\) = 3 of stack 'mine'"):
         solve_lora(stack, 4, method="fast")
+
+
+def test_the_svd_of_a_layer_that_cannot_be_searched_is_taken_only_in_memory_for_it():
+    """All singular values alike: no search ends, and the memory is for anything but an SVD."""
+    flat = torch.linalg.qr(torch.randn(1, 80, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    with pytest.raises(InputError, match="twice what the exact SVD of one takes"):
+        solve_lora(LayerStack(flat, memory=2 * 4 * 8 * 80 * 80), 1, "fast")
+    assert solve_lora(LayerStack(flat, memory=2 * 8 * 8 * 80 * 80), 1, "fast").error == pytest.approx(79)
+
+
+def test_work_on_a_whole_layer_is_refused_where_memory_is_too_little_for_it():
+    small = LayerStack(torch.ones(2, 6, 5), memory=2 * 4 * 8 * 6 * 5 - 1)
+    for work in (small.singular_values, lambda: list(small.tiles(rows=6))):
+        with pytest.raises(InputError, match="twice what the work on one takes"):
+            work()
+    assert len(list(small.tiles(rows=5))) == 4  # in parts it goes
