@@ -870,7 +870,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(llamas, tmp_path, monk
 
 
 def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory(tmp_path, capsys):
-    n, b, a = 2, 96, 64
+    n, b, a = 60, 96, 64
     updates = {f"h.{i}.q.weight": torch.randn(b, a) for i in range(n)}
     save_file(updates, tmp_path / "updates.safetensors")
     arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--out", str(tmp_path)]
