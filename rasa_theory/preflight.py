@@ -22,7 +22,7 @@ from rasa_theory.sources.orientation import called_conv1d
 from rasa_theory.spectra import worth_it
 from rasa_theory.workplace import identity
 
-_PROBLEMS = 2  # said of many
+_PROBLEMS = 20  # spelt out, more than a model has kinds of module
 _LEADING = 1280  # so large a layer has its leading part searched for
 
 
