@@ -1,6 +1,6 @@
 """How much more rank-sharing adapters (RaSA) express than LoRA, and why: reconstruction of fine-tuning updates."""
 
-from rasa_theory import adapter
+from rasa_theory import adapter, methods
 from rasa_theory._version import __version__
 from rasa_theory.attempts import Attempt, random_attempt
 from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
@@ -39,6 +39,7 @@ __all__ = [
     "layer_errors",
     "load",
     "lower_bound",
+    "methods",
     "mixing_drop",
     "plot_iterations",
     "random_attempt",

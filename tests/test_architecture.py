@@ -22,7 +22,7 @@ FLOORS = [
     {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},
-    {"study", "bench", "extraction", "flags"},
+    {"study", "bench", "extraction", "flags", "methods"},
     {"plotting", "report", "extract_report", "workplace"},
     {"preflight"},
     {"reconstruct", "verify", "extract"},

@@ -1,0 +1,106 @@
+"""RaSA's neighbours: how well other ways of sharing parameters reconstruct a stack, at equal parameters.
+
+One file each, a function (stack, settings) -> `Fit`, and its name in `METHODS`. A new method is one file and one line.
+
+How parameters are counted, by one rule for all. Every trained number that has to be stored for the L layers counts:
+factors, cores, mixings, scalings, the vectors of a bank, and an index as one number. What a seed makes again, such as
+a frozen random basis, counts nothing, and neither do shapes: ranks, sizes, seeds. Numbers are counted as the method
+stores them, also where a change of basis could save some; but a scale that can be absorbed by another number is not
+stored a second time, so that alpha / r counts nothing, and of weights that add up to one the last is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rasa_theory.errors import InputError
+from rasa_theory.factors import lora_parameters
+from rasa_theory.methods.allocated import ALLOCATED, fit_allocated
+from rasa_theory.methods.fit import Evidence, Fit, Method
+from rasa_theory.methods.joint import JOINT_DIAGONAL, JOINT_FULL, fit_joint
+from rasa_theory.methods.lora import LORA, fit_lora
+from rasa_theory.methods.one_sided import ONE_SIDED, fit_one_sided
+from rasa_theory.methods.rasa import RASA, fit_rasa
+from rasa_theory.methods.settings import Settings
+from rasa_theory.methods.share_basis import SHARE_BASIS, fit_share_basis
+from rasa_theory.methods.share_lora import SHARE_LORA, fit_share_lora
+from rasa_theory.methods.tied_lora import TIED_LORA, fit_tied_lora
+from rasa_theory.methods.vb_lora import VB_LORA, fit_vb_lora
+from rasa_theory.methods.vera import VERA, fit_vera
+from rasa_theory.problem import LayerStack, RankBudget, whole_number
+
+METHODS: dict[str, Method] = {
+    "lora": LORA,
+    "allocated": ALLOCATED,
+    "rasa": RASA,
+    "share_lora": SHARE_LORA,
+    "tied_lora": TIED_LORA,
+    "vera": VERA,
+    "vb_lora": VB_LORA,
+    "joint_full": JOINT_FULL,
+    "joint_diagonal": JOINT_DIAGONAL,
+    "one_sided": ONE_SIDED,
+    "share_basis": SHARE_BASIS,
+}
+SLACK = 0.01
+"""RaSA's mixing, L R numbers, comes on top of those of LoRA: up to L / (a + b) of them, 0.8 % at 6 x 384 x 384."""
+
+
+def at_parameters(
+    stack: LayerStack, parameters: int, methods: Sequence[str] | None = None, slack: float = SLACK
+) -> dict[str, Fit]:
+    """Every method (or those named) at its best within `parameters` numbers, and `slack` of them more.
+
+    Each method says which of its configurations are the largest that fit; the one of least error counts. A method of
+    which none fits is left out. Raises InputError unless parameters >= 1 and 0 <= slack < 1, or for an unknown method.
+    """
+    if whole_number("parameters", parameters) < 1:
+        raise InputError(f"parameters must be at least 1, got {parameters}")
+    if not 0 <= slack < 1:
+        raise InputError(f"slack must be at least 0 and below 1, got {slack}")
+    chosen = list(METHODS) if methods is None else list(methods)
+    for name in chosen:
+        if name not in METHODS:
+            raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    found: dict[str, Fit] = {}
+    for name in chosen:
+        method = METHODS[name]
+        fits = [method.solve(stack, **s) for s in method.configurations(stack, int(parameters * (1 + slack)))]
+        if fits:
+            found[name] = min(fits, key=lambda fit: fit.error)
+    return found
+
+
+def pareto(
+    stack: LayerStack, ranks: Sequence[int] = (2, 4, 8, 16), methods: Sequence[str] | None = None
+) -> dict[int, dict[str, Fit]]:
+    """`at_parameters` at those of LoRA of each rank: rank -> method -> Fit.
+
+    Raises InputError for a rank that LoRA cannot have.
+    """
+    for rank in ranks:
+        RankBudget(rank, 0).check_fits(stack)
+    return {r: at_parameters(stack, lora_parameters(stack.layers, stack.shape, r), methods) for r in ranks}
+
+
+__all__ = [
+    "METHODS",
+    "SLACK",
+    "Evidence",
+    "Fit",
+    "Method",
+    "Settings",
+    "at_parameters",
+    "fit_allocated",
+    "fit_joint",
+    "fit_lora",
+    "fit_one_sided",
+    "fit_rasa",
+    "fit_share_basis",
+    "fit_share_lora",
+    "fit_tied_lora",
+    "fit_vb_lora",
+    "fit_vera",
+    "lora_parameters",
+    "pareto",
+]

@@ -1,0 +1,39 @@
+"""Products with M in float64, random numbers, and the leading terms that methods start from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rasa_theory.problem import LayerStack
+
+
+def right(stack: LayerStack, X: Tensor) -> Tensor:
+    """M_i X in float64: X (a, n) or (L, a, n) -> (L, b, n)."""
+    return stack.right(X.to(stack.dtype)).double()
+
+
+def left(stack: LayerStack, Y: Tensor) -> Tensor:
+    """M_i^T Y in float64: Y (b, n) or (L, b, n) -> (L, a, n)."""
+    return stack.left(Y.to(stack.dtype)).double()
+
+
+def seeded(stack: LayerStack, seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers in float64 on the device of the stack, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(stack.device)
+
+
+def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest singular terms of all layers, each used by its own layer alone: B (b, n), A (n, a), D (L, n).
+
+    Where there are fewer, the rest are random, and no layer uses them.
+    """
+    U, S, Vh = unit.svd()
+    order = S.flatten().argsort(descending=True, stable=True)[:count]
+    layer, index, missing = order // S.shape[1], order % S.shape[1], count - len(order)
+    D = S.new_zeros(unit.layers, count)
+    D[layer, torch.arange(len(order), device=S.device)] = S[layer, index]
+    B = torch.cat([U[layer, :, index].mT, seeded(unit, 2 * seed, unit.shape[0], missing)], 1)
+    A = torch.cat([Vh[layer, index], seeded(unit, 2 * seed + 1, missing, unit.shape[1])])
+    return B, A, D
