@@ -42,22 +42,33 @@ METHODS: dict[str, Method] = {
     "one_sided": ONE_SIDED,
     "share_basis": SHARE_BASIS,
 }
-SLACK = 0.01
-"""RaSA's mixing, L R numbers, comes on top of those of LoRA: up to L / (a + b) of them, 0.8 % at 6 x 384 x 384."""
 
 
-def at_parameters(
-    stack: LayerStack, parameters: int, methods: Sequence[str] | None = None, slack: float = SLACK
-) -> dict[str, Fit]:
-    """Every method (or those named) at its best within `parameters` numbers, and `slack` of them more.
+def allowed(stack: LayerStack, parameters: int, slack: float | None = None) -> int:
+    """`parameters` and so many more as `slack` says, a share of them; None: L / (a + b), enough for RaSA's mixing.
 
-    Each method says which of its configurations are the largest that fit; the one of least error counts. A method of
-    which none fits is left out. Raises InputError unless parameters >= 1 and 0 <= slack < 1, or for an unknown method.
+    RaSA stores L R = L^2 k numbers of mixing beside those of LoRA, L r (a + b), so L k / r (a + b) of them: at most
+    0.8 % with six layers of 384 x 384. Without it RaSA would have to give up a whole rank to be compared. Raises
+    InputError unless parameters >= 1 and 0 <= slack < 1.
     """
     if whole_number("parameters", parameters) < 1:
         raise InputError(f"parameters must be at least 1, got {parameters}")
+    if slack is None:
+        return parameters + parameters * stack.layers // sum(stack.shape)
     if not 0 <= slack < 1:
         raise InputError(f"slack must be at least 0 and below 1, got {slack}")
+    return int(parameters * (1 + slack))
+
+
+def at_parameters(
+    stack: LayerStack, parameters: int, methods: Sequence[str] | None = None, slack: float | None = None
+) -> dict[str, Fit]:
+    """Every method (or those named) at its best within `allowed(stack, parameters, slack)` numbers.
+
+    Each method says which of its configurations are the largest that fit; the one of least error counts. A method of
+    which none fits is left out. Raises InputError as `allowed` does, and for an unknown method.
+    """
+    limit = allowed(stack, parameters, slack)
     chosen = list(METHODS) if methods is None else list(methods)
     for name in chosen:
         if name not in METHODS:
@@ -65,7 +76,7 @@ def at_parameters(
     found: dict[str, Fit] = {}
     for name in chosen:
         method = METHODS[name]
-        fits = [method.solve(stack, **s) for s in method.configurations(stack, int(parameters * (1 + slack)))]
+        fits = [method.solve(stack, **s) for s in method.configurations(stack, limit)]
         if fits:
             found[name] = min(fits, key=lambda fit: fit.error)
     return found
@@ -85,11 +96,11 @@ def pareto(
 
 __all__ = [
     "METHODS",
-    "SLACK",
     "Evidence",
     "Fit",
     "Method",
     "Settings",
+    "allowed",
     "at_parameters",
     "fit_allocated",
     "fit_joint",

@@ -1,4 +1,4 @@
-"""Joint compression: one U and one V for all layers, with a full or a diagonal core for each."""
+"""Joint compression: one U and one V for all layers, with a full or a diagonal core for each (arXiv 2407.00066)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared bases for the factors of given LoRAs: what users of SHARE, lorashare and vlora do with a collection."""
+"""Shared bases for the factors of given LoRAs, as of SHARE (arXiv 2602.06043), lorashare and vlora."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def _whole(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    """LoRAs of the rank that costs as much, and of twice that, compressed by half; both bases."""
+    """LoRAs of the rank that costs as much, and of twice that, compressed by half; no bases that hold all of them."""
     L, (b, a) = stack.layers, stack.shape
     own = largest(lambda r: lora_parameters(L, (b, a), r), parameters, min(b, a))
     found: list[Settings] = []
     for rank in sorted({max(own, 1), min(max(2 * own, 1), b, a)}):
-        p = largest(lambda p, r=rank: p * (a + b + 2 * L * r), parameters, min(b, a, L * rank))  # type: ignore[misc]
-        whole = largest(lambda p, r=rank: (p + 1) * r * (a + b) + 2 * L * p, parameters, L)  # type: ignore[misc]
+        p = largest(lambda p, r=rank: p * (a + b + 2 * L * r), parameters, min(b, a, L * rank - 1))  # type: ignore[misc]
+        whole = largest(lambda p, r=rank: (p + 1) * r * (a + b) + 2 * L * p, parameters, L - 2)  # type: ignore[misc]
         found += [{"rank": rank, "components": p, "basis": "columns"}] if p else []
         found += [{"rank": rank, "components": whole, "basis": "whole"}] if whole else []
     return found

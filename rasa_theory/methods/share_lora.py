@@ -1,4 +1,4 @@
-"""ShareLoRA: A, B, or both shared by all layers."""
+"""ShareLoRA: A, B, or both shared by all layers (arXiv 2406.10785)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED = ("A", "B", "both")
 
 
 def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
-    """min sum_i ||M_i - B_i A||_F^2, or B A_i, or B A: ShareLoRA (Song et al., 2024, arXiv 2406.10785).
+    """min sum_i ||M_i - B_i A||_F^2, or B A_i, or B A: ShareLoRA (Song et al., 2024).
 
     - shared "A": A (r, a) holds the top r eigenvectors of sum_i M_i^T M_i, B_i = M_i A^T (b, r): the truncated SVD of
       the layers below each other. r a + L b r parameters.

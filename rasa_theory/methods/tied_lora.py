@@ -1,4 +1,4 @@
-"""Tied-LoRA: one A and one B for all layers, and two diagonals for each."""
+"""Tied-LoRA: one A and one B for all layers, and two diagonals for each (arXiv 2311.09578)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rasa_theory.problem import LayerStack
 
 
 def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, max_sweeps: int = 120) -> Fit:
-    """min sum_i ||M_i - diag(v_i) B diag(u_i) A||_F^2: Tied-LoRA (Renduchintala et al., NAACL 2024, eq. 3).
+    """min sum_i ||M_i - diag(v_i) B diag(u_i) A||_F^2: Tied-LoRA (Renduchintala et al., NAACL 2024).
 
-    B (b, r), A (r, a), v_i (b), u_i (r): r (a + b) + L (b + r) parameters, all of them trained (their variant TL6; the
-    factor alpha / r is absorbed). Exact least squares for u_i, v_i, B and A in turn, each round from beyond the last.
+    Of their variants the one that trains all four, B (b, r), A (r, a), v_i (b) and u_i (r): r (a + b) + L (b + r)
+    parameters. Exact least squares for u_i, v_i, B and A in turn, each round from beyond the last.
     `starts`: the leading singular terms of all layers, then the common row and column space, then random ones. There
     are many local minima, since signs of v_i hardly change: best found. Raises InputError if rank or starts < 1.
     """

@@ -1,4 +1,4 @@
-"""VB-LoRA: all factors of all layers put together from the vectors of one bank."""
+"""VB-LoRA: all factors of all layers put together from the vectors of one bank (arXiv 2405.15179)."""
 
 from __future__ import annotations
 
@@ -135,9 +135,7 @@ def _nearest(wanted: Tensor, reached: Tensor, vectors: Tensor, taken: Tensor, wh
 
 
 def _lowered(unit: LayerStack, start: _Bank, r: int, iterations: int) -> tuple[_Bank, tuple[float, ...]]:
-    """L-BFGS on bank and logits together, the choice of vectors fixed; the error after every iteration, the start's
-    first.
-    """
+    """L-BFGS on bank and logits together, the choice of vectors fixed, and the error of every iterate."""
     norm, (h, s), indices = unit.norm_squared, start.vectors.shape, start.indices
     if norm == 0:
         return start._replace(vectors=torch.zeros_like(start.vectors)), (0.0,)
@@ -174,7 +172,7 @@ def _lowered(unit: LayerStack, start: _Bank, r: int, iterations: int) -> tuple[_
 
 
 def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    """Twice the rank of LoRA of as many parameters, K = 2, and as large a bank as is left; and LoRA's own rank."""
+    """The rank of LoRA of as many parameters, and twice that; K = 2, and as large a bank as the rest pays."""
     L, (b, a) = stack.layers, stack.shape
     s = max(n for n in range(1, LENGTH + 1) if b % n == 0 and a % n == 0)
     found: list[Settings] = []

@@ -1,4 +1,4 @@
-"""VeRA: frozen random A and B, and two trained diagonals for each layer."""
+"""VeRA: frozen random A and B, and two trained diagonals for each layer (arXiv 2310.11454)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residu
 from rasa_theory.methods.settings import Settings, at_least, largest
 from rasa_theory.problem import LayerStack
 
-LARGEST = 1024  # the largest rank of the paper: each further number catches 1 / (a b) of the energy, at r^3 operations
+LARGEST = 1024  # tried in a comparison: each further number catches about 1 / (a b) of the energy, at r^3 operations
 
 
 def fit_vera(stack: LayerStack, rank: int, seed: int = 0, max_sweeps: int = 8) -> Fit:
-    """min sum_i ||M_i - diag(b_i) B diag(d_i) A||_F^2 over b_i, d_i: VeRA (Kopiczko et al., ICLR 2024, eq. 2).
+    """min sum_i ||M_i - diag(b_i) B diag(d_i) A||_F^2 over b_i, d_i: VeRA (Kopiczko et al., ICLR 2024).
 
     B (b, r) and A (r, a) are random, frozen, the same for all layers, drawn by Kaiming's uniform rule from `seed`, so
     that L (b + r) numbers are stored. Exact least squares for d_i and b_i in turn, from b_i = 1, so the best found for
