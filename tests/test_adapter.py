@@ -684,6 +684,11 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     after = model(ids).last_hidden_state
     assert not torch.allclose(after, base(ids).last_hidden_state)
     for target in adapter.targets:
+        layer = model.get_submodule(target)
+        terms, _ = adapter.targets[target]
+        assert terms.shape == (layer.out_features, layer.in_features)
+        assert layer.weight is layer.base.weight
+        assert layer.bias is layer.base.bias
         assert adapter.delta_weight(target).shape == base.get_submodule(target).weight.shape
     ad.save(adapter, tmp_path / "rasa")
     ad.save(adapter, tmp_path / "lora", format="lora-exact-rasa")

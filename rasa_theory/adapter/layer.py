@@ -65,6 +65,16 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     @property
+    def in_features(self) -> int:
+        """a."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """b."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
     def transposed(self) -> bool:
         """Whether the weight is (in, out)."""
         return is_conv1d(self.base)
