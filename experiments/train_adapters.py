@@ -287,8 +287,10 @@ def execute(run: Run, settings: Settings, tuning: bool, keep: Path | None = None
         stacks = updates(encoder, plain, adapter)
         row["updates"] = {kind: about(stack) for kind, stack in stacks.items()}
         if run.method == "full":
+            start = "best" if settings.steps > 10 else "allocation"  # for function only, without a race
             row["reconstruction"] = {
-                f"{r},{k}": {kind: reconstruction(stack, r, k) for kind, stack in stacks.items()} for r, k in BUDGETS
+                f"{r},{k}": {kind: reconstruction(stack, r, k, start) for kind, stack in stacks.items()}
+                for r, k in BUDGETS
             }
         elif keep is not None:
             adapters.save(adapter, keep / f"{run.name}-{run.seed}", format="lora-exact-rasa")
@@ -337,10 +339,10 @@ def about(stack: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def reconstruction(stack: torch.Tensor, rank: int, k: int) -> dict[str, float]:
+def reconstruction(stack: torch.Tensor, rank: int, k: int, start: str = "best") -> dict[str, float]:
     """How well LoRA and RaSA of a budget fit the full update: squared errors, relative."""
     M = rt.LayerStack(stack.double())
-    lora, rasa = rt.solve_lora(M, rank), rt.solve_rasa(M, rt.RankBudget(rank, k))
+    lora, rasa = rt.solve_lora(M, rank), rt.solve_rasa(M, rt.RankBudget(rank, k), rt.SolverOptions(start=start))
     total = M.norm_squared
     return {"e_lora": lora.error / total, "e_rasa": rasa.error / total}
 
