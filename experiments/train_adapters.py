@@ -1,6 +1,8 @@
 """Does RaSA learn more and faster than LoRA at equal parameters, and does it forget less? all-MiniLM-L6-v2, trained.
 
     python experiments/train_adapters.py --rank 2 --jobs 2           the full protocol
+    python experiments/train_adapters.py --rank 2 --only 'rasa(2,1)' --at-rate 1e-3 --jobs 2     at LoRA's rate
+    python experiments/train_adapters.py --rank 2 --only 'lora(2)' --at-rate 3e-3 --jobs 2       at RaSA's rate
     python experiments/train_adapters.py --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 --jobs 2
     python experiments/train_adapters.py --rank 8 --seeds 3 --rates 3e-4 1e-3 3e-3 --jobs 2
     python experiments/train_adapters.py --smoke                      three steps of each method, for function only
@@ -470,6 +472,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method at its learning rate")
     parser.add_argument("--data-starts", action="store_true", help="the starts from data, in place of the methods")
     parser.add_argument("--rates", type=float, nargs="+", default=GRID, help="learning rates to choose from")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the methods these, such as 'rasa(2,1)'")
+    parser.add_argument("--at-rate", type=float, help="run the seeds at this rate, and tune nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("figures/train_adapters.jsonl"))
     parser.add_argument("--keep", type=Path, help="folder for the trained adapters, as PEFT LoRA")
@@ -485,16 +489,17 @@ def main(arguments: list[str] | None = None) -> None:
         return GRID if run.method == "full" else rates  # its best one is far from the adapters'
 
     rows = Rows(args.out, settings)
-    compared = methods(args.rank, args.data_starts)
-    if not args.smoke:
+    compared = [run for run in methods(args.rank, args.data_starts) if not args.only or run.name in args.only]
+    at_rate = rates[0] if args.smoke else args.at_rate
+    if at_rate is None:
         trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates_of(run)]
         perform(trials, True, rows, settings, args.jobs, None)
     final = [
-        replace(run, learning_rate=rates[0] if args.smoke else chosen_rate(run, rows, rates_of(run)), seed=seed)
+        replace(run, learning_rate=at_rate or chosen_rate(run, rows, rates_of(run)), seed=seed)
         for seed in range(1 if args.smoke else args.seeds)
         for run in compared
     ]
-    perform(final, False, rows, settings, args.jobs, args.keep)
+    perform(final, False, rows, settings, args.jobs, args.keep if args.at_rate is None else None)
 
 
 if __name__ == "__main__":

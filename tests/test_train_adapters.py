@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiny BERT for the real checkpoint, which is an extra, and few sweeps."""
     monkeypatch.setattr(experiment, "bundled_checkpoint", lambda: Path("none"))
     monkeypatch.setattr(experiment.Encoder, "from_folder", staticmethod(lambda folder: tiny()))
-    quick = partial(rt.solve_rasa, options=rt.SolverOptions(start="allocation", max_sweeps=2))
-    monkeypatch.setattr(experiment.rt, "solve_rasa", quick)
+    quick, solve = rt.SolverOptions(start="allocation", max_sweeps=2), rt.solve_rasa
+    monkeypatch.setattr(experiment.rt, "solve_rasa", lambda stack, budget, options=None: solve(stack, budget, quick))
     experiment._kinds.cache_clear()
     yield
     experiment._kinds.cache_clear()
