@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rasa_theory import flags
+from rasa_theory import flags, style
 from rasa_theory.console import (
     Parser,
     exit_status,
@@ -296,7 +296,7 @@ def write_adapter(place: Workplace, report: dict[str, Any]) -> None:
     out, figure = place.out, plot_extraction(report)
     place.finish(report["stacks"])
     write_file(out / "report.csv", lambda f: f.write(extraction_csv(report).encode()))
-    write_file(out / "report.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    write_file(out / "report.png", lambda f: style.save(figure, f))
     write_file(out / "README.md", lambda f: f.write(model_card(report).encode()))
     write_file(out / "report.json", lambda f: f.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode()))
     place.clear()

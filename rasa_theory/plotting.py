@@ -1,6 +1,6 @@
-"""Results -> figures. The only module that imports matplotlib, and never its global state.
+"""Results -> figures, in the looks of `style`.
 
-It does so where a figure is drawn, so that the package can be imported without it.
+matplotlib is imported where a figure is drawn, so that the package can be imported without it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rasa_theory import style
+from rasa_theory.style import BLUE, GREEN, INK, MEDIUM, ORANGE, PURPLE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-# Okabe and Ito's palette, distinguishable for colour-blind eyes; the lines differ in dash as well.
-INK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 
 
 def plot_iterations(results: dict[str, Any]) -> Figure:
@@ -23,23 +23,24 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
     the certified floor (or a note names it, where it lies far below); dots mark the first iteration below e_lora.
     """
-    from matplotlib.figure import Figure
-
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
     lines = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(1.0 + 4.6 * columns, 1.3 + 3.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    figure = style.new_figure(1.0 + 2.5 * lines, style.WIDTH / 2 * max(columns, 2))
+    axes = style.panels(figure, lines, columns)
     for ax, (row, run) in zip(axes.flat, panels, strict=False):
         _panel(ax, row, run)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_axis_off()
     if not panels:
-        axes[0, 0].text(0.5, 0.5, "no random attempts in these results", ha="center", va="center")
+        axes[0, 0].text(0.5, 0.5, "no random attempts in these results", ha="center", va="center", fontsize=MEDIUM)
         return figure
-    figure.supxlabel("iteration (one cycle over private SVD, D, $B_S$, $A_S$)", fontsize=12)
-    figure.supylabel("squared error / $e_{\\mathrm{LoRA}}$", fontsize=12)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    for n, ax in enumerate(axes.flat):
+        if len(panels) - columns <= n < len(panels):  # nothing below it
+            style.name(ax, x="iteration of the paper")
+    for ax in axes[:, 0]:
+        style.name(ax, y="squared error / $e_{\\mathrm{LoRA}}$")
+    style.legend(figure, handles=_legend(), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -63,22 +64,20 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
     if floor >= 2 * low - high:  # else it would leave the curves less than half of the panel
         low = min(low, floor)
     else:
-        note = f"certified floor: {floor:.3f}, below"
-        ax.text(0.02, 0.03, note, color=PURPLE, fontsize=10, transform=ax.transAxes, weight="bold")
-        low -= 0.12 * (high - low)
+        at = {"xycoords": "axes fraction", "color": PURPLE, "weight": "bold"}
+        style.note(ax, f"certified floor {floor:.3f}, below", (0.02, 0.03), **at)
+        low -= 0.17 * (high - low)
     ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(_title(row, run), fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=10)
+    style.name(ax, title=_title(row, run))
 
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
     median = run["iterations_to_beat_lora"]
     crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
-    count = f"{crossed} of {len(run['attempts'])} starts beat LoRA"
-    count += "" if median is None else f", median after {median} iterations"
-    name = row["name"] if len(row["name"]) <= 34 else "..." + row["name"][-31:]
+    count = f"{crossed} of {len(run['attempts'])} beat LoRA"
+    count += "" if median is None else f", median {median}"
+    name = row["name"] if len(row["name"]) <= 26 else "..." + row["name"][-23:]
     return f"{name}, k = {run['k']}:\n{count}"
 
 
@@ -99,25 +98,24 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
 
     `report` is that of `python -m rasa_theory.extract`.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
     columns = 2 if len(rows) in (2, 4) else min(len(rows), 3)
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(1.0 + 3.8 * columns, 1.2 + 2.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    figure = style.new_figure(1.0 + 2.2 * lines, style.WIDTH / 2 * max(columns, 2))
+    axes = style.panels(figure, lines, columns)
     kinds = (("e_lora", "LoRA", INK, "-"), ("e_rasa", "RaSA", BLUE, "-."), ("e_stored", "as written", ORANGE, ":"))
     for ax, row in zip(axes.flat, rows, strict=False):
         modules = [m for m in row["modules"] if m["norm_squared"] > 0]
         for key, label, color, dash in kinds:
             ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
-        ax.set_title(row["kind"], fontsize=10)
+        style.name(ax, title=row["kind"])
         ax.set_ylim(0, 1.1 * ax.dataLim.ymax or 1)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in list(axes.flat)[len(rows) :]:
         ax.set_axis_off()
-    figure.supxlabel("layer", fontsize=11)
-    figure.supylabel("squared error / squared norm of the update", fontsize=11)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.supxlabel("layer", fontsize=MEDIUM)
+    figure.supylabel("squared error / squared norm of the update", fontsize=MEDIUM)
+    style.legend(figure, *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure

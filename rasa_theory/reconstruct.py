@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from rasa_theory import flags
+from rasa_theory import flags, style
 from rasa_theory.console import (
     Parser,
     exit_status,
@@ -229,8 +229,8 @@ def write_results(state: StudyState, out: Path) -> None:
     )
     write_file(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
     write_file(out / "factors.safetensors", lambda f: f.write(save(tensors)))
-    write_file(out / "iterations.png", lambda f: figure.savefig(f, format="png", dpi=150))
-    write_file(out / "iterations.svg", lambda f: figure.savefig(f, format="svg", metadata={"Date": None}))
+    write_file(out / "iterations.png", lambda f: style.save(figure, f))
+    write_file(out / "iterations.svg", lambda f: style.save(figure, f, "svg"))
 
 
 if __name__ == "__main__":

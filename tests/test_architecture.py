@@ -12,7 +12,7 @@ import rasa_theory
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
-    {"linalg", "layers", "console", "storage", "ranks"},
+    {"linalg", "layers", "console", "storage", "ranks", "style"},
     {"bases", "inputs"},
     {"problem", "spectra", "algebra"},
     {"factors"},

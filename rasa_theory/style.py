@@ -1,0 +1,134 @@
+"""How every figure looks: colours, sizes, labels, and files that are the same whenever they are written.
+
+Okabe and Ito's palette, which colour-blind eyes tell apart; markers and dashes differ as well. A figure is at most
+`WIDTH` inches wide and has no text below `SMALL` points, so that it can be read on a slide, where it is shown at twice
+its size, as well as in the column of a paper. matplotlib is imported where a figure is drawn, and its global state is
+left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+INK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY, PALE = "#767676", "#CCCCCC"  # what is not data: guides, and lines to labels
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, INK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PALETTE = frozenset((*COLOURS, YELLOW, GREY, PALE))
+
+WIDTH = 6.4  # inches
+SMALL, MEDIUM = 10.0, 11.0  # points
+DPI = 160
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, in inches, whose layout makes room for all labels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)  # type: ignore[call-arg, union-attr]
+    return figure
+
+
+def panels(figure: Figure | SubFigure, rows: int = 1, columns: int = 1, **more: Any) -> Any:
+    """Dressed axes, (rows, columns); `more` as for `Figure.subplots`."""
+    axes = figure.subplots(rows, columns, squeeze=False, **more)
+    for ax in axes.flat:
+        dress(ax)
+    return axes
+
+
+def dress(ax: Axes) -> None:
+    """No box around the data, and ticks in small text."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(which="both", labelsize=SMALL)
+
+
+def name(ax: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    """Labels, with the unit of what they name, and a title."""
+    if x:
+        ax.set_xlabel(x, fontsize=MEDIUM)
+    if y:
+        ax.set_ylabel(y, fontsize=MEDIUM)
+    if title:
+        ax.set_title(title, fontsize=MEDIUM)
+
+
+def grid(ax: Axes) -> None:
+    ax.grid(color=PALE, linewidth=0.5)
+    ax.set_axisbelow(True)
+
+
+def legend(of: Axes | Figure | SubFigure, *entries: Any, **more: Any) -> None:
+    """Where labels beside the lines would not fit."""
+    settings: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "title_fontsize": SMALL, "handlelength": 1.8}
+    of.legend(*entries, **(settings | more))
+
+
+def note(ax: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
+    """Small text in the panel, at data coordinates unless `xycoords` says otherwise."""
+    settings: dict[str, Any] = {"fontsize": SMALL, "color": INK, "annotation_clip": False}
+    ax.annotate(text, at, **(settings | more))
+
+
+def label_ends(
+    ax: Axes, ends: Sequence[tuple[float, float, str, str]], line: float = 0.09, inside: bool = False
+) -> None:
+    """Names beside the ends of lines, in the order of their heights, so that the lines to them do not cross.
+
+    `ends`: x, y, text, colour. `line`: the height of a line of text over that of the panel. They stand right of the
+    panel, or `inside` it, right of each end. Call it when the limits of the panel are final.
+    """
+    ax.get_xlim(), ax.get_ylim()  # sets limits that follow the data
+    to_panel = ax.transScale + ax.transLimits
+    places = [tuple(map(float, to_panel.transform((x, y)))) for x, y, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: places[i][1])
+    for i, height in zip(order, apart([places[i][1] for i in order], line), strict=True):
+        (x, y, text, colour), (across, up) = ends[i], places[i]
+        pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 2, "relpos": (0, 0.5)}
+        left = across + 0.03 if inside else 1.06
+        near = left - across < 0.07 and abs(height - up) < 0.01
+        note(
+            ax, text, (x, y), xytext=(left, height), textcoords="axes fraction", color=colour, va="center",
+            arrowprops=None if near else pointer,
+        )  # fmt: skip
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Increasing heights in [0, 1], moved as little as possible in squares so that they are `gap` apart.
+
+    Less the gaps before it, each is to be at least the one before: isotonic regression, by pooling neighbours.
+    """
+    blocks: list[list[float]] = []
+    for n, height in enumerate(heights):
+        blocks.append([height - n * gap])
+        while len(blocks) > 1 and _mean(blocks[-2]) >= _mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    level = [_mean(block) for block in blocks for _ in block]
+    top = max(1 - (len(level) - 1) * gap, 0.0)
+    return [min(max(x, 0.0), top) + n * gap for n, x in enumerate(level)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def save(figure: Figure, file: str | Path | IO[bytes], kind: str = "png") -> None:
+    """Write a figure as png, svg or pdf: the same bytes each time, without date, version or random names."""
+    import matplotlib
+
+    empty: dict[str, Any] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }[kind]
+    with matplotlib.rc_context({"svg.hashsalt": "rasa_theory"}):  # else names in an SVG are drawn by chance
+        figure.savefig(file, format=kind, dpi=DPI, metadata=empty)
