@@ -10,7 +10,6 @@ Student's t over seeds; differences are paired, since runs of one seed see the s
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 from collections import defaultdict
@@ -19,16 +18,15 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+import tables
+from matplotlib.figure import Figure
 from scipy import stats
 
+from rasa_theory import style
+
 Row = dict[str, Any]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-STYLES = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in COLOURS]
+STYLES = [{"color": color, "linestyle": line} for line in ("-", "--", ":") for color in style.COLOURS]
 SMOOTH = 20  # steps
 
 
@@ -135,60 +133,59 @@ def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
 
 def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
     keys = list(dict.fromkeys(key for line in lines for key in line))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, keys, lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
+    tables.write(path, keys, [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
+                              for line in lines])  # fmt: skip
 
 
-def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], style: dict[str, str], label: str) -> None:
+def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], look: dict[str, str], label: str) -> None:
     """Mean over seeds, and its interval."""
     middle, half = np.transpose([interval(column) for column in zip(*ys, strict=True)])
-    axes.plot(x, middle, lw=1.6, label=label, **style)
-    axes.fill_between(x, middle - half, middle + half, color=style["color"], alpha=0.15, lw=0)
+    axes.plot(x, middle, lw=1.6, label=label, **look)
+    axes.fill_between(x, middle - half, middle + half, color=look["color"], alpha=0.15, lw=0)
 
 
-def plot_claims(runs: dict[str, dict[int, Row]], path: Path) -> None:
+def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
     """Learning: loss and MRR against the step. Forgetting: drift against MRR."""
     plain = {name: of for name, of in runs.items() if " from " not in name}
-    figure, (loss, mrr, forget) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for (name, of), style in zip(plain.items(), cycle(STYLES), strict=False):
+    figure = style.new_figure(9.0)
+    loss, mrr, forget = style.panels(figure, 3)[:, 0]
+    for (name, of), look in zip(plain.items(), cycle(STYLES), strict=False):
         rows = list(of.values())
         smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid") for r in rows]
-        band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, style, name)
+        band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, look, name)
         steps = [look["step"] for look in rows[0]["looks"]]
-        band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], style, name)
+        band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], look, name)
         at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
-        forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **style)
-    loss.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps", title="learning")
-    mrr.set(xlabel="step", ylabel="validation MRR", title="learning")
-    forget.set(xlabel="validation MRR", ylabel="drift of prose, 1 - mean cosine", title="forgetting, by performance")
-    mrr.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **look)
+    style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps")
+    style.name(mrr, "step", "validation MRR")
+    style.name(forget, "validation MRR", "drift of prose,\n1 - mean cosine")
+    style.legend(figure, *mrr.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
 
 
-def plot_updates(runs: dict[str, dict[int, Row]], path: Path) -> None:
+def plot_updates(runs: dict[str, dict[int, Row]]) -> Figure:
     """How much of their rank the trained updates use, and whether reconstruction predicts training."""
-    figure, (used, predicts) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = [name for name in runs if name != "full" and " from " not in name]
+    names, gains = [name for name in runs if name != "full" and " from " not in name], predicted(runs)
+    figure = style.new_figure(7.0 if gains else 3.6)
+    axes = style.panels(figure, 2 if gains else 1)[:, 0]
     for x, name in enumerate(names):
         ranks = [entropy_rank(s) for r in runs[name].values() for of in r["updates"].values() for s in of["sigma"]]
-        parts = used.violinplot([ranks], [x], showmedians=True)
-        for body in parts["bodies"]:
-            body.set_facecolor(COLOURS[0])
-    used.set_xticks(range(len(names)), names, rotation=30)
-    used.set(ylabel="entropy rank of an update", title="ranks that training uses, over layers, kinds and seeds")
-    for colour, (name, gains) in zip(cycle(COLOURS), predicted(runs).items(), strict=False):
-        predicts.plot(*zip(*gains, strict=True), "o", color=colour, label=name)
-    predicts.axhline(0, color="0.6", lw=0.8)
-    predicts.set(xlabel="1 - e_rasa / e_lora of the full update", ylabel="test MRR, RaSA minus LoRA",
-                 title="does reconstruction predict training? (a point per seed)")  # fmt: skip
-    if predicted(runs):
-        predicts.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        parts = axes[0].violinplot([ranks], [x], showmedians=True)
+        for body in parts.pop("bodies"):
+            body.set_facecolor(style.BLUE)
+        for lines in parts.values():
+            lines.set_color(style.BLUE)
+    axes[0].set_xticks(range(len(names)), names, rotation=30)
+    style.name(axes[0], "method; over layers, kinds and seeds", "entropy rank of an update")
+    for ax in axes[1:]:
+        for color, marker, (name, points) in zip(style.COLOURS, style.MARKERS, gains.items(), strict=False):
+            ax.plot(*zip(*points, strict=True), marker, color=color, label=name)
+        ax.axhline(0, color=style.GREY, lw=0.8)
+        style.name(ax, "1 - $e_{\\mathrm{RaSA}}$ / $e_{\\mathrm{LoRA}}$ of the full update, a point per seed",
+                   "test MRR, RaSA minus LoRA")  # fmt: skip
+        style.legend(ax)
+    return figure
 
 
 def total_error(full: Row, errors: dict[str, dict[str, float]], which: str) -> float:
@@ -213,21 +210,22 @@ def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, fl
     return found
 
 
-def plot_starts(runs: dict[str, dict[int, Row]], short_steps: int, path: Path) -> None:
+def plot_starts(runs: dict[str, dict[int, Row]]) -> Figure:
     """Starts from data beside random ones; steps count the full fine-tuning before."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for panel, method in zip(axes, ("lora(2)", "rasa(2,1)"), strict=True):
-        for style, start in zip(STYLES, ("", " from gradient", " from updates"), strict=False):
+    short_steps = next(row for of in runs.values() for row in of.values())["settings"]["short_steps"]
+    names = [method for method in ("lora(2)", "rasa(2,1)") if any(run.startswith(method) for run in runs)]
+    figure = style.new_figure(3.4)
+    axes = style.panels(figure, 1, len(names), sharey=True)[0]
+    for n, (panel, method) in enumerate(zip(axes, names, strict=True)):
+        for look, start in zip(STYLES, ("", " from gradient", " from updates"), strict=False):
             if of := runs.get(method + start):
                 before = short_steps if "updates" in start else 0
                 steps = [before + look["step"] for look in next(iter(of.values()))["looks"]]
                 curves = [[look["validation_mrr"] for look in r["looks"]] for r in of.values()]
-                band(panel, steps, curves, style, start.strip() or "random start")
-        panel.set(xlabel="step", title=method)
-        panel.legend(frameon=False)
-    axes[0].set_ylabel("validation MRR")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+                band(panel, steps, curves, look, start.strip() or "random start")
+        style.name(panel, "step", "validation MRR" if n == 0 else "", method)
+        style.legend(panel)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -238,11 +236,10 @@ def main(arguments: list[str] | None = None) -> None:
     runs = read(args.rows)
     lines = table(runs)
     write_csv(lines, args.out / "train_adapters.csv")
-    plot_claims(runs, args.out / "train_adapters.png")
-    plot_updates(runs, args.out / "adapter_updates.png")
+    style.save(plot_claims(runs), args.out / "train_adapters.png")
+    style.save(plot_updates(runs), args.out / "adapter_updates.png")
     if any(" from " in name for name in runs):
-        short = next(row for of in runs.values() for row in of.values())["settings"]["short_steps"]
-        plot_starts(runs, short, args.out / "adapter_starts.png")
+        style.save(plot_starts(runs), args.out / "adapter_starts.png")
     for line in lines:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
 

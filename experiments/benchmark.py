@@ -1,11 +1,12 @@
 """What a sweep costs, and what a pass over M is worth, against the sweeps of the paper and other people's CP code.
 
-    python experiments/benchmark.py            # some minutes; figures/benchmark.csv and three pictures
+    python experiments/benchmark.py            # some minutes; figures/benchmark.csv, passes.csv and three pictures
+    python experiments/benchmark.py --traces   # what passes.png shows, and no more: passes.csv
     python experiments/benchmark.py --quick --out DIR    # small sizes, for function
 
 Part 1, `passes`: from the allocation start, error after every sweep, passes over M (the start's residual left out) and
 seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones; on
-the first stack, k = r, also the CP sweeps of tensorly and pyttb from there.
+the first stack, k = r, also the CP sweeps of tensorly and pyttb from there; its whole traces are in passes.csv.
 Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly, pyttb
 and pygenten, where they are installed, on the same tensor, k = r, in one process, in alternating order. A sweep of
 theirs is a tenth of what eleven take longer than one, from the same start, so that setting up does not count; the last
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib.util
 import itertools
@@ -31,10 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from tables import Row
 
 import rasa_theory as rt
+from rasa_theory import style
 from rasa_theory.descent import Descent
 from rasa_theory.sources.synthetic import synthetic_stack
 from rasa_theory.starts import allocation_start, random_start
@@ -43,6 +47,7 @@ COLUMNS = (
     "part", "axis", "stack", "layers", "b", "a", "rank", "k", "dtype", "threads", "method", "sweeps", "passes",
     "seconds", "seconds_min", "error", "error_joint", "torch", "machine",
 )  # fmt: skip
+TRACE = ("stack", "rank", "k", "method", "passes", "seconds", "error", "threads", "torch", "machine")
 
 
 def facts(stack: rt.LayerStack, budget: rt.RankBudget, **more: Any) -> dict[str, Any]:
@@ -93,9 +98,9 @@ def traced_cp(unit: rt.LayerStack, budget: rt.RankBudget, sweeps: int) -> dict[s
     return runs
 
 
-def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: int, rows: list[dict[str, Any]]) -> Any:
-    """The rows, and the curves of the first stack for the figure: k -> method -> trace."""
-    curves: dict[int, dict[str, Any]] = {}
+def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: int, rows: list[Row]) -> list[Row]:
+    """The rows; and those of the figure, which are the whole traces of the first stack."""
+    traces: list[Row] = []
     for stack in stacks:
         e_lora = rt.solve_lora(stack, rank).error / stack.scale**2
         for k in ks:
@@ -110,7 +115,12 @@ def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: in
                 longer, paper = traced(stack, budget, "core", 20), traced(stack, budget, "paper", joint // 5)
                 drawn = {"joint sweeps": plain, "core sweeps": longer, "paper sweeps": paper}
                 drawn |= {name: run for name, run in runs.items() if name not in ("joint", "core")}
-                curves[k] = {name: run | {"e_lora": e_lora} for name, run in drawn.items()}
+                same = {key: value for key, value in facts(stack, budget).items() if key in TRACE}
+                traces += [
+                    same | {"method": name, "passes": passes, "seconds": seconds, "error": error / e_lora}
+                    for name, run in drawn.items()
+                    for passes, seconds, error in zip(run["passes"], run["clock"], run["errors"], strict=True)
+                ]
             for method, run in runs.items():
                 row = facts(stack, budget, part="passes", method=method, sweeps=run["sweeps"], passes=run["passes"][-1])
                 row |= {
@@ -126,7 +136,7 @@ def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: in
                 f"{core['passes'][-1]} passes, {core['clock'][-1]:.1f} s",
                 flush=True,
             )
-    return curves
+    return traces
 
 
 def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -225,7 +235,7 @@ def their_sweeps(M: torch.Tensor, factors: list[torch.Tensor]) -> dict[str, Call
     return sweeps
 
 
-def noted(least: dict[str, float], median: dict[str, float], row: dict[str, Any], rows: list[Any]) -> None:
+def noted(least: dict[str, float], median: dict[str, float], row: dict[str, Any], rows: list[Row]) -> None:
     """A row for the seconds of each method, also as a line."""
     for method, seconds in least.items():
         rows.append(row | {"method": method, "seconds": median[method], "seconds_min": seconds})
@@ -236,7 +246,7 @@ def noted(least: dict[str, float], median: dict[str, float], row: dict[str, Any]
         )
 
 
-def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repeats: int, rows: list[Any]) -> None:
+def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repeats: int, rows: list[Row]) -> None:
     """One joint sweep, its two products, and one sweep of other people's CP code on the same tensor."""
     stack, budget = gaussian(shape, dtype), rt.RankBudget(rank, k)
     jobs = our_jobs(stack, budget)
@@ -254,7 +264,7 @@ def part_sweep(shape: tuple[int, int, int], rank: int, k: int, dtype: str, repea
     noted(least, median, facts(stack, budget, part="sweep"), rows)
 
 
-def part_growth(axes: dict[str, list[tuple[tuple[int, int, int], int, int]]], repeats: int, rows: list[Any]) -> None:
+def part_growth(axes: dict[str, list[tuple[tuple[int, int, int], int, int]]], repeats: int, rows: list[Row]) -> None:
     """Seconds of a joint sweep and of its two products along each axis: shape, r and k of every point."""
     for axis, points in axes.items():
         for shape, rank, k in points:
@@ -282,54 +292,84 @@ AXES = {
     "k": ("shared ranks k (r = {rank})", lambda row: row["k"]),
 }
 """What an axis of growth is called, and its value in a row."""
+OURS = {
+    "joint": ("joint sweep", style.BLUE, "o-"),
+    "its two products": ("its two products", style.ORANGE, "s--"),
+}
+PEERS = {
+    "joint": ("joint", style.BLUE, "o"),
+    "tensorly parafac": ("tensorly", style.GREEN, "^"),
+    "pyttb cp_als": ("pyttb", style.PURPLE, "D"),
+    "pygenten cp_als": ("pygenten", style.VERMILION, "v"),
+}
+SWEEPS = {
+    "joint sweeps": (style.BLUE, ".-"), "core sweeps": (style.ORANGE, ".-"), "paper sweeps": (style.GREEN, ".-"),
+    "tensorly parafac": (style.VERMILION, "x--"), "pyttb cp_als": (style.PURPLE, "+--"),
+}  # fmt: skip
+"""Names, colours and markers of what the figures show."""
 
 
-def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_growth(rows: list[Row]) -> Figure:
     """Seconds of a joint sweep and of its products, one panel per axis."""
-    figure = Figure(figsize=(3.2 * len(AXES), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(AXES), sharey=True)
-    for panel, (axis, (label, value)) in zip(axes, AXES.items(), strict=True):
-        for method, marker in (("joint", "o-"), ("its two products", "s--")):
-            points = [row for row in rows if row.get("axis") == axis and row["method"] == method]
-            panel.loglog([value(p) for p in points], [p["seconds_min"] for p in points], marker, label=method)
-        first, ticks = points[0], [value(p) for p in points]
-        panel.set_xlabel(label.format(**first, q=first["rank"] - first["k"]))
-        panel.set_xticks(ticks, [str(t) for t in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds of one")
-    axes[0].legend(fontsize=8)
-    base = next(row for row in rows if row.get("axis") == "R")
-    shape = f"{base['layers']} x {base['b']} x {base['a']}"
-    figure.suptitle(f"A joint sweep and its two products with M around {shape}, {base['dtype']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    base = next(row for row in rows if row["axis"] == "R")
+    figure = style.new_figure(5.4)
+    axes = style.panels(figure, 2, 2, sharey=True)
+    for n, (panel, (axis, (label, value))) in enumerate(zip(axes.flat, AXES.items(), strict=True)):
+        for method, (name, color, look) in OURS.items():
+            points = [row for row in rows if row["axis"] == axis and row["method"] == method]
+            x, y = [value(p) for p in points], [p["seconds_min"] for p in points]
+            panel.loglog(x, y, look, color=color, label=name)
+            if n == 0:
+                at = {"ha": "right", "xytext": (0, 9)} if method == "joint" else {"va": "top", "xytext": (8, -3)}
+                style.note(panel, name, (x[1], y[1]), textcoords="offset points", color=color, **at)
+        panel.set_xticks(x, [str(t) for t in x])
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.tick_params(axis="x", which="minor", length=0)
+        style.grid(panel)
+        first = points[0]
+        style.name(panel, label.format(**first, q=first["rank"] - first["k"]), "seconds" if n % 2 == 0 else "")
+    shape = "{layers} x {b} x {a}, {dtype}".format(**base)
+    figure.suptitle(f"One joint sweep around {shape}", fontsize=style.MEDIUM)
+    return figure
 
 
-def draw_cost(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_cost(rows: list[Row]) -> Figure:
     """Seconds of a sweep over those of the two products of a joint one, against the operations of these."""
+    figure = style.new_figure(4.2)
+    panel = style.panels(figure)[0, 0]
+    ends = []
+    for (method, dtype), values in sorted(costs(rows).items()):
+        name, color, marker = PEERS[method]
+        look = {"markerfacecolor": "none"} if dtype == "float32" else {}
+        panel.loglog(*zip(*values, strict=True), marker, color=color, markersize=6, **look)
+        ends.append((*max(values), f"{name}, {dtype}", color))
+    panel.axhline(1.0, color=style.INK, linewidth=1)
+    panel.set_ylim(0.8, 12)
+    panel.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    style.name(panel, "operations of the two products, 4 L b a (q + R)", "seconds of a sweep / of the products")
+    style.grid(panel)
+    style.label_ends(panel, ends, 0.075)
+    return figure
+
+
+def costs(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """By method and dtype: operations of the two products of a joint sweep, and seconds over theirs."""
     points: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if row["part"] in ("sweep", "growth"):
             point = tuple(row[name] for name in ("part", "layers", "b", "a", "rank", "k", "dtype"))
             points.setdefault(point, {})[row["method"]] = row["seconds_min"]
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (_, L, b, a, rank, k, dtype), seconds in points.items():
-        products, operations = seconds.pop("its two products"), 4 * L * b * a * (rank - k + L * k)
+        products, operations = seconds["its two products"], 4 * L * b * a * (rank - k + L * k)
         for method, least in seconds.items():
-            series.setdefault(f"{method}, {dtype}", []).append((operations, least / products))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    panel = figure.subplots()
-    for (name, values), marker in zip(sorted(series.items()), "ox^v+D1*", strict=False):
-        panel.loglog(*zip(*values, strict=True), marker, label=name, markersize=5)
-    panel.axhline(1.0, color="black", linewidth=1)
-    panel.set_xlabel("operations of the two products, 4 L b a (q + R)")
-    panel.set_ylabel("seconds of a sweep over those of the products")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+            if method != "its two products":
+                series.setdefault((method, dtype), []).append((operations, least / products))
+    return series
 
 
-def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[Any]) -> None:
+def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[Row]) -> None:
     """e_lora without full SVDs beside all singular values; decaying and flat spectra."""
     L, b, a = shape
     decaying = synthetic_stack(L, (b, a), spectrum="power:0.5", overlap=0.5, seed=0).values.float()
@@ -354,48 +394,48 @@ def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[A
         print(f"{stack.name:24} r = {rank}: the interval is {width:.1e} ||M||^2 wide", flush=True)
 
 
-def draw(curves: dict[int, dict[str, Any]], title: str, path: Path) -> None:
-    """Error against passes and against seconds, one column per k."""
-    figure = Figure(figsize=(3.6 * len(curves), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(curves), squeeze=False, sharey="col")
-    styles = {"joint sweeps": "C0.-", "core sweeps": "C1.-", "paper sweeps": "C2.-"}
-    styles |= {"tensorly parafac": "C3x--", "pyttb cp_als": "C4+--"}
-    for column, (k, methods) in zip(axes.T, curves.items(), strict=True):
-        for name, run in methods.items():
-            ratios = [e / run["e_lora"] for e in run["errors"]]
-            style = {"fmt": styles[name], "markersize": 4, "linewidth": 1, "label": name}
-            column[0].errorbar([max(p, 1) for p in run["passes"]], ratios, **style)
-            column[1].errorbar(run["clock"][1:], ratios[1:], **style)
-        column[0].set(title=f"k = {k}", xscale="log", xlabel="passes over M (the start drawn at 1)")
-        column[1].set(xscale="log", xlabel="seconds")
-        for panel in column:
-            panel.grid(alpha=0.3)
-    for panel in axes[:, 0]:
-        panel.set_ylabel("error / e_lora")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+def plot_passes(traces: list[Row]) -> Figure:
+    """Error against passes and against seconds, one line of panels per k; the start is drawn at one pass."""
+    ks = sorted({row["k"] for row in traces})
+    figure = style.new_figure(1.0 + 2.1 * len(ks))
+    axes = style.panels(figure, len(ks), 2, sharex="col", sharey="row")
+    for (left, right), k in zip(axes, ks, strict=True):
+        for method, (color, look) in SWEEPS.items():
+            run = [row for row in traces if row["k"] == k and row["method"] == method]
+            passes, seconds, errors = ([row[key] for row in run] for key in ("passes", "seconds", "error"))
+            if run:
+                settings = {"color": color, "markersize": 4, "linewidth": 1, "label": method}
+                left.semilogx([max(p, 1) for p in passes], errors, look, **settings)
+                right.semilogx(seconds[1:], errors[1:], look, **settings)
+        for panel in (left, right):
+            style.grid(panel)
+        style.name(left, y=f"k = {k}:\nerror / $e_{{\\mathrm{{LoRA}}}}$")
+    style.name(axes[-1, 0], "passes over M")
+    style.name(axes[-1, 1], "seconds")
+    style.legend(figure, *axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", action="store_true", help="only the traces of the first stack")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(arguments)
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     bundled = list(rt.load("minilm-code")[0])
-    if options.quick:
+    if options.traces:
+        traces = part_passes(bundled[:1], [1, 2, 4, 8], 8, 300, rows)
+    elif options.quick:
         small = rt.LayerStack(bundled[0].values[:, :96, :96], "query, a crop")
-        curves = part_passes([small], [1, 8], 8, 50, rows)
+        traces = part_passes([small], [1, 8], 8, 50, rows)
         for dtype in ("float32", "float64"):
             part_sweep((4, 96, 96), 4, 4, dtype, 3, rows)
         part_growth(growth_axes(4, 64, 48, 4, 1, 2), 3, rows)
         part_lora((2, 160, 160), 2, 1, rows)
     else:
-        curves = part_passes(bundled, [1, 2, 4, 8], 8, 300, rows)
+        traces = part_passes(bundled, [1, 2, 4, 8], 8, 300, rows)
         synthetic = synthetic_stack(16, (768, 768), spectrum="power:0.5", overlap=0.5, seed=0)
         wide = rt.LayerStack(synthetic.values.float(), "synthetic power:0.5")
         part_passes([wide], [1, 2, 4, 8], 8, 300, rows)
@@ -404,14 +444,13 @@ def main() -> None:
                 part_sweep(shape, rank, k, dtype, repeats, rows)
         part_growth(growth_axes(8, 384, 384, 8, 2, 4), 7, rows)
         part_lora((8, 2048, 2048), 8, 2, rows)
-    with open(options.out / "benchmark.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    title = f"From the allocation start, {(bundled[0] if not options.quick else small).name}, r = 8"
-    draw(curves, title, options.out / "passes.png")
-    draw_cost(rows, options.out / "sweep_cost.png")
-    draw_growth(rows, options.out / "growth.png")
+    tables.write(options.out / "passes.csv", TRACE, traces)
+    style.save(plot_passes(traces), options.out / "passes.png")
+    if not options.traces:
+        tables.write(options.out / "benchmark.csv", COLUMNS, rows)
+        rows = tables.read(options.out / "benchmark.csv")
+        style.save(plot_cost(rows), options.out / "sweep_cost.png")
+        style.save(plot_growth(rows), options.out / "growth.png")
 
 
 if __name__ == "__main__":

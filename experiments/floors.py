@@ -52,13 +52,13 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", nargs="+", help="all bundled ones unless named")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     bundled = {stack.name: stack for stack in rt.load("minilm-code")[0]}
     unknown = set(options.stacks or ()) - set(bundled)

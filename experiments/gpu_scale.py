@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,7 @@ if importlib.util.find_spec("rasa_theory") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rasa_theory as rt
+from rasa_theory import style
 from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
 from rasa_theory.descent import Descent
@@ -50,6 +51,9 @@ from rasa_theory.inputs import compute_device
 from rasa_theory.problem import SVD
 from rasa_theory.starts import random_start
 from rasa_theory.updates import normalise_pool
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Config = tuple[int, int, int, int, int]  # L, b, a, r, k
 FULL = ",".join(f"32x{b}x4096:{r}:{k}" for b in (4096, 14336) for r in (8, 64) for k in (1, 8))
@@ -310,7 +314,7 @@ def saver(path: Path) -> Callable[[dict[str, Any]], None]:
     """Puts a record into the file in the place of an earlier one of its configuration; never leaves half a file."""
 
     def save(record: dict[str, Any]) -> None:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+        records = read(path) if path.exists() else []
         records = [*(r for r in records if title(r) != title(record)), record]
         beside = path.with_suffix(".part")
         beside.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
@@ -319,39 +323,53 @@ def saver(path: Path) -> Callable[[dict[str, Any]], None]:
     return save
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Error against seconds of every solve; a sweep's time beside its two products'."""
-    import matplotlib
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file."""
+    records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["records"]
+    return records
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+KINDS = {
+    "two_products_seconds": ("two products", style.ORANGE, "s"),
+    "joint_sweep_seconds": ("joint sweep", style.BLUE, "o"),
+    "core_sweep_seconds": ("core sweep", style.GREEN, "^"),
+}
+
+
+def plot(records: list[dict[str, Any]]) -> Figure:
+    """Above: error against seconds of every solve. Below: a sweep's time beside its two products'."""
     done = [r for r in records if "e_rasa_over_e_lora" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for n, record in enumerate(done):
+    colours = dict(zip(sorted({(r["rank"], r["k"]) for r in done}), style.COLOURS, strict=False))
+    dashes = dict(zip(sorted({(r["layers"], r["b"], r["a"]) for r in done}), ("-", "--", "-."), strict=False))
+    figure = style.new_figure(3.9 + 0.35 * len(done))
+    (above,), (below,) = style.panels(figure, 2, 1, height_ratios=[3.1, 0.8 + 0.35 * len(done)])
+    ends = []
+    for record in done:
         seconds, errors = zip(*record["solve_trace"], strict=True)
-        style = {"color": f"C{n}", "marker": "o", "markersize": 3, "label": title(record)}
-        left.plot(seconds[1:], errors[1:], **style)
-    left.set(
-        xscale="log",
-        xlabel="seconds",
-        ylabel="error / e_lora",
-        title="To the stop, after every sweep (L x b x a : r : k)",
-    )
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
-    kinds = {
-        "two_products_seconds": "two products",
-        "joint_sweep_seconds": "joint sweep",
-        "core_sweep_seconds": "core sweep",
-    }
-    for m, (key, label) in enumerate(kinds.items()):
-        right.barh([n + 0.27 * (m - 1) for n in range(len(done))], [r[key]["min"] for r in done], 0.25, label=label)
-    right.set(xscale="log", xlabel="seconds", title="One sweep (least)", yticks=range(len(done)))
-    right.set_yticklabels([title(r) for r in done], fontsize=8)
-    right.invert_yaxis()
-    right.legend(fontsize=8)
-    figure.suptitle(" / ".join(sorted({f"{r['hardware']['device']}, torch {r['hardware']['torch']}" for r in done})))
-    figure.savefig(path, dpi=130)
+        color = colours[record["rank"], record["k"]]
+        dash = ":" if record["tf32"] else dashes[record["layers"], record["b"], record["a"]]
+        above.semilogx(seconds[1:], errors[1:], dash, color=color, marker="o", markersize=4)
+        if not record["tf32"]:  # which ends as the other does
+            ends.append((seconds[-1], errors[-1], f"r = {record['rank']}, k = {record['k']}", color))
+    for shape, dash in dashes.items():
+        above.plot([], [], dash, color=style.GREY, label="{} x {} x {}".format(*shape))
+    if any(r["tf32"] for r in done):
+        above.plot([], [], ":", color=style.GREY, label="with TF32")
+    style.name(above, "seconds, after every sweep to the stop", "error / $e_{\\mathrm{LoRA}}$")
+    above.set_xlim(right=3 * max(x for x, *_ in ends))
+    style.label_ends(above, ends, 0.075, inside=True)
+    style.legend(figure, *above.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    for key, (label, color, marker) in KINDS.items():
+        least = [r[key]["min"] for r in done]
+        below.semilogx(least, range(len(done)), marker, color=color, markersize=6, label=label)
+    below.set_yticks(range(len(done)), [title(r) for r in done])
+    below.invert_yaxis()
+    style.grid(below)
+    style.name(below, "seconds of one (the least)", "layers x b x a : r : k")
+    style.legend(below, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(KINDS))
+    machines = sorted({f"{r['hardware']['device']}, torch {r['hardware']['torch']}" for r in done})
+    style.name(above, title=" / ".join(machines))
+    return figure
 
 
 def parsed(text: str) -> list[Config]:
@@ -360,7 +378,7 @@ def parsed(text: str) -> list[Config]:
     return [(layers, b, a, rank, k) for layers, b, a, rank, k in numbers]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", help="LxBxA:R:K, .. (layers, rows, columns, r, k)")
     parser.add_argument("--device", default="auto")
@@ -376,9 +394,9 @@ def main() -> None:
         "--figure", action="store_true", help="draw what the file holds, beside it, and measure nothing"
     )
     parser.add_argument("--out", type=Path, default=Path("figures/gpu_scale.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.figure:
-        draw(json.loads(options.out.read_text(encoding="utf-8"))["records"], options.out.with_suffix(".png"))
+        style.save(plot(read(options.out)), options.out.with_suffix(".png"))
         return
     if options.smoke:
         options.repeats, options.max_sweeps = 2, 4

@@ -32,18 +32,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per processor, see --jobs
 
+import tables
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
+from rasa_theory import style
 from rasa_theory.attempts import median_iterations, random_attempt
 from rasa_theory.sources import synthetic_stack
 from rasa_theory.starts import random_start
 
 ITERATIONS = 200
 SEEDS = 10
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
 
 
 @dataclass(frozen=True)
@@ -148,20 +149,6 @@ def attempt(case: Case) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    for row in rows:
-        for key, value in row.items():
-            if key not in ("part", "stack", "pool"):
-                row[key] = None if value == "" else float(value)
-        for key in ("layers", "rank", "k", "seed"):
-            row[key] = int(row[key])
-    return rows
-
-
 def case_of(row: dict[str, Any]) -> Case:
     return Case(**{key: row[key] for key in Case.__dataclass_fields__})
 
@@ -202,54 +189,56 @@ def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[st
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     """Crossings by stack and k, by spectrum and overlap, by the pool at the start, by the number of layers."""
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    ((real, synthetic), (pool, layers)) = figure.subplots(2, 2)
     of = {part: [row for row in rows if row["part"] == part] for part in ("real", "synthetic", "pool", "layers")}
     eight = [row for row in of["real"] if row["rank"] == 8]
-    _columns(real, eight, "stack", "k", "k = {}", "bundled updates, r = 8")
-    _columns(
-        synthetic,
-        [row for row in of["synthetic"] if row["k"] == 1],
-        "stack",
-        "overlap",
-        "{:g} common",
-        "synthetic, r = 8, k = 1",
-    )
-    _columns(pool, [row for row in of["pool"] if row["stack"] == "attention_output"], "pool", "size", "size {:g}",
-             "attention output, k = 1: pool at the start")  # fmt: skip
-    bundled = [
-        row
-        for row in [*of["layers"], *eight]
-        if row["k"] == 1 and row["stack"] in ("attention_output", "query", "power:0.7")
-    ]
-    _columns(layers, bundled, "stack", "layers", "L = {}", "number of layers, r = 8, k = 1")
+    one = [row for row in [*of["layers"], *eight] if row["k"] == 1 and row["stack"] in NAMES]
+    found = [
+        (eight, "stack", "k", "shared ranks k (bundled updates, r = 8)"),
+        ([row for row in of["synthetic"] if row["k"] == 1], "stack", "overlap",
+         "share of common bases (synthetic, r = 8, k = 1)"),
+        ([row for row in of["pool"] if row["stack"] == "attention_output"], "pool", "size",
+         "size of the pool at the start / $\\|M\\|$ (attention output, k = 1)"),
+        (one, "stack", "layers", "number of layers L (r = 8, k = 1)"),
+    ]  # fmt: skip
+    found = [panel for panel in found if panel[0]]
+    figure = style.new_figure(2.3 * max(len(found), 1))
+    if found:
+        for axes, (group, outer, inner, label) in zip(style.panels(figure, len(found))[:, 0], found, strict=True):
+            _columns(axes, group, outer, inner)
+            style.name(axes, label, "first iteration\nbelow LoRA")
     return figure
 
 
-def _columns(axes: Any, rows: Sequence[dict[str, Any]], outer: str, inner: str, label: str, title: str) -> None:
+NAMES = {
+    "attention_output": "attention output", "power:0.3": "$j^{-0.3}$", "power:0.7": "$j^{-0.7}$",
+    "power:1.2": "$j^{-1.2}$", "query": "query", "units": "units", "own": "own", "gaussian": "Gaussian",
+}  # fmt: skip
+"""What the figure calls stacks and pools."""
+
+
+def _columns(axes: Any, rows: Sequence[dict[str, Any]], outer: str, inner: str) -> None:
     """A column of attempts per value of `inner`, grouped by `outer`; those that never cross stand on top."""
     never, ticks, x = ITERATIONS * 1.6, [], 0.0
-    for n, name in enumerate(dict.fromkeys(row[outer] for row in rows)):
+    for name, color in zip(dict.fromkeys(row[outer] for row in rows), style.COLOURS, strict=False):
         begin = x
         for value in sorted({row[inner] for row in rows if row[outer] == name}):
             group = [row for row in rows if row[outer] == name and row[inner] == value]
             heights = [row["iterations"] or never for row in group]
             jitter = [x + 0.5 * (i / max(len(heights) - 1, 1) - 0.5) for i in range(len(heights))]
-            axes.plot(jitter, heights, "o", ms=3, alpha=0.6, color=COLOURS[n % len(COLOURS)])
-            median = median_iterations([None if row["iterations"] is None else int(row["iterations"]) for row in group])
-            axes.plot([x - 0.35, x + 0.35], [median or never] * 2, color="black", lw=1.5)
-            ticks.append((x, label.format(value)))
+            axes.plot(jitter, heights, "o", ms=3, alpha=0.6, color=color)
+            median = median_iterations([row["iterations"] for row in group])
+            axes.plot([x - 0.35, x + 0.35], [median or never] * 2, color=style.INK, lw=1.5)
+            ticks.append((x, f"{value:g}"))
             x += 1
-        axes.annotate(str(name), ((begin + x - 1) / 2, 1.0), (0, -4), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", ha="center", va="top", color=COLOURS[n % len(COLOURS)])  # fmt: skip
+        at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "color": color}
+        style.note(axes, NAMES.get(name, name), ((begin + x - 1) / 2, 1.0), **at)
         x += 0.7
-    axes.axhline(10, color="0.7", lw=0.8)
+    axes.axhline(10, color=style.PALE, lw=0.8, zorder=0)
     axes.set_yscale("log")
-    axes.set_ylim(1, never * 2.2)
+    axes.set_ylim(1, never * 1.4)
     axes.set_yticks([1, 3, 10, 30, 100, never], ["1", "3", "10", "30", "100", "never"])
-    axes.set_xticks([t for t, _ in ticks], [text for _, text in ticks], rotation=60, fontsize=7)
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel("first iteration below LoRA")
+    axes.minorticks_off()
+    axes.set_xticks([t for t, _ in ticks], [text for _, text in ticks])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -262,13 +251,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     table = args.out / "iteration_count.csv"
     if not args.figure:
-        known = {astuple(case_of(row)) for row in read(table)}
+        known = {astuple(case_of(row)) for row in tables.read(table)}
         wanted = list(cases(1 if args.smoke else args.seeds))
         if args.smoke:
             wanted = [case for case in wanted if case.stack.startswith("power") and case.layers <= 6][::5]
         perform([case for case in wanted if astuple(case) not in known], table, args.jobs)
-    rows = read(table)
-    plot(rows).savefig(args.out / "iteration_count.png", dpi=130)
+    rows = tables.read(table)
+    style.save(plot(rows), args.out / "iteration_count.png")
     for line in summary(rows, ("part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
         print({key: round(x, 4) if isinstance(x, float) and math.isfinite(x) else x for key, x in line.items()})
 

@@ -14,23 +14,24 @@ where each ended, to see in which minimum it lies. Written to --out:
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tables
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import rasa_theory as rt
+from rasa_theory import style
 from rasa_theory.attempts import median_iterations
 from rasa_theory.sources import synthetic_stack
 from rasa_theory.starts import random_start
 
 COLUMNS = ("stack", "size", "seed", "iterations", "error", "error_after_joint_sweeps")
-STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+ITERATIONS = 60
 
 
 def stacks_by_name(names: list[str]) -> Iterator[rt.LayerStack]:
@@ -58,52 +59,51 @@ def attempt(
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def plot(rows: list[dict[str, Any]], iterations: int) -> Figure:
-    """Left: first iteration below LoRA against the pool's size, `never` on top. Right: the errors that follow."""
+def plot(rows: list[dict[str, Any]], iterations: int = ITERATIONS) -> Figure:
+    """Above: first iteration below LoRA against the pool's size, `never` on top. Below: the errors that follow."""
     names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stack", "size"))
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = style.new_figure(6.4)
+    ((above,), (below,)) = style.panels(figure, 2, 1, sharex=True)
     never = iterations * 1.12
-    for n, (name, (color, marker)) in enumerate(zip(names, STYLES, strict=False)):
+    for n, (name, color, marker) in enumerate(zip(names, style.COLOURS, style.MARKERS, strict=False)):
         groups = [[row for row in rows if row["stack"] == name and row["size"] == size] for size in sizes]
-        positions = [i + 0.12 * (n - (len(names) - 1) / 2) for i in range(len(sizes))]
+        positions = [i + 0.17 * (n - (len(names) - 1) / 2) for i in range(len(sizes))]
         counts = [[row["iterations"] for row in group] for group in groups]
         medians = [median_iterations(c) for c in counts]
-        left.plot(positions, [never if m is None else m for m in medians], marker, color=color, ms=8, label=name)
+        above.plot(positions, [never if m is None else m for m in medians], marker, color=color, ms=8, label=name)
         for x, group in zip(positions, counts, strict=True):
             heights = [never if c is None else c for c in group]
-            left.plot([x] * len(heights), heights, marker, color=color, ms=3.5, alpha=0.6)
+            above.plot([x] * len(heights), heights, marker, color=color, ms=3.5, alpha=0.6)
         ends = [sorted(row["error_after_joint_sweeps"] for row in group) for group in groups]
         middle = [e[(len(e) - 1) // 2] for e in ends]
-        below = [m - e[0] for m, e in zip(middle, ends, strict=True)]
-        above = [e[-1] - m for m, e in zip(middle, ends, strict=True)]
-        right.errorbar(positions, middle, [below, above], fmt=marker, color=color, ms=7, capsize=3, label=name)
-    left.axhline(never, color="0.8", zorder=0)
-    left.annotate("never", (0.0, never), (4, 3), textcoords="offset points", xycoords=("axes fraction", "data"))
-    left.yaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_ylim(0, never * 1.08)
-    left.set_ylabel("iterations to beat LoRA\n(large: lower median, small: each)")
-    right.axhline(1.0, color="black", linewidth=1.2)
-    right.set_ylabel("squared error in the end / $e_{\\mathrm{LoRA}}$\n(median and range)")
-    right.legend(frameon=False)
-    for ax in (left, right):
-        ax.set_xticks(range(len(sizes)), ["D = 0" if size == 0 else f"{size:g}" for size in sizes])
-        ax.set_xlabel("norm of the random pool's terms at the start / $\\|M\\|$")
-        ax.spines[["top", "right"]].set_visible(False)
+        low = [m - e[0] for m, e in zip(middle, ends, strict=True)]
+        high = [e[-1] - m for m, e in zip(middle, ends, strict=True)]
+        below.errorbar(positions, middle, [low, high], fmt=marker, color=color, ms=7, capsize=3)
+    above.axhline(never, color=style.PALE, zorder=0)
+    ticks = MaxNLocator(integer=True, steps=[1, 2, 5, 10]).tick_values(0, iterations)
+    ticks = [t for t in ticks if t <= iterations]
+    above.set_yticks([*ticks, never], [*(f"{t:g}" for t in ticks), "never"])
+    above.set_ylim(0, never * 1.08)
+    style.name(above, y="iterations to beat LoRA\n(large: lower median)")
+    style.legend(figure, *above.get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
+    below.axhline(1.0, color=style.INK, linewidth=1.2, zorder=0)
+    below.set_xticks(range(len(sizes)), ["D = 0" if size == 0 else f"{size:g}" for size in sizes])
+    style.name(below, "norm of the random pool's terms at the start / $\\|M\\|$",
+               "squared error in the end\n/ $e_{\\mathrm{LoRA}}$ (median, range)")  # fmt: skip
     return figure
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", nargs="+", default=["query", "attention_output", "synthetic"])
     parser.add_argument("--sizes", nargs="+", type=float, default=[0, 0.01, 0.03, 0.1, 0.3, 1, 3])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--joint-sweeps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     budget = rt.RankBudget(options.rank, options.k)
     rows: list[dict[str, Any]] = []
@@ -115,12 +115,8 @@ def main() -> None:
                     bar.set_description(f"{stack.name}, size {size:g}")
                     rows.append(attempt(stack, budget, e_lora, size, seed, options.iterations, options.joint_sweeps))
                     bar.update()
-    options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "pool_start.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, options.iterations).savefig(options.out / "pool_start.png", dpi=130)
+    tables.write(options.out / "pool_start.csv", COLUMNS, rows)
+    style.save(plot(rows, options.iterations), options.out / "pool_start.png")
     for name in options.stacks:
         for size in options.sizes:
             group = [row for row in rows if row["stack"] == name and row["size"] == size]

@@ -9,7 +9,7 @@ Stacks made of normal factors of the budget, plus normal noise of a given share 
                     noise, 1 - dof / (L b a) of its energy (without noise: of ||M||^2); the squared distance of the
                     solution from the planted updates in units of what the free parameters take up of the noise,
                     dof / (L b a) of its energy (likewise); and the error in units of the certified floor
-    recovery.png    left: share of the seeds that recover; right: median and range of the distance
+    recovery.png    above: share of the seeds that recover; below: median and range of the distance
 
 A run recovers if its error is at most 1.02 of what statistics leave and its distance at most 1.5 times what
 the free parameters take up; without noise, if the error is at most 1e-18 ||M||^2.
@@ -18,19 +18,20 @@ the free parameters take up; without noise, if the error is at most 1e-18 ||M||^
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 import rasa_theory as rt
+from rasa_theory import style
 
 Shape = tuple[int, int, int, int, int]
 SHAPES: tuple[Shape, ...] = (
@@ -42,7 +43,6 @@ SHAPES: tuple[Shape, ...] = (
 )
 COLUMNS = ("layers", "b", "a", "rank", "k", "noise", "seed", "start", "winner", "stop_reason", "sweeps", "seconds")
 COLUMNS += ("error", "distance", "error_over_floor", "recovered")
-STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#D55E00", "v"))
 
 
 def degrees_of_freedom(shape: Shape) -> int:
@@ -91,25 +91,26 @@ def shape_of(row: dict[str, Any]) -> Shape:
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
     """Recovery rate and distance against the noise, which lies at equal steps; open symbols: from a random pool."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = style.new_figure(7.6)
+    axes = style.panels(figure, 2, 1, sharex=True)[:, 0]
     noises = sorted({row["noise"] for row in rows})
-    for n, (shape, style) in enumerate(zip(dict.fromkeys(map(shape_of, rows)), STYLES, strict=False)):
+    shapes = list(dict.fromkeys(map(shape_of, rows)))
+    for n, (shape, *look) in enumerate(zip(shapes, style.COLOURS, style.MARKERS, strict=False)):
         for start in ("best", "random"):
             group = [row for row in rows if shape_of(row) == shape and row["start"] == start]
-            _draw(axes, noises, group, 0.1 * (n - 2), style, start == "best", str(shape) if start == "best" else None)
+            label = ", ".join(map(str, shape)) if start == "best" else None
+            _draw(axes, noises, group, 0.11 * (n - (len(shapes) - 1) / 2), look, start == "best", label)
     rate, distance = axes
-    rate.set_ylabel("share of seeds that recover")
-    rate.plot([], [], "-", color="0.3", label="default race")
-    rate.plot([], [], "--", color="0.3", label="from a random pool")
-    distance.legend(*rate.get_legend_handles_labels(), frameon=False, title="(L, b, a, r, k)", loc="upper right")
+    rate.plot([], [], "-", color=style.GREY, label="default race")
+    rate.plot([], [], "--", color=style.GREY, label="random pool")
+    entries = rate.get_legend_handles_labels()
+    style.legend(figure, *entries, loc="outside upper center", ncols=3, title="planted with (L, b, a, r, k), found by")
+    style.name(rate, y="share of seeds that recover")
     distance.set_yscale("log")
-    distance.axhline(1, color="black", linewidth=1.2, zorder=0)
-    distance.set_ylabel("squared distance from the planted updates\n/ what the free parameters take up of the noise")
-    for ax in axes:
-        ax.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
-        ax.set_xlabel("norm of the noise / norm of the planted updates")
-        ax.spines[["top", "right"]].set_visible(False)
+    distance.axhline(1, color=style.INK, linewidth=1.2, zorder=0)
+    distance.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
+    style.name(distance, "norm of the noise / norm of the planted updates",
+               "squared distance from planted,\n1: what noise makes inevitable")  # fmt: skip
     return figure
 
 
@@ -118,13 +119,13 @@ def _draw(
     noises: list[float],
     rows: list[dict[str, Any]],
     shift: float,
-    style: tuple[str, str],
+    marked: list[str],
     full: bool,
     label: str | None,
 ) -> None:
-    color, marker = style
+    color, marker = marked
     look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "linewidth": 1.2, "ls": "-" if full else "--"}
-    look |= {"markerfacecolor": color if full else "white"}
+    look |= {"markerfacecolor": color if full else "none"}
     present = [noise for noise in noises if any(row["noise"] == noise for row in rows)]
     groups = [[row for row in rows if row["noise"] == noise] for noise in present]
     x = [noises.index(noise) + shift for noise in present]
@@ -141,7 +142,7 @@ def _ranges(ax: Axes, x: list[float], values: list[list[float]], look: dict[str,
     ax.errorbar(x, middle, [below, above], capsize=2, **look)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noises", nargs="+", type=float, default=[0, 1e-3, 0.1, 0.3, 1, 2])
     parser.add_argument("--seeds", type=int, default=20)
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many of the shapes")
     parser.add_argument("--sweeps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     seeds = {shape: options.largest_seeds if shape is SHAPES[-1] else options.seeds for shape in SHAPES}
     runs = []
@@ -159,12 +160,8 @@ def main() -> None:
             runs += [(shape, noise, seed, "best") for seed in range(seeds[shape])]
             runs += [(shape, noise, seed, "random") for seed in range(min(options.random_seeds, seeds[shape]))]
     rows = [attempt(*run, options.sweeps) for run in tqdm(runs)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "recovery.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows).savefig(options.out / "recovery.png", dpi=130)
+    tables.write(options.out / "recovery.csv", COLUMNS, rows)
+    style.save(plot(rows), options.out / "recovery.png")
     for shape in dict.fromkeys(shape for shape, *_ in runs):
         for noise in options.noises:
             for start in ("best", "random"):

@@ -13,18 +13,19 @@ Written to --out, for every layer of every kind:
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
+from rasa_theory import style
 from rasa_theory.sources import provenance
 
 COLUMNS = ("stack", "layer", "relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
-STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 
 def describe(S: torch.Tensor) -> tuple[float, float, float]:
@@ -34,54 +35,59 @@ def describe(S: torch.Tensor) -> tuple[float, float, float]:
     return float(1 / p[0]), float(entropy.exp()), float(p[:8].sum())
 
 
-def plot(rows: list[dict[str, Any]], spectra: dict[str, torch.Tensor]) -> Figure:
-    """Spectra on the left, one panel per number on the right."""
-    figure = Figure(figsize=(11.5, 5.6), layout="constrained")
-    grid = figure.add_gridspec(2, 4)
-    left = figure.add_subplot(grid[:, :2])
-    panels = [figure.add_subplot(grid[i // 2, 2 + i % 2]) for i in range(4)]
-    labels = ("norm / norm of the weights", "stable rank", "entropy rank", "energy in rank 8")
-    for (name, S), (color, marker) in zip(spectra.items(), STYLES, strict=True):
-        for i, sigma in enumerate(S):
-            j = range(1, len(sigma) + 1)
-            left.loglog(j, sigma / sigma[0], color=color, linewidth=1, alpha=0.7, label=name if i == 0 else None)
-        own = [row for row in rows if row["stack"] == name]
-        for ax, column in zip(panels, COLUMNS[2:], strict=True):
-            ax.plot([row["layer"] for row in own], [row[column] for row in own], marker + "-", color=color, ms=5)
-    left.axvline(8, color="black", linewidth=1, linestyle=":")
-    left.annotate("rank 8", (8, 1), (4, -8), textcoords="offset points")
-    left.set_ylim(1e-3, 1.2)
-    left.set_xlabel("j")
-    left.set_ylabel("$\\sigma_j / \\sigma_1$ of the update, one line per layer")
-    left.legend(frameon=False, loc="lower left")
-    for ax, label in zip(panels, labels, strict=True):
-        ax.set_title(label, fontsize=10)
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("layer")
-    for ax in (left, *panels):
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure
+def spectra_of_bundled() -> dict[str, torch.Tensor]:
+    """Singular values of every layer, (L, m), by stack; they need no file, since the updates come with the package."""
+    return {stack.name: stack.svd().S for stack in rt.load("minilm-code")[0]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
-
+def described(spectra: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """The rows of the table."""
     facts = provenance("minilm-code")
     shipped = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
-    spectra = {stack.name: stack.svd().S for stack in rt.load("minilm-code")[0]}
-    rows = [
+    return [
         dict(zip(COLUMNS, (name, i, shipped[name]["relative_norm"][i], *describe(sigma)), strict=True))
         for name, S in spectra.items()
         for i, sigma in enumerate(S)
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "updates.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, spectra).savefig(options.out / "updates.png", dpi=130)
+
+
+def plot(rows: list[dict[str, Any]], spectra: dict[str, torch.Tensor]) -> Figure:
+    """Spectra above, one panel per number below."""
+    figure = style.new_figure(8.0)
+    grid = figure.add_gridspec(3, 2, height_ratios=[1.7, 1, 1])
+    above = figure.add_subplot(grid[0, :])
+    below = [figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4)]
+    for ax in (above, *below):
+        style.dress(ax)
+    labels = ("norm / norm of weights", "stable rank", "entropy rank", "energy in rank 8")
+    for (name, S), color, marker in zip(spectra.items(), style.COLOURS, style.MARKERS, strict=False):
+        for sigma in S:
+            above.loglog(range(1, len(sigma) + 1), sigma / sigma[0], color=color, linewidth=1, alpha=0.7)
+        own = [row for row in rows if row["stack"] == name]
+        for ax, column in zip(below, COLUMNS[2:], strict=True):
+            values = [row[column] for row in own]
+            ax.plot([row["layer"] for row in own], values, marker + "-", color=color, ms=5, label=name)
+    above.axvline(8, color=style.INK, linewidth=1, linestyle=":")
+    style.note(above, "rank 8", (8, 1), xytext=(4, -8), textcoords="offset points")
+    above.set_ylim(1e-3, 1.2)
+    style.name(above, "index j of the singular value", "$\\sigma_j / \\sigma_1$ of the update,\none line per layer")
+    style.legend(above, *below[0].get_legend_handles_labels(), loc="lower left")
+    for n, (ax, label) in enumerate(zip(below, labels, strict=True)):
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.name(ax, "layer" if n >= 2 else "", label)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args(arguments)
+
+    spectra = spectra_of_bundled()
+    rows = described(spectra)
+    tables.write(options.out / "updates.csv", COLUMNS, rows)
+    style.save(plot(rows, spectra), options.out / "updates.png")
     for column in COLUMNS[2:]:
         for name in spectra:
             values = [row[column] for row in rows if row["stack"] == name]

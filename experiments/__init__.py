@@ -1,0 +1,1 @@
+"""What was measured, a script each; `python -m experiments.figures` draws all of it again."""
