@@ -2,7 +2,8 @@
 
     python experiments/floors.py
 
-On the bundled updates; for every stack and k one row of floors.csv in --out, errors squared and in units of e_lora:
+On the bundled updates; for every stack and k one row of floors.csv in --out, errors squared and in units of e_lora,
+and the same as floors.png:
 
     best_found, allocation       the solver's error and the allocation bound, both above e_rasa(k)
     closed, closed_name          the best closed form, and which it was
@@ -18,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tables
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
+from rasa_theory import style
 
 COLUMNS = (
     "stack", "k", "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
@@ -50,6 +54,32 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
         ratios["two-sided"], two_sided_seconds, best_found / e_lora - ratios["two-sided"],
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
+
+
+LOOKS = {
+    "closed": ("closed form", style.SKY, "<"), "dual": ("dual", style.GREEN, "s"),
+    "two_sided": ("two-sided", style.PURPLE, "D"), "best_found": ("best found", style.BLUE, "o"),
+}  # fmt: skip
+
+
+def plot(rows: list[tables.Row]) -> Figure:
+    """Floors and best found error of every stack and k; the line between them holds e_rasa(k)."""
+    heights, y = [], 0.0
+    for before, row in zip([None, *rows], rows, strict=False):
+        y += 1.0 if before is None or before["stack"] == row["stack"] else 1.8
+        heights.append(y)
+    figure = style.new_figure(0.9 + 0.28 * y)
+    ax = style.panels(figure)[0, 0]
+    for row, y in zip(rows, heights, strict=True):
+        ax.plot([row["two_sided"], row["best_found"]], [y, y], color=style.GREY, linewidth=2.5, zorder=1)
+    for key, (label, color, marker) in LOOKS.items():
+        ax.plot([row[key] for row in rows], heights, marker, color=color, ms=6, label=label)
+    ax.axvline(1, color=style.INK, linewidth=1.2, zorder=0)
+    ax.set_yticks(heights, [f"{row['stack']}, k = {row['k']}" for row in rows])
+    ax.invert_yaxis()
+    style.name(ax, "squared error / $e_{\\mathrm{LoRA}}$; $e_{\\mathrm{RaSA}}(k)$ is on the grey line", "stack and k")
+    style.legend(figure, *ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"  dual {found['dual']:.5f} ({found['dual_seconds']:.0f} s)"
                     f"  two-sided {found['two_sided']:.5f} ({found['two_sided_seconds']:.0f} s)  gap {found['gap']:.5f}"
                 )
+    style.save(plot(tables.read(options.out / "floors.csv")), options.out / "floors.png")
 
 
 if __name__ == "__main__":
