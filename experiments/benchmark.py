@@ -344,7 +344,7 @@ def plot_cost(rows: list[Row]) -> Figure:
         panel.loglog(*zip(*values, strict=True), marker, color=color, markersize=6, **look)
         ends.append((*max(values), f"{name}, {dtype}", color))
     panel.axhline(1.0, color=style.INK, linewidth=1)
-    panel.set_ylim(0.8, 12)
+    panel.set_ylim(bottom=min(0.8, panel.get_ylim()[0]))
     panel.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
     panel.yaxis.set_minor_formatter(NullFormatter())
     style.name(panel, "operations of the two products, 4 L b a (q + R)", "seconds of a sweep / of the products")
