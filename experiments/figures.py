@@ -236,11 +236,11 @@ def perform(name: str, figures: Path, scratch: Path) -> bool:
 def draw(name: str, figures: Path, out: Path, formats: Sequence[str]) -> bool:
     """Draw a picture from its data; False, and a line that says so, if there are none."""
     data, function = PICTURES[name]
-    figure = function(figures / data) if (figures / data).exists() else None
-    if figure is None:
-        print(f"{name}: no data for it in {figures / data}; left as it is")
-        return False
-    for kind in formats:
+    for kind in formats:  # each from a new figure, since saving one shifts its layout a little
+        figure = function(figures / data) if (figures / data).exists() else None
+        if figure is None:
+            print(f"{name}: no data for it in {figures / data}; left as it is")
+            return False
         style.save(figure, out / f"{name}.{kind}", kind)
     print(f"{name}: drawn from {figures / data}")
     return True
