@@ -31,15 +31,38 @@ SMOOTH = 20  # steps
 
 
 def read(path: Path) -> dict[str, dict[int, Row]]:
-    """The final runs: name -> seed -> row. Runs of other settings than the last one's are refused."""
+    """The final runs: name -> seed -> row; `name at RATE` where the rate is not the one that tuning chose.
+
+    Runs of several settings in one file are refused.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["tuning"] and validation(row) > validation(best.get(row["name"])):
+            best[row["name"]] = row
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if not row["tuning"]:
-            found[row["name"]][row["run"]["seed"]] = row
+            name, tuned = row["name"], best.get(row["name"], row)
+            other = "" if rate(row) == rate(tuned) else f" at {rate(row):g}"
+            found[name + other][row["run"]["seed"]] = row
     return dict(found)
+
+
+def validation(row: Row | None) -> float:
+    """MRR at the end; -1 for no row."""
+    return -1.0 if row is None else float(row["looks"][-1]["validation_mrr"])
+
+
+def rate(row: Row) -> float:
+    return float(row["run"]["learning_rate"])
+
+
+def is_plain(name: str) -> bool:
+    """Whether the runs start at random and have the rate of their own tuning."""
+    return " from " not in name and " at " not in name
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -85,8 +108,8 @@ def drift_at(row: Row, mrr: float) -> float:
 
 
 def common_mrr(runs: dict[str, dict[int, Row]], seed: int) -> float:
-    """The validation MRR that every method reaches with this seed: the lowest of the ends."""
-    return min(of[seed]["looks"][-1]["validation_mrr"] for of in runs.values() if seed in of)
+    """The validation MRR that every method, at its own rate, reaches with this seed: the lowest of the ends."""
+    return min(validation(of[seed]) for name, of in runs.items() if seed in of and is_plain(name))
 
 
 def entropy_rank(sigma: Sequence[float]) -> float:
@@ -97,12 +120,23 @@ def entropy_rank(sigma: Sequence[float]) -> float:
 
 
 def reference(name: str, runs: dict[str, dict[int, Row]]) -> str | None:
-    """LoRA at the same number of parameters, from the same start if it ran."""
-    budget, _, start = name.partition(")")
-    if not budget.startswith("rasa("):
-        return None
-    lora = f"lora({budget.removeprefix('rasa(').split(',')[0]})"
-    return next((run for run in (lora + start, lora) if run in runs), None)
+    """LoRA at the same number of parameters, from the same start if it ran, each at the rate of its own tuning."""
+    lora, start = _lora(name)
+    return next((run for run in (lora + start, lora) if run in runs), None) if lora else None
+
+
+def at_equal_rate(name: str, runs: dict[str, dict[int, Row]]) -> str | None:
+    """LoRA at the same number of parameters and the same rate, if it ran."""
+    lora, start = _lora(name)
+    mine = {rate(row) for row in runs[name].values()}
+    alike = [run for run in runs if lora and run.partition(" at ")[0] == lora + start]
+    return next((run for run in alike if {rate(row) for row in runs[run].values()} == mine), None)
+
+
+def _lora(name: str) -> tuple[str, str]:
+    """RaSA's name -> that of LoRA with as many parameters, and the start, if it is not random; empty for others."""
+    budget, _, start = name.partition(" at ")[0].partition(")")
+    return (f"lora({budget.removeprefix('rasa(').split(',')[0]})", start) if budget.startswith("rasa(") else ("", "")
 
 
 def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
@@ -122,11 +156,12 @@ def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
             "prose_mrr": lambda r: prose_mrr(r["looks"][-1]),
             "drift_at_equal_mrr": lambda r: drift_at(r, common_mrr(runs, r["run"]["seed"])),
         }
-        versus = reference(name, runs)
+        others = {"minus_lora": reference(name, runs), "minus_lora_at_equal_rate": at_equal_rate(name, runs)}
         for key, value in measures.items():
             line[key], line[f"{key}_interval"] = interval([value(r) for r in rows])
-            if versus is not None:
-                line[f"{key}_minus_lora"], line[f"{key}_minus_lora_interval"] = paired(of, runs[versus], value)
+            for column, versus in others.items():
+                if versus is not None:
+                    line[f"{key}_{column}"], line[f"{key}_{column}_interval"] = paired(of, runs[versus], value)
         lines.append(line)
     return lines
 
@@ -146,7 +181,7 @@ def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], look: dic
 
 def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
     """Learning: loss and MRR against the step. Forgetting: drift against MRR."""
-    plain = {name: of for name, of in runs.items() if " from " not in name}
+    plain = {name: of for name, of in runs.items() if is_plain(name)}
     figure = style.new_figure(9.0)
     loss, mrr, forget = style.panels(figure, 3)[:, 0]
     for (name, of), look in zip(plain.items(), cycle(STYLES), strict=False):
@@ -166,7 +201,7 @@ def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
 
 def plot_updates(runs: dict[str, dict[int, Row]]) -> Figure:
     """How much of their rank the trained updates use, and whether reconstruction predicts training."""
-    names, gains = [name for name in runs if name != "full" and " from " not in name], predicted(runs)
+    names, gains = [name for name in runs if name != "full" and is_plain(name)], predicted(runs)
     figure = style.new_figure(7.0 if gains else 3.6)
     axes = style.panels(figure, 2 if gains else 1)[:, 0]
     for x, name in enumerate(names):
@@ -198,7 +233,7 @@ def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, fl
     found: dict[str, list[tuple[float, float]]] = {}
     for name, of in runs.items():
         versus, budget = reference(name, runs), name.removeprefix("rasa(").removesuffix(")")
-        if versus is None or " from " in name:
+        if versus is None or not is_plain(name):
             continue
         for seed in sorted(of.keys() & runs[versus].keys() & runs.get("full", {}).keys()):
             errors = runs["full"][seed]["reconstruction"].get(budget)

@@ -215,7 +215,7 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
              "lora(2) from gradient", "rasa(2,1) from updates"]  # fmt: skip
     rows = [row(name, seed, [0.2, 0.4, 0.6 + 0.02 * n], [0.0, 0.1, 0.3], reconstruction={"2,1": errors})
             for n, name in enumerate(names) for seed in range(3)]  # fmt: skip
-    tuned = rows[0] | {"tuning": True, "run": {"seed": 100, "learning_rate": 1.0}}
+    tuned = rows[0] | {"tuning": True, "run": rows[0]["run"] | {"seed": 100}}
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, [tuned, *rows])))
     claims.main(["--rows", str(file), "--out", str(tmp_path)])
@@ -233,6 +233,28 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
     file.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"settings": {"short_steps": 1}}])))
     with pytest.raises(SystemExit, match="runs of different settings"):
         claims.read(file)
+
+
+def test_runs_at_another_rate_than_the_tuned_one_are_told_apart(tmp_path: Path) -> None:
+    def runs_at(name: str, rate: float, mrr: float, tuning: bool = False) -> list[dict[str, Any]]:
+        made = [row(name, seed, [0.2, mrr], [0.0, 0.1]) for seed in range(2)]
+        return [r | {"tuning": tuning, "run": r["run"] | {"learning_rate": rate}} for r in made]
+
+    rows = runs_at("rasa(2,1)", 3e-3, 0.5, True) + runs_at("rasa(2,1)", 1e-3, 0.4, True)
+    rows += runs_at("lora(2)", 3e-3, 0.3, True) + runs_at("lora(2)", 1e-3, 0.4, True)
+    for name, rate, mrr in (("lora(2)", 1e-3, 0.5), ("lora(2)", 3e-3, 0.55), ("rasa(2,1)", 3e-3, 0.6),
+                            ("rasa(2,1)", 1e-3, 0.7)):  # fmt: skip
+        rows += runs_at(name, rate, mrr)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs = claims.read(tmp_path / "rows.jsonl")
+    assert list(runs) == ["lora(2)", "lora(2) at 0.003", "rasa(2,1)", "rasa(2,1) at 0.001"]
+    assert (claims.reference("rasa(2,1)", runs), claims.at_equal_rate("rasa(2,1)", runs)) == (
+        "lora(2)",
+        "lora(2) at 0.003",
+    )
+    assert claims.at_equal_rate("rasa(2,1) at 0.001", runs) == "lora(2)"
+    assert claims.at_equal_rate("lora(2)", runs) is None
+    assert claims.common_mrr(runs, 0) == 0.5
 
 
 def test_every_method_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
