@@ -9,6 +9,7 @@ from rasa_theory.errors import InputError
 from rasa_theory.factors import LoraFactors, RasaFactors
 from rasa_theory.lora import LoraSolution, solve_lora
 from rasa_theory.objective import layer_errors, reconstruction_error
+from rasa_theory.ownership import PoolParticipation, pool_participation
 from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
@@ -25,6 +26,7 @@ __all__ = [
     "LayerStack",
     "LoraFactors",
     "LoraSolution",
+    "PoolParticipation",
     "Progress",
     "RankBudget",
     "RasaFactors",
@@ -42,6 +44,7 @@ __all__ = [
     "methods",
     "mixing_drop",
     "plot_iterations",
+    "pool_participation",
     "random_attempt",
     "reconstruction_error",
     "shared_subspace_spectrum",

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rasa_theory import bases, linalg
+from rasa_theory import bases
 from rasa_theory.factors import RasaFactors
+from rasa_theory.ownership import layer_losses
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.subspaces import core
 
@@ -78,24 +79,8 @@ class Exchanges:
 
 
 def losses(factors: RasaFactors) -> Tensor:
-    """What leaving out a pool term costs at most, squared, (R,): sum_i sigma_{q+1}(B~_i A~_i + d_ij b_j a_j^T)^2.
-
-    Private terms take up what they can. Pool columns are of unit norm. With B~_i A~_i = U diag(S) V^T, x = U^T b_j,
-    y = V^T a_j and x', y' the norms of what b_j and a_j have outside U and V, the singular values are those of the
-    (q + 1) x (q + 1) matrix diag(S, 0) + d_ij [x; x'] [y; y']^T.
-    """
-    Bt, At, B_S, A_S, D = factors.named().values()
-    U, S, Vh = bases.product_svd(Bt, At)
-    x, y = _bordered(U.mT @ B_S), _bordered(Vh @ A_S.mT)  # (L, R, q + 1)
-    X = D[..., None, None] * x[..., :, None] * y[..., None, :]
-    X = X + torch.diag_embed(torch.nn.functional.pad(S, (0, 1)))[:, None]
-    return (linalg.svd(X)[1][..., -1] ** 2).sum(0)
-
-
-def _bordered(x: Tensor) -> Tensor:
-    """Coordinates x (L, q, R) of unit vectors -> (L, R, q + 1), the norm of the rest beside them."""
-    rest = (1 - (x * x).sum(1, keepdim=True)).clamp_min(0).sqrt()
-    return torch.cat([x, rest], 1).mT
+    """What leaving out a pool term costs at most, squared, (R,): the sum over layers of `layer_losses`."""
+    return layer_losses(factors).sum(0)
 
 
 def leading_terms(E: Tensor, patterns: Tensor, count: int) -> Terms:

@@ -18,7 +18,7 @@ FLOORS = [
     {"factors"},
     {"sources", "objective", "bounds"},
     {"lora", "updates", "subspaces", "exports"},
-    {"inner", "adapter"},
+    {"inner", "adapter", "ownership"},
     {"starts", "core", "exchange"},
     {"descent"},
     {"rasa", "attempts"},
