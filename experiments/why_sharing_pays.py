@@ -13,7 +13,7 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       depth      source: bases of a synthetic stack with singular values as those of query, `stack` its layers
       width      independent bases, six layers with the 80 leading singular values of query, ever wider
       one-sided  the same stacks as depth by pools of which one side alone is shared, at the parameters of RaSA of k = 1
-      kinds      one pool over query, key, value and attention output, beside a pool for each
+      kinds      one pool over query, key, value and attention output
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     why_sharing_pays.png
 
@@ -54,6 +54,7 @@ WEIGHTS = {
 ANISOTROPY = 0.75  # variances j^-0.75 give rows whose mean projector is like that of the rows of query: see `side`
 HIDDEN = (3, 0.8)  # dyads, and their size in units of the mean sigma_{r+1}
 BASES = ("independent", "half common", "one side common", "one side equal")
+HOW = ("as they are", "attention output transposed", "turned apart")  # transposed: all face the residual stream alike
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7f7f7f"
 
 
@@ -225,10 +226,12 @@ def one_sided(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
                 yield "", "one_sided", f"{side} q={q} p={p}", fit.error / e_lora
 
 
-def over_kinds(found: dict[str, rt.LayerStack], turned: bool, plan: Plan) -> Iterator[Item]:
-    """One pool over all kinds; `turned`: attention output transposed, so that all face the residual stream alike."""
-    own = [s.values.mT if turned and name == "attention_output" else s.values for name, s in found.items()]
+def over_kinds(found: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterator[Item]:
+    """One pool over all kinds, of which `how` is one of HOW."""
+    own = [s.values.mT if how == HOW[1] and name == "attention_output" else s.values for name, s in found.items()]
     stack = rt.LayerStack(torch.cat(own), "all kinds")
+    if how == HOW[2]:
+        stack = turned_apart(stack)
     e_lora = rt.solve_lora(stack, plan.rank).error
     yield "", "e_lora", "", e_lora
     for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, rt.SolverOptions(max_sweeps=plan.sweeps)).items():
@@ -305,8 +308,8 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
             ("width", BASES[0], f"width {width}"),
             lambda width=width: at_depth(deeper(tuned["query"], layers, BASES[0], plan.widths[0], width), plan),  # type: ignore[misc]
         )
-    for source, turned in (("as they are", False), ("attention output transposed", True)):
-        yield ("kinds", source, "all kinds"), lambda turned=turned: over_kinds(tuned, turned, plan)  # type: ignore[misc]
+    for how in HOW:
+        yield ("kinds", how, "all kinds"), lambda how=how: over_kinds(tuned, how, plan)  # type: ignore[misc]
 
 
 def known_floors(path: Path) -> dict[tuple[str, int], float]:
@@ -499,7 +502,7 @@ def draw_kinds(ax: Axes, table: Table) -> None:
     bars = []
     for k in [k for k in table.column("k", part="kinds") if k]:
         bars.append((f"each\nk = {k}", *separate_pools(table, k)))
-        for source, label in (("as they are", "over\nkinds"), ("attention output transposed", "over,\nturned")):
+        for source, label in zip(HOW, ("over\nkinds", "output\ntransposed", "turned\napart"), strict=True):
             where = {"part": "kinds", "source": source, "k": k}
             if table.values("best_found", **where):
                 bars.append((label, table.value("allocation", **where), table.value("best_found", **where)))
@@ -507,7 +510,7 @@ def draw_kinds(ax: Axes, table: Table) -> None:
         stacked(ax, x, allocation, best)
         ax.annotate(f"{percent(1 - best):.2f}", (x, percent(1 - best)), (0, 2), textcoords="offset points",
                     ha="center", fontsize=8)  # fmt: skip
-    ax.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=9)
+    ax.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=8)
     ax.set_ylabel("% of e_lora, all four kinds")
 
 
