@@ -502,7 +502,7 @@ def draw_kinds(ax: Axes, table: Table) -> None:
     bars = []
     for k in [k for k in table.column("k", part="kinds") if k]:
         bars.append((f"each\nk = {k}", *separate_pools(table, k)))
-        for source, label in zip(HOW, ("over\nkinds", "output\ntransposed", "turned\napart"), strict=True):
+        for source, label in zip(HOW, ("over\nkinds", "output\nflipped", "turned\napart"), strict=True):
             where = {"part": "kinds", "source": source, "k": k}
             if table.values("best_found", **where):
                 bars.append((label, table.value("allocation", **where), table.value("best_found", **where)))
