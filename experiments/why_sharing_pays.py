@@ -32,19 +32,21 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from tables import Row, read
 from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import methods
+from rasa_theory import methods, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = ("part", "source", "stack", "k", "item", "index", "value")
-Row = dict[str, str]
 Item = tuple[int | str, str, str, float | str]  # k, item, index, value
 KINDS = ("query", "key", "value", "attention_output")
 WEIGHTS = {
@@ -55,7 +57,8 @@ ANISOTROPY = 0.75  # variances j^-0.75 give rows whose mean projector is like th
 HIDDEN = (3, 0.8)  # dyads, and their size in units of the mean sigma_{r+1}
 BASES = ("independent", "half common", "one side common", "one side equal")
 HOW = ("as they are", "attention output transposed", "turned apart")  # transposed: all face the residual stream alike
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7f7f7f"
+ALLOCATION, SHARING = style.BLUE, style.VERMILION
+E_LORA = "$e_{\\mathrm{LoRA}}$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,18 +317,7 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
 
 def known_floors(path: Path) -> dict[tuple[str, int], float]:
     """The two-sided floors of the bundled updates, r = 8, where they have been computed."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {(row["stack"], int(row["k"])): float(row["two_sided"]) for row in csv.DictReader(file)}
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file, none where there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return {(row["stack"], row["k"]): row["two_sided"] for row in read(path)}
 
 
 class Table:
@@ -334,9 +326,10 @@ class Table:
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
 
-    def column(self, name: str, **where: Any) -> list[str]:
-        """The different values of a column, in order."""
-        return list(dict.fromkeys(row[name] for row in self.rows if matches(row, where)))
+    def column(self, name: str, **where: Any) -> list[Any]:
+        """The different values of a column, in order; None is none of them."""
+        found = dict.fromkeys(row[name] for row in self.rows if matches(row, where))
+        return [value for value in found if value is not None]
 
     def values(self, item: str, **where: Any) -> list[float]:
         """All numbers of an item, in order."""
@@ -349,7 +342,7 @@ class Table:
 
 
 def matches(row: Row, where: dict[str, Any]) -> bool:
-    return all(row[key] == str(wanted) for key, wanted in where.items())
+    return all(row[key] == wanted for key, wanted in where.items())
 
 
 # ------------------------------------------------------------------------------------------------ figure
@@ -358,18 +351,21 @@ def matches(row: Row, where: dict[str, Any]) -> bool:
 def plot(rows: list[Row]) -> Figure:
     """Six panels, a to f."""
     table = Table(rows)
-    figure = Figure(figsize=(15, 9.2), layout="constrained")
-    axes = figure.subplots(2, 3)
-    draw_gain(axes[0, 0], table)
-    draw_owners(axes[0, 1], table)
-    draw_losses(axes[0, 2], table)
-    draw_sides(axes[1, 0], table)
-    draw_depth(axes[1, 1], table)
-    draw_kinds(axes[1, 2], table)
-    for ax, letter in zip(axes.flat, "abcdef", strict=True):
-        ax.set_title(f"{letter}  {ax.get_title()}", loc="left", fontsize=11)
-        ax.set_title("")
-        ax.spines[["top", "right"]].set_visible(False)
+    heights = (2.7, 2.6, 3.0, 2.1)
+    figure = style.new_figure(sum(heights))
+    lines = figure.subfigures(4, 1, height_ratios=heights)
+    ((a,),) = style.panels(lines[0])
+    ((b, c),) = style.panels(lines[1], 1, 2, width_ratios=(3.5, 2))
+    ((d, e),) = style.panels(lines[2], 1, 2, width_ratios=(2, 2.5))
+    ((f,),) = style.panels(lines[3])
+    draw_gain(a, table)
+    draw_owners(b, table)
+    draw_losses(c, table)
+    draw_sides(d, table)
+    draw_depth(e, table)
+    draw_kinds(f, table)
+    for ax, letter in zip((a, b, c, d, e, f), "abcdef", strict=True):
+        style.name(ax, title=f"{letter}  {ax.get_title()}")
     return figure
 
 
@@ -377,144 +373,154 @@ def percent(x: float) -> float:
     return 100 * x
 
 
-def stacked(ax: Axes, x: float, allocation: float, best: float, width: float = 0.8) -> None:
-    """What allocation takes off e_lora, and sharing on top, in per cent."""
-    ax.bar(x, percent(1 - allocation), width, color=BLUE)
-    ax.bar(x, percent(allocation - best), width, bottom=percent(1 - allocation), color=ORANGE)
+def stems(ax: Axes, points: list[tuple[float, float, float]]) -> None:
+    """At each x, what allocation takes off e_lora, and sharing on top, in per cent."""
+    x = [at for at, _, _ in points]
+    low, high = ([percent(1 - error) for error in errors] for errors in list(zip(*points, strict=True))[1:])
+    ax.vlines(x, 0, low, color=ALLOCATION, lw=3)
+    ax.vlines(x, low, high, color=SHARING, lw=3)
+    ax.plot(x, low, "s", color=ALLOCATION, ms=5, label="unequal allocation")
+    ax.plot(x, high, "o", color=SHARING, ms=6, label="and sharing, best found")
+
+
+def under(ax: Axes, text: str, x: float, points: float) -> None:
+    """Text below the ticks."""
+    style.note(ax, text, (x, 0), xycoords=("data", "axes fraction"), xytext=(0, -points), textcoords="offset points",
+               ha="center", va="top")  # fmt: skip
 
 
 def draw_gain(ax: Axes, table: Table) -> None:
-    ax.set_title("what the pool takes off LoRA's error")
-    x, ticks, top = 0.0, [], 0.0
+    x, ticks, points, null = 0.0, [], [], []
     for name in table.column("stack", part="pool", source="updates"):
         first = x
-        for k in table.column("k", part="pool", source="updates", stack=name)[1:]:
+        for k in table.column("k", part="pool", source="updates", stack=name):
             where = {"part": "pool", "source": "updates", "stack": name, "k": k}
             allocation, best, floor = (table.value(item, **where) for item in ("allocation", "best_found", "floor"))
-            stacked(ax, x, allocation, best)
-            ax.annotate(f"+{percent(best - floor):.1f}", (x, percent(1 - best)), (0, 2), textcoords="offset points",
-                        ha="center", fontsize=7, color=GREY)  # fmt: skip
-            apart = table.values("best_found", **(where | {"source": "turned apart"}))
-            if apart:
-                ax.plot(x, percent(1 - apart[0]), "_", color="black", ms=16, mew=2)
-            ticks.append((x, f"k={k}" if x == first else k))
-            top, x = max(top, percent(1 - best)), x + 1
-        ax.annotate(name.replace("_", "\n"), ((first + x - 1) / 2, -0.13), xycoords=("data", "axes fraction"),
-                    ha="center", va="top", fontsize=9)  # fmt: skip
+            points.append((x, allocation, best))
+            style.note(ax, f"{percent(best - floor):.1f}", (x, percent(1 - best)), xytext=(0, 4),
+                       textcoords="offset points", ha="center", color=style.GREY)  # fmt: skip
+            null += [(x, percent(1 - error)) for error in table.values("best_found", **(where | {"source": HOW[2]}))]
+            ticks.append((x, k))
+            x += 1
+        under(ax, name, (first + x - 1) / 2, 18)
         x += 0.6
-    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
-    ax.set_ylabel("% of e_lora")
-    ax.set_ylim(0, 1.45 * top)
-    for y, text, color in (
-        (0.98, "true sharing (best found)", ORANGE),
-        (0.92, "unequal allocation (closed form)", BLUE),
-        (0.86, "+: what may be left, at most", GREY),
-        (0.80, "black: best found where layers have nothing in common", "black"),
-    ):
-        ax.text(0.02, y, text, color=color, transform=ax.transAxes, va="top", fontsize=9)
+    stems(ax, points)
+    if null:
+        ax.plot(*zip(*null, strict=True), "_", color=style.INK, ms=13, mew=2, label="the same, layers turned apart")
+    ax.plot([], [], " ", color=style.GREY, label="grey: at most so much more")
+    ax.set_xticks([at for at, _ in ticks], [str(k) for _, k in ticks])
+    ax.set_ylim(0, 1.65 * max(percent(1 - best) for _, _, best in points))
+    style.note(ax, "k =", (0, 0), xycoords="axes fraction", xytext=(-4, -5), textcoords="offset points", ha="right",
+               va="top")  # fmt: skip
+    style.name(ax, y=f"% of {E_LORA}", title="what the pool takes off LoRA's error")
+    ax.set_xlabel("k of each layer's 8 ranks go to the pool", fontsize=style.MEDIUM, labelpad=18)
+    style.legend(ax, loc="upper center", ncols=2, borderaxespad=0, columnspacing=1.2)
 
 
 def draw_owners(ax: Axes, table: Table) -> None:
     """One dot for each pool term, k = 1."""
-    ax.set_title("layers that a pool term serves (k = 1)")
     sources = table.column("source", part="pool")
-    L = 1.0
-    for x, source in enumerate(sources):
-        for shift, item, color in ((-0.17, "by_loss", ORANGE), (0.17, "by_weight", GREY)):
-            y = table.values(item, part="pool", source=source, k=1)
-            spread = [x + shift + 0.22 * ((n * 0.618) % 1 - 0.5) for n in range(len(y))]
-            ax.plot(spread, y, "o", ms=4, mfc=color if item == "by_loss" else "none", mec=color, alpha=0.8)
-            L = max(L, *y)
+    for shift, item, label, look in (
+        (-0.19, "by_loss", "by loss without it", {"marker": "o", "color": SHARING}),
+        (0.19, "by_weight", "by weight $d^2$", {"marker": "D", "color": style.GREY, "mfc": "none"}),
+    ):
+        x, y = [], []
+        for n, source in enumerate(sources):
+            found = table.values(item, part="pool", source=source, k=1)
+            x += [n + shift + 0.24 * ((i * 0.618) % 1 - 0.5) for i in range(len(found))]
+            y += found
+        ax.plot(x, y, linestyle="none", ms=4, label=label, **look)
     ax.set_xticks(range(len(sources)), [source.replace(" ", "\n") for source in sources])
-    ax.set_ylabel("participation ratio")
-    ax.set_ylim(0.8, 1.15 * L)
-    ax.text(
-        0.02, 0.97, "a dot per term, by what layers lose without it", color=ORANGE, transform=ax.transAxes, va="top"
-    )
-    ax.text(0.02, 0.91, "by its weight d² in them", color=GREY, transform=ax.transAxes, va="top")
+    style.name(ax, "stacks, four kinds of each", "participation ratio", "layers that a term serves, k = 1")
+    style.legend(ax, loc="center left", bbox_to_anchor=(0.0, 0.56), borderaxespad=0, handletextpad=0.2)
 
 
 def draw_losses(ax: Axes, table: Table) -> None:
     """Layers against pool terms: updates on the left, with hidden dyads on the right."""
-    ax.set_title("share of a term's loss in every layer, query, k = 1")
-    grids = []
+    ticks, start = [], 0
     for source in ("updates", "hidden dyads"):
         values = table.values("loss_share", part="pool", source=source, stack="query", k=1)
         L = round(len(values) ** 0.5)
         grid = torch.tensor(values).reshape(L, L)
-        grids.append(grid[grid.max(1).values.argsort(descending=True)].mT)
-    gap = torch.full((len(grids[0]), 1), torch.nan)
-    image = ax.imshow(torch.cat([grids[0], gap, grids[1]], 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    L = len(grids[0])
-    ax.set_xticks([(L - 1) / 2, L + 1 + (L - 1) / 2], ["the updates' pool terms", "with three hidden dyads"])
-    ax.set_yticks(range(L), [f"layer {i}" for i in range(L)])
-    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+        grid = grid[grid.max(1).values.argsort(descending=True)]
+        terms, layers = torch.meshgrid(torch.arange(L) + start, torch.arange(L), indexing="ij")
+        ax.scatter(terms.flatten().tolist(), layers.flatten().tolist(), (75 * grid.flatten()).tolist(),
+                   color=style.BLUE, linewidths=0)  # fmt: skip
+        ticks.append((start + (L - 1) / 2, source.replace(" ", "\n")))
+        ax.set_yticks(range(L))
+        start += L + 1
+    ax.axvline(start / 2 - 1, color=style.PALE, lw=0.8)
+    ax.set_xlim(-0.8, start - 1.2)
+    ax.set_ylim(start / 2 - 1.3, -0.7)
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    style.name(ax, "terms (area: share)", "layer", "who loses, query")
 
 
 def draw_sides(ax: Axes, table: Table) -> None:
-    ax.set_title("mean projector of the leading 8 directions")
-    for source, style in (("updates", "-"), ("weights", "--")):
+    for source, line in (("updates", "-"), ("weights", "--")):
         for name in table.column("stack", part="side", source=source):
             for side in ("columns", "rows"):
                 faces = side == ("columns" if name == "attention_output" else "rows")
                 y = table.values(f"projector_{side}", part="side", source=source, stack=name)
-                ax.plot(range(1, len(y) + 1), y, style, color=ORANGE if faces else GREY, lw=1.2)
+                ax.plot(range(1, len(y) + 1), y, line, color=SHARING if faces else style.GREY, lw=1.2)
     level = max(table.values("unrelated_rows", part="side"))
-    ax.axhline(level, color="black", lw=1, ls=":")
-    ax.annotate(
-        "unrelated layers stay below the dotted line", (1, level), (0, -44), textcoords="offset points", fontsize=9
-    )
-    ax.set_xlabel("eigenvalue")
-    ax.set_ylim(0, 1)
-    for y, text, color in (
-        (0.97, "side that faces the residual stream", ORANGE),
-        (0.91, "the other side", GREY),
-        (0.85, "full: updates; dashed: pretrained weights", "black"),
-    ):
-        ax.text(0.98, y, text, color=color, transform=ax.transAxes, va="top", ha="right")
+    ax.axhline(level, color=style.INK, lw=1, ls=":")
+    for line, color, label in (
+        ("-", SHARING, "stream side"), ("-", style.GREY, "other side"),
+        ("--", style.INK, "weights"), (":", style.INK, "unrelated, most"),
+    ):  # fmt: skip
+        ax.plot([], [], line, color=color, lw=1.2, label=label)
+    ax.set_xticks((1, 4, 8, 12, 16))
+    ax.set_ylim(0, 1.1)
+    style.name(ax, "number of eigenvalue", "eigenvalue of the\nmean projector", "what layers share")
+    style.legend(ax, loc="upper right", borderaxespad=0, labelspacing=0.2)
 
 
 def draw_depth(ax: Axes, table: Table) -> None:
-    ax.set_title("synthetic layers with query's spectra")
-    x, ticks = 0.0, []
-    stacks = table.column("stack", part="depth")
+    x, ticks, points = 0.0, [], []
     for source in table.column("source", part="depth"):
         first = x
-        for name in stacks:
-            for k in [k for k in table.column("k", part="depth") if k]:
+        for name in table.column("stack", part="depth", source=source):
+            ks = table.column("k", part="depth", source=source, stack=name)
+            for n, k in enumerate(ks):
                 where = {"part": "depth", "source": source, "stack": name, "k": k}
-                if not table.values("best_found", **where):
-                    continue
-                stacked(ax, x, table.value("allocation", **where), table.value("best_found", **where))
-                ticks.append((x, f"{name.split()[-1]}, {k}"))
-                x += 1
-        ax.annotate(source.replace(" ", "\n"), ((first + x - 1) / 2, -0.21), xycoords=("data", "axes fraction"),
-                    ha="center", va="top", fontsize=9)  # fmt: skip
-        x += 0.6
-    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8, rotation=90)
-    ax.set_ylabel("% of e_lora (below: L, k; bases)")
-    ax.text(0.02, 0.97, "true sharing", color=ORANGE, transform=ax.transAxes, va="top")
-    ax.text(0.02, 0.91, "unequal allocation", color=BLUE, transform=ax.transAxes, va="top")
+                points.append((x + n, table.value("allocation", **where), table.value("best_found", **where)))
+            ticks.append((x + (len(ks) - 1) / 2, name.removeprefix("L = ")))
+            x += len(ks) + 0.3
+        words = {"independent": "inde-\npendent"}.get(source, "\n".join(source.rsplit(" ", 1)))
+        under(ax, words, (first + x - 1.3) / 2, 18)
+        x += 0.5
+    stems(ax, points)
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    ax.set_ylim(0, None)
+    ks = ", ".join(map(str, table.column("k", part="depth")))
+    style.name(ax, y=f"% of {E_LORA}", title="query's spectra, L layers")
+    ax.set_xlabel(f"L (k = {ks} each); bases", fontsize=style.MEDIUM, labelpad=29)
 
 
 def draw_kinds(ax: Axes, table: Table) -> None:
-    ax.set_title("a pool for each kind, or one over four kinds")
-    bars = []
-    for k in [k for k in table.column("k", part="kinds") if k]:
-        bars.append((f"each\nk = {k}", *separate_pools(table, k)))
-        for source, label in zip(HOW, ("over\nkinds", "output\nflipped", "turned\napart"), strict=True):
+    points, ticks, x = [], [], 0.0
+    for k in table.column("k", part="kinds"):
+        first = x
+        found = [("a pool\neach", separate_pools(table, k))]
+        for source, label in zip(HOW, ("one for\nall", "output\nflipped", "turned\napart"), strict=True):
             where = {"part": "kinds", "source": source, "k": k}
-            if table.values("best_found", **where):
-                bars.append((label, table.value("allocation", **where), table.value("best_found", **where)))
-    for x, (_, allocation, best) in enumerate(bars):
-        stacked(ax, x, allocation, best)
-        ax.annotate(f"{percent(1 - best):.2f}", (x, percent(1 - best)), (0, 2), textcoords="offset points",
-                    ha="center", fontsize=8)  # fmt: skip
-    ax.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=8)
-    ax.set_ylabel("% of e_lora, all four kinds")
+            found.append((label, (table.value("allocation", **where), table.value("best_found", **where))))
+        for label, (allocation, best) in found:
+            points.append((x, allocation, best))
+            ticks.append((x, label))
+            style.note(ax, f"{percent(1 - best):.2f}", (x, percent(1 - best)), xytext=(0, 5),
+                       textcoords="offset points", ha="center", color=style.GREY)  # fmt: skip
+            x += 1
+        style.note(ax, f"k = {k}", (first, 1), xycoords=("data", "axes fraction"), ha="center", va="top")
+        x += 0.4
+    stems(ax, points)
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    ax.set_ylim(0, 1.2 * max(percent(1 - best) for _, _, best in points))
+    style.name(ax, y=f"% of {E_LORA}", title="a pool for each of four kinds, or one over all")
 
 
-def separate_pools(table: Table, k: str) -> tuple[float, float]:
+def separate_pools(table: Table, k: int) -> tuple[float, float]:
     """Allocation and best found of a pool for each kind, summed over kinds, in units of their e_lora."""
     kinds = table.column("stack", part="pool", source="updates")
     e_lora = [table.value("e_lora", part="pool", source="updates", stack=name) for name in kinds]
@@ -533,7 +539,7 @@ def summary(table: Table) -> Iterator[str]:
     for part in ("pool", "depth", "width", "kinds"):
         for source in table.column("source", part=part):
             for name in table.column("stack", part=part, source=source):
-                for k in [k for k in table.column("k", part=part, source=source, stack=name) if k]:
+                for k in table.column("k", part=part, source=source, stack=name):
                     where = {"part": part, "source": source, "stack": name, "k": k}
                     allocation, best, floor = (table.value(i, **where) for i in ("allocation", "best_found", "floor"))
                     gains = [percent(x) for x in (1 - allocation, allocation - best, best - floor)]
@@ -551,13 +557,13 @@ def summary(table: Table) -> Iterator[str]:
             yield f"{row['source']:28} {row['stack']:17} one-sided {row['index']:18} {float(row['value']):.4f} e_lora"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="corners of the stacks, in seconds")
     parser.add_argument("--figure", action="store_true", help="the picture alone")
     parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="of the bundled updates")
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "why_sharing_pays.csv"
@@ -566,7 +572,7 @@ def main() -> None:
         plan = SMOKE if options.smoke else Plan()
         floors = {} if options.smoke else known_floors(options.floors)
         done = {(row["part"], row["source"], row["stack"]) for row in rows}
-        with path.open("a", newline="") as file, tqdm(list(units(plan, floors))) as bar:
+        with path.open("a", encoding="utf-8", newline="") as file, tqdm(list(units(plan, floors))) as bar:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if not rows:
                 writer.writeheader()
@@ -579,9 +585,9 @@ def main() -> None:
                 new = [dict(zip(COLUMNS, map(str, (*key, *item)), strict=True)) for item in items]
                 writer.writerows(new)
                 file.flush()
-                rows += new
+        rows = read(path)
     print(*summary(Table(rows)), sep="\n")
-    plot(rows).savefig(options.out / "why_sharing_pays.png", dpi=110)
+    style.save(plot(rows), options.out / "why_sharing_pays.png")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,14 @@ def expected_heights(name: str, path: Path) -> list[float]:
         lora = {(row["stack"], row["r"]): row["error"] for row in rows if row["method"] == "lora"}
         own = [row for row in rows if row["method"] != "vera"]
         return [*(row["error"] for row in rows), *(row["error"] / lora[row["stack"], row["r"]] for row in own)]
+    if name == "why_sharing_pays":
+        real = [row for row in rows if row["source"] in ("updates", "turned apart") and row["part"] == "pool"]
+        found = [row for row in rows if row["part"] in ("depth", "kinds")]
+        allocation = [row for row in found + real if row["item"] == "allocation" and row["source"] != "turned apart"]
+        gains = [*allocation, *(row for row in found + real if row["item"] == "best_found")]
+        terms = [r for r in rows if r["part"] == "pool" and r["k"] == 1 and r["item"] in ("by_loss", "by_weight")]
+        own = [row for row in rows if row["part"] == "side" and row["item"] in ("projector_columns", "projector_rows")]
+        return [*(100 * (1 - row["value"]) for row in gains), *(row["value"] for row in terms + own)]
     if name == "iteration_count":
         eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]
         return [row["iterations"] for row in eight if row["iterations"] is not None]
