@@ -177,6 +177,37 @@ class Encoder:
         return Encoder(copy.deepcopy(self.model), self.tokenizer)
 
 
+def ranks(queries: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """The rank of answer i among all answers to query i, (n,); ties, and what is not finite, count as worst.
+
+    So a model that has collapsed, and gives all texts one embedding, has the rank n everywhere, not 1.
+    """
+    scores = queries @ answers.T
+    return len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)
+
+
+def info_nce(q: torch.Tensor, c: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE over a batch, both ways: unit vectors (n, hidden) of the queries and of their answers."""
+    logits, target = q @ c.T / temperature, torch.arange(len(q))
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def rate_at(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate at a step: linear warm-up, then linear decay."""
+    return min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def shuffled_batches(pairs: list[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
+    """Batches without end, in an order that the seed alone decides."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    while True:
+        if len(order) < size:
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        yield [pairs[i] for i in order[:size]]
+        order = order[size:]
+
+
 @torch.no_grad()
 def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> dict[str, float]:
     """Mean reciprocal rank and recall@1 of finding each docstring's own body among all bodies of `pairs`."""
@@ -186,34 +217,25 @@ def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> dict[s
         part = pairs[start : start + 64]
         queries.append(encoder([p.docstring for p in part], settings.query_tokens))
         codes.append(encoder([p.body for p in part], settings.code_tokens))
-    scores = torch.cat(queries) @ torch.cat(codes).T
-    rank = len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)  # ties and NaN count as worst
+    rank = ranks(torch.cat(queries), torch.cat(codes))
     return {"mrr": float((1 / rank.double()).mean()), "recall_at_1": float((rank == 1).double().mean())}
 
 
 def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int) -> list[float]:
     """Train every weight of `encoder` in place by AdamW; the loss of each step."""
     torch.manual_seed(seed)  # dropout; the batches have a generator of their own
-    generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(
         encoder.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     encoder.model.train()
-    order, losses, started = [], [], time.perf_counter()
+    source, losses, started = shuffled_batches(pairs, settings.batch, seed), [], time.perf_counter()
     for step in range(settings.steps):
-        scale = min((step + 1) / settings.warmup, (settings.steps - step) / max(settings.steps - settings.warmup, 1))
         for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, scale)
-        if len(order) < settings.batch:
-            order = torch.randperm(len(pairs), generator=generator).tolist()
-        batch, order = [pairs[i] for i in order[: settings.batch]], order[settings.batch :]
+            group["lr"] = settings.learning_rate * rate_at(step, settings.steps, settings.warmup)
+        batch = next(source)
         q = encoder([p.docstring for p in batch], settings.query_tokens)
         c = encoder([p.body for p in batch], settings.code_tokens)
-        logits = q @ c.T / settings.temperature
-        target = torch.arange(len(batch))
-        loss = (
-            torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
-        ) / 2
+        loss = info_nce(q, c, settings.temperature)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)

@@ -42,9 +42,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread and one process per processor, see --jobs
 
 import torch
-from finetune_minilm import Encoder, Pair, bundled_checkpoint, split_by_module, standard_library_pairs
+from finetune_minilm import (
+    Encoder,
+    Pair,
+    bundled_checkpoint,
+    info_nce,
+    ranks,
+    rate_at,
+    shuffled_batches,
+    split_by_module,
+    standard_library_pairs,
+)
 from finetune_minilm import Settings as Split
-from torch.nn.functional import cross_entropy
 
 import rasa_theory as rt
 from rasa_theory import adapter as adapters
@@ -167,14 +176,9 @@ def embedded(encoder: Encoder, texts: Sequence[str], tokens: int) -> torch.Tenso
 
 
 def mrr(queries: torch.Tensor, answers: torch.Tensor) -> float:
-    """Mean reciprocal rank of answer i among all answers to query i; ties, and what is not finite, count as worst.
-
-    So a model that has collapsed, and gives all texts one embedding, has 1 / n, not 1.
-    """
+    """Mean reciprocal rank of answer i among all answers to query i."""
     with torch.autocast("cpu", enabled=False):  # bfloat16 would make ties
-        scores = queries @ answers.T
-    rank = len(scores) - (scores < scores.diag().unsqueeze(1)).sum(1)
-    return float((1 / rank.double()).mean())
+        return float((1 / ranks(queries, answers).double()).mean())
 
 
 def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> float:
@@ -207,20 +211,14 @@ def look(encoder: Encoder, settings: Settings, before: dict[str, torch.Tensor]) 
 
 def batches(settings: Settings, seed: int) -> Iterator[list[Pair]]:
     """Batches without end, the same for every method."""
-    generator, pairs, order = torch.Generator().manual_seed(seed), data(settings).train, []
-    while True:
-        if len(order) < settings.batch:
-            order = torch.randperm(len(pairs), generator=generator).tolist()
-        yield [pairs[i] for i in order[: settings.batch]]
-        order = order[settings.batch :]
+    return shuffled_batches(data(settings).train, settings.batch, seed)
 
 
 def contrastive_loss(encoder: Encoder, batch: list[Pair], settings: Settings) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
         q = encoder([p.docstring for p in batch], settings.query_tokens)
         c = encoder([p.body for p in batch], settings.code_tokens)
-    logits, target = q.float() @ c.float().T / settings.temperature, torch.arange(len(batch))
-    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    return info_nce(q.float(), c.float(), settings.temperature)
 
 
 def train(
@@ -237,9 +235,8 @@ def train(
     encoder.model.train()
     source, losses = batches(settings, seed), []
     for step in range(settings.steps):
-        scale = min((step + 1) / settings.warmup, (settings.steps - step) / max(settings.steps - settings.warmup, 1), 1)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * scale
+            group["lr"] = learning_rate * rate_at(step, settings.steps, settings.warmup)
         loss = contrastive_loss(encoder, next(source), settings)
         optimiser.zero_grad()
         loss.backward()
@@ -317,7 +314,7 @@ def updates(
         }
     after = encoder.model.state_dict()
     return {kind: torch.stack([after[f"{n}.weight"] - plain[f"{n}.weight"] for n in names])
-            for kind, names in kinds(encoder).items()}  # fmt: skip
+            for kind, names in _kinds().items()}  # fmt: skip
 
 
 @cache
@@ -325,11 +322,6 @@ def _kinds() -> dict[str, tuple[str, ...]]:
     encoder = Encoder.from_folder(bundled_checkpoint())
     adapter = adapters.inject(encoder.model, TARGETS, rt.RankBudget(1, 0))
     return {kind: terms.targets.names for kind, terms in adapter.terms.items()}
-
-
-def kinds(encoder: Encoder) -> dict[str, tuple[str, ...]]:
-    """The modules of each kind; found once, on a model of its own."""
-    return _kinds()
 
 
 def about(stack: torch.Tensor) -> dict[str, Any]:
@@ -368,7 +360,7 @@ def factors_of_data(run: Run, settings: Settings) -> dict[str, rt.RasaFactors]:
             contrastive_loss(encoder, next(source), settings).backward()
         weights = dict(encoder.model.named_parameters())
         stacks = {kind: -torch.stack([weights[f"{n}.weight"].grad for n in names])  # type: ignore[arg-type]
-                  for kind, names in kinds(encoder).items()}  # fmt: skip
+                  for kind, names in _kinds().items()}  # fmt: skip
     budget = rt.RankBudget(run.rank, run.k)
     return {kind: rt.solve_rasa(rt.LayerStack(M.double()), budget).factors.to(torch.float32)
             for kind, M in stacks.items()}  # fmt: skip

@@ -96,9 +96,10 @@ def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Ad
     for kind in kinds_of(model, modules):
         kind.check_fits(settings.budget)  # before anything is allocated
         terms = Terms(kind, settings, torch.Generator())
-        _assign(_layout(terms), tensors, path / WEIGHTS)
+        parameters = _layout(terms)
+        _assign(parameters, tensors, path / WEIGHTS)
         kinds.append(terms)
-        used |= _layout(terms).keys()
+        used |= parameters.keys()
     if unused := sorted(tensors.keys() - used):
         raise InputError(f"{path / WEIGHTS}: {unused[0]!r} belongs to none of its modules; save the adapter again")
     return put(model, name, settings.alpha, kinds)
