@@ -73,7 +73,10 @@ def plot(rows: list[tables.Row]) -> Figure:
     for row, y in zip(rows, heights, strict=True):
         ax.plot([row["two_sided"], row["best_found"]], [y, y], color=style.GREY, linewidth=2.5, zorder=1)
     for key, (label, color, marker) in LOOKS.items():
-        ax.plot([row[key] for row in rows], heights, marker, color=color, ms=6, label=label)
+        shown = [
+            (row[key], y) for row, y in zip(rows, heights, strict=True) if key == "closed" or row[key] > row["closed"]
+        ]
+        ax.plot(*zip(*shown, strict=True), marker, color=color, ms=6, label=label)  # no search where it found no more
     ax.axvline(1, color=style.INK, linewidth=1.2, zorder=0)
     ax.set_yticks(heights, [f"{row['stack']}, k = {row['k']}" for row in rows])
     ax.invert_yaxis()
