@@ -132,6 +132,15 @@ def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, 
 # ---- files
 
 
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}")
+
+
+def unfinished(path: Path) -> str | None:
+    """The name of the file that `write_file` has not finished there; None if it is no such one."""
+    found = _UNFINISHED.fullmatch(path.name)
+    return None if found is None else found[1]
+
+
 def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file whole or not at all. Raises InputError if that fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # named before it is there: interrupted, it goes

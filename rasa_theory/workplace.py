@@ -15,7 +15,7 @@ from typing import IO, Any
 if sys.platform != "win32":
     import fcntl
 
-from rasa_theory.console import write_file
+from rasa_theory.console import unfinished, write_file
 from rasa_theory.errors import InputError
 from rasa_theory.exports import join_safetensors, lora_config, of_task, rasa_config, write_safetensors
 from rasa_theory.extraction import Extracted
@@ -24,9 +24,9 @@ from rasa_theory.sources.headers import read_header
 _BEGINNING = 1 << 20  # bytes
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
 _LOCK = "lock"  # among the parts
-_UNFINISHED = re.compile(  # what `write_file` calls our files while it writes them
-    r"\.(report\.(json|csv|png)|README\.md|adapter_(model\.safetensors|config\.json)"
-    r"|diff(-\d+\.safetensors|\.safetensors\.index\.json))\.[0-9a-f]{16}"
+_OURS = re.compile(
+    r"report\.(json|csv|png)|README\.md|adapter_(model\.safetensors|config\.json)"
+    r"|diff(-\d+\.safetensors|\.safetensors\.index\.json)"
 )
 
 
@@ -133,7 +133,7 @@ class Workplace:
     def _sweep(self) -> None:
         """Remove what a killed process left unfinished, here and in the folders of tasks."""
         for file in [*self.out.glob(".*"), *self.out.glob("*/.*")]:
-            if _UNFINISHED.fullmatch(file.name):
+            if _OURS.fullmatch(unfinished(file) or ""):
                 file.unlink(missing_ok=True)
 
 
