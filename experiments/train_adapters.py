@@ -1,11 +1,16 @@
 """Does RaSA learn more and faster than LoRA at equal parameters, and does it forget less? all-MiniLM-L6-v2, trained.
 
-    python experiments/train_adapters.py --rank 2 --jobs 2           the full protocol
-    python experiments/train_adapters.py --rank 2 --only 'rasa(2,1)' --at-rate 1e-3 --jobs 2     at LoRA's rate
-    python experiments/train_adapters.py --rank 2 --only 'lora(2)' --at-rate 3e-3 --jobs 2       at RaSA's rate
-    python experiments/train_adapters.py --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 --jobs 2
-    python experiments/train_adapters.py --rank 8 --seeds 3 --rates 3e-4 1e-3 3e-3 --jobs 2
+    python experiments/train_adapters.py --float32 --rank 2                       the full protocol
+    python experiments/train_adapters.py --float32 --rank 2 --only 'rasa(2,1)' 'lora(2)' --at-rate 1e-3
+    python experiments/train_adapters.py --float32 --rank 8 --rates 3e-4 1e-3 3e-3
+    python experiments/train_adapters.py --device cpu --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 \\
+        --out figures/train_adapters_cpu.jsonl                                    starts from data
+    python experiments/train_adapters.py --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
+        --keep experiments/trained --out figures/train_adapters_prose.jsonl       adapters of a second task
     python experiments/train_adapters.py --smoke                      three steps of each method, for function only
+
+Runs on a GPU and on CPUs draw other dropout masks, so that those of one file are to be from one kind of machine:
+`train_adapters.jsonl` is from a GPU in float32, `train_adapters_cpu.jsonl` from CPUs with bfloat16 in training.
 
 The task is that of the bundled updates (`finetune_minilm.py`): to find Python functions by their docstrings, InfoNCE
 over a batch; training, validation and test pairs come from disjoint modules. Methods: full fine-tuning, LoRA of rank
@@ -34,7 +39,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +47,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread and one process per 
 
 import torch
 from finetune_minilm import (
+    TASKS,
     Encoder,
     Pair,
     bundled_checkpoint,
     info_nce,
+    kept,
+    machine,
+    pairs_of,
     ranks,
     rate_at,
     shuffled_batches,
     split_by_module,
-    standard_library_pairs,
 )
 from finetune_minilm import Settings as Split
+from safetensors.torch import load_file, save_file
+from sentences import neighbours
 
 import rasa_theory as rt
 from rasa_theory import adapter as adapters
+from rasa_theory.inputs import compute_device
 
 TARGETS = ["encoder.layer.*"]
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -81,6 +91,7 @@ class Settings:
     validation_pairs: int = 400
     test_pairs: int = 600
     prose_pairs: int = 160  # of each of the two kinds
+    task: str = "code"  # of `finetune_minilm.TASKS`
     every: int = 50  # steps between two looks at validation and prose
     bfloat16: bool = True  # autocast in training and at those looks; the test at the end is in float32
     short_steps: int = 30  # of full fine-tuning, and batches of the gradient, for the starts from data
@@ -104,6 +115,11 @@ class Run:
         budget = f"rasa({self.rank},{self.k})" if self.method == "rasa" else f"lora({self.rank})"
         return budget if self.start == "zero" else f"{budget} from {self.start}"
 
+    def folder(self, task: str) -> str:
+        """Where the trained adapter goes, such as lora-2-seed-0, or lora-2-prose-seed-0 for that task."""
+        parts = [self.method, str(self.rank), str(self.k) if self.k else "", "" if task == "code" else task]
+        return "-".join([*filter(None, parts), "seed", str(self.seed)])
+
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -116,49 +132,53 @@ class Data:
     validation: list[Pair]
     test: list[Pair]
     prose: dict[str, list[tuple[str, str]]]
+    python: str  # the version whose standard library this is
+
+    @classmethod
+    def collected(cls, settings: Settings, folder: Path | None) -> Data:
+        """From what is installed here, or was where `folder` was filled, see `finetune_minilm.kept`."""
+        held = settings.test_pairs + settings.validation_pairs
+        split = replace(Split(), train_pairs=settings.train_pairs, test_pairs=held)
+        train, held_out = split_by_module(pairs_of(settings.task, folder), split)
+        test = held_out[: settings.test_pairs]
+        tested = {pair.module for pair in test}
+        validation = [pair for pair in held_out[settings.test_pairs :] if pair.module not in tested]
+        prose = {
+            kind: _some(kept(folder, f"prose-{kind}", collect), settings.prose_pairs)
+            for kind, collect in (("reference", _reference), ("packages", _package_texts))
+        }
+        return cls(train, validation, test, prose, kept(folder, "python", platform.python_version))
 
 
-@cache
-def data(settings: Settings) -> Data:
-    held = settings.test_pairs + settings.validation_pairs
-    split = replace(Split(), train_pairs=settings.train_pairs, test_pairs=held)
-    train, held_out = split_by_module(standard_library_pairs(), split)
-    test = held_out[: settings.test_pairs]
-    tested = {pair.module for pair in test}
-    validation = [pair for pair in held_out[settings.test_pairs :] if pair.module not in tested]
-    prose = {"reference": _reference(), "packages": _package_texts()}
-    return Data(train, validation, test, {k: _some(v, settings.prose_pairs) for k, v in prose.items()})
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned, and how."""
+
+    settings: Settings
+    data: Data
 
 
-def _some(pairs: set[tuple[str, str]], number: int) -> list[tuple[str, str]]:
-    return sorted(pairs, key=lambda pair: hashlib.sha256("".join(pair).encode()).hexdigest())[:number]
+def _some(pairs: Sequence[tuple[str, str]], number: int) -> list[tuple[str, str]]:
+    ordered = sorted(pairs, key=lambda pair: hashlib.sha256("".join(pair).encode()).hexdigest())
+    return [(before, after) for before, after in ordered[:number]]
 
 
-def _neighbours(text: str) -> Iterator[tuple[str, str]]:
-    """Sentences of 6 to 60 words that follow one another in a paragraph."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
-        for pair in pairwise(sentences):
-            if all(6 <= len(s.split()) <= 60 for s in pair):
-                yield pair
-
-
-def _reference() -> set[tuple[str, str]]:
+def _reference() -> list[tuple[str, str]]:
     from pydoc_data.topics import topics
 
-    return {pair for text in topics.values() for pair in _neighbours(text)}
+    return sorted({pair for text in topics.values() for pair in neighbours(text)})
 
 
-def _package_texts() -> set[tuple[str, str]]:
+def _package_texts() -> list[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for package in PROSE_PACKAGES:
         for file in importlib.metadata.distribution(package).files or []:
             if re.search(r"METADATA|LICEN[CS]E|NOTICE|COPYING|\.md$|\.rst$", file.name):
                 try:
-                    found.update(_neighbours(Path(str(file.locate())).read_text(encoding="utf-8")))
+                    found.update(neighbours(Path(str(file.locate())).read_text(encoding="utf-8")))
                 except (OSError, UnicodeDecodeError):
                     continue
-    return found
+    return sorted(found)
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -177,7 +197,7 @@ def embedded(encoder: Encoder, texts: Sequence[str], tokens: int) -> torch.Tenso
 
 def mrr(queries: torch.Tensor, answers: torch.Tensor) -> float:
     """Mean reciprocal rank of answer i among all answers to query i."""
-    with torch.autocast("cpu", enabled=False):  # bfloat16 would make ties
+    with torch.autocast(queries.device.type, enabled=False):  # bfloat16 would make ties
         return float((1 / ranks(queries, answers).double()).mean())
 
 
@@ -188,16 +208,17 @@ def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> float:
     )
 
 
-def look(encoder: Encoder, settings: Settings, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+def look(encoder: Encoder, task: Task, before: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Validation MRR, and what is left of before: MRR on each kind of prose, and the drift of its embeddings.
 
     Fills `before` with the embeddings if it is empty.
     """
     encoder.model.eval()
+    settings = task.settings
     found: dict[str, Any] = {"drift": {}, "prose_mrr": {}}
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
-        found["validation_mrr"] = retrieval(encoder, data(settings).validation, settings)
-        for kind, pairs in data(settings).prose.items():
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=settings.bfloat16):
+        found["validation_mrr"] = retrieval(encoder, task.data.validation, settings)
+        for kind, pairs in task.data.prose.items():
             both = embedded(encoder, [s for pair in pairs for s in pair], settings.prose_tokens)
             before.setdefault(kind, both)
             found["prose_mrr"][kind] = mrr(both[::2], both[1::2])
@@ -209,13 +230,13 @@ def look(encoder: Encoder, settings: Settings, before: dict[str, torch.Tensor]) 
 # ------------------------------------------------------------------------------------------------ training
 
 
-def batches(settings: Settings, seed: int) -> Iterator[list[Pair]]:
+def batches(task: Task, seed: int) -> Iterator[list[Pair]]:
     """Batches without end, the same for every method."""
-    return shuffled_batches(data(settings).train, settings.batch, seed)
+    return shuffled_batches(task.data.train, task.settings.batch, seed)
 
 
 def contrastive_loss(encoder: Encoder, batch: list[Pair], settings: Settings) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=settings.bfloat16):
         q = encoder([p.docstring for p in batch], settings.query_tokens)
         c = encoder([p.body for p in batch], settings.code_tokens)
     return info_nce(q.float(), c.float(), settings.temperature)
@@ -224,16 +245,17 @@ def contrastive_loss(encoder: Encoder, batch: list[Pair], settings: Settings) ->
 def train(
     encoder: Encoder,
     parameters: list[torch.nn.Parameter],
-    settings: Settings,
+    task: Task,
     learning_rate: float,
     seed: int,
     watch: Callable[[int], None],
 ) -> list[float]:
     """AdamW with warm-up and linear decay, gradients of norm at most 1; the loss of each step. `watch`(steps done)."""
+    settings = task.settings
     torch.manual_seed(seed)  # dropout
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     encoder.model.train()
-    source, losses = batches(settings, seed), []
+    source, losses = batches(task, seed), []
     for step in range(settings.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate_at(step, settings.steps, settings.warmup)
@@ -247,42 +269,40 @@ def train(
     return losses
 
 
-def prepared(
-    encoder: Encoder, run: Run, settings: Settings
-) -> tuple[list[torch.nn.Parameter], adapters.Adapter | None]:
+def prepared(encoder: Encoder, run: Run, task: Task) -> tuple[list[torch.nn.Parameter], adapters.Adapter | None]:
     """The parameters that a run trains, and the adapter that they belong to."""
     if run.method == "full":
         return list(encoder.model.parameters()), None
     budget = rt.RankBudget(run.rank, run.k)
-    factors = None if run.start == "zero" else factors_of_data(run, settings)
+    factors = None if run.start == "zero" else factors_of_data(run, task, encoder.device)
     adapter = adapters.inject(encoder.model, TARGETS, budget, seed=run.seed)
     if factors is not None:
         for kind, terms in adapter.terms.items():
-            start_from(terms, factors[kind], run.start == "updates")
+            start_from(terms, factors[kind].to(torch.float32, encoder.device), run.start == "updates")
     return [p for p in adapter.parameters() if p.requires_grad], adapter
 
 
-def execute(run: Run, settings: Settings, tuning: bool, keep: Path | None = None) -> dict[str, Any]:
+def execute(run: Run, task: Task, device: str, tuning: bool, keep: Path | None = None) -> dict[str, Any]:
     """One run from start to end; in tuning, validation at the end is all that is measured."""
-    started = time.perf_counter()
-    encoder = Encoder.from_folder(bundled_checkpoint())
+    started, settings = time.perf_counter(), task.settings
+    encoder = Encoder.from_folder(bundled_checkpoint()).to(device)
     row: dict[str, Any] = {"name": run.name, "run": asdict(run), "tuning": tuning, "settings": asdict(settings)}
     before: dict[str, torch.Tensor] = {}
-    row["looks"] = [] if tuning else [{"step": 0} | look(encoder, settings, before)]
+    row["looks"] = [] if tuning else [{"step": 0} | look(encoder, task, before)]
     plain = {name: value.clone() for name, value in encoder.model.state_dict().items()} if run.method == "full" else {}
-    parameters, adapter = prepared(encoder, run, settings)
+    parameters, adapter = prepared(encoder, run, task)
     if row["looks"] and run.start == "updates":  # which begins elsewhere than the model before
-        row["looks"] = [{"step": 0} | look(encoder, settings, before)]
+        row["looks"] = [{"step": 0} | look(encoder, task, before)]
 
     def watch(step: int) -> None:
         if step == settings.steps or (not tuning and step % settings.every == 0):
-            row["looks"].append({"step": step} | look(encoder, settings, before))
+            row["looks"].append({"step": step} | look(encoder, task, before))
 
-    row["losses"] = train(encoder, parameters, settings, run.learning_rate, run.seed, watch)
+    row["losses"] = train(encoder, parameters, task, run.learning_rate, run.seed, watch)
     row["trained_parameters"] = sum(p.numel() for p in parameters)
     if not tuning:
         encoder.model.eval()
-        row["test_mrr"] = retrieval(encoder, data(settings).test, settings)
+        row["test_mrr"] = retrieval(encoder, task.data.test, settings)
         stacks = updates(encoder, plain, adapter)
         row["updates"] = {kind: about(stack) for kind, stack in stacks.items()}
         if run.method == "full":
@@ -292,12 +312,19 @@ def execute(run: Run, settings: Settings, tuning: bool, keep: Path | None = None
                 for r, k in BUDGETS
             }
         elif keep is not None:
-            adapters.save(adapter, keep / f"{run.name}-{run.seed}", format="lora-exact-rasa")
+            keep_half(adapter, keep / run.folder(settings.task))
     return row | {
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": machine(encoder.device),
+        "python_of_the_data": task.data.python,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
+
+
+def keep_half(adapter: adapters.Adapter, folder: Path) -> None:
+    """The adapter for PEFT, in half precision, which takes half the room."""
+    file = adapters.save(adapter, folder, format="lora-exact-rasa") / "adapter_model.safetensors"
+    save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
 # ----------------------------------------------------------------------------------- updates and starts from data
@@ -306,14 +333,14 @@ def execute(run: Run, settings: Settings, tuning: bool, keep: Path | None = None
 def updates(
     encoder: Encoder, plain: dict[str, torch.Tensor], adapter: adapters.Adapter | None
 ) -> dict[str, torch.Tensor]:
-    """The update of every adapted layer, by kind, (L, b, a)."""
+    """The update of every adapted layer, by kind, (L, b, a), on the CPU."""
     if adapter is not None:
         return {
-            kind: torch.stack([terms.update(i) for i in range(len(terms.targets.names))])
+            kind: torch.stack([terms.update(i) for i in range(len(terms.targets.names))]).cpu()
             for kind, terms in adapter.terms.items()
         }
     after = encoder.model.state_dict()
-    return {kind: torch.stack([after[f"{n}.weight"] - plain[f"{n}.weight"] for n in names])
+    return {kind: torch.stack([after[f"{n}.weight"] - plain[f"{n}.weight"] for n in names]).cpu()
             for kind, names in _kinds().items()}  # fmt: skip
 
 
@@ -341,25 +368,26 @@ def reconstruction(stack: torch.Tensor, rank: int, k: int, start: str = "best") 
     return {"e_lora": lora.error / total, "e_rasa": rasa.error / total}
 
 
-def factors_of_data(run: Run, settings: Settings) -> dict[str, rt.RasaFactors]:
+def factors_of_data(run: Run, task: Task, device: torch.device) -> dict[str, rt.RasaFactors]:
     """RaSA's reconstruction, by kind, of a short full fine-tuning or of minus the first gradient.
 
     On batches that the run itself does not see first: those of another seed.
     """
-    encoder = Encoder.from_folder(bundled_checkpoint())
+    encoder, settings = Encoder.from_folder(bundled_checkpoint()).to(device), task.settings
     plain = {name: value.clone() for name, value in encoder.model.state_dict().items()}
-    short = replace(settings, steps=settings.short_steps, warmup=min(settings.warmup, settings.short_steps))
     if run.start == "updates":
+        steps = settings.short_steps
+        short = replace(task, settings=replace(settings, steps=steps, warmup=min(settings.warmup, steps)))
         train(encoder, list(encoder.model.parameters()), short, SHORT_RATE, run.seed + 1000, lambda _: None)
         stacks = updates(encoder, plain, None)
     else:
         torch.manual_seed(run.seed)
         encoder.model.train()
-        source = batches(settings, run.seed + 1000)
+        source = batches(task, run.seed + 1000)
         for _ in range(settings.short_steps):
             contrastive_loss(encoder, next(source), settings).backward()
         weights = dict(encoder.model.named_parameters())
-        stacks = {kind: -torch.stack([weights[f"{n}.weight"].grad for n in names])  # type: ignore[arg-type]
+        stacks = {kind: -torch.stack([weights[f"{n}.weight"].grad for n in names]).cpu()  # type: ignore[arg-type]
                   for kind, names in _kinds().items()}  # fmt: skip
     budget = rt.RankBudget(run.rank, run.k)
     return {kind: rt.solve_rasa(rt.LayerStack(M.double()), budget).factors.to(torch.float32)
@@ -422,14 +450,16 @@ class Rows:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def perform(runs: Sequence[Run], tuning: bool, rows: Rows, settings: Settings, jobs: int, keep: Path | None) -> None:
+def perform(
+    runs: Sequence[Run], tuning: bool, rows: Rows, task: Task, device: str, jobs: int, keep: Path | None
+) -> None:
     """Run what is missing, one process per job; a run that is finished is written at once."""
     missing = [run for run in runs if rows.find(run, tuning) is None]
     if not missing:
         return
-    tasks = [(run, settings, tuning, keep) for run in missing]
+    tasks = [(run, task, device, tuning, keep) for run in missing]
     started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=4) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks)), maxtasksperchild=12) as pool:
         for n, row in enumerate(pool.imap_unordered(_execute, tasks)):
             rows.add(row)
             left = (time.perf_counter() - started) / (n + 1) * (len(tasks) - n - 1)
@@ -442,9 +472,9 @@ def perform(runs: Sequence[Run], tuning: bool, rows: Rows, settings: Settings, j
             )
 
 
-def _execute(task: tuple[Run, Settings, bool, Path | None]) -> dict[str, Any]:
+def _execute(arguments: tuple[Run, Task, str, bool, Path | None]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return execute(*task)
+    return execute(*arguments)
 
 
 def chosen_rate(run: Run, rows: Rows, rates: Sequence[float] = GRID) -> float:
@@ -468,14 +498,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--at-rate", type=float, help="run the seeds at this rate, and tune nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("figures/train_adapters.jsonl"))
-    parser.add_argument("--keep", type=Path, help="folder for the trained adapters, as PEFT LoRA")
+    parser.add_argument("--keep", type=Path, help="folder for the trained adapters, as PEFT LoRA in half precision")
+    parser.add_argument("--task", choices=sorted(TASKS), default=Settings.task, help="what is to be learned")
+    parser.add_argument("--data", type=Path, help="folder for the pairs, to train on the same ones elsewhere")
+    parser.add_argument("--device", default="auto", help="cuda, which the processes share, or cpu")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 in training and validation")
     parser.add_argument("--smoke", action="store_true", help="three steps of each method on few pairs")
     args = parser.parse_args(arguments)
-    settings, rates = Settings(), args.rates
+    settings, rates = Settings(task=args.task, bfloat16=not args.float32), args.rates
     if args.smoke:
-        settings = Settings(steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8, every=3,
-                            short_steps=1)  # fmt: skip
+        settings = replace(settings, steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8,
+                           every=3, short_steps=1)  # fmt: skip
         rates = GRID[:1]
+    task, device = Task(settings, Data.collected(settings, args.data)), str(compute_device(args.device))
 
     def rates_of(run: Run) -> Sequence[float]:
         return GRID if run.method == "full" else rates  # its best one is far from the adapters'
@@ -485,13 +520,14 @@ def main(arguments: list[str] | None = None) -> None:
     at_rate = rates[0] if args.smoke else args.at_rate
     if at_rate is None:
         trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates_of(run)]
-        perform(trials, True, rows, settings, args.jobs, None)
+        perform(trials, True, rows, task, device, args.jobs, None)
     final = [
         replace(run, learning_rate=at_rate or chosen_rate(run, rows, rates_of(run)), seed=seed)
         for seed in range(1 if args.smoke else args.seeds)
         for run in compared
     ]
-    perform(final, False, rows, settings, args.jobs, args.keep if args.at_rate is None else None)
+    keep = args.keep if args.at_rate is None else None
+    perform(final, False, rows, task, device, args.jobs, keep)
 
 
 if __name__ == "__main__":

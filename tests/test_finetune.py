@@ -41,7 +41,7 @@ def test_two_steps_change_every_kind_and_are_shipped_to_half_precision(tmp_path:
     assert all(float(delta[i].norm()) > 0 for delta in deltas.values() for i in range(2))
     assert 1 / 20 <= experiment.retrieval(tuned, test, settings)["mrr"] <= 1
 
-    experiment.ship(deltas, {"seed": 0}, tmp_path)
+    experiment.ship(deltas, {"seed": 0}, tmp_path, "minilm_code")
     assert json.loads((tmp_path / "minilm_code.json").read_text(encoding="utf-8")) == {"seed": 0}
     with safe_open(tmp_path / "minilm_code.safetensors", "pt") as file:
         for kind, delta in deltas.items():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import adapter_claims as claims
 import pytest
+import sentences
 import torch
 import train_adapters as experiment
 from scipy import stats
@@ -21,6 +25,7 @@ from rasa_theory import adapter as ad
 
 SETTINGS = experiment.Settings(steps=3, batch=4, warmup=1, train_pairs=40, validation_pairs=20, test_pairs=20,
                                prose_pairs=8, every=2, short_steps=3, bfloat16=False)  # fmt: skip
+CPU = torch.device("cpu")
 METHODS = [("full", 0, 0), ("lora", 2, 0), ("rasa", 2, 1), ("rasa", 2, 2), ("lora", 3, 0)]
 
 
@@ -36,6 +41,11 @@ def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     experiment._kinds.cache_clear()
 
 
+@cache
+def task() -> experiment.Task:
+    return experiment.Task(SETTINGS, experiment.Data.collected(SETTINGS, None))
+
+
 def run_of(method: str, rank: int, k: int, rate: float = 1e-3, seed: int = 0, start: str = "zero") -> experiment.Run:
     return experiment.Run(method, rank, k, rate, seed, start)
 
@@ -47,25 +57,42 @@ def test_every_method_sees_the_same_batches_and_dropout_masks() -> None:
     losses = []
     for method, rank, k in METHODS:  # at the rate 0 every model stays what all of them are at the start
         encoder = tiny()
-        parameters, _ = experiment.prepared(encoder, run_of(method, rank, k), SETTINGS)
+        parameters, _ = experiment.prepared(encoder, run_of(method, rank, k), task())
         torch.manual_seed(len(losses))  # whatever was drawn before
-        losses.append(experiment.train(encoder, parameters, SETTINGS, 0.0, 5, lambda _: None))
+        losses.append(experiment.train(encoder, parameters, task(), 0.0, 5, lambda _: None))
     assert len(set(losses[0])) == SETTINGS.steps
     assert losses == [losses[0]] * len(METHODS)
 
 
 def test_batches_go_through_all_pairs_in_an_order_of_the_seed() -> None:
-    source, pairs = experiment.batches(SETTINGS, 1), experiment.data(SETTINGS).train
+    source, pairs = experiment.batches(task(), 1), task().data.train
     epoch = [pair for _ in range(len(pairs) // SETTINGS.batch) for pair in next(source)]
     assert sorted(map(hash, epoch)) == sorted(map(hash, pairs))
-    assert next(experiment.batches(SETTINGS, 1)) == epoch[:4] != next(experiment.batches(SETTINGS, 2))
+    assert next(experiment.batches(task(), 1)) == epoch[:4] != next(experiment.batches(task(), 2))
 
 
 def test_the_parts_of_the_data_are_of_disjoint_modules() -> None:
-    data = experiment.data(SETTINGS)
+    data = task().data
     train, validation, test = ({pair.module for pair in part} for part in (data.train, data.validation, data.test))
     assert len(train | validation | test) == len(train) + len(validation) + len(test)
     assert [len(pairs) for pairs in data.prose.values()] == [8, 8]
+    assert data.python == platform.python_version()
+
+
+def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert experiment.Data.collected(SETTINGS, tmp_path) == task().data
+    more = replace(SETTINGS, train_pairs=50, prose_pairs=9)
+    data = experiment.Data.collected(more, None)
+    monkeypatch.setitem(experiment.TASKS, "code", (list, ""))  # this machine has nothing else
+    monkeypatch.setattr(experiment, "_reference", list)
+    assert experiment.Data.collected(more, tmp_path) == data
+
+
+def test_sentences_of_docstrings_and_the_next_ones() -> None:
+    first, second, last = "One sentence of six words stands.", "Then another with as many words.", "Too short."
+    assert list(sentences.neighbours(f"{first}  {second}\n{last}\n\n{second}")) == [(first, second)]
+    found = list(islice(sentences.of_docstrings(), 300))
+    assert len({text for _, *both in found for text in both}) == 600
 
 
 def some_factors(terms: ad.Terms) -> rt.RasaFactors:
@@ -98,7 +125,7 @@ def test_starts_from_data(rank: int, k: int) -> None:
 
 @pytest.mark.parametrize("start", ["gradient", "updates"])
 def test_factors_of_data_are_of_every_kind(start: str) -> None:
-    factors = experiment.factors_of_data(run_of("rasa", 2, 1, start=start), SETTINGS)
+    factors = experiment.factors_of_data(run_of("rasa", 2, 1, start=start), task(), CPU)
     assert factors.keys() == experiment._kinds().keys()
     assert all(float(f.update(0).norm()) > 0 for f in factors.values())
 
@@ -106,7 +133,7 @@ def test_factors_of_data_are_of_every_kind(start: str) -> None:
 @pytest.mark.parametrize(("method", "rank", "k"), METHODS[:3])
 def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
     run = run_of(method, rank, k)
-    row = json.loads(json.dumps(experiment.execute(run, SETTINGS, False, tmp_path)))
+    row = json.loads(json.dumps(experiment.execute(run, task(), "cpu", False, tmp_path)))
     assert [look["step"] for look in row["looks"]] == [0, 2, 3]
     assert all(abs(x) < 1e-6 for x in row["looks"][0]["drift"].values())
     assert row["looks"][-1]["drift"]["reference"] > 1e-9
@@ -117,11 +144,11 @@ def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
         assert all(e["e_rasa"] <= e["e_lora"] <= 1 for of in row["reconstruction"].values() for e in of.values())
     else:
         assert max(len(s) for of in row["updates"].values() for s in of["sigma"]) == rank - k + 2 * k
-        stack = torch.stack([ad.load(tiny().model, tmp_path / f"{run.name}-0").delta_weight(f"encoder.layer.{i}."
+        stack = torch.stack([ad.load(tiny().model, tmp_path / run.folder("code")).delta_weight(f"encoder.layer.{i}."
                              "attention.self.query") for i in range(2)])  # fmt: skip
         found = row["updates"]["attention.self.query"]["norms"]
         assert found == pytest.approx(torch.linalg.vector_norm(stack, dim=(1, 2)).tolist(), rel=1e-3)
-    short = experiment.execute(run, SETTINGS, True)
+    short = experiment.execute(run, task(), "cpu", True)
     assert (short["losses"], [look["step"] for look in short["looks"]]) == (row["losses"], [3])
 
 
@@ -146,9 +173,14 @@ def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: 
     assert experiment.chosen_rate(base, again) == 1e-3
     trials = [replace(base, learning_rate=rate, seed=experiment.TUNING_SEED) for rate in experiment.GRID]
     monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda _: pytest.fail("a finished run is run again"))
-    experiment.perform(trials, True, again, SETTINGS, 1, None)
+    experiment.perform(trials, True, again, task(), "cpu", 1, None)
     assert again.find(trials[0], False) is None
     assert experiment.Rows(tmp_path / "rows.jsonl", replace(SETTINGS, steps=4)).rows == []
+
+
+def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
+    assert run_of("lora", 2, 0).folder("code") == "lora-2-seed-0"
+    assert run_of("rasa", 8, 4, seed=3).folder("prose") == "rasa-8-4-prose-seed-3"
 
 
 def test_mrr() -> None:
@@ -207,6 +239,7 @@ def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
     assert claims.reference("rasa(2,1) from gradient", runs) == "lora(2)"
     assert claims.reference("rasa(2,1) from gradient", runs | {"lora(2) from gradient": {}}) == "lora(2) from gradient"
     assert claims.reference("lora(7)", runs) is None
+    assert claims.by_budget(runs) == [["full", "lora(2)", "rasa(2,1)", "lora(7)"], ["full", "lora(8)", "rasa(8,4)"]]
 
 
 def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +249,7 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
     rows = [row(name, seed, [0.2, 0.4, 0.6 + 0.02 * n], [0.0, 0.1, 0.3], reconstruction={"2,1": errors})
             for n, name in enumerate(names) for seed in range(3)]  # fmt: skip
     tuned = rows[0] | {"tuning": True, "run": rows[0]["run"] | {"seed": 100}}
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "train_adapters.jsonl"
     file.write_text("\n".join(map(json.dumps, [tuned, *rows])))
     claims.main(["--rows", str(file), "--out", str(tmp_path)])
     assert "method=rasa(2,1) " in capsys.readouterr().out
