@@ -19,7 +19,7 @@ L, B, A = 3, 8, 6
 
 FITS = {
     "lora": lambda s: methods.fit_lora(s, 2),
-    "allocated": lambda s: methods.fit_allocated(s, 2),
+    "allocated": lambda s: methods.fit_allocated(s, 2 * L),
     "rasa": lambda s: methods.fit_rasa(s, 2, 1),
     "share A": lambda s: methods.fit_share_lora(s, 2, "A"),
     "share B": lambda s: methods.fit_share_lora(s, 2, "B"),
@@ -133,7 +133,8 @@ def test_lora_and_allocated_leave_the_smallest_singular_values():
     M = STACKS["decaying"] * np.array([1.0, 4.0, 0.3])[:, None, None]
     sigma = np.sort(np.linalg.svd(M, compute_uv=False).ravel() ** 2)
     assert methods.fit_lora(rt.LayerStack(M), 2).error == pytest.approx(tail(M, 2))
-    assert methods.fit_allocated(rt.LayerStack(M), 2).error == pytest.approx(sigma[: -L * 2].sum())
+    assert methods.fit_allocated(rt.LayerStack(M), 2 * L).error == pytest.approx(sigma[: -L * 2].sum())
+    assert methods.fit_allocated(rt.LayerStack(M), 2).error == pytest.approx(sigma[:-2].sum())  # fewer than layers
 
 
 def test_rasa_without_a_pool_is_lora_and_keeps_its_floor():
@@ -155,7 +156,7 @@ def test_identical_layers_need_one_update_only():
 def test_with_orthogonal_layers_plain_cp_is_the_best_allocation():
     M, budget, optimum = problems.orthogonal_columns()
     assert methods.fit_joint(rt.LayerStack(M), budget.rank * len(M), "diagonal").error == pytest.approx(optimum)
-    assert methods.fit_allocated(rt.LayerStack(M), budget.rank).error == pytest.approx(optimum)
+    assert methods.fit_allocated(rt.LayerStack(M), budget.rank * len(M)).error == pytest.approx(optimum)
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -347,6 +348,7 @@ def test_configurations_fit_and_are_the_largest():
             assert found.parameters <= limit, (name, settings)
         assert method.configurations(s, 1) == []
     assert {"rank": 3} in methods.METHODS["lora"].configurations(s, limit)
+    assert methods.METHODS["allocated"].configurations(s, 2 * 40 + 39) == [{"terms": 2}]
     assert {"rank": 7, "shared": "A"} in methods.METHODS["share_lora"].configurations(s, 7 * (16 + 4 * 24) + 111)
     assert methods.METHODS["tied_lora"].configurations(s, 5 * 40 + 4 * (24 + 5)) == [{"rank": 5}]
     assert methods.METHODS["vera"].configurations(s, 4 * (24 + 6)) == [{"rank": 6}]
@@ -390,7 +392,8 @@ def test_pareto_is_at_parameters_of_each_rank():
     [
         (lambda s: methods.fit_lora(s, 0), "rank must be at least 1, got 0"),
         (lambda s: methods.fit_lora(s, 7), r"rank 7 exceeds min\(b, a\) = 6"),
-        (lambda s: methods.fit_allocated(s, 2.5), "rank must be a whole number, got 2.5"),
+        (lambda s: methods.fit_allocated(s, 2.5), "terms must be a whole number, got 2.5"),
+        (lambda s: methods.fit_allocated(s, 19), "terms 19 exceeds 18"),
         (lambda s: methods.fit_rasa(s, 2, 3), "shared_rank 3 exceeds rank 2"),
         (lambda s: methods.fit_share_lora(s, 2, "C"), "unknown shared 'C'; known: A, B, both"),
         (lambda s: methods.fit_share_lora(s, 7, "A"), r"rank 7 exceeds 6, all that can be of use to stack 'stack'"),
