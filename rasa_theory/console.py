@@ -26,11 +26,22 @@ _NO_MEMORY = re.compile("(can't|cannot) allocate|not enough memory|out of memory
 # ---- arguments and exit statuses
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps text, but for lines that begin with a space: commands to copy."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        wrap = super()._fill_text
+        return "\n".join(line if line.startswith(" ") else wrap(line, width, indent) for line in text.split("\n"))
+
+
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and raises InputError where argparse would end the process."""
+    """Takes no abbreviated flags, and raises InputError where argparse would end the process.
+
+    Lines of the description and the epilog that begin with a space stay as they are.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
         self.add_argument("--version", action="version", version=f"rasa_theory {__version__}")
 
     def error(self, message: str) -> NoReturn:

@@ -55,7 +55,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m rasa_theory.extract",
         description="Extract a LoRA or RaSA adapter from fine-tuned weights, with the error of every layer.",
-        epilog="Interrupted, it goes on where it was when the same command is given again.",
+        epilog=flags.with_examples(
+            "Interrupted, it goes on where it was when the same command is given again.",
+            "extract",
+        ),
     )
     flags.add_sources(
         parser,

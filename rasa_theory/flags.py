@@ -13,7 +13,48 @@ from rasa_theory.starts import STARTS
 
 NAMES = {"max_sweeps": "sweeps", "shared_rank": "k"}
 """Flags that are not called as in the library, for `console.naming_flags`."""
+EXAMPLES = {
+    "reconstruct": {
+        "the bundled updates, RaSA with one shared rank of eight": "--rank 8 --k 1",
+        "your own model, one kind of module at a time": (
+            "--base BASE_DIR --tuned TUNED_DIR --modules '*q_proj*' --dtype float32 --rank 8 --k 0,1,2,4"
+        ),
+        "what that would run and take, before anything is computed": (
+            "--base BASE_DIR --tuned TUNED_DIR --modules '*q_proj*' --dtype float32 --rank 8 --k 1 --dry-run"
+        ),
+        "how much the LoRAs of several tasks have in common": "--adapters TASK_1_DIR TASK_2_DIR --rank 4 --k 1",
+    },
+    "verify": {
+        "the laws on 300 random instances": "--instances 300 --seed 0",
+        "what they are": "--list",
+        "two families only, with floors of the dual kind": (
+            "--families planted,gaussian --instances 8 --certificate dual"
+        ),
+        "an instance that failed, once more": "--replay rasa-verify/FILE.npz",
+    },
+    "extract": {
+        "the best LoRA of a fine-tuned model, for PEFT": (
+            "--base BASE_DIR --tuned TUNED_DIR --rank 16 --k 0 --out adapter"
+        ),
+        "the same with a shared rank, after a look at sizes and memory": (
+            "--base BASE_DIR --tuned TUNED_DIR --rank 16 --k 1 --format lora-exact-rasa --out adapter --dry-run"
+        ),
+        "ranks layer by layer, to miss at most 10 % of the squared norm": (
+            "--base BASE_DIR --tuned TUNED_DIR --rank auto --error 0.1 --out adapter"
+        ),
+        "several LoRAs of one base, compressed together": (
+            "--adapters TASK_1_DIR TASK_2_DIR --rank 4 --k 1 --format lora-exact-rasa --out adapters"
+        ),
+    },
+}
+"""Command -> what for -> flags, as --help shows them."""
 _SOURCES = {"adapters": "--adapters", "source": "--source", "base": "--base with --tuned"}
+
+
+def with_examples(text: str, command: str) -> str:
+    """The end of a command's --help: `text`, then its `EXAMPLES`."""
+    lines = [f"  # {what}\n  python -m rasa_theory.{command} {flags}" for what, flags in EXAMPLES[command].items()]
+    return "\n".join([text, "", "examples:", *lines])
 
 
 def add_sources(parser: argparse.ArgumentParser, source: str, adapters: str) -> None:

@@ -52,7 +52,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m rasa_theory.reconstruct",
         description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
-        epilog="Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
+        epilog=flags.with_examples(
+            "Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
+            "reconstruct",
+        ),
     )
     flags.add_sources(
         parser,

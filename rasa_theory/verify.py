@@ -26,6 +26,7 @@ from rasa_theory.bench.workers import Drawn, suitable_jobs, trials
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
 from rasa_theory.errors import InputError
+from rasa_theory.flags import with_examples
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.study import environment
 
@@ -44,7 +45,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m rasa_theory.verify",
         description="Try the laws around Theorem 3.1 on random instances: order of the bounds, nesting, known optima, "
         "invariances, monotone histories, reported errors.",
-        epilog="A failing instance is written to --out, in a file that --replay tries again.",
+        epilog=with_examples(
+            "A failing instance is written to --out, in a file that --replay tries again.",
+            "verify",
+        ),
     )
     add = parser.add_argument
     add("--instances", type=int, metavar="N", help=f"so many, of the families in turn ({_INSTANCES})")
