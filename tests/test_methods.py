@@ -167,6 +167,16 @@ def test_a_full_core_is_not_above_a_diagonal_one(stack, R):
     assert full <= diagonal + 1e-9 * s.norm_squared
 
 
+def test_what_many_layers_have_a_little_of_does_not_hide_what_one_has_much_of():
+    """One dyad of norm 1 in one layer; in the others, columns and rows in common, but no dyad: each norm 0.9."""
+    M = np.zeros((4, 6, 6))
+    M[0, 0, 0] = 1.0
+    M[1, 1, 1], M[2, 1, 2] = 0.9, 0.9  # a common column
+    M[3, 3, 2] = 0.9  # a common row
+    for core in ("full", "diagonal"):
+        assert methods.fit_joint(rt.LayerStack(M), 1, core).error == pytest.approx(3 * 0.81)
+
+
 @pytest.mark.parametrize("core", ["full", "diagonal"])
 def test_planted_joint_bases_are_found(core):
     U, V, C = noise(1, B, 4, 1)[0], noise(1, 4, A, 2)[0], noise(L, 4, 4, 3)

@@ -25,8 +25,10 @@ _SWEEPS = 100
 def fit_joint(stack: LayerStack, rank: int, core: str = "full", seed: int = 0) -> Fit:
     """min sum_i ||M_i - U C_i V||_F^2, U (b, R), V (R, a): Compress then Serve (Brüel-Gabrielsson et al., ICML 2025).
 
-    - core "full": C_i (R, R), their JD-Full, a Tucker-2 decomposition. Alternating (HOOI) from the HOSVD: U holds the
-      top R eigenvectors of sum_i M_i V^T V M_i^T, then V likewise. R (a + b) + L R^2 parameters.
+    - core "full": C_i (R, R), their JD-Full, a Tucker-2 decomposition. Alternating (HOOI): U holds the top R
+      eigenvectors of sum_i M_i V^T V M_i^T, then V likewise. From the HOSVD, and from the span of the R leading
+      singular terms of all layers, since what many layers have a little of can hide what one has much of.
+      R (a + b) + L R^2 parameters.
     - core "diagonal": their JD-Diag, a CP decomposition of R terms, RaSA without private terms: where L divides R,
       `solve_rasa` with r = k = R / L; else the same sweeps from the R leading singular terms of all layers, and from
       random pools. R (a + b + L) parameters.
@@ -36,11 +38,11 @@ def fit_joint(stack: LayerStack, rank: int, core: str = "full", seed: int = 0) -
     at_least("rank", rank, 1)
     one_of("core", core, CORES)
     at_most("rank", rank, _most(stack, core), stack)
-    found = _tucker(stack.unit(), rank) if core == "full" else _cp(stack.unit(), rank, seed)
+    found = _tucker(stack.unit(), rank, seed) if core == "full" else _cp(stack.unit(), rank, seed)
     return fitted(stack, f"joint_{core}", {"rank": rank, "core": core}, Evidence.BEST_FOUND, found)
 
 
-def _tucker(unit: LayerStack, R: int) -> Found:
+def _tucker(unit: LayerStack, R: int, seed: int) -> Found:
     def leading(products: Tensor) -> Tensor:  # (L, n, R) -> (n, R)
         return linalg.leading_eigenpairs((products @ products.mT).sum(0), R)[1]
 
@@ -56,8 +58,10 @@ def _tucker(unit: LayerStack, R: int) -> Found:
         (U, V), C = sides, cores(sides)
         return residual(unit, lambda i: U @ C[i] @ V.mT)
 
-    U, V = (linalg.leading_eigenpairs(view.gram(), R)[1] for view in (unit, unit.transpose()))
-    (U, V), history = alternate(unit, Steps(sweep, error), [(U, V)], _SWEEPS)
+    common = tuple(linalg.leading_eigenpairs(view.gram(), R)[1] for view in (unit, unit.transpose()))
+    B, A, _ = leading_terms(unit, R, seed)
+    largest = torch.linalg.qr(B).Q, torch.linalg.qr(A.mT).Q
+    (U, V), history = alternate(unit, Steps(sweep, error), [common, largest], _SWEEPS, heat=_SWEEPS)
     C = cores((U, V))
     return Found(lambda i: U @ C[i] @ V.mT, (U, C, V), R, history=history)
 
