@@ -72,6 +72,7 @@ LOOKS = {
     "joint_full": ("joint, full", style.PURPLE, "^--"),
     "share_columns": ("SHARE, lorashare", style.BLUE, "h-"),
     "share_whole": ("SHARE, vlora", style.SKY, "p-"),
+    "share_basis": ("SHARE, best factors", style.BLUE, "h:"),
     "tied_lora": ("Tied-LoRA", style.BLUE, "P--"),
     "vb_lora": ("VB-LoRA", style.GREEN, "X-"),
     "one_sided": ("one-sided pool", style.ORANGE, "<-"),
@@ -132,6 +133,7 @@ def sets_of(folders: Sequence[Path]) -> dict[str, list[LoraFolder]]:
     found: dict[str, list[LoraFolder]] = {}
     for folder in folders:
         found.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(LoraFolder(folder))
+    found = dict(sorted(found.items()))
     ranks = {name: frozenset(pair.rank for x in adapters for pair in x.pairs.values())
              for name, adapters in found.items()}  # fmt: skip
     for rank in sorted(set(ranks.values()), key=sorted):
@@ -160,7 +162,7 @@ def collections_of(name: str, adapters: Sequence[LoraFolder], kinds: Sequence[st
 def kind_of(module: str) -> str:
     """`encoder.layer.3.attention.self.query` -> `query`: what follows the number of the layer, in short."""
     last = re.split(r"\.\d+\.", module)[-1]
-    return last.removesuffix(".dense").removeprefix("attention.self.").replace(".", " ")
+    return last.removesuffix(".dense").removeprefix("attention.self.")
 
 
 def _factors(adapters: Sequence[LoraFolder], module: str) -> rt.LoraFactors:
@@ -286,6 +288,8 @@ SOLVERS: dict[str, Callable[[Collection, int], methods.Fit | None]] = {
 """Name -> the best Fit within a number of parameters, or None."""
 OF_CHANCE = ("joint_diagonal", "joint_full", "share_columns", "share_whole", "share_lora", "one_sided")
 """The methods that are asked what they make of random LoRAs: those whose error depends on what is shared."""
+SLOW, SLOW_TERMS = {"tied_lora", "vb_lora", "vera"}, 64
+"""Those that cannot be solved turned would take hours on more than so many terms, L r; VeRA is slow on fewer, too."""
 
 
 def joint_floor(stack: rt.LayerStack, rank: int) -> float:
@@ -297,13 +301,15 @@ def joint_floor(stack: rt.LayerStack, rank: int) -> float:
 # -------------------------------------------------------------------------------------------------- the rows
 
 
-def tasks(shares: Sequence[float], draws: int, layer: str) -> Iterator[tuple[str, int, float | str, str]]:
-    """(source, draw, share, method): every method on what was trained, some on random LoRAs; last, the sides.
-
-    VeRA, which takes longest and leaves nearly all wherever it was tried, not layer by layer.
-    """
+def tasks(found: Collection, shares: Sequence[float], draws: int) -> Iterator[tuple[str, int, float | str, str]]:
+    """(source, draw, share, method): every method on what was trained, some on random LoRAs; last, the sides."""
+    left_out: set[str] = set()
+    if found.factors.B.shape[0] * _rank(found) > SLOW_TERMS:
+        left_out |= SLOW
+    if found.layer != EVERY:
+        left_out.add("vera")
     for share in shares:
-        yield from (("trained", 0, share, name) for name in SOLVERS if name != "vera" or layer == EVERY)
+        yield from (("trained", 0, share, name) for name in SOLVERS if name not in left_out)
         yield from (("random", draw, share, name) for draw in range(draws) for name in OF_CHANCE)
     for source, count in (("trained", 1), ("random", draws)):
         yield from ((source, draw, "", f"side_{side}") for draw in range(count) for side in ("columns", "rows"))
@@ -337,17 +343,21 @@ def measured(found: Collection, share: float | str, method: str) -> Row | None:
 
 
 def compared(
-    found: Sequence[Collection], shares: Sequence[float], draws: int, done: set[tuple[str, ...]]
+    found: Sequence[Collection],
+    shares: Sequence[float],
+    draws: int,
+    done: set[tuple[str, ...]],
+    only: Sequence[str] | None = None,
 ) -> Iterator[Row]:
-    """The rows that are not done."""
-    bar = tqdm(total=sum(len(list(tasks(shares, draws, each.layer))) for each in found))
+    """The rows that are not done, of all methods or of some."""
+    bar = tqdm(total=sum(len(list(tasks(each, shares, draws))) for each in found))
     for collection in found:
         sources = {("trained", 0): collection}
-        for source, draw, share, method in tasks(shares, draws, collection.layer):
+        for source, draw, share, method in tasks(collection, shares, draws):
             key = {"set": collection.set, "kind": collection.kind, "layer": collection.layer, "source": source,
                    "draw": draw, "share": share, "method": method}  # fmt: skip
             bar.update()
-            if identity(key) in done:
+            if identity(key) in done or not (only is None or method in only):
                 continue
             what = f"{collection.set}, {collection.kind} {collection.layer}, {share}, {method}"
             bar.set_description(what, refresh=False)
@@ -392,14 +402,24 @@ def needed(errors: dict[tuple[str, float | None], float], method: str, most: flo
                 if name == method and share is not None and error <= most), default=None)  # fmt: skip
 
 
-def plot(rows: list[Row]) -> Figure:
-    """A line of two panels for each set: over adapters and layers, and over adapters alone."""
+def shown(rows: Sequence[Row]) -> list[str]:
+    """Of the sets that are part of a larger one, the first of each, and all others."""
     names = list(dict.fromkeys(row["set"] for row in rows))
-    figure = style.new_figure(1.5 + 2.7 * len(names))
+    parts = [name.split(" + ") for name in names if " + " in name]
+    return [name for name in names if not any(name in part[1:] for part in parts)]
+
+
+def plot(rows: list[Row]) -> Figure:
+    """A line of two panels for each set of `shown`: over adapters and layers, and over adapters alone."""
+    names = shown(rows)
+    figure = style.new_figure(1.5 + 2.6 * len(names))
     axes = style.panels(figure, len(names), 2, sharey=True, sharex=True)
     for name, line in zip(names, axes, strict=True):
         count = max(row["adapters"] for row in rows if row["set"] == name)
         for over_layers, ax in zip((True, False), line, strict=True):
+            if not pooled(rows, name, over_layers):
+                ax.set_axis_off()
+                continue
             draw(ax, rows, name, over_layers)
             what = "adapters x layers" if over_layers else "adapters, layer by layer"
             style.name(ax, title=f"{name}\n{count} {what}")
@@ -408,8 +428,8 @@ def plot(rows: list[Row]) -> Figure:
     for ax in axes[:, 0]:
         style.name(ax, y="error / $\\|M\\|^2$")
     handles = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
-    shown = [label for label, _, _ in (*LOOKS.values(), CHANCE) if label in handles]
-    style.legend(figure, [handles[label] for label in shown], shown, loc="outside lower center", ncols=3)
+    labels = [label for label, _, _ in (*LOOKS.values(), CHANCE) if label in handles]
+    style.legend(figure, [handles[label] for label in labels], labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -466,10 +486,17 @@ def small(found: Collection) -> Collection:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent / "trained"
-    parser.add_argument("--adapters", nargs="+", type=Path, metavar="DIR", default=sorted(here.iterdir()))
+    own = sorted(path.parent for path in here.glob("*/adapter_config.json"))
+    parser.add_argument("--adapters", nargs="+", type=Path, metavar="DIR", default=own)
     parser.add_argument("--kinds", nargs="+", help="such as query; all of them unless named")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the LoRAs' own numbers")
     parser.add_argument("--draws", type=int, default=1, help="of random LoRAs, each from a seed of its own")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=(*SOLVERS, "side_columns", "side_rows"),
+        help="these alone, to have the quick ones first",
+    )
     parser.add_argument("--figure", action="store_true", help="draw the data that are there")
     parser.add_argument("--smoke", action="store_true", help="corners of one kind of module, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
@@ -491,7 +518,7 @@ def main(arguments: list[str] | None = None) -> None:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if not rows:
                 writer.writeheader()
-            for row in compared(found, shares, draws, done):
+            for row in compared(found, shares, draws, done, options.methods):
                 writer.writerow(row)
                 file.flush()
         rows = tables.read(path)

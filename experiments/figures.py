@@ -157,6 +157,13 @@ EXPERIMENTS = {
         ("neighbours.csv",),
         {"neighbours": ("neighbours.csv", from_table("neighbours"))},
     ),
+    "compression": Experiment(
+        ("experiments/compression.py --kinds query attention.output --out {out}",),
+        ("compression.csv",),
+        {"compression": ("compression.csv", from_table("compression"))},
+        "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
+        has("lorashare", "vlora"),
+    ),
     "why_sharing_pays": Experiment(
         ("experiments/why_sharing_pays.py --out {out}",),
         ("why_sharing_pays.csv",),

@@ -43,12 +43,28 @@ def collection(layers: int = 5, b: int = 12, a: int = 10, r: int = 2) -> compres
 
 def test_seeds_are_a_set_and_tasks_of_one_rank_another(folders: list[Path]) -> None:
     found = compression.sets_of(folders)
+    assert list(found) == ["lora-2", "lora-2-prose", "lora-3", "lora-2 + lora-2-prose"]
     assert {name: [adapter.path.name for adapter in adapters] for name, adapters in found.items()} == {
         "lora-2": ["lora-2-seed-0", "lora-2-seed-1"],
         "lora-2-prose": ["lora-2-prose-seed-0"],
         "lora-3": ["lora-3-seed-0"],
         "lora-2 + lora-2-prose": ["lora-2-seed-0", "lora-2-seed-1", "lora-2-prose-seed-0"],
     }
+
+
+def test_of_the_tasks_of_one_rank_the_first_is_drawn_and_all_together() -> None:
+    names = ["lora-2", "lora-2-prose", "lora-8", "lora-2 + lora-2-prose"]
+    assert compression.shown([{"set": name} for name in names]) == ["lora-2", "lora-8", "lora-2 + lora-2-prose"]
+
+
+def test_slow_methods_take_part_where_they_are_not_too_slow() -> None:
+    def methods_of(found: compression.Collection) -> set[str]:
+        return {method for source, _, _, method in compression.tasks(found, (0.5,), 1) if source == "trained"}
+
+    sides, layer = {"side_columns", "side_rows"}, compression.replace(collection(), layer="0")
+    assert methods_of(collection()) == compression.SOLVERS.keys() | sides
+    assert methods_of(layer) == (compression.SOLVERS.keys() | sides) - {"vera"}
+    assert methods_of(collection(33)) == (compression.SOLVERS.keys() | sides) - compression.SLOW
 
 
 def test_stacks_are_over_adapters_and_layers_and_over_adapters(folders: list[Path]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import adapter_claims
+import compression
 import iteration_count
 import numpy as np
 import pytest
@@ -258,6 +259,16 @@ def expected_heights(name: str, path: Path) -> list[float]:
         lora = {(row["stack"], row["r"]): row["error"] for row in rows if row["method"] == "lora"}
         own = [row for row in rows if row["method"] != "vera"]
         return [*(row["error"] for row in rows), *(row["error"] / lora[row["stack"], row["r"]] for row in own)]
+    if name == "compression":  # means over the stacks of a set, where each of them has room for the method
+        shown: dict[tuple[Any, ...], list[float]] = {}
+        for row in (row for row in rows if row["set"] in compression.shown(rows)):
+            by_chance = row["source"] == "random" and row["method"] == "joint_diagonal"
+            of_packages = row["method"] in ("lorashare", "vlora")  # which are share_columns and share_whole
+            if row["share"] is not None and (by_chance or (row["source"] == "trained" and not of_packages)):
+                where = row["set"], row["layer"] == "all", row["source"]
+                shown.setdefault((where, row["method"], row["share"]), []).append(row["error"])
+        room = {where: max(len(shown[key]) for key in shown if key[0] == where) for where, *_ in shown}
+        return [statistics.fmean(errors) for (where, *_), errors in shown.items() if len(errors) == room[where]]
     if name == "why_sharing_pays":
         real = [row for row in rows if row["source"] in ("updates", "turned apart") and row["part"] == "pool"]
         found = [row for row in rows if row["part"] in ("depth", "kinds")]
