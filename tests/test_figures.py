@@ -271,7 +271,7 @@ def expected_heights(name: str, path: Path) -> list[float]:
         return [statistics.fmean(errors) for (where, *_), errors in shown.items() if len(errors) == room[where]]
     if name == "why_sharing_pays":
         real = [row for row in rows if row["source"] in ("updates", "turned apart") and row["part"] == "pool"]
-        found = [row for row in rows if row["part"] in ("depth", "kinds")]
+        found = [row for row in rows if row["part"] in ("depth", "kinds", "tasks")]
         allocation = [row for row in found + real if row["item"] == "allocation" and row["source"] != "turned apart"]
         gains = [*allocation, *(row for row in found + real if row["item"] == "best_found")]
         terms = [r for r in rows if r["part"] == "pool" and r["k"] == 1 and r["item"] in ("by_loss", "by_weight")]
