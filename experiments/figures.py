@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -235,8 +236,8 @@ def perform(name: str, figures: Path, scratch: Path) -> bool:
     experiment, out, began = EXPERIMENTS[name], scratch / name, time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     for command in experiment.commands:
-        words = [word.format(out=out.resolve()) for word in command.split()]
-        print(f"{name}: python {' '.join(words)}  (last time: {lasted(name, figures)} in all)", flush=True)
+        words = [word.format(out=out.resolve()) for word in shlex.split(command)]
+        print(f"{name}: python {shlex.join(words)}  (last time: {lasted(name, figures)} in all)", flush=True)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         status = subprocess.call([sys.executable, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
         if status != 0:

@@ -69,6 +69,12 @@ def test_commands_are_those_of_the_list() -> None:
         }
 
 
+def test_the_attempts_in_the_folder_are_those_that_the_command_makes() -> None:
+    made = [iteration_count.case_of(row) for row in tables.read(FIGURES / "iteration_count.csv")]
+    assert len(made) == len(set(made))
+    assert set(made) == set(iteration_count.cases(iteration_count.SEEDS))
+
+
 def test_all_that_lies_in_the_folder_is_named() -> None:
     text = (FIGURES / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in FIGURES.iterdir() if path.name not in text and path.name != "README.md"] == []
@@ -360,6 +366,17 @@ def test_from_scratch_runs_the_commands_and_keeps_the_seconds(
     assert figures.main([*options, "--figures", str(folder)]) == 0
     assert "recovery: not run, it needs a moon" in capsys.readouterr().out
     assert len(calls) == 2
+
+
+def test_names_in_quotes_reach_a_command_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(figures.subprocess, "call", lambda words, **more: calls.append(words[1:]) or 1)
+    command = "experiments/train_adapters.py --only 'rasa(2,1)' 'lora(2)' --out {out}"
+    monkeypatch.setitem(figures.EXPERIMENTS, "recovery", figures.Experiment((command,), (), {}))
+    scratch = tmp_path / "with space"
+    assert not figures.perform("recovery", tmp_path, scratch)
+    script = "experiments/train_adapters.py"
+    assert calls == [[script, "--only", "rasa(2,1)", "lora(2)", "--out", str(scratch / "recovery")]]
 
 
 # ----------------------------------------------------------------------------------------------------- the style
