@@ -20,10 +20,11 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     why_sharing_pays.png
 
-Items of pool, depth and kinds, errors in units of e_lora: allocation, best_found, floor (and its name), stop; of every
-pool term: by_weight, by_loss (participation ratios over layers, see `rt.pool_participation`) and owner_share (of its
-loss, in the layer that loses most); loss_share of term and layer where k = 1. Floors of the bundled updates are those
-of figures/floors.csv, two-sided; others are closed forms.
+Items of pool, depth, width, kinds and tasks, errors in units of e_lora: allocation, best_found, floor (and its name),
+stop, cancellation; of every pool term: by_weight, by_loss (participation ratios over layers, see
+`rt.pool_participation`), by_loss_of_kinds and by_loss_of_tasks (the same over kinds or tasks, whose layers' losses are
+summed) and owner_share (of its loss, in the layer that loses most); loss_share of term and layer where k = 1 and there
+are at most six layers. Floors of the bundled updates are those of figures/floors.csv, two-sided; others closed forms.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import csv
 import dataclasses
 import importlib.util
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +47,7 @@ from tqdm import tqdm
 
 import rasa_theory as rt
 from rasa_theory import methods, style
+from rasa_theory.ownership import participation_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,10 +260,8 @@ def over_kinds(found: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterato
     yield "", "e_lora", "", e_lora
     for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, rt.SolverOptions(max_sweeps=plan.sweeps)).items():
         yield from point(stack, rt.RankBudget(plan.rank, k), e_lora, solution, None)
-        losses = rt.pool_participation(solution.factors).losses
-        by_kind = losses.reshape(len(own), -1, losses.shape[1]).sum(1)
-        for j, column in enumerate(by_kind.mT):
-            yield k, "by_loss_of_kinds", str(j), float(column.sum() ** 2 / (column**2).sum())
+        for j, kinds in enumerate(groups_served(solution.factors, len(own))):
+            yield k, "by_loss_of_kinds", str(j), kinds
         numbers = methods.lora_parameters(stack.layers, stack.shape, plan.rank) + solution.factors.mixing.numel()
         yield k, "parameters", "", numbers
 
@@ -276,10 +277,14 @@ def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str
         budget = rt.RankBudget(plan.rank, k)
         solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=plan.sweeps))
         yield from point(stack, budget, e_lora, solution, None)
-        losses = rt.pool_participation(solution.factors).losses
-        by_task = losses.reshape(2, -1, losses.shape[1]).sum(1)
-        for j, column in enumerate(by_task.mT):
-            yield k, "by_loss_of_tasks", str(j), float(column.sum() ** 2 / (column**2).sum())
+        for j, tasks in enumerate(groups_served(solution.factors, 2)):
+            yield k, "by_loss_of_tasks", str(j), tasks
+
+
+def groups_served(factors: rt.RasaFactors, groups: int) -> list[float]:
+    """How many groups of layers every pool term serves, by loss; each group as many layers, one group after another."""
+    losses = rt.pool_participation(factors).losses
+    return participation_ratio(losses.reshape(groups, -1, losses.shape[1]).sum(1)).tolist()
 
 
 def overlaps(first: rt.LayerStack, second: rt.LayerStack, plan: Plan) -> Iterator[Item]:
@@ -620,7 +625,7 @@ def separate_pools(table: Table, stacks: list[tuple[str, str]], k: int) -> tuple
 
 
 def summary(table: Table) -> Iterator[str]:
-    """The numbers, one line for each point."""
+    """The numbers, one line for each point; of the terms the least, the median and the most."""
     for part in ("pool", "depth", "width", "kinds", "tasks"):
         for source in table.column("source", part=part):
             for name in table.column("stack", part=part, source=source):
@@ -629,9 +634,9 @@ def summary(table: Table) -> Iterator[str]:
                     allocation, best, floor = (table.value(i, **where) for i in ("allocation", "best_found", "floor"))
                     gains = [percent(x) for x in (1 - allocation, allocation - best, best - floor)]
                     terms = "".join(
-                        f"  {item} {y[0]:.2f} {y[len(y) // 2]:.2f} {y[-1]:.2f}"
+                        f"  {item} {min(y):.2f} {statistics.median(y):.2f} {max(y):.2f}"
                         for item in ("by_loss", "by_weight")
-                        for y in [sorted(table.values(item, **where))]
+                        for y in [table.values(item, **where)]
                     )
                     yield (
                         f"{source:28} {name:17} k = {k}  allocation {gains[0]:6.3f} %  sharing {gains[1]:6.3f} %"
