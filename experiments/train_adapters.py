@@ -433,6 +433,14 @@ def methods(rank: int, data_starts: bool) -> list[Run]:
     return [*full, Run("lora", rank, 0, 0.0, 0), *rasa, *wide]
 
 
+def named(runs: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
+    """The runs of these names; all of them if none is given. A name that no run has ends the program."""
+    known = [run.name for run in runs]
+    if unknown := [name for name in only or [] if name not in known]:
+        raise SystemExit(f"--only {unknown[0]!r} is none of {', '.join(known)}")
+    return [run for run in runs if not only or run.name in only]
+
+
 class Rows:
     """The finished runs, a line of JSON each."""
 
@@ -516,7 +524,7 @@ def main(arguments: list[str] | None = None) -> None:
         return GRID if run.method == "full" else rates  # its best one is far from the adapters'
 
     rows = Rows(args.out, settings)
-    compared = [run for run in methods(args.rank, args.data_starts) if not args.only or run.name in args.only]
+    compared = named(methods(args.rank, args.data_starts), args.only)
     at_rate = rates[0] if args.smoke else args.at_rate
     if at_rate is None:
         trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates_of(run)]

@@ -159,6 +159,14 @@ def test_the_methods_have_equal_parameters_or_the_largest_rank() -> None:
     assert len({run.name for run in experiment.methods(2, True)}) == 4
 
 
+def test_only_takes_names_that_there_are() -> None:
+    runs = experiment.methods(2, False)
+    assert experiment.named(runs, None) == runs
+    assert [run.name for run in experiment.named(runs, ["rasa(2,1)", "lora(2)"])] == ["lora(2)", "rasa(2,1)"]
+    with pytest.raises(SystemExit, match=r"--only 'lora\(4\)' is none of full, lora\(2\), rasa"):
+        experiment.named(runs, ["lora(2)", "lora(4)"])
+
+
 def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
     base, scores = run_of("lora", 2, 0), dict(zip(experiment.GRID, (0.05, 0.1, 0.3, 0.5, 0.4, 0.2), strict=True))
@@ -288,6 +296,33 @@ def test_runs_at_another_rate_than_the_tuned_one_are_told_apart(tmp_path: Path) 
     assert claims.at_equal_rate("rasa(2,1) at 0.001", runs) == "lora(2)"
     assert claims.at_equal_rate("lora(2)", runs) is None
     assert claims.common_mrr(runs, 0) == 0.5
+    begun = {s: row("", s, [0.2, 0.1], [0.0, 0.1]) for s in range(2)}  # from data, at 1e-3
+    assert claims.common_mrr(runs | {"lora(2) from gradient": begun}, 0) == 0.5
+    others = {"rasa(2,1)": runs["rasa(2,1) at 0.001"], "lora(2) from gradient": begun}
+    assert claims.at_equal_rate("rasa(2,1)", others) is None
+
+
+def test_measures_are_those_of_the_whole_run_of_its_end_and_of_both_kinds_of_prose(tmp_path: Path) -> None:
+    def run(name: str, seed: int, rate: float, shift: float) -> dict[str, Any]:
+        losses = [9.0, *[2.0 + shift] * 19, *[1.0 + shift] * 20]
+        made = row(name, seed, [0.2, 0.4 + shift], [0.0, 0.1 + shift], losses=losses)
+        made["looks"][-1]["prose_mrr"] = {"a": 0.5 + shift, "b": 0.7 + shift}
+        return made | {"run": {"seed": seed, "learning_rate": rate}}
+
+    rows = [run("lora(2)", s, 1e-3, 0.0) | {"tuning": s == 100} for s in (100, 0, 1)]
+    rows += [run("rasa(2,1)", s, 3e-3, 0.1 + 0.02 * s) | {"tuning": s == 100} for s in (100, 0, 1)]
+    rows += [run("lora(2)", s, 3e-3, 0.3) for s in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = {line["method"]: line for line in claims.table(claims.read(tmp_path / "rows.jsonl"))}
+    lora, rasa = lines["lora(2)"], lines["rasa(2,1)"]
+    expected = {"final_loss": 1.0, "mean_loss": (9 + 2 * 19 + 20) / 40, "drift": 0.2, "prose_mrr": 0.6}
+    assert {key: lora[key] for key in expected} == pytest.approx(expected)
+    moved = {"final_loss": 0.11, "mean_loss": 0.11 * 39 / 40, "drift": 0.22, "prose_mrr": 0.11, "test_mrr": 0.11}
+    assert {key: rasa[f"{key}_minus_lora"] for key in moved} == pytest.approx(moved)
+    equal = {"final_loss": -0.19, "mean_loss": -0.19 * 39 / 40, "drift": -0.38, "prose_mrr": -0.19, "test_mrr": -0.19}
+    assert {key: rasa[f"{key}_minus_lora_at_equal_rate"] for key in equal} == pytest.approx(equal)
+    half = stats.t.ppf(0.975, 1) * 0.01  # of two differences 0.02 apart
+    assert rasa["final_loss_minus_lora_interval"] == pytest.approx(half)
 
 
 def test_every_method_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
