@@ -135,6 +135,9 @@ def test_random_loras_have_the_same_spectra_and_nothing_else_in_common() -> None
     drawn = found.random(0)
     torch.testing.assert_close(drawn.stack.singular_values(), found.stack.singular_values())
     torch.testing.assert_close(drawn.factors.B, found.random(0).factors.B)
+    torch.testing.assert_close(
+        collection().random(0).stack.singular_values(), collection().stack.singular_values()
+    )  # of every layer its own
     assert not torch.equal(drawn.factors.B, found.random(1).factors.B)
     budget = found.parameters // 3  # five equal updates are one; in random directions they are not
     errors = [compression.SOLVERS["joint_diagonal"](c, budget).error / c.stack.norm_squared for c in (found, drawn)]
@@ -150,6 +153,32 @@ def test_random_loras_have_the_same_spectra_and_nothing_else_in_common() -> None
 def test_no_joint_basis_is_below_its_floor(rank: int, core: str) -> None:
     stack = collection().stack
     assert 0 < compression.joint_floor(stack, rank) <= methods.fit_joint(stack, rank, core).error
+
+
+def test_the_floor_of_joint_bases_is_the_larger_tail_in_units_of_the_norm() -> None:
+    """Layers of one common row: beside each other they are of rank five, below each other of rank one."""
+    rows = rt.LoraFactors(torch.as_tensor(noise(5, 12, 1, 1)), torch.as_tensor(noise(1, 1, 10, 2)).expand(5, -1, -1))
+    found = compression.Collection("lora", 5, "query", compression.EVERY, rows)
+    literal = float((torch.linalg.svdvals(found.stack.values.transpose(0, 1).flatten(1))[2:] ** 2).sum())
+    assert compression.joint_floor(found.stack, 2) == pytest.approx(literal)
+    assert compression.joint_floor(found.stack.transpose(), 2) == pytest.approx(literal)
+    factors = collection().factors
+    large = compression.replace(collection(), factors=rt.LoraFactors(10 * factors.B, factors.A))
+    for method in ("joint_full", "joint_diagonal"):
+        row = compression.measured(large, 0.5, method)
+        rank = int(row["settings"].split()[0].removeprefix("rank="))
+        assert row["floor"] == pytest.approx(compression.joint_floor(large.stack, rank) / large.stack.norm_squared)
+        assert 0 < row["floor"] <= row["error"] < 1
+        assert row["used"] == row["parameters"] / large.parameters <= 0.5
+
+
+def test_sides_say_what_one_space_of_r_dimensions_keeps() -> None:
+    """Columns in common, rows apart."""
+    factors = rt.LoraFactors(torch.as_tensor(noise(1, 12, 2, 1)).expand(4, -1, -1), torch.as_tensor(noise(4, 2, 10, 2)))
+    found = compression.Collection("lora", 4, "query", compression.EVERY, factors)
+    errors = [compression.measured(found, "", f"side_{side}")["error"] for side in ("columns", "rows")]
+    assert errors[0] < 1e-12
+    assert errors[1] > 0.1
 
 
 def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
@@ -179,3 +208,4 @@ def test_means_are_over_stacks_that_all_have_room() -> None:
     assert errors == {("lora", 0.5): pytest.approx(0.3)}
     assert compression.needed(errors, "lora", 0.3 + 1e-12) == 0.5
     assert compression.needed(errors, "lora", 0.1) is None
+    assert compression.needed(errors | {("lora", 0.3): 0.3, ("lora", 0.2): 0.4}, "lora", 0.35) == 0.3

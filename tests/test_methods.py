@@ -141,6 +141,7 @@ def test_rasa_without_a_pool_is_lora_and_keeps_its_floor():
     s = rt.LayerStack(problems.decaying())
     assert methods.fit_rasa(s, 3, 0).error == pytest.approx(methods.fit_lora(s, 3).error)
     found = methods.fit_rasa(s, 3, 1)
+    assert found.floor == pytest.approx(rt.lower_bound(s, rt.RankBudget(3, 1)).value)
     assert 0 < found.floor <= found.error <= rt.allocation_bound(s, rt.RankBudget(3, 1)).value * (1 + 1e-12)
 
 
@@ -271,6 +272,31 @@ def test_the_vectors_of_a_sub_vector_are_the_best_ones_after_each_other():
         assert reached <= reachable.min() + 1e-12
 
 
+def test_a_bank_begins_with_means_of_its_points_and_each_further_vector_brings_nearer():
+    from rasa_theory.factors import balanced
+    from rasa_theory.methods.vb_lora import _begun, _distances, _kmeans
+
+    s = rt.LayerStack(problems.decaying(4, 16, 12)).unit()
+    points = torch.as_tensor(noise(1, 6, 3, 1)[0]).repeat(8, 1) + 1e-4 * torch.as_tensor(noise(1, 48, 3, 2)[0])
+    centres = _kmeans(points, 6, s, 0)
+    own = _distances(points, centres).argmin(1)
+    torch.testing.assert_close(centres, torch.stack([points[own == n].mean(0) for n in range(6)]))
+    lora = rt.solve_lora(s, 2).factors
+    B, A = balanced(lora.B, lora.A)
+    wanted, left = torch.cat([B.mT.flatten(), A.flatten()]).reshape(-1, 4), []
+    for K in (1, 2, 3):
+        bank = _begun(s, 2, 12, 4, K, 0)
+        assert all(len(set(row)) == K for row in bank.indices.tolist()), "no vector twice"
+        left.append(float((bank.sub_vectors() - wanted).square().sum()))
+    assert left[2] < left[1] < left[0]
+
+
+@pytest.mark.parametrize("R", [5, 7])
+def test_a_diagonal_core_is_not_above_the_leading_terms_of_all_layers(R):
+    s = rt.LayerStack(problems.decaying(4, 16, 12))
+    assert methods.fit_joint(s, R, "diagonal").error <= methods.fit_allocated(s, R).error * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("side", ["columns", "rows"])
 def test_planted_one_sided_pools_are_found(side):
     layers, b, a, q, p = 4, 10, 12, 1, 2
@@ -378,6 +404,9 @@ def test_at_parameters_takes_the_best_configuration_of_every_method():
         methods.fit_share_lora(s, **c) for c in methods.METHODS["share_lora"].configurations(s, limit + limit // 10)
     ]
     assert found["share_lora"].error == min(fit.error for fit in shares)
+    flipped = methods.at_parameters(s.transpose(), limit, ["share_lora"])["share_lora"]
+    assert flipped.error == pytest.approx(found["share_lora"].error)
+    assert flipped.settings["shared"] != found["share_lora"].settings["shared"]
     assert methods.at_parameters(s, 1) == {}
 
 
