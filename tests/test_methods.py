@@ -386,6 +386,9 @@ def test_configurations_fit_and_are_the_largest():
     assert {"rank": 3} in methods.METHODS["lora"].configurations(s, limit)
     assert methods.METHODS["allocated"].configurations(s, 2 * 40 + 39) == [{"terms": 2}]
     assert {"rank": 7, "shared": "A"} in methods.METHODS["share_lora"].configurations(s, 7 * (16 + 4 * 24) + 111)
+    own = {"rank": 3, "shared_rank": 1}  # L^2 k = 16 numbers of mixing beside those of LoRA
+    assert own not in methods.METHODS["rasa"].configurations(s, limit + 15)
+    assert own in methods.METHODS["rasa"].configurations(s, limit + 16)
     assert methods.METHODS["tied_lora"].configurations(s, 5 * 40 + 4 * (24 + 5)) == [{"rank": 5}]
     assert methods.METHODS["vera"].configurations(s, 4 * (24 + 6)) == [{"rank": 6}]
     assert methods.METHODS["joint_full"].configurations(s, 3 * 40 + 4 * 9) == [{"rank": 3, "core": "full"}]
