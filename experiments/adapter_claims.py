@@ -121,6 +121,11 @@ def entropy_rank(sigma: Sequence[float]) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def entropy_ranks(rows: list[Row]) -> list[float]:
+    """Of the updates of all layers, kinds and seeds; of full fine-tuning of their 32 leading terms."""
+    return [entropy_rank(sigma) for row in rows for of in row["updates"].values() for sigma in of["sigma"]]
+
+
 def reference(name: str, runs: dict[str, dict[int, Row]]) -> str | None:
     """LoRA at the same number of parameters, from the same start if it ran, each at the rate of its own tuning."""
     lora, start = _lora(name)
@@ -148,7 +153,7 @@ def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
         rows = list(of.values())
         line: dict[str, Any] = {
             "method": name, "parameters": rows[0]["trained_parameters"], "rate": rows[0]["run"]["learning_rate"],
-            "seeds": len(rows),
+            "seeds": len(rows), "median_entropy_rank": float(np.median(entropy_ranks(rows))),
         }  # fmt: skip
         measures = {
             "test_mrr": lambda r: r["test_mrr"],
@@ -224,8 +229,7 @@ def plot_updates(runs: dict[str, dict[int, Row]]) -> Figure:
     figure = style.new_figure(7.0 if gains else 3.6)
     axes = style.panels(figure, 2 if gains else 1)[:, 0]
     for x, name in enumerate(names):
-        ranks = [entropy_rank(s) for r in runs[name].values() for of in r["updates"].values() for s in of["sigma"]]
-        parts = axes[0].violinplot([ranks], [x], showmedians=True)
+        parts = axes[0].violinplot([entropy_ranks(list(runs[name].values()))], [x], showmedians=True)
         for body in parts.pop("bodies"):
             body.set_facecolor(style.BLUE)
         for lines in parts.values():

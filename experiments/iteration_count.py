@@ -44,7 +44,7 @@ from rasa_theory.sources import synthetic_stack
 from rasa_theory.starts import random_start
 
 ITERATIONS = 200
-SEEDS = 5
+SEEDS = 10
 
 
 @dataclass(frozen=True)
