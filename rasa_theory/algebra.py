@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rasa_theory import bases, linalg
+from rasa_theory.distributed import Spread
 
 
 class Algebra(Protocol):
     """What the updates of a sweep solve and orthonormalise with."""
 
-    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+    def solve_increment(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
+    ) -> Tensor:
         """As `linalg.solve_increment`."""
         ...
 
@@ -29,20 +32,27 @@ class Algebra(Protocol):
 class Checked:
     """Every step looks, and takes the safe way where the fast one is not sound."""
 
-    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
-        return linalg.solve_increment(gram, rhs, size, noise)
+    def solve_increment(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
+    ) -> Tensor:
+        return linalg.solve_increment(gram, rhs, size, noise, spread)
 
     def orthonormal(self, X: Tensor) -> Tensor:
         return bases.thin_qr(X)[0]
 
 
 class Unchecked:
-    """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether all steps were sound."""
+    """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether all steps were sound.
+
+    In one process only: nothing is summed over others.
+    """
 
     def __init__(self) -> None:
         self._sound: list[Tensor] = []
 
-    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+    def solve_increment(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
+    ) -> Tensor:
         x, sound = linalg.increment_by_cholesky(gram, rhs, size, noise)
         self._sound.append(sound)
         return x

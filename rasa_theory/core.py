@@ -42,7 +42,7 @@ class CoreSweep:
                 _Side.of(self._unit, factors),
                 _Side.of(self._unit.transpose(), factors.transpose()),
             )
-            self._K = factors.mixing.new_zeros(self._unit.layers, self._columns.width, 0)
+            self._K = factors.mixing.new_zeros(factors.spread.held, self._columns.width, 0)
         factors, error = self._half(self._unit, self._columns, self._rows, factors)
         if not (self._columns.is_whole and self._rows.is_whole):
             self._K = self._K.mT
@@ -67,6 +67,7 @@ class CoreSweep:
             shared_B=_padded(known.common.mT @ factors.shared_B, known.width),
             shared_A=_padded(grown.common.mT @ factors.shared_A.mT, grown.width).mT,
             mixing=factors.mixing,
+            spread=factors.spread,
         )
         K = self._K.double()
         common = known.common.shape[1], grown.common.shape[1]
@@ -79,8 +80,10 @@ class CoreSweep:
             shared_B=known.common @ found.shared_B[: common[0]],
             shared_A=found.shared_A[:, : common[1]] @ grown.common.mT,
             mixing=found.mixing,
+            spread=factors.spread,
         )
-        return moved, view.norm_squared - float(layers.total((K * K).sum((1, 2)))) + error
+        inside = factors.spread.total(layers.total((K * K).sum((1, 2))))
+        return moved, view.norm_squared - float(inside) + error
 
 
 @dataclass
@@ -103,14 +106,14 @@ class _Side:
     @classmethod
     def of(cls, view: LayerStack, factors: RasaFactors) -> _Side:
         """The span of B_S and, as far as it fits, of all B~_i, common to all layers; or all of R^b, if it is small."""
-        (b, a), L = view.shape, view.layers
+        (b, a), L = view.shape, factors.spread.held
         zeros = factors.mixing.new_zeros
         if _limit(factors) >= b:
             eye = torch.eye(b, dtype=factors.mixing.dtype, device=factors.mixing.device)
             return cls(eye.expand(L, b, b), eye, zeros(L, a, 0), eye.expand(L, b, b), None, [])
         side = cls(zeros(L, b, 0), zeros(b, 0), zeros(L, a, 0), zeros(L, b, 0), None, [])
         common = private_of_all(factors)
-        complete = common.shape[1] == L * factors.private_B.shape[2]
+        complete = common.shape[1] == view.layers * factors.private_B.shape[2]
         own = factors.private_B[:, :, :0] if complete else factors.private_B
         side.take_up(torch.cat([factors.shared_B, common], 1), own)
         return side
@@ -186,8 +189,8 @@ def _limit(factors: RasaFactors) -> int:
 
 def _private_in_common(factors: RasaFactors) -> int:
     """How many private directions the common basis begins with: all L q, but at most b / 8."""
-    L, b, q = factors.private_B.shape
-    return min(L * q, b // 8)
+    _, b, q = factors.private_B.shape
+    return min(factors.layers * q, b // 8)
 
 
 def _ranks(factors: RasaFactors) -> int:
@@ -202,14 +205,14 @@ def private_of_all(factors: RasaFactors) -> Tensor:
     against it, and what is left is their difference quotient. Without these directions in the pool's common basis a
     term would have to find them in small steps, one a pass.
     """
-    L, b, q = factors.private_B.shape
+    _, b, q = factors.private_B.shape
     if factors.shared_B.shape[1] == 0 or q == 0:
         return factors.private_B.new_zeros(b, 0)
     count = _private_in_common(factors)
-    if count == L * q:
-        return bases.orthonormal_columns(layers.beside(factors.private_B))
+    if count == factors.layers * q:
+        return bases.orthonormal_columns(layers.beside(factors.spread.gathered(factors.private_B)))
     weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
-    return bases.orthonormal_columns(subspaces.mean_projector(weighted)[1][:, :count])
+    return bases.orthonormal_columns(subspaces.mean_projector(factors.spread.gathered(weighted))[1][:, :count])
 
 
 def _padded(coordinates: Tensor, n: int) -> Tensor:
@@ -226,4 +229,4 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors) -> tuple[Tensor, 
     both = torch.cat([B_S.expand(len(Q), -1, -1), Q], 2)  # (L, b, R + q)
     E = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
     R = B_S.shape[1]
-    return layers.weighted(E[:, :, :R], D), E[:, :, R:]
+    return factors.spread.total(layers.weighted(E[:, :, :R], D)), E[:, :, R:]

@@ -28,3 +28,15 @@ class UnsoundFile(InputError):
     def __init__(self, finding: str, advice: str) -> None:
         super().__init__(f"{finding}; {advice}")
         self.finding = finding
+
+
+class FailedElsewhere(InputError):
+    """The same bad input as told by another process, `process`, whose name the sentence begins with."""
+
+    def __init__(self, message: str, process: int) -> None:
+        super().__init__(message)
+        self.process = process
+
+
+class ProcessLost(RuntimeError):
+    """Another process has died, or has failed on its own: what all have begun together cannot be finished."""

@@ -36,13 +36,13 @@ class Exchanges:
     """Looks for terms in the residual, compressed to the leading 2 r singular directions of every layer.
 
     U (b, c) and V (a, c), orthonormal, are common to all layers, and K_i = U^T M_i V: no number of exchanges costs a
-    pass over M. In float64.
+    pass over M. In float64. With several processes, each has the K_i of all layers, and makes the same exchanges.
     """
 
     def __init__(self, unit: LayerStack, budget: RankBudget, seed: int) -> None:
-        svd, m = unit.svd(), min(2 * budget.rank, *unit.shape)
-        self._U, self._V = (bases.orthonormal_columns(_side_by_side(X[:, :, :m])) for X in (svd.U, svd.Vh.mT))
-        self._K = core(svd, self._U, self._V)
+        svd, m, gathered = unit.svd(), min(2 * budget.rank, *unit.shape), unit.spread.gathered
+        self._U, self._V = (bases.orthonormal_columns(_side_by_side(gathered(X[:, :, :m]))) for X in (svd.U, svd.Vh.mT))
+        self._K = gathered(core(svd, self._U, self._V))
         self._patterns = sign_patterns(unit.layers, seed).to(self._K)
 
     def exchanged(self, factors: RasaFactors) -> RasaFactors | None:
@@ -52,7 +52,7 @@ class Exchanges:
         than is lost; if not even the first does, it alone if it gains 0.8 of that, since sweeps adapt the others to a
         new term, and have already adapted them to the old one. Private terms take up what they can of the old ones.
         """
-        f = factors.to(torch.float64)
+        f = factors.to(torch.float64).gathered()
         Bt, At, B_S, A_S, D = f.named().values()
         if B_S.shape[1] == 0:
             return None
@@ -69,13 +69,17 @@ class Exchanges:
             torch.cat([At, A_S[out].expand(len(At), -1, -1)], 1),
             Bt.shape[2],
         )
-        return RasaFactors(
-            private_B,
-            private_A,
-            torch.cat([B_S[:, kept], self._U @ new.B[:, :n]], 1),
-            torch.cat([A_S[kept], (self._V @ new.A[:, :n]).mT]),
-            torch.cat([D[:, kept], new.D[:, :n]], 1),
-        ).to(factors.mixing.dtype)
+        return (
+            RasaFactors(
+                private_B,
+                private_A,
+                torch.cat([B_S[:, kept], self._U @ new.B[:, :n]], 1),
+                torch.cat([A_S[kept], (self._V @ new.A[:, :n]).mT]),
+                torch.cat([D[:, kept], new.D[:, :n]], 1),
+            )
+            .to(factors.mixing.dtype)
+            .dealt(factors.spread)
+        )
 
 
 def losses(factors: RasaFactors) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rasa_theory import layers
+from rasa_theory.distributed import Spread
 from rasa_theory.errors import InputError
 from rasa_theory.problem import RankBudget
 
@@ -30,14 +33,28 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return B * ratio[..., None, :], A / ratio[..., :, None]
 
 
+def _spread_of(spread: Spread | None, held: int) -> Spread:
+    """That of one process, which holds all layers, unless one is given, of `held` layers here."""
+    if spread is None:
+        return Spread((held,))
+    if spread.held != held:
+        raise InputError(f"factors of {held} layers are given, this process holds {spread.held}; give those")
+    return spread
+
+
 @dataclass(frozen=True)
 class LoraFactors:
-    """Updates B_i A_i of rank r: B (L, b, r), A (L, r, a). Raises InputError if the shapes disagree."""
+    """Updates B_i A_i of rank r: B (L, b, r), A (L, r, a). Raises InputError if the shapes disagree.
+
+    With several processes, those of the layers that this one holds.
+    """
 
     B: Tensor
     A: Tensor
+    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.B)))
         if self.B.ndim != 3 or self.A.ndim != 3:
             raise InputError(f"B and A need three axes, found shapes {tuple(self.B.shape)} and {tuple(self.A.shape)}")
         _check_shapes({"A": (self.A, (self.B.shape[0], self.B.shape[2], self.A.shape[2]))})
@@ -48,7 +65,12 @@ class LoraFactors:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoraFactors:
         """The same factors in another dtype or on another device."""
-        return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)))
+        return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)), spread=self.spread)
+
+    @property
+    def layers(self) -> int:
+        """L, of all processes together."""
+        return self.spread.layers
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,9 @@ class RasaFactors:
 
     private_B (L, b, q), private_A (L, q, a), shared_B (b, R), shared_A (R, a), mixing (L, R): row i is the diagonal
     of D_i. Raises InputError if the shapes disagree, naming both.
+
+    With several processes, private factors and mixing are those of the layers that this one holds, (held, ..), and the
+    pool, which all have, is the same in all.
     """
 
     private_B: Tensor
@@ -64,8 +89,10 @@ class RasaFactors:
     shared_B: Tensor
     shared_A: Tensor
     mixing: Tensor
+    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.private_B)))
         if self.private_B.ndim != 3 or self.shared_A.ndim != 2:
             raise InputError(
                 "private_B needs axes (L, b, q) and shared_A axes (R, a), found shapes "
@@ -89,32 +116,35 @@ class RasaFactors:
         falling size) or the first ("largest"); D_i is 1 on the layer's own block and 0 elsewhere. Raises InputError
         if `lora` has another rank than `budget` or `pooled` is neither.
         """
-        L, _, r = lora.B.shape
+        L, r, spread = lora.layers, lora.B.shape[2], lora.spread
         k, q = budget.shared_rank, budget.private_rank
         if r != budget.rank:
             raise InputError(f"the LoRA factors have rank {r}, the budget has rank {budget.rank}")
         if pooled not in ("smallest", "largest"):
             raise InputError(f"pooled must be 'smallest' or 'largest', got {pooled!r}")
+        own = torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k))  # (L, L k)
         kept, given = (slice(0, q), slice(q, r)) if pooled == "smallest" else (slice(k, r), slice(0, k))
         return cls(
             private_B=lora.B[:, :, kept],
             private_A=lora.A[:, kept],
-            shared_B=layers.beside(lora.B[:, :, given]),
-            shared_A=lora.A[:, given].reshape(L * k, lora.A.shape[2]),
-            mixing=torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k)),
+            shared_B=layers.beside(spread.gathered(lora.B[:, :, given])),
+            shared_A=spread.gathered(lora.A[:, given]).reshape(L * k, lora.A.shape[2]),
+            mixing=own[spread.own],
+            spread=spread,
         )
 
     def as_lora(self) -> LoraFactors:
         """The same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
         return LoraFactors(
             torch.cat([self.private_B, self.shared_B * self.mixing[:, None]], 2),
-            torch.cat([self.private_A, self.shared_A.expand(self.layers, -1, -1)], 1),
+            torch.cat([self.private_A, self.shared_A.expand(self.spread.held, -1, -1)], 1),
+            spread=self.spread,
         )
 
     @property
     def layers(self) -> int:
-        """L."""
-        return int(self.private_B.shape[0])
+        """L, of all processes together."""
+        return self.spread.layers
 
     @property
     def update_rank(self) -> int:
@@ -124,8 +154,9 @@ class RasaFactors:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors hold, the mixing included."""
-        return sum(t.numel() for t in self.named().values())
+        """How many numbers the factors of all layers hold, the mixing included."""
+        (R, a), (b, q) = self.shared_A.shape, self.private_B.shape[1:]
+        return self.layers * (q * (b + a) + R) + R * (b + a)
 
     def update(self, i: int, rows: slice = _ALL) -> Tensor:
         """The update B~_i A~_i + B_S D_i A_S of layer i, (b, a), or some of its rows."""
@@ -144,13 +175,15 @@ class RasaFactors:
 
     def transpose(self) -> RasaFactors:
         """Factors of the transposed updates: A~_i^T B~_i^T + A_S^T D_i B_S^T. Nothing is copied."""
-        return RasaFactors(self.private_A.mT, self.private_B.mT, self.shared_A.mT, self.shared_B.mT, self.mixing)
+        return RasaFactors(
+            self.private_A.mT, self.private_B.mT, self.shared_A.mT, self.shared_B.mT, self.mixing, spread=self.spread
+        )
 
     def scaled(self, c: float | Tensor) -> RasaFactors:
         """Factors of c times the updates, c one number or one per layer, (L,): into private_B and mixing."""
-        c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.layers)
-        return RasaFactors(
-            self.private_B * c.reshape(-1, 1, 1), self.private_A, self.shared_B, self.shared_A, self.mixing * c[:, None]
+        c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.spread.held)
+        return dataclasses.replace(
+            self, private_B=self.private_B * c.reshape(-1, 1, 1), mixing=self.mixing * c[:, None]
         )
 
     def evened(self) -> RasaFactors:
@@ -159,16 +192,40 @@ class RasaFactors:
         A pool column and its row are multiplied by the same number.
         """
         private_B, private_A = balanced(self.private_B, self.private_A)
-        largest = self.mixing.abs().amax(0)
+        largest = self.spread.largest_of_each(self.mixing.abs())
         scale = torch.where(largest > 0, largest, 1)
         return RasaFactors(
             private_B, private_A,
             self.shared_B * scale.sqrt(), self.shared_A * scale.sqrt()[:, None], self.mixing / scale,
+            spread=self.spread,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RasaFactors:
         """The same factors in another dtype or on another device."""
-        return RasaFactors(**{name: t.to(dtype=dtype, device=device) for name, t in self.named().items()})
+        tensors = {name: t.to(dtype=dtype, device=device) for name, t in self.named().items()}
+        return RasaFactors(**tensors, spread=self.spread)
+
+    def gathered(self) -> RasaFactors:
+        """The factors of all layers, in every process as if it were alone: L (q (b + a) + R) numbers are sent."""
+        return self._whole(self.spread.gathered)
+
+    def sent_to_first(self) -> RasaFactors:
+        """The same in process 0 alone, on the CPU; the others keep their own."""
+        return self._whole(self.spread.sent_to_first)
+
+    def _whole(self, gather: Callable[[Tensor], Tensor]) -> RasaFactors:
+        if self.spread.alone:
+            return self
+        return RasaFactors(
+            gather(self.private_B), gather(self.private_A), self.shared_B, self.shared_A, gather(self.mixing)
+        )
+
+    def dealt(self, spread: Spread) -> RasaFactors:
+        """Of the factors of all layers those that this process holds."""
+        own = spread.own
+        return RasaFactors(
+            self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], spread=spread
+        )
 
 
 def lora_parameters(layers: int, shape: tuple[int, int], rank: int) -> int:

@@ -43,9 +43,16 @@ def compute_device(device: str | torch.device) -> torch.device:
 
 
 def as_storage(
-    values: Any, name: str, dtype: str | torch.dtype | None, device: str | torch.device | None
+    values: Any,
+    name: str,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    held: int | None = None,
 ) -> tuple[Storage, torch.dtype, torch.device]:
-    """Check axes and dtype; what holds the entries, and dtype and device to compute with."""
+    """Check axes and dtype; what holds the entries, and dtype and device to compute with.
+
+    `held`: so many layers there must be, perhaps none; None: at least one.
+    """
     place = None if device is None else compute_device(device)
     if isinstance(values, InMemory):
         values = values.values
@@ -63,7 +70,9 @@ def as_storage(
         M = _as_tensor(values, f"stack {name!r}")
     if M.ndim != 3:
         raise InputError(f"stack {name!r}: expected three axes (layers, b, a), found shape {tuple(M.shape)}")
-    if 0 in M.shape:
+    if held is not None and len(M) != held:
+        raise InputError(f"stack {name!r}: {len(M)} layers are given, but this process holds {held}; give those")
+    if 0 in M.shape[held is not None :]:
         raise InputError(f"stack {name!r}: shape {tuple(M.shape)} is empty; every axis needs at least one entry")
     computed = _COMPUTE[M.dtype] if dtype is None else compute_dtype(dtype)
     M = M.to(device=place, dtype=computed if computed.itemsize < M.dtype.itemsize else M.dtype)

@@ -1,6 +1,6 @@
-"""What the sweeps need of all layers at once: where layers lie apart, this is the one place that would know.
+"""What the sweeps need of all layers at once: sums over those that this process holds, `Spread.totals` adds the others.
 
-The starts and exchanges look at the leading parts of all layers together, in one place.
+The starts and exchanges look at the leading parts of all layers together, which are gathered for them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ def weighted(X: Tensor, weights: Tensor) -> Tensor:
     return result
 
 
-def largest(x: Tensor) -> Tensor:
-    """max_i x_i: (L,) -> ()."""
-    return x.max()
-
-
 def each(B: Tensor, X: Tensor) -> Tensor:
     """B X_i for every i, in one product: (b, n), (L, n, m) -> (L, b, m)."""
     L, _, m = X.shape
@@ -50,5 +45,5 @@ def beside(X: Tensor) -> Tensor:
 def row_blocks(X: Tensor) -> Iterator[slice]:
     """Rows of X (L, n, m) such that what is computed from one block stays in the cache; all of them off the CPU."""
     L, n, m = X.shape
-    rows = n if X.device.type != "cpu" else max(1, _BLOCK // (L * max(m, 1)))
+    rows = n if X.device.type != "cpu" else max(1, _BLOCK // max(L * m, 1))
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))

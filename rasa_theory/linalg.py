@@ -11,6 +11,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from rasa_theory.distributed import Spread
+
 _SMALL = 512 * 512
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -180,7 +182,7 @@ def product(M: Tensor, X: Tensor) -> Tensor:
     return (X.mT @ M.mT).mT
 
 
-def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None) -> Tensor:
     """x that lowers x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m) -> (..., n, m).
 
     In the coordinates scaled by 1 / sqrt(size), where G is far from singular and the gain g^T G^-1 g, summed over the
@@ -193,9 +195,10 @@ def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> T
 
     `size` (..., n) holds the diagonal that G would have without cancellation; entries of size 0 (dead columns) stay
     0. `noise` (..., n) is the rounding error of the rows of g, in norm. Batches broadcast.
+    With a `spread` the batch is one of layers, and all processes take the same way: that of all L.
     """
     s, scaled, y, variance = _in_units(gram, rhs, size, noise)
-    x, sound = _by_cholesky(scaled, y, variance)
+    x, sound = _by_cholesky(scaled, y, variance, spread)
     if not bool(sound):
         x = _by_eigenvectors(scaled, y, variance)
     return s.unsqueeze(-1) * x
@@ -217,7 +220,7 @@ def _in_units(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[T
     return s, s.unsqueeze(-1) * gram * s.unsqueeze(-2), s.unsqueeze(-1) * rhs, (s * noise) ** 2
 
 
-def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor, spread: Spread | None = None) -> tuple[Tensor, Tensor]:
     """G^-1 y, and whether it is to be trusted.
 
     An error e of y leaves the quadratic e^T G^-1 e above its minimum: with independent entries of that variance,
@@ -230,8 +233,11 @@ def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Ten
         K = torch.linalg.solve_triangular(L, eye, upper=False)  # L^-1
     Ky, inverse = K @ y, (K * K).sum(-2)  # the diagonal of G^-1
     loss, gain = (inverse * variance).sum(), (Ky * Ky).sum()
-    sound = (failed == 0).all() & (inverse.sum(-1) < 1 / (100 * max(n, 1) * eps)).all() & (4 * loss <= gain)
-    return K.mT @ Ky, sound
+    regular = (failed == 0).all() & (inverse.sum(-1) < 1 / (100 * max(n, 1) * eps)).all()
+    if spread is not None and not spread.alone:
+        irregular, loss, gain = spread.total(torch.stack([(~regular).to(loss.dtype), loss, gain]))
+        regular = irregular == 0
+    return K.mT @ Ky, regular & (4 * loss <= gain)
 
 
 def _by_eigenvectors(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class LoraSolution:
     """The optimum of LoRA: `error` = e_lora (method "fast": of the factors), squared and summed over layers.
 
     `interval` holds the exact e_lora in spite of rounding; `layer_errors` are the summands; `factors` B (L, b, r) carry
-    the singular values, A (L, r, a) has orthonormal rows, terms in order of falling size.
+    the singular values, A (L, r, a) has orthonormal rows, terms in order of falling size. With several processes,
+    `layer_errors` are of all layers, the factors of those held.
     """
 
     error: float
@@ -52,19 +53,19 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
 
 def _exact(stack: LayerStack, rank: int) -> LoraSolution:
     U, S, Vh = stack.unit().svd()
-    errors = [e * stack.scale**2 for e in linalg.tail_energy(S, rank).tolist()]
+    errors = [e * stack.scale**2 for e in stack.spread.numbers(linalg.tail_energy(S, rank).tolist())]
     error = math.fsum(errors)
     interval = _widened(error, stack.rounding)
     B = U[:, :, :rank] * (S[:, None, :rank] * stack.scale)
-    factors = LoraFactors(B, Vh[:, :rank]).to(stack.dtype, stack.device)
+    factors = LoraFactors(B, Vh[:, :rank], spread=stack.spread).to(stack.dtype, stack.device)
     return LoraSolution(error, interval, errors, factors)
 
 
 def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
-    L, (b, a) = stack.layers, stack.shape
-    B = torch.empty(L, b, rank, dtype=stack.dtype, device=stack.device)
-    A = torch.empty(L, rank, a, dtype=stack.dtype, device=stack.device)
-    generator = torch.Generator().manual_seed(seed)
+    L, held, (b, a) = stack.layers, stack.spread.held, stack.shape
+    B = torch.empty(held, b, rank, dtype=stack.dtype, device=stack.device)
+    A = torch.empty(held, rank, a, dtype=stack.dtype, device=stack.device)
+    generators = _generators(L, seed)[stack.spread.own]
     lows: list[float] = []
     errors: list[float] = []
     highs: list[float] = []
@@ -73,7 +74,7 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
             exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
             size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
             M = tile.values / size  # a power of two: exact
-            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generator)
+            part = spectra.leading_part(M, rank, WIDTH, FAILURE / L, generators[tile.layer])
             if part is None:
                 if stack.memory is not None:
                     check_memory(stack, stack.memory)
@@ -83,7 +84,15 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
             lows.append(low)
             errors.append(error)
             highs.append(high)
-    return LoraSolution(math.fsum(errors), (math.fsum(lows), math.fsum(highs)), errors, LoraFactors(B, A))
+    lows, errors, highs = (stack.spread.numbers(x) for x in (lows, errors, highs))
+    interval, factors = (math.fsum(lows), math.fsum(highs)), LoraFactors(B, A, spread=stack.spread)
+    return LoraSolution(math.fsum(errors), interval, errors, factors)
+
+
+def _generators(layers: int, seed: int) -> list[torch.Generator]:
+    """One of random numbers for each layer, so that it does not matter which layers a process holds."""
+    seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.Generator().manual_seed(one) for one in seeds]
 
 
 def _leading_part_by_svd(M: Tensor, rank: int) -> spectra.LeadingPart:

@@ -12,25 +12,24 @@ from rasa_theory.problem import LayerStack
 
 
 def layer_errors(stack: LayerStack, factors: RasaFactors | LoraFactors) -> list[float]:
-    """||M_i - update_i||_F^2 of each layer: direct, tile by tile, in float64 whatever the dtypes are.
+    """||M_i - update_i||_F^2 of each of the L layers: direct, tile by tile, in float64 whatever the dtypes are.
 
     Raises InputError if the factors are of another shape than the stack.
     """
     L, b, a = stack.layers, *stack.shape
-    first = factors.update(0, slice(0, 1))
-    rows = factors.B.shape[1] if isinstance(factors, LoraFactors) else factors.shared_B.shape[0]
-    layers = factors.B.shape[0] if isinstance(factors, LoraFactors) else factors.layers
-    if (layers, rows, first.shape[1]) != (L, b, a):
+    left, right = (factors.B, factors.A) if isinstance(factors, LoraFactors) else (factors.shared_B, factors.shared_A)
+    rows, columns = left.shape[-2], right.shape[-1]
+    if (factors.spread, rows, columns) != (stack.spread, b, a):
         raise InputError(
-            f"the factors are of {layers} layers of {rows} x {first.shape[1]}, "
+            f"the factors are of {factors.layers} layers of {rows} x {columns}, "
             f"stack {stack.name!r} has {L} of {b} x {a}"
         )
     factors = factors.to(torch.float64, stack.device)
-    errors = [0.0] * L
+    errors = [0.0] * stack.spread.held
     for tile in stack.tiles():
         residual = (tile.values.double() - factors.update(tile.layer, tile.rows)) / stack.scale
         errors[tile.layer] += float((residual * residual).sum())
-    return [e * stack.scale**2 for e in errors]
+    return [e * stack.scale**2 for e in stack.spread.numbers(errors)]
 
 
 def reconstruction_error(stack: LayerStack, factors: RasaFactors | LoraFactors) -> float:

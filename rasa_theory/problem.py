@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import bases, linalg
+from rasa_theory.distributed import Spread
 from rasa_theory.errors import InputError, NotFinite
 from rasa_theory.inputs import as_storage
 from rasa_theory.storage import Divided, Factored, InMemory, Spill, Storage
@@ -99,7 +100,7 @@ class RankBudget:
 
 
 class Tile(NamedTuple):
-    """Rows of one layer: `values` is M_layer[rows], (rows, a)."""
+    """Rows of one layer: `values` is M_layer[rows], (rows, a); `layer` counts those that this process holds."""
 
     layer: int
     rows: slice
@@ -120,6 +121,7 @@ class _Store:
 
     passes: int = 0
     svd: SVD | None = None
+    spectra: Tensor | None = None
     grams: dict[bool, Tensor] = field(default_factory=dict)  # by whether the view is transposed
     layer_norms_squared: Tensor | None = field(default=None)
 
@@ -146,6 +148,10 @@ class LayerStack:
 
     `tf32`, False unless set: products may round to TF32 on CUDA. Errors are the float64 residual all the same.
 
+    `spread`, with several processes: `values` are those of the layers that this one holds, (held, b, a), and all
+    processes make the stack together. What is said of `right`, `left`, `tiles`, `svd` and `layer_norms` holds of these
+    layers; the other facts are those of all L.
+
     Raises InputError, a sentence that names the layer and the entry or shape found.
     """
 
@@ -158,9 +164,12 @@ class LayerStack:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         memory: int | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.name = name
-        self._storage, self._dtype, self._device = as_storage(values, name, dtype, device)
+        held = None if spread is None else spread.held
+        self._storage, self._dtype, self._device = as_storage(values, name, dtype, device, held)
+        self.spread = Spread((self._storage.shape[0],)) if spread is None else spread
         self._memory = None if memory is None else whole_number("memory", memory)
         self._gain = 1.0
         self._flipped = False
@@ -169,17 +178,9 @@ class LayerStack:
 
     def _find_power(self) -> float:
         """The power of two just above the largest entry; 1 for a zero stack. Checks that all is finite on the way."""
-        largest = 0.0
-        for i, rows, M in self._stored_tiles():
-            low, high = (float(x) for x in torch.aminmax(M))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                row, column = torch.nonzero(~torch.isfinite(M))[0].tolist()
-                raise NotFinite(
-                    f"stack {self.name!r}: layer {i}, entry ({rows.start + row}, {column}) is "
-                    f"{float(M[row, column])}; all entries must be finite",
-                    i,
-                )
-            largest = max(largest, -low, high)
+        with self.spread.processes.agreeing():
+            largest = self._largest_entry()
+        largest = self.spread.largest(torch.tensor([largest], dtype=torch.float64))
         exponent = math.frexp(largest)[1]
         limit = _LARGEST_EXPONENT[self.dtype]
         if largest > 0 and abs(exponent) > limit:
@@ -188,6 +189,20 @@ class LayerStack:
                 f"squared errors can be computed in {self.dtype}; multiply the stack by a constant"
             )
         return math.ldexp(1.0, exponent) if largest > 0 else 1.0
+
+    def _largest_entry(self) -> float:
+        largest = 0.0
+        for i, rows, M in self._stored_tiles():
+            low, high = (float(x) for x in torch.aminmax(M))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                row, column = torch.nonzero(~torch.isfinite(M))[0].tolist()
+                raise NotFinite(
+                    f"stack {self.name!r}: layer {self.spread.first + i}, entry ({rows.start + row}, {column}) is "
+                    f"{float(M[row, column])}; all entries must be finite",
+                    i,
+                )
+            largest = max(largest, -low, high)
+        return largest
 
     # ---- facts
 
@@ -216,8 +231,8 @@ class LayerStack:
 
     @property
     def layers(self) -> int:
-        """L."""
-        return self._storage.shape[0]
+        """L, of all processes together."""
+        return self.spread.layers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -247,13 +262,13 @@ class LayerStack:
 
     @property
     def layer_norms_squared(self) -> list[float]:
-        """||M_i||_F^2 of each layer."""
+        """||M_i||_F^2 of each of the L layers."""
         factor = self.scale**2
         return [factor * x for x in self._unit_norms_squared().tolist()]
 
     def layer_norms(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||M_i||_F of each layer, (L,), on the device of the stack, in its dtype unless another is given."""
-        norms = torch.tensor(self.layer_norms_squared, dtype=torch.float64).sqrt()
+        """||M_i||_F of each layer held, (L,), on the device of the stack, in its dtype unless another is given."""
+        norms = torch.tensor(self.layer_norms_squared[self.spread.own], dtype=torch.float64).sqrt()
         return norms.to(self.device, dtype or self.dtype)
 
     @property
@@ -274,10 +289,10 @@ class LayerStack:
 
     def _unit_norms_squared(self) -> Tensor:
         if self._store.layer_norms_squared is None:
-            norms = torch.zeros(self.layers, dtype=torch.float64)
+            norms = torch.zeros(self.spread.held, dtype=torch.float64)
             for i, _, M in self._stored_tiles(1 / self._power):
                 norms[i] += float((M.double() ** 2).sum())
-            self._store.layer_norms_squared = norms
+            self._store.layer_norms_squared = self.spread.gathered(norms)
         return self._store.layer_norms_squared
 
     # ---- access to M
@@ -365,13 +380,18 @@ class LayerStack:
         return SVD(Vh.mT, S, U.mT) if self._flipped else SVD(U, S, Vh)
 
     def singular_values(self) -> Tensor:
-        """Those of every layer, falling, (L, min(b, a)) in float64; one pass, unless the SVDs are known."""
-        if self._store.svd is not None or isinstance(self._storage, Factored):
-            return self.svd().S
-        self._check_memory(decomposed=False)
-        self._store.passes += 1
-        tiles = self._stored_tiles(1 / self._power, rows=self._storage.shape[1])
-        return torch.stack([linalg.singular_values(M.double()) for _, _, M in tiles]) * self.scale
+        """Those of all L layers, falling, (L, min(b, a)) in float64; one pass, unless the SVDs are known."""
+        if self._store.spectra is None:
+            if self._store.svd is not None or isinstance(self._storage, Factored):
+                S = self.unit().svd().S
+            else:
+                self._check_memory(decomposed=False)
+                self._store.passes += 1
+                S = torch.empty(self.spread.held, min(self.shape), dtype=torch.float64, device=self.device)
+                for i, _, M in self._stored_tiles(1 / self._power, rows=self._storage.shape[1]):
+                    S[i] = linalg.singular_values(M.double())
+            self._store.spectra = self.spread.gathered(S)
+        return self._store.spectra * self.scale
 
     def _check_memory(self, decomposed: bool) -> None:
         if self._memory is not None:
@@ -413,7 +433,10 @@ class LayerStack:
             del M
 
     def gram(self) -> Tensor:
-        """sum_i M_i M_i^T in float64, (b, b). Computed once per orientation (one pass) and kept for all views."""
+        """sum_i M_i M_i^T of all L layers in float64, (b, b).
+
+        Computed once per orientation (one pass) and kept for all views.
+        """
         if self._flipped not in self._store.grams:
             self._store.passes += 1
             b = self.shape[0]
@@ -421,7 +444,7 @@ class LayerStack:
             for _, _, stored in self._stored_tiles(1 / self._power, rows=self._storage.shape[1]):
                 M = (stored.mT if self._flipped else stored).double()
                 gram += M @ M.mT
-            self._store.grams[self._flipped] = gram
+            self._store.grams[self._flipped] = self.spread.total(gram)
         return self._store.grams[self._flipped] * self.scale**2
 
     def suitable_threads(self) -> AbstractContextManager[None]:
@@ -445,9 +468,10 @@ class LayerStack:
     def normalised_layers(self) -> tuple[LayerStack, list[float]]:
         """A stack with every nonzero M_i divided by its norm, and the norms (1 for zero layers).
 
-        A copy if M is in memory, or if its factors are, else M divided as it is read.
+        A copy if M is in memory, or if its factors are, else M divided as it is read. The norms are those of the layers
+        held.
         """
-        largest, squares = [0.0] * self.layers, [0.0] * self.layers
+        largest, squares = [0.0] * self.spread.held, [0.0] * self.spread.held
         for i, _, M in self._stored_tiles():
             largest[i] = max(largest[i], float(M.abs().amax()))
         divisors = [x or 1.0 for x in largest]  # squares of a layer that is 1e-160 of the others leave the range
@@ -456,11 +480,14 @@ class LayerStack:
         relative = [math.sqrt(x) or 1.0 for x in squares]
         units: Storage = Divided(self._storage, self.dtype, divisors, relative)
         if isinstance(self._storage, InMemory):
-            L, b, _ = units.shape
-            units = InMemory(torch.stack([units.rows(i, 0, b) for i in range(L)]))
+            L, b, a = units.shape
+            values = torch.empty(L, b, a, dtype=self.dtype, device=self.device)
+            for i in range(L):
+                values[i] = units.rows(i, 0, b)
+            units = InMemory(values)
         elif isinstance(self._storage, Factored):
             units = self._storage.divided(divisors, relative)
-        stack = LayerStack(units, self.name, self.dtype, self.device, self._memory)
+        stack = LayerStack(units, self.name, self.dtype, self.device, self._memory, self.spread)
         stack.tf32 = self.tf32
         norms = [x * y * self._gain if x > 0 else 1.0 for x, y in zip(largest, relative, strict=True)]
         return stack.transpose() if self._flipped else stack, norms

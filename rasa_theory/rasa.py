@@ -251,7 +251,9 @@ def _racers(unit: LayerStack, budget: RankBudget, options: SolverOptions) -> Ite
 
 def _fitting(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> RasaFactors:
     (b, a), q, R = stack.shape, budget.private_rank, budget.pool_rank(stack.layers)
-    wanted = {"private_B": (stack.layers, b, q), "shared_A": (R, a)}
+    if factors.spread.alone and factors.layers == stack.layers:
+        factors = factors.dealt(stack.spread)
+    wanted = {"private_B": (stack.spread.held, b, q), "shared_A": (R, a)}
     for name, shape in wanted.items():
         found = tuple(factors.named()[name].shape)
         if found != shape:

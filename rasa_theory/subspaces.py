@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import layers, linalg
+from rasa_theory.distributed import Spread
 from rasa_theory.problem import SVD, LayerStack, RankBudget
 
 
@@ -34,7 +35,7 @@ def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpec
     InputError unless 1 <= rank <= min(b, a).
     """
     RankBudget(rank, 0).check_fits(stack)
-    U, V = leading_subspaces(stack, rank)
+    U, V = (stack.spread.gathered(W) for W in leading_subspaces(stack, rank))
     spectra = [mean_projector(W)[0] for W in (U, V)]
     columns, rows = (unrelated_level(stack.layers, rank / n) for n in stack.shape)
     return SharedSubspaceSpectrum(spectra[0], spectra[1], (columns, rows))
@@ -55,7 +56,7 @@ def unrelated_level(layers: int, share: float) -> float:
 
 
 def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading singular directions of every layer, float64: U (L, b, rank), V (L, a, rank).
+    """The leading singular directions of every layer held, float64: U (L, b, rank), V (L, a, rank).
 
     Columns whose singular value is rounding noise of the layer are 0.
     """
@@ -81,14 +82,14 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
 
 
-def leading_of_all(svd: SVD, count: int) -> tuple[Tensor, Tensor]:
+def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor]:
     """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L]."""
     spaces = []
     for U in (svd.U, svd.Vh.mT):
         gram = U.new_zeros(U.shape[1], U.shape[1])
         for U_i, S_i in zip(U, svd.S, strict=True):
             gram += (U_i * S_i**2) @ U_i.mT
-        spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
+        spaces.append(linalg.symmetric_eigenpairs(spread.total(gram))[1][:, -count:].flip(1))
     return spaces[0], spaces[1]
 
 

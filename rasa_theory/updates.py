@@ -34,17 +34,17 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
     if q == 0:
         return factors
     B_S, A_S, D = factors.shared_B, factors.shared_A, factors.mixing
-    pairs = [linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact) for i, _, M in stack.tiles(rows=b)]
-    return dataclasses.replace(
-        factors, private_B=torch.stack([B for B, _ in pairs]), private_A=torch.stack([A for _, A in pairs])
-    )
+    Bt, At = torch.empty_like(factors.private_B), torch.empty_like(factors.private_A)
+    for i, _, M in stack.tiles(rows=b):
+        Bt[i], At[i] = linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact)
+    return dataclasses.replace(factors, private_B=Bt, private_A=At)
 
 
 def normalise_pool(factors: RasaFactors) -> RasaFactors:
     """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
     B_S, D = _unit_columns(factors.shared_B, factors.mixing)
     A_S, D = _unit_columns(factors.shared_A.mT, D)
-    return RasaFactors(factors.private_B, factors.private_A, B_S, A_S.mT, D)
+    return dataclasses.replace(factors, shared_B=B_S, shared_A=A_S.mT, mixing=D)
 
 
 def _unit_columns(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,12 +81,13 @@ def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
     norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
     private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
     terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
-    return float(layers.largest(terms / torch.where(norms > 0, norms, 1)))
+    return factors.spread.largest(terms / torch.where(norms > 0, norms, 1))
 
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    terms = layers.total(_layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2)
+    squares = _layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
+    terms = factors.spread.total(layers.total(squares))
     return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
 
 
@@ -107,7 +108,7 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     the residual is taken, one pass more.
     """
     norm = math.sqrt(unit.norm_squared)
-    size = norm**2 + float(layers.total(term_norms(factors) ** 2))
+    size = norm**2 + float(factors.spread.total(layers.total(term_norms(factors) ** 2)))
     if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
         return error
     return reconstruction_error(unit, factors)
@@ -143,7 +144,7 @@ def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Rasa
     """
     G, g = mixing_system(MA, factors)
     noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
-    step = linalg.solve_increment(G[None], g[..., None], G.diagonal(), noise)
+    step = linalg.solve_increment(G[None], g[..., None], G.diagonal(), noise, factors.spread)
     return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
 
 
@@ -155,11 +156,12 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     """
     Bt, At, B_S, A_S, D = factors.named().values()
     AA = A_S @ A_S.mT  # (R, R)
-    G = AA * layers.outer(D[..., None], D[..., None])
     EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
-    g = layers.weighted(EA, D)  # (b, R)
     noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
-    X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
+    G, g, noise = factors.spread.totals(  # (R, R), (b, R), (R,)
+        AA * layers.outer(D[..., None], D[..., None]), layers.weighted(EA, D), layers.total(noise * D.abs())
+    )
+    X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
     return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
 
 
@@ -201,19 +203,24 @@ def joint_half(
     noise = _residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
 
     DW = D[:, :, None] * W  # (L, R, q)
-    G = AA * layers.outer(D[..., None], D[..., None]) - layers.outer(DW, DW)  # (R, R)
-    g = (layers.weighted(MA, D) - layers.outer(MAt, DW) - B_S @ G)[:leading]  # (b, R)
-    size = layers.total(D * D)
-    X = algebra.solve_increment(G, g.mT, size, math.sqrt(len(g)) * layers.total(noise * D.abs())).mT
+    G, g, size, noise_B = factors.spread.totals(  # (R, R), (b, R), (R,), (R,)
+        AA * layers.outer(D[..., None], D[..., None]) - layers.outer(DW, DW),
+        (layers.weighted(MA, D) - layers.outer(MAt, DW))[:leading],
+        layers.total(D * D),
+        layers.total(noise * D.abs()),
+    )
+    g = g - (B_S @ G)[:leading]
+    X = algebra.solve_increment(G, g.mT, size, math.sqrt(len(g)) * noise_B).mT
     B_S, D = _unit_columns(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
     G = (B_S.mT @ B_S) * C  # (L, R, R)
     p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
-    D = D + algebra.solve_increment(G, g[..., None], torch.ones_like(size), noise)[..., 0]
+    D = D + algebra.solve_increment(G, g[..., None], torch.ones_like(size), noise, factors.spread)[..., 0]
     private_B = MAt - layers.each(B_S, D[:, :, None] * W)
     explained = (MAt * MAt).sum((1, 2)) + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
-    return JointHalf(RasaFactors(private_B, At, B_S, A_S, D), layers.total(layer_norms**2 - explained))
+    error = factors.spread.total(layers.total(layer_norms**2 - explained))
+    return JointHalf(dataclasses.replace(factors, private_B=private_B, shared_B=B_S, mixing=D), error)
 
 
 def column_products(B: Tensor, X: Tensor) -> Tensor:
@@ -237,9 +244,9 @@ def joint_sweep(
     """
     error = layer_norms.new_zeros(())
     for multiply, rows in zip(sides, leading, strict=True):
-        L, R = factors.mixing.shape
+        held, R = factors.mixing.shape
         Q = algebra.orthonormal(factors.private_A.mT)  # (L, a, q)
-        A_S = factors.shared_A.expand(L, -1, -1)
+        A_S = factors.shared_A.expand(held, -1, -1)
         products = multiply((torch.cat([A_S, Q.mT], 1) if Q.shape[2] else A_S).mT)  # (L, b, R + q)
         factors = dataclasses.replace(factors, private_A=Q.mT)  # B~_i follows from the others
         half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows, algebra)
@@ -254,7 +261,7 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
     """
     unit = stack.unit()
     factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))
-    MA = torch.zeros(factors.layers, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
+    MA = torch.zeros(factors.spread.held, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
     for tile in unit.tiles():
         MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
     norms = unit.layer_norms(torch.float64)
@@ -269,17 +276,18 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
     squared: X_i is known to eps sum_j |x_ij| in norm, E_i to eps times the size of its own terms.
     """
     x = solved.mixing - factors.mixing
-    drop, E2, X2 = (torch.zeros(factors.layers, dtype=torch.float64) for _ in range(3))
+    drop, E2, X2 = (torch.zeros(factors.spread.held, dtype=torch.float64) for _ in range(3))
     for i, rows, M in unit.tiles():
         E = M.double() - factors.update(i, rows)
         X = (factors.shared_B[rows] * x[i]) @ factors.shared_A
-        for total, values in ((drop, (2 * E - X) * X), (E2, E * E), (X2, X * X)):
-            total[i] += float(values.sum())
+        for sums, values in ((drop, (2 * E - X) * X), (E2, E * E), (X2, X * X)):
+            sums[i] += float(values.sum())
     E_norm, X_norm = E2.sqrt(), X2.sqrt()
     sizes = (layer_norms + _layer_term_norms(factors)).cpu()
     error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
     eps = torch.finfo(torch.float64).eps
-    return max(float(layers.total(drop)) - linalg.rounding(float(layers.total(error)), unit.shape, eps), 0.0)
+    drops, errors = factors.spread.totals(layers.total(drop), layers.total(error))
+    return max(float(drops) - linalg.rounding(float(errors), unit.shape, eps), 0.0)
 
 
 def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solved: RasaFactors, after: float) -> float:

@@ -12,6 +12,7 @@ import rasa_theory
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = [
     {"errors", "_version"},
+    {"distributed"},
     {"linalg", "layers", "console", "storage", "ranks", "style"},
     {"bases", "inputs"},
     {"problem", "spectra", "algebra"},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
+from rasa_theory.distributed import Spread
 from rasa_theory.problem import LayerStack, RankBudget
 
 
@@ -45,7 +46,7 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     r > min(b, a).
     """
     budget.check_fits(stack)
-    S = stack.unit().svd().S
+    S = stack.unit().singular_values()
     rest = S**2
     rest[:, : budget.private_rank] = 0
     rest[allocate(S, budget)] = 0
@@ -86,7 +87,7 @@ def floor_slack(stack: LayerStack, name: str) -> float:
 def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
     """sum_i sum_{j>q+R} sigma_ij^2. The tail norm moves by at most the error of M in norm (Mirsky)."""
     rank = budget.private_rank + budget.pool_rank(unit.layers)
-    tail = float(linalg.tail_energy(unit.svd().S, rank).sum())
+    tail = float(linalg.tail_energy(unit.singular_values(), rank).sum())
     allowance = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
     return Bound(max(math.sqrt(tail) - allowance, 0.0) ** 2, "rank")
 
@@ -110,11 +111,10 @@ def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
     leading sigma_ij^2.
     """
     q, R = budget.private_rank, budget.pool_rank(unit.layers)
-    svd = unit.svd()
-    energy = svd.S**2  # (L, m)
+    U, energy = unit.svd().U[:, :, :q], unit.singular_values() ** 2  # (L, m)
     following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
-    above = energy[:, :q] - following[:, None]
-    clipped = unit.gram() - torch.einsum("ibq,iq,icq->bc", svd.U[:, :, :q], above, svd.U[:, :, :q])
+    above = (energy[:, :q] - following[:, None])[unit.spread.own]
+    clipped = unit.gram() - unit.spread.total(torch.einsum("ibq,iq,icq->bc", U, above, U))
     value = unit.norm_squared - float(energy[:, :q].sum()) - float(linalg.ky_fan(clipped, R))
     return Bound(value - _gram_allowance(unit, R), "clipped")
 
@@ -144,7 +144,7 @@ def _split(view: LayerStack, budget: RankBudget, T: Tensor) -> Bound:
     Rounding: M_i T is off by a eps ||M_i|| ||T||_F <= a sqrt(a) eps ||M_i||, which enters both sides twice.
     """
     b, a = view.shape
-    columns, rows = ClippedEnergy(budget, view.layers), ClippedEnergy(budget, view.layers)
+    columns, rows = ClippedEnergy.of(view, budget, b), ClippedEnergy.of(view, budget, a)
     for tile in view.tiles(rows=b):
         M = tile.values.double()
         A = M @ T
@@ -159,13 +159,19 @@ def _split(view: LayerStack, budget: RankBudget, T: Tensor) -> Bound:
 class ClippedEnergy:
     """C = sum_i KF_q(g_i) + KF_R(sum_i clip(g_i)) >= sum_i tr (P + P_i) g_i, for g_i >= 0 (n, n), one by one.
 
-    The argument of `_clipped`, for any g_i in place of Gamma_i.
+    The argument of `_clipped`, for any g_i in place of Gamma_i. Every process counts in its own layers.
     """
 
     budget: RankBudget
-    layers: int
-    own: float = 0.0
-    pooled: Tensor | float = 0.0
+    spread: Spread
+    own: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, view: LayerStack, budget: RankBudget, n: int) -> ClippedEnergy:
+        """Of no layer of `view` yet."""
+        zeros = torch.zeros(n, n, dtype=torch.float64, device=view.device)
+        return cls(budget, view.spread, zeros.new_zeros(()), zeros)
 
     def add(self, g: Tensor) -> None:
         """Count one layer in."""
@@ -174,13 +180,14 @@ class ClippedEnergy:
             values, V = linalg.leading_eigenpairs(g, min(q + 1, len(g)))  # ascending
             following = values[0] if q < len(g) else values.new_zeros(())
             values, V = values[-q:], V[:, -q:]
-            self.own += float(values.clamp_min(0).sum())
+            self.own = self.own + values.clamp_min(0).sum()
             g = g - (V * (values - following)) @ V.mT
         self.pooled = self.pooled + g
 
     def total(self) -> float:
         """C, after all layers."""
-        return self.own + float(linalg.ky_fan(torch.as_tensor(self.pooled), self.budget.pool_rank(self.layers)))
+        own, pooled = self.spread.totals(self.own, self.pooled)
+        return float(own) + float(linalg.ky_fan(pooled, self.budget.pool_rank(self.spread.layers)))
 
 
 def _gram_allowance(unit: LayerStack, m: int) -> float:

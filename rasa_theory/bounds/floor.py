@@ -39,8 +39,13 @@ def lower_bound(
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
+    if certificate != "closed" and not stack.spread.alone:
+        raise InputError(
+            f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "
+            "certificate closed, or run one process"
+        )
     unit, options = stack.unit(), options or FloorOptions()
-    resolved = level_of(unit.svd().S, budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+    resolved = level_of(unit.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
     open_question = unit.layers > 1 and budget.shared_rank > 0 and resolved
     told = None if watch is None else _in_units(stack, watch)
     with stack.suitable_threads():

@@ -15,14 +15,19 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """
     U, S, Vh = stack.svd()
-    q = budget.private_rank
-    layer, index = allocate(S, budget)
-    mixing = torch.zeros(stack.layers, len(layer), dtype=S.dtype, device=S.device)
-    mixing[layer, torch.arange(len(layer), device=S.device)] = S[layer, index]
+    q, spread = budget.private_rank, stack.spread
+    layer, index = allocate(stack.singular_values(), budget)
+    terms = torch.nonzero((layer >= spread.first) & (layer < spread.first + spread.held))[:, 0]  # of the layers held
+    layer, index = layer[terms] - spread.first, index[terms]
+    (b, a), R = stack.shape, budget.pool_rank(stack.layers)
+    mixing, B_S, A_S = S.new_zeros(spread.held, R), S.new_zeros(b, R), S.new_zeros(R, a)
+    mixing[layer, terms], B_S[:, terms], A_S[terms] = S[layer, index], U[layer, :, index].mT, Vh[layer, index]
+    B_S, A_S = spread.totals(B_S, A_S)  # every term is that of one layer
     return RasaFactors(
         private_B=U[:, :, :q] * S[:, None, :q],
         private_A=Vh[:, :q],
-        shared_B=U[layer, :, index].mT,
-        shared_A=Vh[layer, index],
+        shared_B=B_S,
+        shared_A=A_S,
         mixing=mixing,
+        spread=spread,
     ).to(stack.dtype, stack.device)

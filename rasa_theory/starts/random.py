@@ -13,7 +13,7 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
 
     The first step of a paper sweep is then the private SVD of M_i itself. With `size` > 0 the mixing is random instead,
     so that the pool terms of the layers have size^2 ||M||^2 in all. The same seed gives the same factors on every
-    device.
+    device, and in any number of processes.
     """
     generator = torch.Generator().manual_seed(seed)
     L, (b, a) = stack.layers, stack.shape
@@ -26,10 +26,12 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
     else:
         pool = torch.einsum("lr,rs,ls->", D, (B_S.mT @ B_S) * (A_S @ A_S.mT), D)  # sum_i ||B_S D_i A_S||^2
         D *= size * (stack.norm_squared / pool) ** 0.5
+    held = stack.spread.held
     return RasaFactors(
-        private_B=torch.zeros(L, b, q, dtype=torch.float64),
-        private_A=torch.zeros(L, q, a, dtype=torch.float64),
+        private_B=torch.zeros(held, b, q, dtype=torch.float64),
+        private_A=torch.zeros(held, q, a, dtype=torch.float64),
         shared_B=B_S,
         shared_A=A_S,
-        mixing=D,
+        mixing=D[stack.spread.own],
+        spread=stack.spread,
     ).to(stack.dtype, stack.device)
