@@ -14,14 +14,20 @@ from torch import Tensor
 from rasa_theory import bases, linalg
 from rasa_theory.distributed import Spread
 
+Measure = Callable[[Tensor], Tensor]
+
 
 class Algebra(Protocol):
     """What the updates of a sweep solve and orthonormalise with."""
 
-    def solve_increment(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
-    ) -> Tensor:
+    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
         """As `linalg.solve_increment`."""
+        ...
+
+    def solve_layers(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+    ) -> tuple[Tensor, Tensor]:
+        """As `linalg.solve_layers`."""
         ...
 
     def orthonormal(self, X: Tensor) -> Tensor:
@@ -32,10 +38,13 @@ class Algebra(Protocol):
 class Checked:
     """Every step looks, and takes the safe way where the fast one is not sound."""
 
-    def solve_increment(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
-    ) -> Tensor:
-        return linalg.solve_increment(gram, rhs, size, noise, spread)
+    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+        return linalg.solve_increment(gram, rhs, size, noise)
+
+    def solve_layers(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+    ) -> tuple[Tensor, Tensor]:
+        return linalg.solve_layers(gram, rhs, size, noise, spread, measure)
 
     def orthonormal(self, X: Tensor) -> Tensor:
         return bases.thin_qr(X)[0]
@@ -44,18 +53,22 @@ class Checked:
 class Unchecked:
     """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether all steps were sound.
 
-    In one process only: nothing is summed over others.
+    In one process only: what is sound is not asked of others.
     """
 
     def __init__(self) -> None:
         self._sound: list[Tensor] = []
 
-    def solve_increment(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None
-    ) -> Tensor:
+    def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
         x, sound = linalg.increment_by_cholesky(gram, rhs, size, noise)
         self._sound.append(sound)
         return x
+
+    def solve_layers(
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+    ) -> tuple[Tensor, Tensor]:
+        x = self.solve_increment(gram, rhs, size, noise)
+        return x, measure(x)
 
     def orthonormal(self, X: Tensor) -> Tensor:
         Q, _, sound = bases.cholesky_qr(X)

@@ -62,7 +62,7 @@ def orthonormal_columns(X: Tensor) -> Tensor:
     depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
     if bool(depends.any()):
         depends = torch.nn.functional.pad(depends, (0, X.shape[-1] - depends.shape[-1]))
-        Q, T = thin_qr(torch.where(depends.unsqueeze(-2), _random_columns(X, X.shape[-1]), X))
+        Q, T = thin_qr(torch.where(depends.unsqueeze(-2), random_columns(X, X.shape[-1]), X))
     return Q
 
 
@@ -78,7 +78,7 @@ def _dependent(X: Tensor) -> float:
     return 100 * float(torch.finfo(X.dtype).eps)
 
 
-def _random_columns(X: Tensor, seed: int) -> Tensor:
+def random_columns(X: Tensor, seed: int) -> Tensor:
     """Unit columns in general position, of the shape of X but for its batch, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
@@ -114,7 +114,7 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     X = unit_columns(X)
     left = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
     if bool((depends := left <= _dependent(X)).any()):
-        X = torch.where(depends, _random_columns(X, U.shape[-1]), X)
+        X = torch.where(depends, random_columns(X, U.shape[-1]), X)
     for _ in range(3):
         X = orthonormal_columns(outside(U, X))
     return X

@@ -9,6 +9,7 @@ The other side takes them up, and it is its turn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ class CoreSweep:
         else:
             if (T := grown.make_room(factors.transpose())) is not None:
                 self._K = self._K @ T
-            grown.take_up(*_directions(Z, known, factors))
+            grown.take_up(*_directions(Z, known, factors, view.layer_norms()))
             self._K = grown.turned(torch.cat([self._K, Z.mT @ grown.fresh], 2))
         start = RasaFactors(
             private_B=known.U.mT @ factors.private_B,
@@ -219,14 +220,31 @@ def _padded(coordinates: Tensor, n: int) -> Tensor:
     return torch.nn.functional.pad(coordinates, (0, 0, 0, n - len(coordinates)))
 
 
-def _directions(Z: Tensor, known: _Side, factors: RasaFactors) -> tuple[Tensor, Tensor]:
+def _directions(Z: Tensor, known: _Side, factors: RasaFactors, layer_norms: Tensor) -> tuple[Tensor, Tensor]:
     """-1/2 of the gradient: sum_i E_i^T B_S D_i (a, R), and E_i^T Q_i (L, a, q), Q_i an orthonormal basis of B~_i.
 
-    Z_i = M_i^T U_i, and the factors lie in the span of U_i.
+    Z_i = M_i^T U_i, and the factors lie in the span of U_i. A column that is rounding noise, as all are of a start from
+    singular vectors, would be another with every order of the sums: in its place comes what the residual makes of a
+    random vector of the span.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
+    spread, R = factors.spread, B_S.shape[1]
+
+    def seen(both: Tensor) -> Tensor:
+        """E_i^T of (L, b, R + q): (L, a, R + q)."""
+        E: Tensor = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
+        return E
+
     Q = bases.orthonormal_columns(Bt)
-    both = torch.cat([B_S.expand(len(Q), -1, -1), Q], 2)  # (L, b, R + q)
-    E = Z @ (known.U.mT @ both) - At.mT @ (Bt.mT @ both) - (A_S.mT * D[:, None]) @ (B_S.mT @ both)
-    R = B_S.shape[1]
-    return factors.spread.total(layers.weighted(E[:, :, :R], D)), E[:, :, R:]
+    E = seen(torch.cat([B_S.expand(len(Q), -1, -1), Q], 2))
+    noise = math.sqrt(A_S.shape[1]) * updates.residual_noise(layer_norms + updates.layer_term_norms(factors), factors)
+    shared, level = spread.totals(layers.weighted(E[:, :, :R], D), layers.total(noise[:, None] * D.abs()))
+    own = E[:, :, R:]
+    vague, vague_own = (torch.linalg.vector_norm(X, dim=-2) <= n for X, n in ((shared, level), (own, noise[:, None])))
+    anywhere = spread.largest((vague_own.any() | vague.any()).to(D.dtype).reshape(1))
+    if anywhere > 0:
+        probes = bases.random_columns(B_S.new_empty(len(B_S), R + own.shape[2]), R)
+        E = seen(known.U @ (known.U.mT @ probes))
+        shared = torch.where(vague, spread.total(layers.weighted(E[:, :, :R], D)), shared)
+        own = torch.where(vague_own.unsqueeze(-2), E[:, :, R:], own)
+    return shared, own

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,10 +111,25 @@ class Processes:
         self.traffic.gathers += 1
         self.traffic.gathered_bytes += padded.numel() * padded.itemsize
         with _others_alive():
-            dist.gather(padded, gathered, dst=0, group=self._group)
+            dist.gather(padded, gathered, dst=self._global(0), group=self._group)
         if gathered is None:
             return parts
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    def told_by(self, process: int, x: Tensor) -> Tensor:
+        """x as `process` has it, in all."""
+        if self.alone:
+            return x
+        self.traffic.gathers += 1
+        self.traffic.gathered_bytes += x.numel() * x.itemsize
+        with _others_alive():
+            dist.broadcast(x, src=self._global(process), group=self._group)
+        return x
+
+    def _global(self, process: int) -> int:
+        """The number of a process of this group among all."""
+        assert self._group is not None
+        return dist.get_global_rank(self._group, process)
 
     def said(self, what: Any) -> list[Any]:
         """What every process says, small plain data, in their order."""
@@ -133,7 +148,7 @@ class Processes:
         with self.agreeing():
             made = [make() if self.first else None]
         with _others_alive():
-            dist.broadcast_object_list(made, src=0, group=self._group)
+            dist.broadcast_object_list(made, src=self._global(0), group=self._group)
         return made[0]
 
     @contextlib.contextmanager
@@ -243,6 +258,21 @@ class Spread:
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
         return self.processes.total(x)
+
+    def total_in_order(self, start: Tensor, terms: Iterable[Tensor]) -> Tensor:
+        """`start` plus the terms of all layers, one by one in their order: the same bits in any number of processes.
+
+        Every process makes its terms at once, and keeps them until those of the processes before are added; P
+        broadcasts.
+        """
+        found = start.clone()
+        mine = iter(terms) if self.alone else iter(list(terms))
+        for process in range(len(self.counts)):
+            if process == self.processes.process:
+                for term in mine:
+                    found += term
+            found = self.processes.told_by(process, found)
+        return found
 
     def largest(self, x: Tensor) -> float:
         """The largest of what every process has of x (held,); 0 if nobody has any."""

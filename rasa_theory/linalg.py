@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.linalg
@@ -182,7 +182,7 @@ def product(M: Tensor, X: Tensor) -> Tensor:
     return (X.mT @ M.mT).mT
 
 
-def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread | None = None) -> Tensor:
+def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
     """x that lowers x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m) -> (..., n, m).
 
     In the coordinates scaled by 1 / sqrt(size), where G is far from singular and the gain g^T G^-1 g, summed over the
@@ -195,13 +195,34 @@ def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spre
 
     `size` (..., n) holds the diagonal that G would have without cancellation; entries of size 0 (dead columns) stay
     0. `noise` (..., n) is the rounding error of the rows of g, in norm. Batches broadcast.
-    With a `spread` the batch is one of layers, and all processes take the same way: that of all L.
     """
     s, scaled, y, variance = _in_units(gram, rhs, size, noise)
-    x, sound = _by_cholesky(scaled, y, variance, spread)
+    x, sound = _by_cholesky(scaled, y, variance)
     if not bool(sound):
         x = _by_eigenvectors(scaled, y, variance)
     return s.unsqueeze(-1) * x
+
+
+def solve_layers(
+    gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """x as from `solve_increment`, the batch one of layers, and the sum over all processes of `measure`(x), ().
+
+    All take the same way, that of all L layers together; what decides it goes through the reduction of the measure.
+    """
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, regular, loss, gain = _cholesky_solution(scaled, y, variance)
+    x = s.unsqueeze(-1) * x
+    value = measure(x)
+    if spread.alone:
+        sound = regular & (4 * loss <= gain)
+    else:
+        irregular, loss, gain, value = spread.total(torch.stack([(~regular).to(value.dtype), loss, gain, value]))
+        sound = (irregular == 0) & (4 * loss <= gain)
+    if bool(sound):
+        return x, value
+    x = s.unsqueeze(-1) * _by_eigenvectors(scaled, y, variance)
+    return x, spread.total(measure(x))
 
 
 def increment_by_cholesky(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +241,14 @@ def _in_units(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[T
     return s, s.unsqueeze(-1) * gram * s.unsqueeze(-2), s.unsqueeze(-1) * rhs, (s * noise) ** 2
 
 
-def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor, spread: Spread | None = None) -> tuple[Tensor, Tensor]:
-    """G^-1 y, and whether it is to be trusted.
+def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """G^-1 y, and whether it is to be trusted."""
+    x, regular, loss, gain = _cholesky_solution(gram, y, variance)
+    return x, regular & (4 * loss <= gain)
+
+
+def _cholesky_solution(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G^-1 y, whether G is far from singular, and what rounding costs and the solution gains, summed over the batch.
 
     An error e of y leaves the quadratic e^T G^-1 e above its minimum: with independent entries of that variance,
     sum_j variance_j (G^-1)_jj.
@@ -234,10 +261,7 @@ def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor, spread: Spread | Non
     Ky, inverse = K @ y, (K * K).sum(-2)  # the diagonal of G^-1
     loss, gain = (inverse * variance).sum(), (Ky * Ky).sum()
     regular = (failed == 0).all() & (inverse.sum(-1) < 1 / (100 * max(n, 1) * eps)).all()
-    if spread is not None and not spread.alone:
-        irregular, loss, gain = spread.total(torch.stack([(~regular).to(loss.dtype), loss, gain]))
-        regular = irregular == 0
-    return K.mT @ Ky, regular & (4 * loss <= gain)
+    return K.mT @ Ky, regular, loss, gain
 
 
 def _by_eigenvectors(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor:

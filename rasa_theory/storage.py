@@ -98,16 +98,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A stack that is read from its parts: one of each layer, or a single one with all layers below each other."""
+    """A stack that is read from its parts: one of each layer, or a single one with all layers below each other.
+
+    Of a single one, the stack may be the layers from `first` on; `alone`: every part is one layer, however many.
+    """
 
     parts: Sequence[Part]
     shape: tuple[int, int, int]
     dtype: torch.dtype
+    first: int = 0
+    alone: bool = False
 
     def rows(self, layer: int, start: int, stop: int) -> Tensor:
-        if len(self.parts) > 1:
+        if self.alone or len(self.parts) > 1:
             return self.parts[layer].read(start, stop).to(self.dtype)
-        first = layer * self.shape[1]
+        first = (self.first + layer) * self.shape[1]
         return self.parts[0].read(first + start, first + stop).to(self.dtype)
 
 
@@ -141,7 +146,7 @@ class Factored:
     def __post_init__(self) -> None:
         B, A = self.B, self.A
         fits = B.ndim == A.ndim == 3 and B.shape[0] == A.shape[0] and B.shape[2] == A.shape[1]
-        if not fits or 0 in (*B.shape, *A.shape):
+        if not fits or 0 in (*B.shape[1:], *A.shape[1:]):
             raise InputError(
                 f"factors need shapes (L, b, m) and (L, m, a) without an empty axis, found {tuple(B.shape)} and "
                 f"{tuple(A.shape)}; give B before A, with a term of rank one for each column of B"

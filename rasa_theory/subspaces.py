@@ -83,16 +83,25 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor]:
-    """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L]."""
+    """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L].
+
+    The same bits whatever the processes: the eigenvectors of a pencil made with them can amplify any rounding.
+    """
     spaces = []
     for U in (svd.U, svd.Vh.mT):
-        gram = U.new_zeros(U.shape[1], U.shape[1])
-        for U_i, S_i in zip(U, svd.S, strict=True):
-            gram += (U_i * S_i**2) @ U_i.mT
-        spaces.append(linalg.symmetric_eigenpairs(spread.total(gram))[1][:, -count:].flip(1))
+        grams = ((U_i * S_i**2) @ U_i.mT for U_i, S_i in zip(U, svd.S, strict=True))
+        gram = spread.total_in_order(U.new_zeros(U.shape[1], U.shape[1]), grams)
+        spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
     return spaces[0], spaces[1]
 
 
 def core(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
-    """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p)."""
-    return (X.mT @ svd.U * svd.S[:, None]) @ (svd.Vh @ Y)
+    """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p).
+
+    Layer by layer: the same bits however many there are.
+    """
+    found = svd.S.new_empty(len(svd.S), X.shape[-1], Y.shape[-1])
+    X, Y = X.expand(len(found), -1, -1), Y.expand(len(found), -1, -1)
+    for i, (U, S, Vh) in enumerate(zip(*svd, strict=True)):
+        found[i] = (X[i].mT @ U * S) @ (Vh @ Y[i])
+    return found

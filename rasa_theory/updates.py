@@ -66,7 +66,7 @@ def term_norms(factors: RasaFactors) -> Tensor:
     return _pool_term_norms(factors).sum(1)
 
 
-def _layer_term_norms(factors: RasaFactors) -> Tensor:
+def layer_term_norms(factors: RasaFactors) -> Tensor:
     """Per layer, ||B~_i|| ||A~_i|| plus the norms of its pool terms: (L,)."""
     private: Tensor = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
     return private + term_norms(factors)
@@ -86,7 +86,7 @@ def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    squares = _layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
+    squares = layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
     terms = factors.spread.total(layers.total(squares))
     return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
 
@@ -114,7 +114,7 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     return reconstruction_error(unit, factors)
 
 
-def _residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
+def residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
     """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
 
     `sizes` (L,) are ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||, or more: three terms, each a sum over b or
@@ -143,8 +143,9 @@ def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Rasa
     `layer_norms` (L,) are the ||M_i||. Pool columns are of unit norm.
     """
     G, g = mixing_system(MA, factors)
-    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
-    step = linalg.solve_increment(G[None], g[..., None], G.diagonal(), noise, factors.spread)
+    noise = residual_noise(layer_norms + layer_term_norms(factors), factors)[:, None]
+    none = noise.new_zeros(())
+    step, _ = linalg.solve_layers(G[None], g[..., None], G.diagonal(), noise, factors.spread, lambda _: none)
     return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
 
 
@@ -157,7 +158,7 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     Bt, At, B_S, A_S, D = factors.named().values()
     AA = A_S @ A_S.mT  # (R, R)
     EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
-    noise = _residual_noise(layer_norms + _layer_term_norms(factors), factors)[:, None]
+    noise = residual_noise(layer_norms + layer_term_norms(factors), factors)[:, None]
     G, g, noise = factors.spread.totals(  # (R, R), (b, R), (R,)
         AA * layers.outer(D[..., None], D[..., None]), layers.weighted(EA, D), layers.total(noise * D.abs())
     )
@@ -200,7 +201,7 @@ def joint_half(
     W = A_S @ At.mT  # (L, R, q)
     AA = A_S @ A_S.mT
     C = AA - W @ W.mT if W.shape[2] else AA[None]  # (L, R, R), or the same for all layers
-    noise = _residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
+    noise = residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
 
     DW = D[:, :, None] * W  # (L, R, q)
     G, g, size, noise_B = factors.spread.totals(  # (R, R), (b, R), (R,), (R,)
@@ -216,10 +217,16 @@ def joint_half(
     G = (B_S.mT @ B_S) * C  # (L, R, R)
     p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
     g = p - (G @ D[..., None])[..., 0]
-    D = D + algebra.solve_increment(G, g[..., None], torch.ones_like(size), noise, factors.spread)[..., 0]
+    before, energy = D, (MAt * MAt).sum((1, 2))
+
+    def remaining(x: Tensor) -> Tensor:
+        D = before + x[..., 0]
+        explained = energy + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
+        return layers.total(layer_norms**2 - explained)
+
+    x, error = algebra.solve_layers(G, g[..., None], torch.ones_like(size), noise, factors.spread, remaining)
+    D = before + x[..., 0]
     private_B = MAt - layers.each(B_S, D[:, :, None] * W)
-    explained = (MAt * MAt).sum((1, 2)) + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
-    error = factors.spread.total(layers.total(layer_norms**2 - explained))
     return JointHalf(dataclasses.replace(factors, private_B=private_B, shared_B=B_S, mixing=D), error)
 
 
@@ -283,7 +290,7 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
         for sums, values in ((drop, (2 * E - X) * X), (E2, E * E), (X2, X * X)):
             sums[i] += float(values.sum())
     E_norm, X_norm = E2.sqrt(), X2.sqrt()
-    sizes = (layer_norms + _layer_term_norms(factors)).cpu()
+    sizes = (layer_norms + layer_term_norms(factors)).cpu()
     error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
     eps = torch.finfo(torch.float64).eps
     drops, errors = factors.spread.totals(layers.total(drop), layers.total(error))

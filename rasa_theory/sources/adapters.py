@@ -187,15 +187,15 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
 def _holder(at: Callable[[str], tuple[LoraFolder, str]]) -> Holder:
     """Holds the factors of a group, whose keys `at` finds: adapter and module."""
 
-    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Factored:
+    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None, own: slice) -> Factored:
         layers = [at(key) for key in g.keys]
         pairs = [adapter.pairs[module] for adapter, module in layers]
         wide = torch.float64 if torch.float64 in [pair.dtype for pair in pairs] else torch.float32
         (b, a), m = g.shape, max(pair.rank for pair in pairs)
-        B = torch.zeros(len(pairs), b, m, dtype=dtype or wide, device=device)
-        A = torch.zeros(len(pairs), m, a, dtype=dtype or wide, device=device)
-        for i, (adapter, module) in enumerate(layers):
-            r = pairs[i].rank
+        B = torch.zeros(len(pairs[own]), b, m, dtype=dtype or wide, device=device)
+        A = torch.zeros(len(pairs[own]), m, a, dtype=dtype or wide, device=device)
+        for i, (adapter, module) in enumerate(layers[own]):
+            r = pairs[own][i].rank
             B[i, :, :r], A[i, :r] = adapter.factors(module)
         return Factored(A.mT, B.mT) if g.transposed else Factored(B, A)
 

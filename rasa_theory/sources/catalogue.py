@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rasa_theory.errors import DamagedFile, InputError, NotFinite
+from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.errors import DamagedFile, FailedElsewhere, InputError, NotFinite
 from rasa_theory.inputs import compute_dtype
 from rasa_theory.problem import LayerStack
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
@@ -24,12 +26,21 @@ __all__ = ["Catalogue", "Holder", "LeftOut", "Reader", "StackSource", "catalogue
 _SHOWN = 5
 
 
+class Load(Protocol):
+    """Reads a stack."""
+
+    def __call__(
+        self, dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE
+    ) -> LayerStack: ...
+
+
 @dataclass(frozen=True)
 class StackSource:
     """A stack that is not read yet: `layers` matrices of `shape` (b, a).
 
-    `load(dtype, device)` reads it (None: as LayerStack chooses) and raises InputError, naming the file, if the file
-    has been damaged or a value is not finite.
+    `load(dtype, device, processes)` reads it (None: as LayerStack chooses) and raises InputError, naming the file, if
+    the file has been damaged or a value is not finite. Of several processes, each reads its own layers alone, and if
+    one fails, all do, with a sentence that names it.
 
     `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); none if the stack is generated.
     `transposed`: the model has each matrix as (a, b), as a Conv1D does its weight; `load` gives (b, a) all the same.
@@ -38,7 +49,7 @@ class StackSource:
     name: str
     layers: int
     shape: tuple[int, int]
-    load: Callable[[torch.dtype | None, torch.device | None], LayerStack]
+    load: Load
     keys: tuple[str, ...] = ()
     transposed: bool = False
 
@@ -87,12 +98,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class Holder:
-    """`hold(group, dtype, device)` is what LayerStack takes, with matrices as the model has them (`Group.in_model`).
+    """`hold(group, dtype, device, own)` is what LayerStack takes, with matrices as the model has them.
 
-    `file_of` names the file of a key in errors.
+    `own`: of which layers of the group; nothing else is read. `file_of` names the file of a key in errors.
     """
 
-    hold: Callable[[Group, torch.dtype | None, torch.device | None], Tensor | OnDisk | Factored]
+    hold: Callable[[Group, torch.dtype | None, torch.device | None, slice], Tensor | OnDisk | Factored]
     file_of: Callable[[str], str]
 
 
@@ -113,8 +124,8 @@ def catalogue_of(
     groups, ungrouped = group(entries, alone)
     by_name = {entry.name: entry for entry in entries}
 
-    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | OnDisk:
-        return _held(g, reader, _common([by_name[key] for key in g.keys]), memory, dtype, device)
+    def hold(g: Group, dtype: torch.dtype | None, device: torch.device | None, own: slice) -> Tensor | OnDisk:
+        return _held(g, own, reader, _common([by_name[key] for key in g.keys]), memory, dtype, device)
 
     return catalogue_of_groups(source, groups, [*left_out, *ungrouped], Holder(hold, reader.file_of), memory)
 
@@ -142,15 +153,20 @@ def _common(entries: list[Entry]) -> torch.dtype:
 
 
 def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
-    def load(dtype: torch.dtype | None, device: torch.device | None) -> LayerStack:
-        values = holder.hold(g, dtype, device)
+    def load(dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE) -> LayerStack:
+        with processes.agreeing():
+            return read(dtype, device, Spread.of(g.layers, processes))
+
+    def read(dtype: torch.dtype | None, device: torch.device | None, spread: Spread) -> LayerStack:
+        with spread.processes.agreeing():
+            values = holder.hold(g, dtype, device, spread.own)
         try:
-            stack = LayerStack(values, g.name, dtype, device, memory)
+            stack = LayerStack(values, g.name, dtype, device, memory, None if spread.alone else spread)
             return stack.transpose() if g.transposed else stack
-        except DamagedFile:
+        except (DamagedFile, FailedElsewhere):
             raise
         except NotFinite as error:
-            key = g.keys[error.layer if len(g.keys) > 1 else 0]
+            key = g.keys[spread.first + error.layer if len(g.keys) > 1 else 0]
             tensor = f" (tensor {key!r})" if len(g.keys) > 1 else ""
             raise InputError(f"{holder.file_of(key)}: {error}{tensor}") from None
         except InputError as error:
@@ -161,14 +177,16 @@ def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
 
 def _held(
     g: Group,
+    own: slice,
     reader: Reader,
     stored: torch.dtype,
     memory: int | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> Tensor | OnDisk:
-    """The stack as it is stored, in memory or on disk."""
-    shape = (g.layers, *g.in_model)
+    """The layers `own` of the stack as they are stored, in memory or on disk."""
+    b, a = g.in_model
+    shape = (own.stop - own.start, b, a)
     size = math.prod(shape) * stored.itemsize
     if memory is not None and 4 * size > memory:
         if reader.part is None:
@@ -176,12 +194,16 @@ def _held(
                 f"{reader.file_of(g.keys[0])}: stack {g.name!r} takes {size / 2**20:.4g} MiB, more than a quarter of "
                 "the memory allowed, and cannot be read in parts; save it as .npy or .safetensors"
             )
-        return OnDisk([reader.part(key) for key in g.keys], shape, stored)
+        if len(g.keys) > 1:
+            return OnDisk([reader.part(key) for key in g.keys[own]], shape, stored, alone=True)
+        return OnDisk([reader.part(g.keys[0])], shape, stored, first=own.start)
+    if len(g.keys) == 1 and shape[0] < g.layers and reader.part is not None:
+        return reader.part(g.keys[0]).read(own.start * b, own.stop * b).to(stored).reshape(shape)
     if len(g.keys) == 1:
         values = reader.read(g.keys[0])
-        return values if values.ndim == 3 else values[None]
+        return (values if values.ndim == 3 else values[None])[own]
     target = stored if dtype is None or dtype.itemsize > stored.itemsize else compute_dtype(dtype)
     values = torch.empty(shape, dtype=target, device=device)
-    for layer, key in zip(values, g.keys, strict=True):
+    for layer, key in zip(values, g.keys[own], strict=True):
         layer.copy_(reader.read(key))  # beside the stack, one tensor of the file is in memory at a time
     return values
