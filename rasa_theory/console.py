@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from rasa_theory._version import __version__
-from rasa_theory.errors import InputError
+from rasa_theory.distributed import ALONE, Processes, lacks_memory, launched, meeting
+from rasa_theory.errors import FailedElsewhere, InputError, ProcessLost
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_MEMORY = re.compile("(can't|cannot) allocate|not enough memory|out of memory|size calculation overflowed", re.I)
 
 # ---- arguments and exit statuses
 
@@ -48,28 +49,50 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def exit_status(name: str, action: Callable[[], int], on_no_memory: str) -> int:
+def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str, kept: str = "") -> int:
     """What `action` returns, or 2 with one sentence for bad input and too little memory, or 130 if interrupted.
 
-    `on_no_memory` says what the user may do where memory does not suffice.
+    `action` gets the processes that torchrun has started, or this one alone. Of several, one alone says why all stop,
+    and which process it is because of. `on_no_memory` says what the user may do where memory does not suffice, `kept`
+    what a run leaves behind that a process is lost to.
     """
+    processes = ALONE
+
+    def say(sentence: str) -> int:
+        if processes.alone:
+            if not launched() or os.environ.get("RANK") == "0":  # they have not met, and all say the same
+                print(f"{name}: {sentence}", file=sys.stderr)
+        elif processes.speaks():
+            print(f"{name}: {sentence}", file=sys.stderr)
+        return 2
+
     try:
-        status = action()
-        sys.stdout.flush()
+        with meeting() as processes:
+            status = action(processes)
+            sys.stdout.flush()
         return status
+    except FailedElsewhere as error:
+        return say(str(error))
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for this on the CPU
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return say(str(error) if processes.alone else f"{processes}: {error}")
+    except ProcessLost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes when one has gone
+        if processes.told:
+            return 2
+        missing = processes.missing()
+        return 2 if processes.told else say(f"{missing}{kept}")
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
-        print(f"{name}: there is not enough memory{_wanted(error)}; {on_no_memory}", file=sys.stderr)
-        return 2
+        where = "" if processes.alone else f"{processes}: "
+        return say(f"{where}there is not enough memory{_wanted(error)}; {on_no_memory}")
     except BrokenPipeError:  # nobody reads on, as in `.. | head`; what is to be written to files has been
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # before anything was finished
-        print("interrupted", file=sys.stderr)
+        if processes.alone or processes.speaks():
+            print("interrupted", file=sys.stderr)
+        processes.interrupted()
         return 130
 
 

@@ -15,6 +15,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +31,7 @@ from rasa_theory.errors import FailedElsewhere, InputError, ProcessLost
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another that neither answers nor has died before it gives up."""
+_GRACE = 2.0  # seconds that a process which was interrupted stays for the others to be
 _ROLL_CALL = datetime.timedelta(seconds=10)  # within which those who are alive say so
 _ALLOCATION = (MemoryError, torch.OutOfMemoryError)
 
@@ -86,7 +90,7 @@ class Processes:
         result = x.detach().clone(memory_format=torch.contiguous_format)
         self.traffic.reductions += 1
         self.traffic.reduced_bytes += result.numel() * result.itemsize
-        with _others_alive():
+        with self._others_alive():
             dist.all_reduce(result, operation, group=self._group)
         return result
 
@@ -98,7 +102,7 @@ class Processes:
         gathered = [torch.empty_like(padded) for _ in counts]
         self.traffic.gathers += 1
         self.traffic.gathered_bytes += padded.numel() * padded.itemsize
-        with _others_alive():
+        with self._others_alive():
             dist.all_gather(gathered, padded, group=self._group)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
@@ -110,7 +114,7 @@ class Processes:
         gathered = [torch.empty_like(padded) for _ in counts] if self.first else None
         self.traffic.gathers += 1
         self.traffic.gathered_bytes += padded.numel() * padded.itemsize
-        with _others_alive():
+        with self._others_alive():
             dist.gather(padded, gathered, dst=self._global(0), group=self._group)
         if gathered is None:
             return parts
@@ -122,7 +126,7 @@ class Processes:
             return x
         self.traffic.gathers += 1
         self.traffic.gathered_bytes += x.numel() * x.itemsize
-        with _others_alive():
+        with self._others_alive():
             dist.broadcast(x, src=self._global(process), group=self._group)
         return x
 
@@ -136,7 +140,7 @@ class Processes:
         if self.alone:
             return [what]
         heard: list[Any] = [None] * self.world_size
-        with _others_alive():
+        with self._others_alive():
             dist.all_gather_object(heard, what, group=self._group)
         return heard
 
@@ -147,7 +151,7 @@ class Processes:
         made: list[Any] = [None]
         with self.agreeing():
             made = [make() if self.first else None]
-        with _others_alive():
+        with self._others_alive():
             dist.broadcast_object_list(made, src=self._global(0), group=self._group)
         return made[0]
 
@@ -181,24 +185,59 @@ class Processes:
         if problem is not None:  # all have been told before
             raise problem
 
+    @contextlib.contextmanager
+    def _others_alive(self) -> Iterator[None]:
+        """A collective that cannot be finished, since another process is gone: ProcessLost, or KeyboardInterrupt."""
+        try:
+            yield
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise
+            if self._counted("interrupted"):
+                raise KeyboardInterrupt from None
+            raise ProcessLost(str(error).split("\n")[0]) from error
+
     # ---- the end
+
+    def interrupted(self) -> None:
+        """Tell the others, who would otherwise take this one for lost. Only process 0 has something to write then."""
+        self._counted("interrupted", 1)
+        if not self.first:
+            time.sleep(_GRACE)
+
+    @property
+    def told(self) -> bool:
+        """Whether a process has said already why all of them stop."""
+        return self._counted("said") > 0
+
+    def _counted(self, what: str, more: int = 0) -> int:
+        """How often processes have reported this."""
+        if self._store is None:
+            return 0
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the process that held it
+            return int(self._store.add(f"rasa_theory/{what}", more))
+        return 0
 
     def speaks(self) -> bool:
         """Whether this process is the first to say why all of them stop; what it says then is the one sentence."""
-        if self._store is None:
-            return self.first
-        try:
-            return bool(self._store.add("rasa_theory/said", 1) == 1)
-        except RuntimeError:  # the store went with the process that held it
-            return True
+        return self.first if self._store is None else self._counted("said", 1) <= 1
 
     def missing(self) -> str:
-        """Which processes no longer answer, as a sentence, by torch's own barrier that names them; at most 10 s."""
+        """Who no longer answers, by torch's own barrier that names them: a sentence; within 10 s in process 0, else 20.
+
+        Process 0 hears of everybody, the others of process 0 alone.
+        """
+        patience = _ROLL_CALL if self.first else 2 * _ROLL_CALL
+        said = ""
         try:
-            dist.monitored_barrier(self._group, timeout=_ROLL_CALL, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timeout=patience, wait_all_ranks=True)
         except RuntimeError as error:
-            return str(error).split("\n")[0]
-        return ""
+            said = str(error)
+        if self.first and (found := re.search(r"[Rr]anks? ([0-9][0-9, ]*) failed", said)):
+            who = found[1].strip(", ")
+            nouns, verbs = ("processes", "answer") if "," in who else ("process", "answers")
+            return f"{nouns} {who} of {self.world_size} no longer {verbs}"
+        return f"process 0 of {self.world_size} no longer answers" if said else "another process has given up"
 
 
 ALONE = Processes()
@@ -322,17 +361,6 @@ def _sentence(problem: Exception) -> str:
     return str(problem) if isinstance(problem, InputError) else "there is not enough memory"
 
 
-@contextlib.contextmanager
-def _others_alive() -> Iterator[None]:
-    """A collective that cannot be finished, since another process is gone: ProcessLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if lacks_memory(error):
-            raise
-        raise ProcessLost(str(error).split("\n")[0]) from error
-
-
 # ---- how the processes meet
 
 
@@ -346,7 +374,7 @@ def meeting() -> Iterator[Processes]:
     """The processes that torchrun has started, or this one alone.
 
     They speak gloo between CPUs and nccl between GPUs, each process with the GPU of its LOCAL_RANK. A group that is
-    there already is used, and left as it is. Raises InputError if there are fewer GPUs here than processes.
+    there already is used, and left as it is.
     """
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.group.WORLD)
@@ -360,7 +388,14 @@ def meeting() -> Iterator[Processes]:
         if local < there:
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
+    signal.signal(signal.SIGTERM, _ended)
     store, process, world_size = next(rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(backend, store=store, rank=process, world_size=world_size, timeout=PATIENCE)
     yield Processes(dist.group.WORLD, store)
     dist.destroy_process_group()  # not where it failed: others may still wait in it
+
+
+def _ended(number: int, frame: Any) -> None:
+    """torchrun ends the processes that are left when one has failed: they come to their end in order."""
+    signal.signal(number, signal.SIG_IGN)
+    raise ProcessLost("ended by torchrun")

@@ -48,7 +48,7 @@ _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory,
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status("rasa_theory.extract", lambda: _run(_parse(given), given), _ON_NO_MEMORY)
+    return exit_status("rasa_theory.extract", lambda processes: _run(_parse(given), given), _ON_NO_MEMORY)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+
+import torch
 
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import memory_size
+from rasa_theory.distributed import Processes
 from rasa_theory.errors import InputError
+from rasa_theory.inputs import compute_device
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.sources import Catalogue, open_source
 from rasa_theory.starts import STARTS
@@ -133,3 +138,30 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the results as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
     add("--dry-run", action="store_true", help="only say what would run, and what it takes")
+
+
+def device(args: argparse.Namespace, processes: Processes) -> torch.device:
+    """That of --device; of several processes, each takes the GPU of its number on this machine, LOCAL_RANK.
+
+    Raises InputError as `compute_device` does, and if there are fewer GPUs than processes here.
+    """
+    found = compute_device(args.device)
+    if processes.alone or found.type != "cuda":
+        return found
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if args.device not in ("auto", "cuda"):
+        raise InputError(
+            f"device {args.device} is one for all processes; each takes its own with --device cuda or auto"
+        )
+    if local >= there:
+        raise InputError(f"device cuda: {there} GPUs are here for process {local + 1}; start so many, or --device cpu")
+    return torch.device("cuda", local)
+
+
+def check_certificate(args: argparse.Namespace, processes: Processes) -> None:
+    """Raise InputError where several processes are asked for a floor that one alone can search for."""
+    if args.certificate != "closed" and not processes.alone:
+        raise InputError(
+            f"certificate {args.certificate} is searched for in all layers of a stack together, by one process; ask "
+            "for closed, or run one process"
+        )

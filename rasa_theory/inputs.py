@@ -60,6 +60,8 @@ def as_storage(
         computed = _COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype)
         return values, computed, place or torch.device("cpu")
     elif isinstance(values, Factored):
+        if held is None and values.shape[0] == 0:
+            raise InputError(f"stack {name!r}: the factors are of no layer; at least one is needed")
         if values.dtype not in _COMPUTE:
             raise InputError(f"stack {name!r}: factors of {values.dtype} are not real floating point; convert them")
         values = values.to(_COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype), place)

@@ -12,9 +12,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from rasa_theory import flags, style
 from rasa_theory.console import (
@@ -26,14 +28,16 @@ from rasa_theory.console import (
     say_left_out,
     write_file,
 )
+from rasa_theory.distributed import ALONE, Processes, Spread
 from rasa_theory.errors import InputError
-from rasa_theory.inputs import compute_device, compute_dtype
+from rasa_theory.inputs import compute_dtype
 from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.rasa import SolverOptions
 from rasa_theory.report import history_csv, table, verdict_lines
 from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, synthetic_stack
 from rasa_theory.study import WEIGHTS, StudyProgress, StudySettings, StudyState, new_results, study_steps
+from rasa_theory.workplace import identity
 
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _ON_NO_MEMORY = (
@@ -45,7 +49,12 @@ _ON_NO_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status("rasa_theory.reconstruct", lambda: _run(_parse(given), given), _ON_NO_MEMORY)
+    return exit_status(
+        "rasa_theory.reconstruct",
+        lambda processes: _run(_parse(given), given, processes),
+        _ON_NO_MEMORY,
+        "; stacks that were finished are in --out, and the same command goes on from there",
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -124,19 +133,25 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     with naming_flags(flags.NAMES):
         check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
-    def make(dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerStack:
-        stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-        return LayerStack(stack.values, "synthetic", dtype, device)
+    def make(
+        dtype: torch.dtype | None = None, device: torch.device | None = None, processes: Processes = ALONE
+    ) -> LayerStack:
+        spread = Spread.of(args.layers, processes)
+        with processes.agreeing():  # made as a whole in each
+            stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
+        return LayerStack(stack.values[spread.own], "synthetic", dtype, device, spread=spread)
 
     return Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
 
 
-def _run(args: argparse.Namespace, given: list[str]) -> int:
+def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
     with naming_flags(flags.NAMES):
         solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
-        dtype, device = compute_dtype(args.dtype), compute_device(args.device)
-    whole = _catalogue(args)
+        flags.check_certificate(args, processes)
+        dtype, device = compute_dtype(args.dtype), flags.device(args, processes)
+    with processes.agreeing():
+        whole = _catalogue(args)
     catalogue = whole.matching(args.modules)
     for source in catalogue.stacks:
         RankBudget(args.rank, 0).check_fits(source)
@@ -145,61 +160,119 @@ def _run(args: argparse.Namespace, given: list[str]) -> int:
                 check_memory(source, args.memory)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
-        print(_plan(catalogue, settings, dtype, device, args.memory), file=text)
+        if processes.first:
+            print(_forecast(catalogue, settings, dtype, device, args.memory, processes.world_size), file=text)
         return 0
-    out = output_folder(args.out)
-    say_left_out(whole.left_out, "results.json")
+    out = processes.from_first(lambda: output_folder(args.out))
+    if processes.first:
+        say_left_out(whole.left_out, "results.json")
 
     command = ["python", "-m", "rasa_theory.reconstruct", *given]
-    state = StudyState(new_results(settings, catalogue.source, command), {})
+    plan = _plan(args, catalogue, settings)
+    state = processes.from_first(lambda: _begun(out, plan, settings)) or StudyState(
+        new_results(settings, catalogue.source, command), {}
+    )
+    state.results |= {"command": command, "unfinished": plan, "theorem_3_1": "undecided"}
     state.results["left_out"] = [{"name": name, "reason": reason} for name, reason in catalogue.left_out]
-    interrupted = False
+    finished = [row["name"] for row in state.results["stacks"]]
+    sources = [source for source in catalogue.stacks if source.name not in finished]
+    writing, interrupted = out is not None and processes.first, False
+    if finished and processes.first:
+        print(f"{', '.join(finished)}: finished before, taken up from {out}", file=sys.stderr)
 
     def load(source: StackSource) -> LayerStack:
-        stack = source.load(dtype, device)
+        stack = source.load(dtype, device, processes)
         stack.tf32 = args.tf32
         return stack
 
-    stacks = (load(source) for source in catalogue.stacks)
+    left = len(sources) * len(settings.ks)
     try:
-        with _bar(len(catalogue.stacks), settings, args.quiet) as watch:
-            for _ in study_steps(stacks, settings, state, watch):
-                if out is not None:
+        with _bar(len(sources), settings, args.quiet or not processes.first) as watch:
+            for _ in study_steps(map(load, sources), settings, state, watch):
+                left -= 1
+                if left == 0:
+                    del state.results["unfinished"]
+                if writing:
                     write_results(state, out)
     except KeyboardInterrupt:
+        processes.interrupted()
         interrupted = True
         if state.results["theorem_3_1"] == "holds":
             state.results["theorem_3_1"] = "undecided"
-        if out is not None and state.results["stacks"]:
+        if writing and state.results["stacks"]:
             write_results(state, out)
 
+    status = 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
+    if not processes.first:
+        return status
     print(table(state.results), file=text)
     for line in verdict_lines(state.results, interrupted):
         print(line, file=text)
-    if out is not None and state.results["stacks"]:
+    if writing and state.results["stacks"]:
         print(
             f"Files: {out}/ (results.json, history.csv, factors.safetensors, iterations.png, iterations.svg)", file=text
         )
     if args.json:
         print(json.dumps(state.results, indent=1, allow_nan=False))
-    return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
+    return status
 
 
-def _plan(
-    catalogue: Catalogue, settings: StudySettings, dtype: torch.dtype, device: torch.device, limit: int | None
+def _plan(args: argparse.Namespace, catalogue: Catalogue, settings: StudySettings) -> dict[str, Any]:
+    """What two runs must have in common, for the later one to take up what the other has finished: plain data."""
+    made = {name: getattr(args, name) for name in _SYNTHETIC} if args.source == "synthetic" else None
+    plan = {
+        "inputs": [identity(path) for path in catalogue.files],
+        "source": catalogue.source,
+        "synthetic": made,
+        "settings": dataclasses.asdict(settings) | {"dtype": args.dtype, "tf32": args.tf32},
+        "stacks": [[source.name, source.layers, *source.shape] for source in catalogue.stacks],
+    }
+    settled: dict[str, Any] = json.loads(json.dumps(plan))
+    return settled
+
+
+def _begun(out: Path | None, plan: dict[str, Any], settings: StudySettings) -> StudyState | None:
+    """What a run of the same plan has finished in the folder `out` before it ended early: whole stacks alone."""
+    try:
+        assert out is not None
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if results.get("unfinished") != plan:
+            return None
+        rows = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(settings.ks)]
+        names = [f"{row['name']}/{run['k']}/" for row in rows for run in row["runs"]]
+        tensors = load_file(out / "factors.safetensors") if rows else {}
+    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return None
+    kept = {key: tensor for key, tensor in tensors.items() if any(map(key.startswith, names))}
+    if not rows or len(kept) != 5 * len(names):
+        return None
+    return StudyState(results | {"stacks": rows}, kept)
+
+
+def _forecast(
+    catalogue: Catalogue,
+    settings: StudySettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit: int | None,
+    world_size: int,
 ) -> str:
     lines, largest = [f"Source {catalogue.source}, on {device} in {str(dtype).removeprefix('torch.')}. Would solve:"], 0
     for source in catalogue.stacks:
         L, (b, a) = source.layers, source.shape
         size = L * b * a * dtype.itemsize
-        largest = max(largest, source.memory(dtype))
+        largest = max(largest, dataclasses.replace(source, layers=-(-L // world_size)).memory(dtype))
         ks = ", ".join(str(k) for k in settings.ks)
         widest = max(RankBudget(settings.rank, k).private_rank + L * k for k in settings.ks)
         lines.append(
             f"  {source.name}: {L} x {b} x {a} ({size / 2**20:.1f} MiB), r = {settings.rank}, k = {ks}, "
             f"update rank up to {min(widest, b, a)}, {settings.seeds} random attempts each"
         )
-    lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
+    of_it = "" if world_size == 1 else f", its layers over {world_size} processes"
+    each = "" if world_size == 1 else " in each"
+    lines.append(
+        f"One stack is in memory at a time{of_it}: about {largest / 2**20:.0f} MiB at most{each}, beside the libraries."
+    )
     if limit is not None and largest > limit:
         lines.append(f"At most {limit / 2**20:.4g} MiB of that are in memory, the rest on disk.")
     lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]

@@ -83,7 +83,10 @@ class StudyProgress:
 
 @dataclass
 class StudyState:
-    """Everything finished so far: `results` as plain data, `factors` as named tensors <stack>/<k>/<public name>."""
+    """Everything finished so far: `results` as plain data, `factors` as named tensors <stack>/<k>/<public name>.
+
+    Of several processes, the first alone has the factors.
+    """
 
     results: dict[str, Any]
     factors: dict[str, Tensor]
@@ -138,7 +141,9 @@ def study_steps(
     tasks = 0
     for given in stacks:
         stack, norms = given.normalised_layers() if settings.weight == "layer" else (given, None)
-        state.results["environment"] = state.results["environment"] or environment(stack.device, stack.dtype)
+        state.results["environment"] = state.results["environment"] or environment(
+            stack.device, stack.dtype, stack.spread.processes.world_size
+        )
         lora = solve_lora(stack, settings.rank)
         row = _stack_row(stack, lora)
         told = _Teller(watch, stack.name, lora.error)
@@ -158,7 +163,9 @@ def study_steps(
             told.now(k, "floor", tasks := base + settings.tasks(k))
             row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
-            state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
+            factors = factors.sent_to_first()
+            if stack.spread.processes.first:
+                state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
             if len(row["runs"]) == 1:
                 state.results["stacks"].append(row)
             row["data_passes"] = stack.data_passes - passes
@@ -297,9 +304,10 @@ def _overall(results: dict[str, Any]) -> str:
     return next((v for v in ("violated", "undecided") if v in verdicts), "holds")
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Versions and hardware that the numbers depend on."""
-    return {
+def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -> dict[str, Any]:
+    """Versions and hardware that the numbers depend on, and of several processes how many."""
+    processes = {} if world_size == 1 else {"processes": world_size}
+    return processes | {
         "rasa_theory": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -37,7 +37,7 @@ _INSTANCES = 300
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
     """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(_NAME, lambda: _run(_parse(given), given, subject), "give --replay a smaller stack")
+    return exit_status(_NAME, lambda processes: _run(_parse(given), given, subject), "give --replay a smaller stack")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
