@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -223,21 +222,26 @@ class Processes:
         return self.first if self._store is None else self._counted("said", 1) <= 1
 
     def missing(self) -> str:
-        """Who no longer answers, by torch's own barrier that names them: a sentence; within 10 s in process 0, else 20.
+        """Who does not answer within 10 s, as a sentence: those who are left sign the list in the group's store.
 
-        Process 0 hears of everybody, the others of process 0 alone.
+        torch's monitored barrier names only who is late, not whose connection is closed, as that of the dead is.
         """
-        patience = _ROLL_CALL if self.first else 2 * _ROLL_CALL
-        said = ""
-        try:
-            dist.monitored_barrier(self._group, timeout=patience, wait_all_ranks=True)
-        except RuntimeError as error:
-            said = str(error)
-        if self.first and (found := re.search(r"[Rr]anks? ([0-9][0-9, ]*) failed", said)):
-            who = found[1].strip(", ")
-            nouns, verbs = ("processes", "answer") if "," in who else ("process", "answers")
-            return f"{nouns} {who} of {self.world_size} no longer {verbs}"
-        return f"process 0 of {self.world_size} no longer answers" if said else "another process has given up"
+        lost, deadline = [], time.monotonic() + _ROLL_CALL.total_seconds()
+        with contextlib.suppress(RuntimeError):
+            self._store.set(self._signature(self.process), "here")
+        for process in range(self.world_size):
+            left = max(deadline - time.monotonic(), 0.01)
+            try:
+                self._store.wait([self._signature(process)], datetime.timedelta(seconds=left))
+            except RuntimeError:
+                lost.append(str(process))
+        nouns, verbs = ("processes", "answer") if len(lost) > 1 else ("process", "answers")
+        who = f"{nouns} {', '.join(lost)} of {self.world_size} no longer {verbs}"
+        return who if lost else "another process has given up"
+
+    @staticmethod
+    def _signature(process: int) -> str:
+        return f"rasa_theory/here/{process}"
 
 
 ALONE = Processes()

@@ -224,7 +224,7 @@ def _plan(args: argparse.Namespace, catalogue: Catalogue, settings: StudySetting
         "inputs": [identity(path) for path in catalogue.files],
         "source": catalogue.source,
         "synthetic": made,
-        "settings": dataclasses.asdict(settings) | {"dtype": args.dtype, "tf32": args.tf32},
+        "settings": f"{settings}, {args.dtype}, tf32={args.tf32}",
         "stacks": [[source.name, source.layers, *source.shape] for source in catalogue.stacks],
     }
     settled: dict[str, Any] = json.loads(json.dumps(plan))
