@@ -59,6 +59,8 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
     processes = ALONE
 
     def say(sentence: str) -> int:
+        if not processes.alone:  # what torchrun sends when another process has ended is not to cut this short
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if processes.alone:
             if not launched() or os.environ.get("RANK") == "0":  # they have not met, and all say the same
                 print(f"{name}: {sentence}", file=sys.stderr)

@@ -96,7 +96,8 @@ class Descent:
         self.best, self.best_error, self.history = self.factors, error, [error]
         self.stop_reason: StopReason | None = None
         self._most = max(max_cancellation, updates.cancellation(unit, factors))
-        self._lacks_private = sweep != "paper" and not bool(factors.private_A.any())
+        private = factors.private_A.abs().amax((1, 2)) if factors.private_A.shape[1] else factors.mixing.new_zeros(0)
+        self._lacks_private = sweep != "paper" and factors.spread.largest(private) == 0
 
     @property
     def sweeps(self) -> int:

@@ -320,7 +320,7 @@ class Spread:
     def largest(self, x: Tensor) -> float:
         """The largest of what every process has of x (held,); 0 if nobody has any."""
         if self.alone:
-            return float(x.max())
+            return float(x.max()) if x.numel() else 0.0
         return float(self.processes.largest(x.amax() if x.numel() else x.new_zeros(())))
 
     def largest_of_each(self, x: Tensor) -> Tensor:
