@@ -28,6 +28,7 @@ from rasa_theory.console import (
     write_file,
 )
 from rasa_theory.descent import Callback
+from rasa_theory.distributed import Processes
 from rasa_theory.errors import InputError
 from rasa_theory.exports import FORMATS, Modules
 from rasa_theory.extract_report import extraction_csv, extraction_table, model_card
@@ -48,7 +49,7 @@ _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory,
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status("rasa_theory.extract", lambda processes: _run(_parse(given), given), _ON_NO_MEMORY)
+    return exit_status("rasa_theory.extract", lambda processes: _run(_parse(given), given, processes), _ON_NO_MEMORY)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -136,7 +137,9 @@ def _job(args: argparse.Namespace) -> Job:
     return Job(catalogue, modules, settings, dtype, device, unnamed, _base(args, catalogue), _tasks(args), args.memory)
 
 
-def _run(args: argparse.Namespace, given: list[str]) -> int:
+def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
+    if not processes.alone:
+        raise InputError("extract works in one process; start it without torchrun, or with --nproc-per-node 1")
     job = _job(args)
     check(job, None if args.dry_run else Path(args.out))
     text = sys.stderr if args.json else sys.stdout

@@ -22,9 +22,10 @@ from rasa_theory.bench.replay import Replay, load_replay, save_replay
 from rasa_theory.bench.tally import Tally, results
 from rasa_theory.bench.text import describe, table, verdict_lines
 from rasa_theory.bench.trial import Trial, run_trial
-from rasa_theory.bench.workers import Drawn, suitable_jobs, trials
+from rasa_theory.bench.workers import Drawn, shared_trials, suitable_jobs, trials
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.distributed import Processes
 from rasa_theory.errors import InputError
 from rasa_theory.flags import with_examples
 from rasa_theory.rasa import SolverOptions
@@ -37,7 +38,9 @@ _INSTANCES = 300
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
     """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(_NAME, lambda processes: _run(_parse(given), given, subject), "give --replay a smaller stack")
+    return exit_status(
+        _NAME, lambda processes: _run(_parse(given), given, subject, processes), "give --replay a smaller stack"
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -71,9 +74,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _run(args: argparse.Namespace, given: list[str], subject: Subject | None) -> int:
+def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, processes: Processes) -> int:
     if args.list:
-        print(describe())
+        if processes.first:
+            print(describe())
         return 0
     flags = {"sweeps": args.sweeps, "certificate": args.certificate}
     chosen = {name: value for name, value in flags.items() if value is not None}
@@ -81,22 +85,27 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None) ->
         settings = BenchSettings(**chosen)
         SolverOptions(seed=args.seed)
     if args.replay is not None:
+        if not processes.alone:
+            raise InputError("--replay tries one instance; run one process")
         replay = load_replay(Path(args.replay), **chosen)
         settings, asked, out = replay.settings, 1, None
         work: Iterator[Trial] = map(
             lambda it: run_trial(it.instance, subject or Subject(), settings, it.laws), [replay]
         )
     else:
-        work, asked, out = _trials(args, settings, subject), args.instances, output_folder(args.out)
+        work, asked = _trials(args, settings, subject, processes), args.instances
+        out = processes.from_first(lambda: output_folder(args.out))
 
     tally, started, interrupted, broken = Tally(), time.perf_counter(), False, False
     try:
-        with progress_bar(asked, "instances", args.quiet) as show:
+        with progress_bar(asked, "instances", args.quiet or not processes.first) as show:
             show(0, "")
             for trial in work:
-                tally.add(trial, _keep(trial, settings, out) if args.replay is None else args.replay)
+                kept = _keep(trial, settings, out) if args.replay is None and processes.first else args.replay
+                tally.add(trial, kept)
                 show(tally.instances, _done(trial.instance, tally))
     except KeyboardInterrupt:
+        processes.interrupted()
         interrupted = True
     except BrokenProcessPool:
         print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)
@@ -108,15 +117,20 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None) ->
         seed=args.seed,
         asked=asked,
         command=["python", "-m", "rasa_theory.verify", *given],
-        environment=environment(torch.device("cpu"), torch.float64),
+        environment=environment(torch.device("cpu"), torch.float64, processes.world_size),
         seconds=time.perf_counter() - started,
     )
-    _report(found, args.json, out, interrupted)
+    if processes.first:
+        _report(found, args.json, out, interrupted)
     return 2 if broken else 130 if interrupted else 1 if tally.failures else 0
 
 
-def _trials(args: argparse.Namespace, settings: BenchSettings, subject: Subject | None) -> Iterator[Trial]:
+def _trials(
+    args: argparse.Namespace, settings: BenchSettings, subject: Subject | None, processes: Processes
+) -> Iterator[Trial]:
     """All laws on the instances asked for, of the families in turn; a `subject` of its own is tried in this process.
+
+    Processes that torchrun has started take the instances in turn, in place of --jobs.
 
     Raises InputError for an impossible number or family.
     """
@@ -128,6 +142,10 @@ def _trials(args: argparse.Namespace, settings: BenchSettings, subject: Subject 
         if name not in FAMILIES:
             raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
     turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
+    if not processes.alone:
+        if args.jobs is not None:
+            raise InputError("--jobs starts processes, as torchrun has; give one of the two")
+        return shared_trials((Drawn(family, number, args.seed) for family, number in turns), settings, processes)
     drawn = (Drawn(family, number, args.seed) for family, number in turns)
     return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
 

@@ -170,7 +170,7 @@ def layer_residuals(values: Tensor, factors: RasaFactors | LoraFactors) -> list[
     """||M_i - update_i||_F^2 of each layer in float64, read literally; shares no code with the package's."""
     M = values.double()
     scale = float(M.abs().max()) or 1.0  # squares of 1e-300 and 1e300 leave the range
-    named = {name: tensor.double() for name, tensor in vars(factors).items()}
+    named = {name: t.double() for name, t in vars(factors).items() if isinstance(t, torch.Tensor)}
     if isinstance(factors, LoraFactors):
         X = named["B"] @ named["A"]
     else:

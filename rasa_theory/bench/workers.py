@@ -14,6 +14,7 @@ from typing import NamedTuple
 from rasa_theory.bench.evidence import BenchSettings, Subject
 from rasa_theory.bench.instances import draw_instance
 from rasa_theory.bench.trial import Outcome, Trial, run_trial
+from rasa_theory.distributed import Processes
 
 _Findings = tuple[dict[str, Outcome], bool, bool]
 _WORTH_A_PROCESS = 25  # instances: a process needs some seconds to import torch
@@ -56,6 +57,15 @@ def trials(
             yield Trial(draw_instance(*one), outcomes, strict, crossed)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def shared_trials(drawn: Iterator[Drawn], settings: BenchSettings, processes: Processes) -> Iterator[Trial]:
+    """All laws on every instance, in order, in all processes alike; each tries one of every round."""
+    while turn := list(islice(drawn, processes.world_size)):
+        mine = turn[processes.process : processes.process + 1]
+        for one, found in zip(turn, processes.said([_findings(own, settings) for own in mine]), strict=False):
+            ((outcomes, strict, crossed),) = found
+            yield Trial(draw_instance(*one), outcomes, strict, crossed)
 
 
 def _findings(one: Drawn, settings: BenchSettings) -> _Findings:
