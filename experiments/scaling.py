@@ -233,9 +233,9 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         x, seconds, model = zip(*points, strict=True)
         left.plot(x, seconds, style.MARKERS[n] + "-", color=style.COLOURS[n], label=f"{kind}, measured")
         left.plot(x, model, "--", color=style.COLOURS[n], label=f"{kind}, model")
-    left.set(ylim=(0, None), xticks=x)
+    left.set(ylim=(0, 1.7 * max(row["seconds"] or 0 for row in rows)), xticks=x)
     style.name(left, "processes", "seconds of a joint sweep", f"measured on {rows[0]['where']}")
-    style.legend(left)
+    style.legend(left, loc="upper center", ncols=2)
     for n, (name, (layers, b, a)) in enumerate(TARGETS.items()):
         points = sorted(
             (row["processes"], row["predicted"])
@@ -247,7 +247,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     right.set_xticks(x, [str(number) for number in x])
     right.minorticks_off()
     style.name(right, "GPUs", "seconds of a joint sweep", "a model, not measured")
-    style.legend(right)
+    style.legend(right, loc="lower left")
     return figure
 
 

@@ -286,6 +286,8 @@ def expected_heights(name: str, path: Path) -> list[float]:
     if name == "iteration_count":
         eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]
         return [row["iterations"] for row in eight if row["iterations"] is not None]
+    if name == "scaling":
+        return [row[key] for row in rows for key in ("seconds", "predicted") if row[key] is not None]
     raise AssertionError(f"say what of the data is to be in {name}")
 
 
