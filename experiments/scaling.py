@@ -233,9 +233,9 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         x, seconds, model = zip(*points, strict=True)
         left.plot(x, seconds, style.MARKERS[n] + "-", color=style.COLOURS[n], label=f"{kind}, measured")
         left.plot(x, model, "--", color=style.COLOURS[n], label=f"{kind}, model")
-    left.set(ylim=(0, 1.7 * max(row["seconds"] or 0 for row in rows)), xticks=x)
+    left.set(ylim=(0, 2.4 * max(row["seconds"] or 0 for row in rows)), xticks=x)
     style.name(left, "processes", "seconds of a joint sweep", f"measured on {rows[0]['where']}")
-    style.legend(left, loc="upper center", ncols=2)
+    style.legend(left, loc="upper right")
     for n, (name, (layers, b, a)) in enumerate(TARGETS.items()):
         points = sorted(
             (row["processes"], row["predicted"])
