@@ -247,7 +247,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     right.set_xticks(x, [str(number) for number in x])
     right.minorticks_off()
     style.name(right, "GPUs", "seconds of a joint sweep", "a model, not measured")
-    style.legend(right, loc="lower left")
+    style.legend(right, loc="upper right")
     return figure
 
 

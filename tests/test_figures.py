@@ -31,8 +31,6 @@ from rasa_theory import style
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "figures"
-UNDRAWN = {"passes"}
-"""Pictures that are there without the data they were drawn from; figures/README.md says why."""
 
 
 # ------------------------------------------------------------------------------------ what stands in the README
@@ -51,7 +49,7 @@ def test_every_picture_has_a_line_with_its_data_and_its_command() -> None:
     assert lines.keys() == figures.PICTURES.keys()
     for name, (_, data, command) in lines.items():
         assert data == figures.PICTURES[name][0]
-        if (FIGURES / f"{name}.png").exists() and name not in UNDRAWN:
+        if (FIGURES / f"{name}.png").exists():
             assert (FIGURES / data).exists(), f"{name}.png is there without {data}"
         python, script, *_ = shlex.split(command)
         assert python == "python"
