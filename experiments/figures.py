@@ -184,6 +184,7 @@ EXPERIMENTS = {
             ADAPTERS + " --rank 8 --rates 3e-4 1e-3 3e-3",
             STARTS + " --rank 2",
             STARTS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
+            STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3",
             "experiments/adapter_claims.py --rows {out}/train_adapters.jsonl --out {out}",
         ),
         ("train_adapters.jsonl", "train_adapters.csv", "train_adapters_cpu.jsonl", "train_adapters_cpu.csv"),

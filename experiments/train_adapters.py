@@ -5,6 +5,8 @@
     python experiments/train_adapters.py --float32 --rank 8 --rates 3e-4 1e-3 3e-3
     python experiments/train_adapters.py --device cpu --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 \\
         --out figures/train_adapters_cpu.jsonl                                    starts from data
+    python experiments/train_adapters.py --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3 \\
+        --out figures/train_adapters_cpu.jsonl
     python experiments/train_adapters.py --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
         --keep experiments/trained --out figures/train_adapters_prose.jsonl       adapters of a second task
     python experiments/train_adapters.py --smoke                      three steps of each method, for function only
