@@ -65,7 +65,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
             if not launched() or os.environ.get("RANK") == "0":  # they have not met, and all say the same
                 print(f"{name}: {sentence}", file=sys.stderr)
         elif processes.speaks():
-            print(f"{name}: {sentence}", file=sys.stderr)
+            print(f"\n{name}: {sentence}", file=sys.stderr)  # process 0 may be drawing a bar on this line
         return 2
 
     try:
