@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import cycle, pairwise
+from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -187,17 +187,20 @@ def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], look: dic
 
 
 def by_budget(runs: dict[str, dict[int, Row]]) -> list[list[str]]:
-    """The plain methods, a list for every r: LoRA(r), RaSA(r, k), the LoRAs up to the next r, and full fine-tuning."""
+    """The plain methods, a list for every r: full fine-tuning, LoRA(r), RaSA(r, k), and what each RaSA can express."""
 
     def rank(name: str) -> int:
         return int(name.partition("(")[2].rstrip(")").split(",")[0]) if name != "full" else 0
 
     plain = sorted(filter(is_plain, runs), key=lambda name: (rank(name), name))
-    budgets = sorted({rank(name) for name in plain if name.startswith("rasa")}) or [0]
-    return [
-        [name for name in plain if name == "full" or low <= rank(name) < high]
-        for low, high in zip(budgets, [*budgets[1:], math.inf], strict=True)
-    ]
+    rasa, lora = ([name for name in plain if name.startswith(method)] for method in ("rasa", "lora"))
+    budgets = sorted(set(map(rank, rasa))) or [0]
+    found = []
+    for low, high in zip(budgets, [*budgets[1:], math.inf], strict=True):
+        shared, alone = ([name for name in names if low <= rank(name) < high] for names in (rasa, lora))
+        mixed = [name for pair in zip_longest(alone, shared) for name in pair if name]
+        found.append([*(["full"] if "full" in runs else []), *mixed])
+    return found
 
 
 def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
@@ -216,7 +219,8 @@ def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
             at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
             forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **look)
         first = n == 0
-        style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps" if first else "")
+        r = next((name for name in names if name.startswith("rasa")), "").partition("(")[2].partition(",")[0]
+        style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps" if first else "", f"r = {r}" if r else "")
         style.name(mrr, "step", "validation MRR" if first else "")
         style.name(forget, "validation MRR", "drift of prose,\n1 - mean cosine" if first else "")
         style.legend(loss, loc="upper right", ncols=2)
@@ -291,15 +295,23 @@ def report(rows: Path, out: Path) -> dict[str, dict[int, Row]]:
     runs = read(rows)
     lines = table(runs)
     write_csv(lines, out / f"{rows.stem}.csv")
+    print(f"\n{rows} (means over seeds; minus LoRA: paired, +- 95 %)")
+    print(f"{'method':22} {'parameters':>10}   rate  test MRR       minus LoRA          mean loss  drift")
     for line in lines:
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+        minus = "{:+.4f} +- {:.4f}".format(*(line.get(f"test_mrr_minus_lora{x}", math.nan) for x in ("", "_interval")))
+        print(
+            f"{line['method']:22} {line['parameters']:10} {line['rate']:6g}  {line['test_mrr']:.4f}   "
+            f"{minus if 'test_mrr_minus_lora' in line else '':19} {line['mean_loss']:12.4f}  {line['drift']:.4f}"
+        )
     return runs
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=Path, default=Path("figures/train_adapters.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument(
+        "--rows", type=Path, default=Path("figures/train_adapters.jsonl"), help="the runs; NAME_cpu.jsonl beside it too"
+    )
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the tables and pictures")
     args = parser.parse_args(arguments)
     runs = report(args.rows, args.out)
     style.save(plot_claims(runs), args.out / "train_adapters.png")

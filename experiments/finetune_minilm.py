@@ -198,6 +198,8 @@ class Encoder:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Encoder:
+        if importlib.util.find_spec("transformers") is None:
+            raise SystemExit('transformers is missing: pip install -c constraints.txt -e ".[finetune]"')
         from transformers import AutoModel, AutoTokenizer
 
         model = AutoModel.from_pretrained(folder, local_files_only=True)

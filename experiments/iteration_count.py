@@ -155,6 +155,7 @@ def case_of(row: dict[str, Any]) -> Case:
 
 def perform(missing: Sequence[Case], path: Path, jobs: int) -> None:
     """Append a row per attempt as it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

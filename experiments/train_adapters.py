@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -515,6 +516,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 in training and validation")
     parser.add_argument("--smoke", action="store_true", help="three steps of each method on few pairs")
     args = parser.parse_args(arguments)
+    if missing := [name for name in PROSE_PACKAGES if importlib.util.find_spec(name) is None]:
+        parser.error(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e '.[finetune]'")
     settings, rates = Settings(task=args.task, bfloat16=not args.float32), args.rates
     if args.smoke:
         settings = replace(settings, steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8,
