@@ -224,7 +224,7 @@ def lasted(name: str, figures: Path) -> str:
     path = figures / SECONDS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if name not in known:
-        return "never timed"
+        return "no record"
     seconds = known[name]["seconds"]
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import sys
 from typing import Any
 
 _COLUMNS = (
     "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
 )  # fmt: skip
+_SHOWN = 3
 _EXPLANATION = (
     "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum; e_rasa(k) lies between floor "
     "and best found."
@@ -62,11 +65,21 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)
     zero = [row["name"] for row in results["stacks"] if row["norm_squared"] == 0]
     lines += [f"{name}: all updates are zero; nothing to reconstruct" for name in zero]
+    if exact := [row["name"] for row in results["stacks"] if row["name"] not in zero and _is_exact(row)]:
+        names = ", ".join(exact[:_SHOWN]) + (f" and {len(exact) - _SHOWN} more" if len(exact) > _SHOWN else "")
+        lines.append(
+            f"LoRA of rank {results['rank']} is exact on {names}: the updates have no higher rank; ask for a lower --rank"
+        )
     sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
     if counts:
         sentence += f"; {below} of {len(counts)} random attempts came below LoRA by themselves"
     return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
+
+
+def _is_exact(row: dict[str, Any]) -> bool:
+    """Whether e_lora is within the rounding of comparisons between errors, 10 max(b, a) eps ||M|| in norm."""
+    return math.sqrt(row["e_lora"]) <= 10 * max(row["shape"]) * sys.float_info.epsilon * math.sqrt(row["norm_squared"])
 
 
 def history_csv(results: dict[str, Any]) -> str:

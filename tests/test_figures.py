@@ -354,7 +354,7 @@ def test_from_scratch_runs_the_commands_and_keeps_the_seconds(
     assert figures.main([*options, "--figures", str(folder)]) == 0
     assert calls == [["experiments/recovery.py", "--out", str(tmp_path / "scratch" / "recovery")]]
     assert (folder / "recovery.png").exists()
-    assert "last time: never timed" in capsys.readouterr().out
+    assert "last time: no record" in capsys.readouterr().out
     assert json.loads((folder / "seconds.json").read_text())["recovery"]["seconds"] == 0
     assert not (tmp_path / "scratch" / "recovery").exists()
     assert figures.main([*options, "--figures", str(folder)]) == 1

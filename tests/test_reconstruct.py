@@ -191,6 +191,16 @@ def test_updates_that_are_zero_are_said_to_be(tmp_path: Path, capsys: pytest.Cap
     assert "zero: all updates are zero; nothing to reconstruct" in err
 
 
+def test_where_lora_is_exact_the_table_says_why_it_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    low = generator.standard_normal((2, 6, 2)) @ generator.standard_normal((2, 2, 5))
+    np.savez(tmp_path / "x.npz", low=low, full=generator.standard_normal((2, 6, 5)))
+    arguments = ["--source", str(tmp_path / "x.npz"), "--rank", "2", "--seeds", "0", "--out", "none"]
+    said = "LoRA of rank 2 is exact on low: the updates have no higher rank; ask for a lower --rank"
+    assert said in run(arguments, capsys)[2]
+    assert "is exact on" not in run([*arguments[:3], "1", *arguments[4:]], capsys)[2]
+
+
 def test_flags_of_synthetic_stacks_go_with_no_other_source(
     stack_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
