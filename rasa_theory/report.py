@@ -68,7 +68,8 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     if exact := [row["name"] for row in results["stacks"] if row["name"] not in zero and _is_exact(row)]:
         names = ", ".join(exact[:_SHOWN]) + (f" and {len(exact) - _SHOWN} more" if len(exact) > _SHOWN else "")
         lines.append(
-            f"LoRA of rank {results['rank']} is exact on {names}: the updates have no higher rank; ask for a lower --rank"
+            f"LoRA of rank {results['rank']} is exact on {names}: the updates have no higher rank; "
+            "ask for a lower --rank"
         )
     sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
@@ -79,7 +80,8 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
 
 def _is_exact(row: dict[str, Any]) -> bool:
     """Whether e_lora is within the rounding of comparisons between errors, 10 max(b, a) eps ||M|| in norm."""
-    return math.sqrt(row["e_lora"]) <= 10 * max(row["shape"]) * sys.float_info.epsilon * math.sqrt(row["norm_squared"])
+    tolerance: float = 10 * max(row["shape"]) * sys.float_info.epsilon * math.sqrt(row["norm_squared"])
+    return math.sqrt(row["e_lora"]) <= tolerance
 
 
 def history_csv(results: dict[str, Any]) -> str:
