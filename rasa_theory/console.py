@@ -56,6 +56,15 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
     and which process it is because of. `on_no_memory` says what the user may do where memory does not suffice, `kept`
     what a run leaves behind that a process is lost to.
     """
+    met = [ALONE]
+    status = _status(name, action, met, on_no_memory, kept)
+    if status in (2, 130):
+        met[0].leave(status)
+    return status
+
+
+def _status(name: str, action: Callable[[Processes], int], met: list[Processes], on_no_memory: str, kept: str) -> int:
+    """The same; `met[0]` becomes the processes that it was with."""
     processes = ALONE
 
     def say(sentence: str) -> int:
@@ -70,6 +79,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
 
     try:
         with meeting() as processes:
+            met[0] = processes
             status = action(processes)
             sys.stdout.flush()
         return status

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from rasa_theory.errors import FailedElsewhere, InputError, ProcessLost
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another that neither answers nor has died before it gives up."""
+_LONG = datetime.timedelta(days=7)  # for shares of work that end at different times
 _GRACE = 2.0  # seconds that a process which was interrupted stays for the others to be
 _ROLL_CALL = datetime.timedelta(seconds=10)  # within which those who are alive say so
 _ALLOCATION = (MemoryError, torch.OutOfMemoryError)
@@ -74,6 +76,15 @@ class Processes:
 
     def __str__(self) -> str:
         return f"process {self.process} of {self.world_size}"
+
+    def patient(self) -> Processes:
+        """The same processes, for work that ends at different times: they wait for each other as long as all live.
+
+        Up to a week, that is. All have to ask for it together. In a group that was there before, its own limit holds.
+        """
+        if self._store is None:
+            return self
+        return Processes(dist.new_group(timeout=_LONG, backend="gloo"), self._store)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all processes, the same bits in all."""
@@ -173,6 +184,8 @@ class Processes:
             if isinstance(error, ProcessLost) or not lacks_memory(error):
                 raise
             problem = error
+        if problem is not None:
+            self._counted("failed", 1)
         own = None if problem is None or isinstance(problem, FailedElsewhere) else _sentence(problem)
         heard = self.said(own)
         failing = [(process, sentence) for process, sentence in enumerate(heard) if sentence is not None]
@@ -203,6 +216,21 @@ class Processes:
         self._counted("interrupted", 1)
         if not self.first:
             time.sleep(_GRACE)
+
+    def leave(self, status: int) -> None:
+        """End this process at once with an exit status, where `meeting` has brought it together with others.
+
+        While Python ends in order, threads of torch that wait for one who is gone may abort the process (SIGABRT).
+        """
+        if self._store is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    @property
+    def ending(self) -> bool:
+        """Whether a process has failed in `agreeing`, or was interrupted: the others need not go on."""
+        return self._counted("failed") + self._counted("interrupted") > 0
 
     @property
     def told(self) -> bool:
@@ -246,6 +274,21 @@ class Processes:
 
 ALONE = Processes()
 """One process, which holds all layers."""
+
+
+def dealt(costs: Sequence[int], world_size: int) -> list[list[int]]:
+    """For each process the indices of its tasks, ascending: the costliest first, each to who has least so far.
+
+    No process then has more than 4/3 - 1/(3 P) times what the best deal leaves the busiest one (Graham 1969). The same
+    in all processes, and they need not ask each other.
+    """
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    spent = [0] * world_size
+    for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        process = spent.index(min(spent))
+        shares[process].append(n)
+        spent[process] += costs[n]
+    return [sorted(share) for share in shares]
 
 
 @dataclass(frozen=True)

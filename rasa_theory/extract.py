@@ -6,16 +6,19 @@ Exit status: 0 all well, 2 bad input or usage, 130 interrupted; the same command
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rasa_theory import flags, style
 from rasa_theory.console import (
@@ -28,12 +31,12 @@ from rasa_theory.console import (
     write_file,
 )
 from rasa_theory.descent import Callback
-from rasa_theory.distributed import Processes
+from rasa_theory.distributed import Processes, dealt
 from rasa_theory.errors import InputError
 from rasa_theory.exports import FORMATS, Modules
 from rasa_theory.extract_report import extraction_csv, extraction_table, model_card
 from rasa_theory.extraction import STORED, ExtractSettings, extract_stack
-from rasa_theory.inputs import compute_device, compute_dtype
+from rasa_theory.inputs import compute_dtype
 from rasa_theory.plotting import plot_extraction
 from rasa_theory.preflight import Job, check, forecast
 from rasa_theory.ranks import RankTarget, allocate_ranks
@@ -49,7 +52,12 @@ _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory,
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status("rasa_theory.extract", lambda processes: _run(_parse(given), given, processes), _ON_NO_MEMORY)
+    return exit_status(
+        "rasa_theory.extract",
+        lambda processes: _run(_parse(given), given, processes),
+        _ON_NO_MEMORY,
+        "; stacks that were finished are in --out, and the same command goes on from there",
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -120,7 +128,7 @@ def _target(args: argparse.Namespace) -> RankTarget | None:
         return RankTarget(1 - args.error if args.error is not None else args.energy, args.parameters)
 
 
-def _job(args: argparse.Namespace) -> Job:
+def _job(args: argparse.Namespace, processes: Processes) -> Job:
     """What the flags ask for. Raises InputError if that is nothing, or cannot be."""
     target = _target(args)
     with naming_flags(flags.NAMES):
@@ -128,7 +136,7 @@ def _job(args: argparse.Namespace) -> Job:
         settings = ExtractSettings(
             args.rank, k, args.format, args.dtype, args.certificate, flags.solver_options(args), target
         )
-        dtype, device = compute_dtype(args.compute), compute_device(args.device)
+        dtype, device = compute_dtype(args.compute), flags.device(args, processes)
     catalogue = flags.given_source(args, alone=True).matching(args.modules)
     unnamed: list[StackSource] = []
     if args.adapters is None:
@@ -138,39 +146,71 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
-    if not processes.alone:
-        raise InputError("extract works in one process; start it without torchrun, or with --nproc-per-node 1")
-    job = _job(args)
-    check(job, None if args.dry_run else Path(args.out))
+    with processes.agreeing():
+        job = _job(args, processes)
+    processes.from_first(lambda: check(job, None if args.dry_run else Path(args.out)))
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
-        print(forecast(job, Path(args.out)), file=text)
+        if processes.first:
+            print(forecast(job, Path(args.out), processes.world_size), file=text)
         return 0
-    out = output_folder(args.out)
+    out = processes.from_first(lambda: output_folder(args.out))
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
-    place = Workplace(out, job.plan())
-    say_left_out(job.catalogue.left_out, "report.json")
-    if place.finished:
-        print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    else:
-        with place:
-            found = _extracted(job, place, args.quiet)
-            if found is None:
-                return 130
-            report = {
+    processes = processes.patient()
+    with _entered(out, job, processes) as place:
+        if processes.first:
+            say_left_out(job.catalogue.left_out, "report.json")
+        if place is None:
+            report = _finished_before(out) if processes.first else {}
+        elif not _extracted(job, place, processes, args.quiet):
+            return 130
+        else:
+            about = {
                 "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given],
                 "source": job.catalogue.source, "base": job.base, "plan": place.plan,
-                "environment": environment(job.device, job.dtype), **found,
+                "environment": environment(job.device, job.dtype, processes.world_size),
             }  # fmt: skip
-            write_adapter(place, report)
+            report = processes.from_first(functools.partial(_written, job, place, about))
+    if not processes.first:
+        return 0
     print(f"Updates: {report['source']}", file=text)
     print(extraction_table(report), file=text)
     print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
     return 0
+
+
+@contextlib.contextmanager
+def _entered(out: Path, job: Job, processes: Processes) -> Iterator[Workplace | None]:
+    """The folder, kept for this run by process 0; None if it is finished.
+
+    All processes write their stacks there. Raises InputError as Workplace does, and if one does not see the folder.
+    """
+    with contextlib.ExitStack() as held:
+
+        def enter() -> dict[str, Any] | None:
+            place = Workplace(out, job.plan())
+            return None if place.finished else held.enter_context(place).plan
+
+        plan = processes.from_first(enter)
+        if plan is None:
+            yield None
+            return
+        with processes.agreeing():
+            place = Workplace(out, plan)
+            if not place.begun:
+                raise InputError(
+                    f"--out {out} is not the folder that process 0 sees; name one that all processes share"
+                )
+        yield place
+
+
+def _finished_before(out: Path) -> dict[str, Any]:
+    print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 def _modules(source: StackSource, args: argparse.Namespace) -> Modules:
@@ -220,36 +260,63 @@ def _nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
     return dataclasses.replace(catalogue, stacks=kept, left_out=left_out), unnamed
 
 
-def _extracted(job: Job, place: Workplace, quiet: bool) -> dict[str, list[dict[str, Any]]] | None:
-    """What the report says of all stacks, those that are new written, and of what is left out; None if interrupted."""
-    rows: list[dict[str, Any]] = []
-    norms: dict[str, float | None] = {}
-    stacks = job.catalogue.stacks
+def _extracted(job: Job, place: Workplace, processes: Processes, quiet: bool) -> bool:
+    """Write the part and the row of every stack that is new, and the norms of what is left out; False if interrupted.
+
+    The stacks are dealt over the processes as wholes, by the cost of their SVDs; each reads those that it has, and
+    nothing else. Where one fails, the others end with the stack that they are at.
+    """
+    stacks, mine = job.catalogue.stacks, processes.process
     try:
-        ranks = place.note("ranks.json", lambda: _allocated(job, quiet))
-        with progress_bar(len(stacks), "stacks", quiet) as show:
-            for n, source in enumerate(stacks):
-                row = place.row(n)
-                if row is None:
-                    show(n, f"{source.name}: reading")
-                    stack = source.load(job.dtype, job.device)
-                    extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], _told(show, n, source))
-                    place.add(n, extracted)
-                    row = extracted.row
-                rows.append(row)
-            for n, source in enumerate(job.unnamed):
-                show(len(stacks), f"{source.name}: norm")
-                norms[source.name] = place.note(f"norm-{n:05d}.json", functools.partial(_norm, source))
+        ranks = _ranks(job, place, processes, quiet or not processes.first)
+        left = processes.from_first(lambda: [n for n in range(len(stacks)) if place.row(n) is None])
+        share = _shares([stacks[n] for n in left], processes)[mine]
+        with (
+            processes.agreeing(),
+            progress_bar(len(stacks), "stacks", quiet or not processes.first) as show,
+        ):
+            for n in (left[i] for i in share):
+                if processes.ending:
+                    break
+                source = stacks[n]
+                show(place.done, f"{source.name}: reading")
+                stack = source.load(job.dtype, job.device)
+                place.add(n, extract_stack(stack, job.modules[n], job.settings, ranks[n], _told(show, place, source)))
+            for n in _shares(job.unnamed, processes)[mine]:
+                if processes.ending:
+                    break
+                show(place.done, f"{job.unnamed[n].name}: norm")
+                place.note(_norm_of(n), functools.partial(_norm, job.unnamed[n]))
     except KeyboardInterrupt:
-        done = sum(place.row(n) is not None for n in range(len(stacks)))
-        print(
-            f"interrupted; {done} of {len(stacks)} stacks are done, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return None
+        processes.interrupted()
+        if processes.first:
+            print(
+                f"interrupted; {place.done} of {len(stacks)} stacks are done, the same command goes on from there",
+                file=sys.stderr,
+            )
+        return False
     except InputError:
-        place.abandon()
+        if processes.first:
+            place.abandon()
         raise
+    return True
+
+
+def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[int]]:
+    return dealt([s.layers * math.prod(s.shape) * min(s.shape) for s in sources], processes.world_size)
+
+
+def _norm_of(n: int) -> str:
+    return f"norm-{n:05d}.json"
+
+
+def _written(job: Job, place: Workplace, about: dict[str, Any]) -> dict[str, Any]:
+    """The report, of rows and norms that lie in the folder, once it is written with all final files.
+
+    Raises InputError if there is nothing to write.
+    """
+    rows = [row for n in range(len(job.catalogue.stacks)) if (row := place.row(n)) is not None]
+    norms = {source.name: place.noted(_norm_of(n)) for n, source in enumerate(job.unnamed)}
     if not any(row["norm_squared"] for row in rows):
         place.clear()
         changed = [name for name, norm in norms.items() if norm]
@@ -259,7 +326,9 @@ def _extracted(job: Job, place: Workplace, quiet: bool) -> dict[str, list[dict[s
         {"name": name, "reason": reason} | ({"norm_squared": norm} if (norm := norms.get(name)) is not None else {})
         for name, reason in job.catalogue.left_out
     ]
-    return {"stacks": rows, "left_out": left_out}
+    report = about | {"stacks": rows, "left_out": left_out}
+    write_adapter(place, report)
+    return report
 
 
 def _norm(source: StackSource) -> float | None:
@@ -273,22 +342,44 @@ def _norm(source: StackSource) -> float | None:
         return None
 
 
-def _told(show: Callable[[int, str], None], n: int, source: StackSource) -> Callback:
-    return lambda progress: show(n, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
+def _told(show: Callable[[int, str], None], place: Workplace, source: StackSource) -> Callback:
+    return lambda progress: show(place.done, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
 
 
-def _allocated(job: Job, quiet: bool) -> Sequence[Sequence[int] | None]:
-    """The rank of every layer of every stack where the settings have a target: spectra of all of them, first."""
+def _ranks(job: Job, place: Workplace, processes: Processes, quiet: bool) -> Sequence[Sequence[int] | None]:
+    """The rank of every layer of every stack where the settings have a target, decided once, by all spectra.
+
+    Raises InputError if the target leaves nothing.
+    """
+    name = "ranks.json"
+    found: Sequence[Sequence[int] | None] | None = processes.from_first(lambda: place.noted(name))
+    if found is None:
+        spectra = [] if job.settings.target is None else _spectra(job, processes, quiet)
+        found = processes.from_first(lambda: place.note(name, lambda: _allocated(job, spectra)))
+    assert found is not None
+    return found
+
+
+def _spectra(job: Job, processes: Processes, quiet: bool) -> list[Tensor]:
+    """The singular values of all stacks, (L, min(b, a)) each; every process takes those of its share."""
+    stacks, found = job.catalogue.stacks, {}
+    share = _shares(stacks, processes)[processes.process]
+    with processes.agreeing(), progress_bar(len(share), "spectra", quiet) as show:
+        for done, n in enumerate(share):
+            if processes.ending:
+                break
+            show(done, stacks[n].name)
+            stack = stacks[n].load(job.dtype, job.device)
+            unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
+            found[n] = stack.singular_values().cpu() if stack.norm_squared > 0 else unchanged
+    of_all = {n: spectrum for one in processes.said(found) for n, spectrum in one.items()}
+    return [of_all[n] for n in range(len(stacks))]
+
+
+def _allocated(job: Job, spectra: Sequence[Tensor]) -> Sequence[Sequence[int] | None]:
     stacks, target = job.catalogue.stacks, job.settings.target
     if target is None:
         return [None] * len(stacks)
-    spectra = []
-    with progress_bar(len(stacks), "spectra", quiet) as show:
-        for n, source in enumerate(stacks):
-            show(n, source.name)
-            stack = source.load(job.dtype, job.device)
-            unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
-            spectra.append(stack.singular_values() if stack.norm_squared > 0 else unchanged)
     ranks = allocate_ranks(spectra, [sum(source.shape) for source in stacks], target)
     if not any(map(any, ranks)):
         raise InputError(

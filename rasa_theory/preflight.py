@@ -136,8 +136,8 @@ def adapter_bytes(job: Job) -> int:
     return numbers * STORED[settings.dtype].itemsize
 
 
-def forecast(job: Job, out: Path) -> str:
-    """What would be extracted into `out`, with its sizes, memory and time, for --dry-run."""
+def forecast(job: Job, out: Path, world_size: int = 1) -> str:
+    """What would be extracted into `out` by so many processes, with its sizes, memory and time, for --dry-run."""
     settings, catalogue = job.settings, job.catalogue
     lines, largest = [f"Source {catalogue.source}. Would extract, format {settings.format}:"], 0
     for s in catalogue.stacks:
@@ -154,8 +154,10 @@ def forecast(job: Job, out: Path) -> str:
         f"r = {_said(settings.rank)}, k = {_said(settings.k)}; the adapter takes at most about "
         f"{adapter_bytes(job) / 2**20:.1f} MiB{twice}; {_free(out) / 2**30:.3g} GiB are free in {out}."
     )
-    lines += [_reads(settings), _duration(job)]
-    lines.append(f"One stack is in memory at a time: about {largest / 2**20:.0f} MiB at most, beside the libraries.")
+    lines += [_reads(settings), _duration(job, world_size)]
+    each, of_each = ("", "") if world_size == 1 else (f" in each of {world_size} processes", " in each")
+    most = f"about {largest / 2**20:.0f} MiB at most{of_each}"
+    lines.append(f"One stack is in memory at a time{each}: {most}, beside the libraries.")
     return "\n".join(lines)
 
 
@@ -181,7 +183,7 @@ def _reads(settings: ExtractSettings) -> str:
     return f"{text}; from its files each time, where --memory leaves it there."
 
 
-def _duration(job: Job) -> str:
+def _duration(job: Job, world_size: int = 1) -> str:
     """Seconds of LoRA, extrapolated from one layer of each kind of work; those of the solver cannot be known."""
     settings = job.settings
 
@@ -201,7 +203,8 @@ def _duration(job: Job) -> str:
     solver = "" if settings.k == 0 else "; the solver comes on top"
     if seconds < 1:
         about, seconds = "less than", 1
-    return f"LoRA takes {about} {seconds:.0f} s here{flat}, reading aside, by a layer timed now{solver}."
+    shared = "" if world_size == 1 else f", in all {world_size} processes together"
+    return f"LoRA takes {about} {seconds:.0f} s here{shared}{flat}, reading aside, by a layer timed now{solver}."
 
 
 def _svd_cost(shape: tuple[int, int]) -> int:

@@ -33,8 +33,9 @@ _OURS = re.compile(
 class Workplace:
     """The folder `out`. `plan` is what must not change between two runs that share it: inputs, settings, stacks.
 
-    Within its `with`, which anything but a finished folder needs, no other process gets in. Raises InputError if it
-    holds the adapter of another plan, or files that are not ours; the `with`, if another process works there.
+    Within its `with`, which anything but a finished folder needs, no other run gets in; of several processes of a run,
+    one is in it for all. Raises InputError if it holds the adapter of another plan, or files that are not ours; the
+    `with`, if another run works there.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any]) -> None:
@@ -66,6 +67,16 @@ class Workplace:
         if self._lock is not None:
             self._lock.close()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has entered it, and has not finished."""
+        return (self.parts / "manifest.json").exists()
+
+    def noted(self, name: str) -> Any:
+        """What was kept under this name; None if nothing was."""
+        path = self.parts / name
+        return _read_json(path)["kept"] if path.exists() else None
+
     def note(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returned when it was first asked for, which is kept as data."""
         if not (self.parts / name).exists():
@@ -80,6 +91,11 @@ class Workplace:
         """The row of the n-th stack, if it is finished."""
         path = self.parts / f"{n:05d}.json"
         return _read_json(path) if path.exists() else None
+
+    @property
+    def done(self) -> int:
+        """How many stacks are finished."""
+        return sum(1 for _ in self.parts.glob("[0-9]*.json"))
 
     def add(self, n: int, extracted: Extracted) -> None:
         """Write the tensors of the n-th stack and then its row, which says that they are there."""
@@ -122,7 +138,7 @@ class Workplace:
 
     def abandon(self) -> None:
         """Leave nothing where nothing is finished."""
-        if not any(self.parts.glob("[0-9]*.json")):
+        if self.done == 0:
             self.clear()
 
     def clear(self) -> None:
