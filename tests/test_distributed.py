@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 import rasa_theory as rt
 from rasa_theory import distributed, extract, linalg, updates
+from rasa_theory.descent import Descent
 from rasa_theory.distributed import Processes, Spread
 from rasa_theory.errors import InputError
 from rasa_theory.sources import open_source, planted_stack
@@ -139,7 +140,7 @@ def in_order(processes: Processes, terms: list[float]) -> float:
 
 
 def test_a_sum_in_order_is_the_same_to_the_last_bit(pool: Pool) -> None:
-    terms = noise(1, 1, 9, 3).flatten().tolist()
+    terms = [1.0, *8 * [1e-16]]  # in any other order more than 1
     assert {found for n in (1, 2, 3, 4) for found in pool.run(n, in_order, terms)} == {sum(terms)}
 
 
@@ -159,6 +160,21 @@ def test_the_largest_and_the_sums_are_those_of_all_layers(pool: Pool) -> None:
     assert [x[0] for x in found] == [alone[0]] * 3
     assert np.allclose([x[1] for x in found], alone[1], rtol=1e-14)
     assert [x for one in found for x in one[2]] == alone[2]
+
+
+def first_without_private_terms(processes: Processes, values: Any) -> list[float]:
+    unit = dealt(processes, values).unit()
+    f = rt.RasaFactors.from_lora(rt.solve_lora(unit, 2).factors, rt.RankBudget(2, 1))
+    kept = torch.tensor([0.0, 1.0, 1.0]).double()[unit.spread.own, None, None]
+    f = dataclasses.replace(f, private_A=f.private_A * kept)
+    return Descent(unit, f, "joint", "lora").run(1, 0.0).history
+
+
+def test_private_terms_lack_only_where_no_layer_has_any(pool: Pool) -> None:
+    """The first layer has none, and is alone in its process."""
+    (alone,) = pool.run(1, first_without_private_terms, decaying())
+    for found in pool.run(3, first_without_private_terms, decaying()):
+        assert np.allclose(found, alone, rtol=1e-12)
 
 
 # ---- traffic
