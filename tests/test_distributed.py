@@ -86,6 +86,12 @@ def test_the_other_sweeps(pool: Pool, sweep: str) -> None:
     check_same(pool, (3,), decaying(5, 24, 20, 1), 3, 2, {"start": "lora", "sweep": sweep, "max_sweeps": 12})
 
 
+@pytest.mark.parametrize("start", ["random", "lora"])
+def test_bases_that_grow_do_so_by_what_all_layers_show(pool: Pool, start: str) -> None:
+    """Too large for bases of the whole space; at LoRA's optimum the directions are noise, and random ones are tried."""
+    check_same(pool, (2,), decaying(3, 90, 80, 1), 2, 1, {"start": start, "max_sweeps": 2})
+
+
 def test_fewer_layers_than_processes(pool: Pool) -> None:
     """The last processes hold none."""
     check_same(pool, (4,), decaying(2, 24, 20, 1), 3, 1, {"start": "random", "max_sweeps": 2})
