@@ -33,6 +33,7 @@ PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another that neither answers nor has died before it gives up."""
 _LONG = datetime.timedelta(days=7)  # for shares of work that end at different times
 _GRACE = 2.0  # seconds that a process which was interrupted stays for the others to be
+_FAREWELL = 5.0  # seconds that process 0 waits for the others to end as well
 _ROLL_CALL = datetime.timedelta(seconds=10)  # within which those who are alive say so
 _ALLOCATION = (MemoryError, torch.OutOfMemoryError)
 
@@ -225,6 +226,10 @@ class Processes:
         if self._store is not None:
             sys.stdout.flush()
             sys.stderr.flush()
+            self._counted("left", 1)
+            deadline = time.monotonic() + _FAREWELL
+            while self.first and self._counted("left") < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.02)  # the store may go with process 0, and tells the others who has spoken
             os._exit(status)
 
     @property

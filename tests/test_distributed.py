@@ -381,6 +381,7 @@ def started(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
             env=shared | {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(processes)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if pytest is in background
         )
         for n in range(processes)
     ]
