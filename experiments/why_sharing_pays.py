@@ -565,49 +565,52 @@ def draw_depth(ax: Axes, table: Table) -> None:
 
 
 def draw_kinds(ax: Axes, table: Table) -> None:
-    points, ticks, x = [], [], 0.0
+    kinds = [("updates", name) for name in table.column("stack", part="pool", source="updates")]
+    groups = {}
     for k in table.column("k", part="kinds"):
-        first = x
-        kinds = [("updates", name) for name in table.column("stack", part="pool", source="updates")]
-        found = [("a pool\neach", separate_pools(table, kinds, k))]
+        bars = {"a pool\neach": separate_pools(table, kinds, k)}
         for source, label in zip(HOW, ("one for\nall", "output\nflipped", "turned\napart"), strict=True):
-            where = {"part": "kinds", "source": source, "k": k}
-            found.append((label, (table.value("allocation", **where), table.value("best_found", **where))))
-        for label, (allocation, best) in found:
-            points.append((x, allocation, best))
-            ticks.append((x, label))
-            style.note(ax, f"{percent(1 - best):.2f}", (x, percent(1 - best)), xytext=(0, 5),
-                       textcoords="offset points", ha="center", color=style.GREY)  # fmt: skip
-            x += 1
+            bars[label] = both_errors(table, part="kinds", source=source, k=k)
+        groups[k] = bars
+    for k, (first, _) in zip(groups, draw_pools(ax, list(groups.values())), strict=True):
         style.note(ax, f"k = {k}", (first, 1), xycoords=("data", "axes fraction"), ha="center", va="top")
-        x += 0.4
-    stems(ax, points)
-    ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
-    ax.set_ylim(0, 1.2 * max(percent(1 - best) for _, _, best in points))
     style.name(ax, y=f"% of {E_LORA}", title="a pool for each of four kinds, or one over all")
 
 
 def draw_tasks(ax: Axes, table: Table) -> None:
-    points, ticks, x = [], [], 0.0
+    groups = {}
     for name in table.column("stack", part="tasks"):
-        first = x
-        found = [("each", separate_pools(table, [("updates", name), ("second task", name)], 1))]
+        bars = {"each": separate_pools(table, [("updates", name), ("second task", name)], 1)}
         for source, label in ((HOW[0], "one"), (HOW[2], "apart")):
-            where = {"part": "tasks", "source": source, "stack": name, "k": 1}
-            found.append((label, (table.value("allocation", **where), table.value("best_found", **where))))
-        for label, (allocation, best) in found:
+            bars[label] = both_errors(table, part="tasks", source=source, stack=name, k=1)
+        groups[name] = bars
+    for name, ends in zip(groups, draw_pools(ax, list(groups.values())), strict=True):
+        under(ax, name, sum(ends) / 2, 18)
+    style.name(ax, y=f"% of {E_LORA}", title="two tasks, k = 1: a pool each, one over both, turned apart")
+    ax.set_xlabel("pools over the layers of two tasks", fontsize=style.MEDIUM, labelpad=18)
+
+
+def draw_pools(ax: Axes, groups: list[dict[str, tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Groups of stems, label -> (allocation, best found); where each group begins and ends."""
+    points, ticks, ends, x = [], [], [], 0.0
+    for bars in groups:
+        ends.append((x, x + len(bars) - 1))
+        for label, (allocation, best) in bars.items():
             points.append((x, allocation, best))
             ticks.append((x, label))
             style.note(ax, f"{percent(1 - best):.2f}", (x, percent(1 - best)), xytext=(0, 5),
                        textcoords="offset points", ha="center", color=style.GREY)  # fmt: skip
             x += 1
-        under(ax, name, (first + x - 1) / 2, 18)
         x += 0.4
     stems(ax, points)
     ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
     ax.set_ylim(0, 1.2 * max(percent(1 - best) for _, _, best in points))
-    style.name(ax, y=f"% of {E_LORA}", title="two tasks, k = 1: a pool each, one over both, turned apart")
-    ax.set_xlabel("pools over the layers of two tasks", fontsize=style.MEDIUM, labelpad=18)
+    return ends
+
+
+def both_errors(table: Table, **where: Any) -> tuple[float, float]:
+    """Allocation and best found of one pool, in units of e_lora."""
+    return table.value("allocation", **where), table.value("best_found", **where)
 
 
 def separate_pools(table: Table, stacks: list[tuple[str, str]], k: int) -> tuple[float, float]:
