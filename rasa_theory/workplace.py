@@ -81,7 +81,7 @@ class Workplace:
         """What `make` returned when it was first asked for, which is kept as data."""
         if not (self.parts / name).exists():
             self._write(name, {"kept": make()})
-        return _read_json(self.parts / name)["kept"]
+        return self.noted(name)
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         text = json.dumps(data, indent=1, allow_nan=False)
