@@ -236,7 +236,7 @@ def _columns(axes: Any, rows: Sequence[dict[str, Any]], outer: str, inner: str) 
         x += 0.7
     axes.axhline(10, color=style.PALE, lw=0.8, zorder=0)
     axes.set_yscale("log")
-    axes.set_ylim(1, never * 1.4)
+    axes.set_ylim(0.8, never * 1.4)
     axes.set_yticks([1, 3, 10, 30, 100, never], ["1", "3", "10", "30", "100", "never"])
     axes.minorticks_off()
     axes.set_xticks([t for t, _ in ticks], [text for _, text in ticks])
