@@ -25,7 +25,7 @@ import tables
 from matplotlib.figure import Figure
 from scipy import stats
 
-from rasa_theory import style
+from rasa_theory.plotting import style
 
 Row = dict[str, Any]
 STYLES = [{"color": color, "linestyle": line} for line in ("-", "--", ":") for color in style.COLOURS]

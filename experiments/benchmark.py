@@ -38,10 +38,10 @@ from matplotlib.ticker import NullFormatter
 from tables import Row
 
 import rasa_theory as rt
-from rasa_theory import style
-from rasa_theory.descent import Descent
+from rasa_theory.plotting import style
+from rasa_theory.solvers.descent import Descent
+from rasa_theory.solvers.starts import allocation_start, random_start
 from rasa_theory.sources.synthetic import synthetic_stack
-from rasa_theory.starts import allocation_start, random_start
 
 COLUMNS = (
     "part", "axis", "stack", "layers", "b", "a", "rank", "k", "dtype", "threads", "method", "sweeps", "passes",

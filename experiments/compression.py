@@ -47,12 +47,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import methods, style
-from rasa_theory.factors import balanced
+from rasa_theory import methods
 from rasa_theory.methods.fit import residual
 from rasa_theory.methods.settings import largest
+from rasa_theory.plotting import style
+from rasa_theory.problem.factors import balanced
+from rasa_theory.problem.storage import Factored
 from rasa_theory.sources.adapters import LoraFolder
-from rasa_theory.storage import Factored
 
 COLUMNS = (
     "set", "adapters", "kind", "layer", "layers", "source", "draw", "share", "method", "settings", "parameters",

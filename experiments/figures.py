@@ -35,7 +35,7 @@ if str(Path(__file__).resolve().parent) not in sys.path:  # where scripts and te
 
 import tables
 
-from rasa_theory import style
+from rasa_theory.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

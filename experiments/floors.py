@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import style
+from rasa_theory.plotting import style
 
 COLUMNS = (
     "stack", "k", "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",

@@ -42,15 +42,15 @@ if importlib.util.find_spec("rasa_theory") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rasa_theory as rt
-from rasa_theory import style
-from rasa_theory.bases import thin_qr
 from rasa_theory.bounds.closed import allocate
-from rasa_theory.descent import Descent
-from rasa_theory.inner import sweeps_on
-from rasa_theory.inputs import compute_device
-from rasa_theory.problem import SVD
-from rasa_theory.starts import random_start
-from rasa_theory.updates import normalise_pool
+from rasa_theory.linalg.orthogonal import thin_qr
+from rasa_theory.plotting import style
+from rasa_theory.problem.inputs import compute_device
+from rasa_theory.problem.stack import SVD
+from rasa_theory.solvers.descent import Descent
+from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers.sweeps.accelerated import sweeps_on
+from rasa_theory.solvers.updates import normalise_pool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -38,10 +38,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import style
-from rasa_theory.attempts import median_iterations, random_attempt
+from rasa_theory.plotting import style
+from rasa_theory.solvers.attempts import median_iterations, random_attempt
+from rasa_theory.solvers.starts import random_start
 from rasa_theory.sources import synthetic_stack
-from rasa_theory.starts import random_start
 
 ITERATIONS = 200
 SEEDS = 10

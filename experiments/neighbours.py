@@ -28,7 +28,8 @@ from tables import Row
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import methods, style
+from rasa_theory import methods
+from rasa_theory.plotting import style
 
 COLUMNS = (
     "stack", "r", "method", "settings", "parameters", "error", "floor", "evidence", "seconds",

@@ -25,10 +25,10 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import style
-from rasa_theory.attempts import median_iterations
+from rasa_theory.plotting import style
+from rasa_theory.solvers.attempts import median_iterations
+from rasa_theory.solvers.starts import random_start
 from rasa_theory.sources import synthetic_stack
-from rasa_theory.starts import random_start
 
 COLUMNS = ("stack", "size", "seed", "iterations", "error", "error_after_joint_sweeps")
 ITERATIONS = 60

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import style
+from rasa_theory.plotting import style
 
 Shape = tuple[int, int, int, int, int]
 SHAPES: tuple[Shape, ...] = (

@@ -34,8 +34,10 @@ import tables
 import torch
 import torch.distributed as dist
 
-from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora, style, updates
-from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora
+from rasa_theory.distributed.processes import ALONE, Processes, Spread
+from rasa_theory.plotting import style
+from rasa_theory.solvers import updates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -69,7 +69,7 @@ from sentences import neighbours
 
 import rasa_theory as rt
 from rasa_theory import adapter as adapters
-from rasa_theory.inputs import compute_device
+from rasa_theory.problem.inputs import compute_device
 
 TARGETS = ["encoder.layer.*"]
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
-from rasa_theory import style
+from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 
 COLUMNS = ("stack", "layer", "relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")

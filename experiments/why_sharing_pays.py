@@ -46,8 +46,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from rasa_theory import methods, style
-from rasa_theory.ownership import participation_ratio
+from rasa_theory import methods
+from rasa_theory.plotting import style
+from rasa_theory.problem.participation import participation_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

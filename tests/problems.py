@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rasa_theory import RankBudget, RasaFactors, updates
+from rasa_theory import RankBudget, RasaFactors
+from rasa_theory.solvers import updates
 
 #        L, b, a, r, k, seed
 SHAPES = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rasa_theory.distributed import ALONE, Processes
+from rasa_theory.distributed.processes import ALONE, Processes
 
 _PATIENCE = timedelta(seconds=60)
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rasa_theory as rt
-from rasa_theory import bases, reconstruct
+from rasa_theory.commands import reconstruct
+from rasa_theory.linalg import orthogonal
+from rasa_theory.problem.storage import Factored
 from rasa_theory.sources import open_source
-from rasa_theory.storage import Factored
 
 ROOT = "base_model.model."
 
@@ -330,7 +331,7 @@ def test_half_precision_is_computed_in_single_and_float64_is_exact(tmp_path: Pat
 def test_orthonormal_columns_are_extended_by_orthonormal_ones() -> None:
     C = torch.linalg.qr(torch.as_tensor(noise(2, 9, 3)))[0]
     for n in (3, 4, 9):
-        Q = bases.extended(C, n)
+        Q = orthogonal.extended(C, n)
         assert torch.equal(Q[..., :3], C)
         torch.testing.assert_close(Q.mT @ Q, torch.eye(n).double().expand(2, n, n), rtol=0, atol=1e-14)
 

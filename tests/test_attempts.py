@@ -7,8 +7,8 @@ import reference
 from problems import SHAPES, noise
 
 from rasa_theory import LayerStack, RankBudget, linalg
-from rasa_theory.attempts import median_iterations, random_attempt
-from rasa_theory.starts import random_start
+from rasa_theory.solvers.attempts import median_iterations, random_attempt
+from rasa_theory.solvers.starts import random_start
 
 NEVER = 0.0  # no error is below it
 

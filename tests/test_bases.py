@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import noise
 
-from rasa_theory import bases
+from rasa_theory.linalg import orthogonal
 
 
 def tensor(x):
@@ -17,7 +17,7 @@ def test_orthonormal_rows(dependent):
     A = noise(2, 3, 5)
     if dependent:
         A[:, 2] = A[:, 0]
-    T, Q = bases.orthonormal_rows(tensor(A))
+    T, Q = orthogonal.orthonormal_rows(tensor(A))
     assert np.allclose(T @ Q, A, rtol=0, atol=1e-14)
     assert np.allclose(Q @ Q.mT, np.eye(3), rtol=0, atol=1e-14)
 
@@ -31,7 +31,7 @@ def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(
     for given in (U, torch.eye(12, 6, dtype=torch.float64).expand(*lead, 12, 6)):
         outside = new if given is U else torch.eye(12, dtype=torch.float64)[7].expand(*lead, 12)
         X = torch.stack([outside, outside + 1e-9 * Q[..., 9], given[..., 0], 0 * outside, outside], -1)
-        found = bases.orthonormal_beside(given, X)
+        found = orthogonal.orthonormal_beside(given, X)
         both = torch.cat([given, found], -1)
         assert float((both.mT @ both - torch.eye(11, dtype=torch.float64)).abs().max()) <= 1e-14
         assert float(((found[..., 0] * outside).sum(-1).abs() - 1).abs().max()) <= 1e-14
@@ -42,7 +42,7 @@ def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(
 def test_completing_columns():
     C = torch.linalg.qr(torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     X = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for found, n in ((torch.cat([C, bases.complement(C)], 2), 7), (bases.completed(C, X), 5)):
+    for found, n in ((torch.cat([C, orthogonal.complement(C)], 2), 7), (orthogonal.completed(C, X), 5)):
         assert found.shape == (2, 7, n)
         assert torch.equal(found[:, :, :3], C)
         assert float((found.mT @ found - torch.eye(n, dtype=torch.float64)).abs().max()) <= 1e-14
@@ -61,7 +61,7 @@ def graded(condition, dtype=torch.float64):
 def test_qr_by_cholesky_factors(dtype, eps, condition):
     """Twice is enough: orthonormal to rounding, triangular, and the factors multiply back, in either precision."""
     X = graded(condition, dtype)
-    Q, T, sound = bases.cholesky_qr(X)
+    Q, T, sound = orthogonal.cholesky_qr(X)
     assert bool(sound)
     assert Q.dtype == T.dtype == dtype
     assert float((Q.mT @ Q - torch.eye(6, dtype=dtype)).abs().max()) <= 3 * eps
@@ -79,8 +79,8 @@ def test_qr_by_cholesky_factors_says_where_it_is_not_sound():
     equal[1, :, 3] = equal[1, :, 0]
     infinite = torch.full((2, 9, 3), torch.inf, dtype=torch.float64)
     for X in (graded(1e9), equal, torch.zeros(2, 9, 3, dtype=torch.float64), infinite, infinite * 0):
-        assert not bool(bases.cholesky_qr(X)[2])
-    assert bool(bases.cholesky_qr(torch.zeros(2, 9, 0))[2])
+        assert not bool(orthogonal.cholesky_qr(X)[2])
+    assert bool(orthogonal.cholesky_qr(torch.zeros(2, 9, 0))[2])
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-3), (torch.float32, 3e-5), (torch.float64, 1e-12)])
@@ -88,5 +88,5 @@ def test_columns_that_nearly_depend_are_kept(dtype, gap):
     """Two columns at a small angle: both lie in the span, far below the rounding of what they could build."""
     Q = torch.linalg.qr(torch.as_tensor(noise(1, 80, 3)[0]))[0].to(dtype)
     X = torch.stack([Q[:, 0], Q[:, 0] + gap * Q[:, 1]], 1)
-    for P in (bases.orthonormal_columns(X), torch.cat([Q[:, 2:], bases.orthonormal_beside(Q[:, 2:], X)], 1)):
+    for P in (orthogonal.orthonormal_columns(X), torch.cat([Q[:, 2:], orthogonal.orthonormal_beside(Q[:, 2:], X)], 1)):
         assert float((P @ (P.mT @ X) - X).abs().max()) <= 4 * torch.finfo(dtype).eps

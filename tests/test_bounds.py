@@ -21,7 +21,7 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory.bounds import closed, closed_floors, floor_slack
-from rasa_theory.linalg import not_above
+from rasa_theory.linalg.dense import not_above
 
 ALL_KNOWN = KNOWN | {"shared bases": shared_bases, "planted": planted}
 

@@ -18,10 +18,10 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory import core as core_module
-from rasa_theory.core import CoreSweep
-from rasa_theory.starts import allocation_start, random_start
-from rasa_theory.updates import normalise_pool, update_private
+from rasa_theory.solvers.starts import allocation_start, random_start
+from rasa_theory.solvers.sweeps import core as core_module
+from rasa_theory.solvers.sweeps.core import CoreSweep
+from rasa_theory.solvers.updates import normalise_pool, update_private
 
 # (L, b, a, r, k), wider than 3 (R + q): bases that grow and are cut down; no pool; no private terms; one layer; ..
 NARROW = [(3, 60, 50, 3, 1), (3, 60, 50, 2, 0), (3, 50, 60, 2, 2), (1, 40, 50, 3, 1), (4, 90, 30, 2, 1)]

@@ -5,7 +5,7 @@ import torch
 from problems import falling, noise
 
 from rasa_theory import LayerStack, RankBudget, SolverOptions, lower_bound, reconstruction_error, solve_lora, solve_rasa
-from rasa_theory.algebra import Recorded
+from rasa_theory.linalg.recording import Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -25,10 +25,13 @@ from processes import Pool
 from safetensors.torch import save_file
 
 import rasa_theory as rt
-from rasa_theory import distributed, extract, linalg, updates
-from rasa_theory.descent import Descent
-from rasa_theory.distributed import Processes, Spread
-from rasa_theory.errors import InputError
+from rasa_theory import linalg
+from rasa_theory.commands import extract
+from rasa_theory.common.errors import InputError
+from rasa_theory.distributed import processes as distributed
+from rasa_theory.distributed.processes import Processes, Spread
+from rasa_theory.solvers import updates
+from rasa_theory.solvers.descent import Descent
 from rasa_theory.sources import open_source, planted_stack
 
 STARTS = ("best", "allocation", "lora", "random", "common", "pencil")

@@ -13,7 +13,7 @@ from strategies import best_error, nasty_stacks
 
 from rasa_theory import FloorOptions, LayerStack, RankBudget, SolverOptions, lower_bound, solve_lora, solve_rasa
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
-from rasa_theory.linalg import not_above
+from rasa_theory.linalg.dense import not_above
 
 
 def factors(stack, seed, size=1.0, p=None):

@@ -17,9 +17,9 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.exchange import Exchanges, leading_terms, losses, sign_patterns
-from rasa_theory.starts import allocation_start
-from rasa_theory.updates import normalise_pool
+from rasa_theory.solvers.exchange import Exchanges, leading_terms, losses, sign_patterns
+from rasa_theory.solvers.starts import allocation_start
+from rasa_theory.solvers.updates import normalise_pool
 
 
 def tensor(x):

@@ -9,7 +9,7 @@ from problems import noise, random_factors
 from safetensors.torch import load_file, save_file
 
 from rasa_theory import InputError, LayerStack, solve_lora
-from rasa_theory.exports import (
+from rasa_theory.formats.exports import (
     Modules,
     balanced,
     dense_tensor,

@@ -13,11 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import InputError, LayerStack, extract, extraction, preflight, reconstruct, sources, storage, workplace
-from rasa_theory.exports import Modules
-from rasa_theory.extract import main
-from rasa_theory.extract_report import extraction_table, model_card
-from rasa_theory.ranks import RankTarget
+from rasa_theory import InputError, LayerStack, sources
+from rasa_theory.bounds.allocation import RankTarget
+from rasa_theory.commands import extract, reconstruct
+from rasa_theory.commands.extract import main
+from rasa_theory.extraction import conversion as extraction
+from rasa_theory.extraction import folder as workplace
+from rasa_theory.extraction import plan as preflight
+from rasa_theory.extraction.report import extraction_table, model_card
+from rasa_theory.formats.exports import Modules
+from rasa_theory.problem import storage
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 
 peft = pytest.importorskip("peft")

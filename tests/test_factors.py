@@ -5,8 +5,8 @@ import torch
 from problems import noise
 
 from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, reconstruction_error, solve_lora
-from rasa_theory.factors import lora_parameters
-from rasa_theory.starts.previous import move_to_pool
+from rasa_theory.problem.factors import lora_parameters
+from rasa_theory.solvers.starts.previous import move_to_pool
 
 L, b, a, r, k = 3, 6, 5, 4, 1
 

@@ -27,7 +27,7 @@ from test_train_adapters import row as adapter_row
 
 import figures
 import rasa_theory as rt
-from rasa_theory import style
+from rasa_theory.plotting import style
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "figures"

@@ -7,8 +7,8 @@ import shlex
 
 import pytest
 
-from rasa_theory import flags
-from rasa_theory.bench.instances import FAMILIES
+from rasa_theory.commands import flags
+from rasa_theory.verification.instances import FAMILIES
 
 EVERY = [(command, line) for command, examples in flags.EXAMPLES.items() for line in examples.values()]
 

@@ -19,7 +19,8 @@ from problems import noise
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rasa_theory import InputError, reconstruct
+from rasa_theory import InputError
+from rasa_theory.commands import reconstruct
 from rasa_theory.sources import load, open_source
 
 INDEX = "model.safetensors.index.json"

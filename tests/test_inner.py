@@ -7,11 +7,12 @@ import reference
 import torch
 from problems import SHAPES, falling, noise
 
-from rasa_theory import LayerStack, RankBudget, inner
-from rasa_theory.algebra import Unchecked
-from rasa_theory.inner import core_sweeps
-from rasa_theory.starts import random_start
-from rasa_theory.updates import joint_sweep, normalise_pool, update_private
+from rasa_theory import LayerStack, RankBudget
+from rasa_theory.linalg.recording import Unchecked
+from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers.sweeps import accelerated as inner
+from rasa_theory.solvers.sweeps.accelerated import core_sweeps
+from rasa_theory.solvers.updates import joint_sweep, normalise_pool, update_private
 
 
 def plain(factors):

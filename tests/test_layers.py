@@ -3,7 +3,8 @@
 import torch
 from problems import noise
 
-from rasa_theory import layers, updates
+from rasa_theory.linalg import batched
+from rasa_theory.solvers import updates
 
 
 def test_sums_over_layers():
@@ -13,11 +14,11 @@ def test_sums_over_layers():
         torch.as_tensor(noise(1, 600, 7)[0]),
     )
     w = torch.as_tensor(noise(1, 20, 7, 2)[0])
-    assert len(list(layers.row_blocks(X))) > 1
-    assert torch.allclose(layers.total(X), X.sum(0))
-    assert torch.allclose(layers.outer(X, Y), torch.einsum("inm,ipm->np", X, Y))
-    assert torch.allclose(layers.weighted(X, w), torch.einsum("inm,im->nm", X, w))
-    assert torch.allclose(layers.each(X[:, :7].mT[0], X[:, :7]), torch.einsum("nm,imp->inp", X[0, :7].T, X[:, :7]))
+    assert len(list(batched.row_blocks(X))) > 1
+    assert torch.allclose(batched.total(X), X.sum(0))
+    assert torch.allclose(batched.outer(X, Y), torch.einsum("inm,ipm->np", X, Y))
+    assert torch.allclose(batched.weighted(X, w), torch.einsum("inm,im->nm", X, w))
+    assert torch.allclose(batched.each(X[:, :7].mT[0], X[:, :7]), torch.einsum("nm,imp->inp", X[0, :7].T, X[:, :7]))
     assert torch.allclose(updates.column_products(B, X), torch.einsum("nm,inm->im", B, X))
-    assert layers.weighted(X[:, :, :0], w[:, :0]).shape == (600, 0)
-    assert layers.outer(X[:, :, :0], Y[:, :, :0]).abs().max() == 0
+    assert batched.weighted(X[:, :, :0], w[:, :0]).shape == (600, 0)
+    assert batched.outer(X[:, :, :0], Y[:, :, :0]).abs().max() == 0

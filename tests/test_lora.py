@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from problems import noise, orthogonal, tail
 from scipy.stats import chi2
 
-from rasa_theory import InputError, LayerStack, linalg, lora, solve_lora, spectra
-from rasa_theory.objective import layer_errors
+from rasa_theory import InputError, LayerStack, linalg, solve_lora
+from rasa_theory.linalg import lanczos
+from rasa_theory.problem.residual import layer_errors
+from rasa_theory.solvers import lora
 
 EPS = np.finfo(float).eps
 N = 160
@@ -168,7 +170,7 @@ def test_a_direction_that_the_search_cannot_see_is_seen_by_the_probes(monkeypatc
     M[0, -1, -1] = hidden
     M[0, :-1, :-1] = with_spectrum(power(0.5))
     assert holds(solve_lora(LayerStack(M), 4, method="fast"), M, 4)
-    whole, svds = spectra.random_block, []
+    whole, svds = lanczos.random_block, []
 
     def blind(*args):
         block = whole(*args)
@@ -177,7 +179,7 @@ def test_a_direction_that_the_search_cannot_see_is_seen_by_the_probes(monkeypatc
 
     by_svd = lora._leading_part_by_svd
     monkeypatch.setattr(lora, "_leading_part_by_svd", lambda *args: svds.append(args) or by_svd(*args))
-    monkeypatch.setattr(spectra, "random_block", blind)
+    monkeypatch.setattr(lanczos, "random_block", blind)
     solution = solve_lora(LayerStack(M), 4, method="fast")
     assert holds(solution, M, 4)
     assert len(svds) == (hidden >= 0.5)  # sigma_4 of the rest is 0.5
@@ -197,8 +199,8 @@ def test_tau_bounds_the_norm_whatever_basis_and_beta(name, seed):
     for beta in (true / 50, true / 2, true, 3 * true, 1e-6 * norm**2):
         if beta < 1e-10 * norm**2:
             continue
-        bounds = list(spectra.norm_bounds(M, V, omega, beta, 1e-2, norm))
-        assert len(bounds) == spectra.STEPS + 1
+        bounds = list(lanczos.norm_bounds(M, V, omega, beta, 1e-2, norm))
+        assert len(bounds) == lanczos.STEPS + 1
         assert min(bounds) >= true
         assert min(bounds) >= beta
         if beta == true:
@@ -213,7 +215,7 @@ def test_tau_exceeds_the_norm_where_the_probes_are_as_poor_as_allowed():
     omega = torch.zeros(40, 16, dtype=torch.float64)
     omega[0, 0] = math.sqrt(c)
     for beta in (0.3, 0.9, 1.0):
-        for k, tau in enumerate(spectra.norm_bounds(M, V, omega, beta, c, 1.0)):
+        for k, tau in enumerate(lanczos.norm_bounds(M, V, omega, beta, c, 1.0)):
             assert tau >= 1
             assert k > 4 or tau <= 1 + 1e-7
 
@@ -221,8 +223,8 @@ def test_tau_exceeds_the_norm_where_the_probes_are_as_poor_as_allowed():
 def test_tau_scales_with_the_matrix():
     M, V = torch.as_tensor(STACKS["power 0.5"][0]), torch.eye(N + 10, 3, dtype=torch.float64)
     omega, norm = torch.as_tensor(noise(1, N + 10, 16)[0]), float(torch.linalg.matrix_norm(M))
-    whole = list(spectra.norm_bounds(M, V, omega, 0.9, 0.1, norm))
-    small = list(spectra.norm_bounds(M / 1024, V, omega, 0.9 / 1024**2, 0.1, norm / 1024))
+    whole = list(lanczos.norm_bounds(M, V, omega, 0.9, 0.1, norm))
+    small = list(lanczos.norm_bounds(M / 1024, V, omega, 0.9 / 1024**2, 0.1, norm / 1024))
     assert [x * 1024**2 for x in small] == pytest.approx(whole, rel=1e-12)
 
 
@@ -234,16 +236,16 @@ def test_what_rounding_may_do_to_tau():
     V = V[:, :-1]
     M[-1, -1] = 0
     size, kappa = 2 * math.sqrt(16), 5 * math.sqrt(39) * 40 * EPS * norm
-    tau = next(spectra.norm_bounds(M, V, omega, 1e-20, 1e-6, norm))
+    tau = next(lanczos.norm_bounds(M, V, omega, 1e-20, 1e-6, norm))
     assert tau == pytest.approx((kappa * size) ** 2 / 1e-6, rel=1e-9, abs=0)
     s = kappa / math.sqrt(1e-3)
     drowned = (8 * s * (1 + s) * size) ** 2  # as much as rounding can hide after one step
-    assert math.isfinite(list(spectra.norm_bounds(M, V, omega, 1e-3, 1.01 * drowned, norm))[1])
-    assert list(spectra.norm_bounds(M, V, omega, 1e-3, 0.99 * drowned, norm))[1:] == [math.inf] * spectra.STEPS
+    assert math.isfinite(list(lanczos.norm_bounds(M, V, omega, 1e-3, 1.01 * drowned, norm))[1])
+    assert list(lanczos.norm_bounds(M, V, omega, 1e-3, 0.99 * drowned, norm))[1:] == [math.inf] * lanczos.STEPS
 
 
 def test_the_failures_of_all_layers_and_attempts_add_up_to_that_of_the_call(monkeypatch):
-    part, bounds, failures, quantiles = spectra.leading_part, spectra.norm_bounds, [], []
+    part, bounds, failures, quantiles = lanczos.leading_part, lanczos.norm_bounds, [], []
 
     def watched_part(M, rank, goal, failure, generator):
         failures.append(failure)
@@ -253,13 +255,13 @@ def test_the_failures_of_all_layers_and_attempts_add_up_to_that_of_the_call(monk
         quantiles.append((args[2].shape[1], args[4]))
         return bounds(*args)
 
-    monkeypatch.setattr(spectra, "leading_part", watched_part)
-    monkeypatch.setattr(spectra, "norm_bounds", watched_bounds)
+    monkeypatch.setattr(lanczos, "leading_part", watched_part)
+    monkeypatch.setattr(lanczos, "norm_bounds", watched_bounds)
     solve_lora(LayerStack(STACKS["power 1"]), 2, method="fast")
     assert math.fsum(failures) == pytest.approx(1e-10)
     assert len(quantiles) == 2
     for probes, c in quantiles:
-        assert chi2.cdf(c, probes) * spectra.ATTEMPTS == pytest.approx(1e-10 / 2)
+        assert chi2.cdf(c, probes) * lanczos.ATTEMPTS == pytest.approx(1e-10 / 2)
 
 
 @pytest.mark.parametrize("name", ["low rank", "lower rank than asked"])
@@ -275,28 +277,28 @@ def test_the_certificate_for_bases_of_every_quality(seed):
     S = np.sort(rng.random(30))[::-1] * rng.choice([1.0, 0.3], 30)
     M = torch.as_tensor(with_spectrum(S, 30, 35, seed))
     V = torch.linalg.svd(M)[2][:8].mT + 10.0 ** rng.integers(-6, 0) * torch.as_tensor(noise(1, 35, 8, seed)[0])
-    basis = spectra.ritz(M, V)
+    basis = lanczos.ritz(M, V)
     tau = float(torch.linalg.matrix_norm(M - basis.MV @ basis.V.mT, 2)) ** 2
     for rank in range(1, 9):
         true = float((torch.linalg.svdvals(M)[:rank] ** 2).sum())
-        assert spectra.most_captured(basis, rank, tau, 0.0) >= true * (1 - 1e-14)
+        assert lanczos.most_captured(basis, rank, tau, 0.0) >= true * (1 - 1e-14)
     assert float(basis.theta[:4].sum()) <= float((torch.linalg.svdvals(M)[:4] ** 2).sum()) * (1 + 1e-14)
 
 
 def test_the_certificate_without_residual_and_with():
     """G = diag(4, 1) coupled by rho: with V = e_1 and t = theta_1, C = rho^2 / (t - tau)."""
-    exact = spectra.ritz(torch.diag(torch.tensor([2.0, 1.0]).double()), torch.eye(2, 1).double())
-    assert spectra.most_captured(exact, 1, 1.0, 0.0) == pytest.approx(4)
+    exact = lanczos.ritz(torch.diag(torch.tensor([2.0, 1.0]).double()), torch.eye(2, 1).double())
+    assert lanczos.most_captured(exact, 1, 1.0, 0.0) == pytest.approx(4)
     M = torch.linalg.cholesky(torch.tensor([[4.0, 0.3], [0.3, 1.0]]).double()).mT.contiguous()
-    basis = spectra.ritz(M, torch.eye(2, 1).double())
-    assert spectra.most_captured(basis, 1, 1.0, 0.0) == pytest.approx(4 + 1.1 * 0.09 / 3, rel=1e-6)
-    assert spectra.most_captured(basis, 1, 1.0, 0.1) == pytest.approx(4 + (1.1 * 0.09 + 11 * 0.01) / 3, rel=1e-6)
+    basis = lanczos.ritz(M, torch.eye(2, 1).double())
+    assert lanczos.most_captured(basis, 1, 1.0, 0.0) == pytest.approx(4 + 1.1 * 0.09 / 3, rel=1e-6)
+    assert lanczos.most_captured(basis, 1, 1.0, 0.1) == pytest.approx(4 + (1.1 * 0.09 + 11 * 0.01) / 3, rel=1e-6)
 
 
 def test_the_allowance_is_taken_off_and_added():
     M = torch.as_tensor(STACKS["power 1"][0])
-    part = spectra.leading_part(M, 3, 1e-6, 1e-10, torch.Generator().manual_seed(0))
-    allowance = spectra.ALLOWANCE * math.sqrt(3 * 22) * max(M.shape) * EPS * float((M**2).sum())
+    part = lanczos.leading_part(M, 3, 1e-6, 1e-10, torch.Generator().manual_seed(0))
+    allowance = lanczos.ALLOWANCE * math.sqrt(3 * 22) * max(M.shape) * EPS * float((M**2).sum())
     assert part is not None
     assert part.high - part.error == pytest.approx(allowance, rel=1e-2)
     assert part.error - part.low >= allowance * 0.99

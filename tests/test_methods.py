@@ -273,8 +273,8 @@ def test_the_vectors_of_a_sub_vector_are_the_best_ones_after_each_other():
 
 
 def test_a_bank_begins_with_means_of_its_points_and_each_further_vector_brings_nearer():
-    from rasa_theory.factors import balanced
     from rasa_theory.methods.vb_lora import _begun, _distances, _kmeans
+    from rasa_theory.problem.factors import balanced
 
     s = rt.LayerStack(problems.decaying(4, 16, 12)).unit()
     points = torch.as_tensor(noise(1, 6, 3, 1)[0]).repeat(8, 1) + 1e-4 * torch.as_tensor(noise(1, 48, 3, 2)[0])

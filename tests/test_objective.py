@@ -7,7 +7,7 @@ import torch
 from problems import SHAPES, noise, planted
 
 from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, reconstruction_error
-from rasa_theory.starts import STARTS, random_start
+from rasa_theory.solvers.starts import STARTS, random_start
 
 
 def factors_for(L, b, a, r, k, seed):

@@ -8,9 +8,9 @@ import torch
 from problems import SHAPES, decaying, noise, orthogonal, random_factors
 
 from rasa_theory import LayerStack, RankBudget, RasaFactors, SolverOptions, pool_participation, solve_rasa
-from rasa_theory.exchange import losses
-from rasa_theory.ownership import layer_losses, participation_ratio
-from rasa_theory.updates import normalise_pool
+from rasa_theory.problem.participation import layer_losses, participation_ratio
+from rasa_theory.solvers.exchange import losses
+from rasa_theory.solvers.updates import normalise_pool
 
 
 def tensor(x):

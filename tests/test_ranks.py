@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rasa_theory import InputError
-from rasa_theory.ranks import RankTarget, allocate_ranks
+from rasa_theory.bounds.allocation import RankTarget, allocate_ranks
 
 SIGMAS = [torch.tensor([[4.0, 2.0, 1.0], [3.0, 3.0, 0.0]]), torch.tensor([[5.0, 1.0]])]
 COSTS = [10, 40]

@@ -25,7 +25,6 @@ from rasa_theory import (
     SolverOptions,
     StopReason,
     allocation_bound,
-    descent,
     load,
     lower_bound,
     reconstruction_error,
@@ -33,12 +32,13 @@ from rasa_theory import (
     solve_path,
     solve_rasa,
 )
-from rasa_theory.descent import DEGENERATE, Descent
-from rasa_theory.exchange import Exchanges
-from rasa_theory.linalg import not_above
-from rasa_theory.rasa import _ahead, _with_exchanges
-from rasa_theory.starts import STARTS, lora_start, random_start
-from rasa_theory.updates import measurable
+from rasa_theory.linalg.dense import not_above
+from rasa_theory.solvers import descent
+from rasa_theory.solvers.descent import DEGENERATE, Descent
+from rasa_theory.solvers.exchange import Exchanges
+from rasa_theory.solvers.rasa import _ahead, _with_exchanges
+from rasa_theory.solvers.starts import STARTS, lora_start, random_start
+from rasa_theory.solvers.updates import measurable
 
 BOTH = pytest.mark.parametrize("sweep", ["joint", "paper"])
 EVERY = pytest.mark.parametrize("sweep", ["core", "joint", "paper"])

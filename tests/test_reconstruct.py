@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 import rasa_theory as rt
-from rasa_theory import flags, reconstruct
-from rasa_theory.console import memory_size, write_file
+from rasa_theory.commands import flags, reconstruct
+from rasa_theory.commands.console import memory_size, write_file
 
-study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
+study = importlib.import_module("rasa_theory.reconstruction.driver")
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
 
 

@@ -12,7 +12,7 @@ from strategies import best_error, nasty_stacks
 
 from rasa_theory import FloorOptions, InputError, LayerStack, RankBudget, linalg, lower_bound
 from rasa_theory.bounds.search import Search, capped_weights, smoothed_ky_fan
-from rasa_theory.linalg import not_above
+from rasa_theory.linalg.dense import not_above
 
 QUICK = FloorOptions(max_iterations=30)
 

@@ -25,10 +25,10 @@ from rasa_theory import (
     solve_lora,
     solve_path,
     solve_rasa,
-    subspaces,
 )
-from rasa_theory.linalg import not_above
-from rasa_theory.starts import PROMISES, common_start, pencil_start
+from rasa_theory.linalg.dense import not_above
+from rasa_theory.problem import subspaces
+from rasa_theory.solvers.starts import PROMISES, common_start, pencil_start
 
 ALGEBRAIC = {"common": common_start, "pencil": pencil_start}
 BOTH = pytest.mark.parametrize("name", ALGEBRAIC)

@@ -11,7 +11,8 @@ from problems import decaying, noise
 from safetensors.torch import save_file
 
 import rasa_theory as rt
-from rasa_theory import problem, storage
+from rasa_theory.problem import stack as problem
+from rasa_theory.problem import storage
 from rasa_theory.sources import load, open_source
 
 SHAPE = (64, 12, 10)

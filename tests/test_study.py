@@ -20,11 +20,11 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory import study as run_study
-from rasa_theory.bench.instances import draw_instance
-from rasa_theory.starts import random_start
-from rasa_theory.updates import drop_allowance
+from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers.updates import drop_allowance
+from rasa_theory.verification.instances import draw_instance
 
-study = importlib.import_module("rasa_theory.study")  # the module; rasa_theory.study is the function
+study = importlib.import_module("rasa_theory.reconstruction.driver")
 
 STACK, BUDGET = LayerStack(100 * noise(3, 9, 8)), RankBudget(3, 1)
 LORA = solve_lora(STACK, 3)

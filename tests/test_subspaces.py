@@ -5,7 +5,7 @@ import pytest
 from problems import noise, orthogonal, planted
 
 from rasa_theory import InputError, LayerStack, SharedSubspaceSpectrum, load, shared_subspace_spectrum
-from rasa_theory.subspaces import unrelated_level
+from rasa_theory.problem.subspaces import unrelated_level
 
 MIDDLING = [(6, 80, 70, 4, 2), (8, 100, 90, 4, 1), (5, 60, 60, 3, 3), (3, 9, 8, 2, 1)]
 

@@ -15,7 +15,7 @@ from rasa_theory import FloorOptions, LayerStack, RankBudget, SolverOptions, low
 from rasa_theory.bounds.closed import cappings
 from rasa_theory.bounds.search import Search
 from rasa_theory.bounds.two_sided import Division, _Problem, search_two_sided, two_sided_value
-from rasa_theory.linalg import not_above
+from rasa_theory.linalg.dense import not_above
 
 QUICK = FloorOptions(max_iterations=30)
 

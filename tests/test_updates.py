@@ -10,18 +10,10 @@ from hypothesis import given
 from problems import SHAPES, noise, random_factors
 from strategies import nasty_stacks
 
-from rasa_theory import (
-    LayerStack,
-    RankBudget,
-    RasaFactors,
-    linalg,
-    mixing_drop,
-    reconstruction_error,
-    solve_lora,
-    updates,
-)
-from rasa_theory.starts import random_start
-from rasa_theory.updates import measurable
+from rasa_theory import LayerStack, RankBudget, RasaFactors, linalg, mixing_drop, reconstruction_error, solve_lora
+from rasa_theory.solvers import updates
+from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers.updates import measurable
 
 
 def plain(factors):

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from rasa_theory import verify
-from rasa_theory.bench.evidence import BenchSettings, Subject
-from rasa_theory.bench.instances import FAMILIES, draw_instance
-from rasa_theory.bench.laws import LAWS
-from rasa_theory.bench.trial import Trial, run_trial
-from rasa_theory.bench.workers import suitable_jobs
+from rasa_theory.commands import verify
+from rasa_theory.verification.evidence import BenchSettings, Subject
+from rasa_theory.verification.instances import FAMILIES, draw_instance
+from rasa_theory.verification.laws import LAWS
+from rasa_theory.verification.trial import Trial, run_trial
+from rasa_theory.verification.workers import suitable_jobs
 
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "verify.schema.json").read_text(encoding="utf-8"))
 HONEST = Subject()

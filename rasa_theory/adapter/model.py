@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rasa_theory.adapter.layer import AdaptedLinear
 from rasa_theory.adapter.targets import PLACE, kinds_of, named, some
 from rasa_theory.adapter.terms import Kind, Settings, Terms
-from rasa_theory.errors import InputError
-from rasa_theory.factors import RasaFactors, lora_parameters
-from rasa_theory.problem import RankBudget
+from rasa_theory.common.errors import InputError
+from rasa_theory.problem.factors import RasaFactors, lora_parameters
+from rasa_theory.problem.stack import RankBudget
 
 
 class Adapter(nn.Module):

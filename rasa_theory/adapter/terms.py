@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rasa_theory.errors import InputError
-from rasa_theory.exports import Modules
-from rasa_theory.factors import RasaFactors
-from rasa_theory.problem import RankBudget
+from rasa_theory.common.errors import InputError
+from rasa_theory.formats.exports import Modules
+from rasa_theory.problem.factors import RasaFactors
+from rasa_theory.problem.stack import RankBudget
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed import Spread
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.distributed.processes import Spread
+from rasa_theory.problem.stack import LayerStack, RankBudget
 
 
 @dataclass(frozen=True)

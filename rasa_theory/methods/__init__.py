@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rasa_theory.errors import InputError
-from rasa_theory.factors import lora_parameters
+from rasa_theory.common.errors import InputError
 from rasa_theory.methods.allocated import ALLOCATED, fit_allocated
 from rasa_theory.methods.fit import Evidence, Fit, Method
+from rasa_theory.methods.independent import LORA, fit_lora
 from rasa_theory.methods.joint import JOINT_DIAGONAL, JOINT_FULL, fit_joint
-from rasa_theory.methods.lora import LORA, fit_lora
 from rasa_theory.methods.one_sided import ONE_SIDED, fit_one_sided
-from rasa_theory.methods.rasa import RASA, fit_rasa
+from rasa_theory.methods.pooled import RASA, fit_rasa
 from rasa_theory.methods.settings import Settings
 from rasa_theory.methods.share_basis import SHARE_BASIS, fit_share_basis
 from rasa_theory.methods.share_lora import SHARE_LORA, fit_share_lora
 from rasa_theory.methods.tied_lora import TIED_LORA, fit_tied_lora
 from rasa_theory.methods.vb_lora import VB_LORA, fit_vb_lora
 from rasa_theory.methods.vera import VERA, fit_vera
-from rasa_theory.problem import LayerStack, RankBudget, whole_number
+from rasa_theory.problem.factors import lora_parameters
+from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
 
 METHODS: dict[str, Method] = {
     "lora": LORA,

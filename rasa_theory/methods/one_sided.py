@@ -11,7 +11,7 @@ from rasa_theory import linalg
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
 from rasa_theory.methods.settings import Settings, at_least, at_most, largest, one_of
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem.stack import LayerStack
 
 SIDES = ("columns", "rows")
 

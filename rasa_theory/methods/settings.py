@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rasa_theory.errors import InputError
-from rasa_theory.problem import LayerStack, whole_number
+from rasa_theory.common.errors import InputError
+from rasa_theory.problem.stack import LayerStack, whole_number
 
 Settings = Mapping[str, int | str]
 

@@ -11,7 +11,7 @@ from rasa_theory.methods.alternate import Steps, alternate, increment
 from rasa_theory.methods.diagonals import Diagonals
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
 from rasa_theory.methods.settings import Settings, at_least, largest
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem.stack import LayerStack
 
 
 def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, max_sweeps: int = 120) -> Fit:

@@ -12,7 +12,7 @@ from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.diagonals import Diagonals
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
 from rasa_theory.methods.settings import Settings, at_least, largest
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem.stack import LayerStack
 
 LARGEST = 1024  # tried in a comparison: each further number catches about 1 / (a b) of the energy, at r^3 operations
 

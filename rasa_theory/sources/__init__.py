@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from rasa_theory.errors import InputError
-from rasa_theory.inputs import compute_device, compute_dtype
-from rasa_theory.problem import LayerStack, whole_number
+from rasa_theory.common.errors import InputError
+from rasa_theory.formats.checkpoint import open_checkpoint
+from rasa_theory.formats.shards import PICKLES
+from rasa_theory.problem.inputs import compute_device, compute_dtype
+from rasa_theory.problem.stack import LayerStack, whole_number
 from rasa_theory.sources.adapters import CONFIG, WEIGHTS, base_of, open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
-from rasa_theory.sources.checkpoint import open_checkpoint
 from rasa_theory.sources.pair import open_pair
-from rasa_theory.sources.shards import PICKLES
 from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
 
 __all__ = [

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rasa_theory.errors import InputError
+from rasa_theory.common.errors import InputError
+from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.orientation import adapted_conv1d
+from rasa_theory.formats.safetensors import read_json
+from rasa_theory.problem.storage import Factored
 from rasa_theory.sources.catalogue import Catalogue, Holder, catalogue_of_groups
-from rasa_theory.sources.checkpoint import Checkpoint
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group, is_floating
-from rasa_theory.sources.headers import read_json
-from rasa_theory.sources.orientation import adapted_conv1d
-from rasa_theory.storage import Factored
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

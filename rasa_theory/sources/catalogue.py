@@ -14,12 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rasa_theory.distributed import ALONE, Processes, Spread
-from rasa_theory.errors import DamagedFile, FailedElsewhere, InputError, NotFinite
-from rasa_theory.inputs import compute_dtype
-from rasa_theory.problem import LayerStack
+from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite
+from rasa_theory.distributed.processes import ALONE, Processes, Spread
+from rasa_theory.problem.inputs import compute_dtype
+from rasa_theory.problem.stack import LayerStack
+from rasa_theory.problem.storage import Factored, OnDisk, Part
 from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
-from rasa_theory.storage import Factored, OnDisk, Part
 
 __all__ = ["Catalogue", "Holder", "LeftOut", "Reader", "StackSource", "catalogue_of", "catalogue_of_groups"]
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory.errors import InputError
-from rasa_theory.factors import RasaFactors
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.common.errors import InputError
+from rasa_theory.problem.factors import RasaFactors
+from rasa_theory.problem.stack import LayerStack, RankBudget
 
 
 def synthetic_stack(

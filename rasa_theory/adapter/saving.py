@@ -1,0 +1,166 @@
+"""Adapters as files: the layout of RaSA's authors, every parameter as it is, and PEFT's LoRA of the same updates."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
+from torch import Tensor, nn
+
+from rasa_theory.adapter.model import Adapter, put
+from rasa_theory.adapter.targets import kinds_of
+from rasa_theory.adapter.terms import Settings, Terms
+from rasa_theory.commands.console import writable_folder, write_file
+from rasa_theory.common.errors import InputError
+from rasa_theory.formats.exports import lora_config, lora_tensors, rasa_config, rasa_layout
+from rasa_theory.formats.safetensors import read_header, read_json
+from rasa_theory.problem.stack import RankBudget
+from rasa_theory.sources.adapters import CONFIG, WEIGHTS, LoraFolder
+
+_FORMATS = ("rasa", "lora-exact-rasa")
+_MODULE = re.compile(r"base_model\.model\.(.+)\.rasa_A\.weight")
+
+
+def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: str | None = None) -> Path:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; what it returns.
+
+    `rasa`: the layout of RaSA's authors, every parameter as it is, so that training goes on from it. `lora-exact-rasa`:
+    the same updates as LoRA of rank q + R for each kind, for PEFT. `base`: the model that it belongs to, as the
+    configuration shall name it. Raises InputError if the folder cannot be written or the layout cannot hold it.
+    """
+    if format not in _FORMATS:
+        raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
+    out = writable_folder(Path(folder))
+    tensors, config = _as_rasa(adapter, base) if format == "rasa" else _as_lora(adapter, base)
+    content = serialised({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"format": "pt"})
+    write_file(out / WEIGHTS, lambda f: f.write(content))
+    write_file(out / CONFIG, lambda f: f.write(json.dumps(config, indent=1).encode()))
+    return out
+
+
+def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Adapter:
+    """Put the adapter of a folder into a model and enable it: one in the authors' layout, or PEFT's LoRA of one rank.
+
+    The parameters take the dtype of the model. Raises InputError, and changes nothing, if there is none, the files are
+    not sound or hold what is no update of a linear layer, or the model has no such modules.
+    """
+    path = Path(folder)
+    config = read_json(path / CONFIG)
+    if config.get("peft_type") == "RASA":
+        return _rasa(model, path, config, name)
+    if config.get("peft_type") == "LORA":
+        return _lora(model, path, name)
+    raise InputError(f"{path / CONFIG}: peft_type is {config.get('peft_type')!r}, expected RASA or LORA")
+
+
+# ---- the authors' layout
+
+
+def _layout(terms: Terms) -> dict[str, Tensor]:
+    """The parameters themselves, by the keys of the authors' layout."""
+    if terms.kind != terms.targets.kind:
+        raise InputError(
+            f"layers of {terms.targets.kind!r} have several shapes, for which the authors' layout has one pool only; "
+            "use lora-exact-rasa"
+        )
+    return rasa_layout(terms.targets, terms.private_B, terms.private_A, terms.mixing, terms.shared_B, terms.shared_A)
+
+
+def _as_rasa(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    budgets = {terms.budget for terms in adapter.terms.values()}
+    if len(budgets) > 1:
+        raise InputError(
+            "the kinds of module have different ranks, which the authors' layout cannot say; use lora-exact-rasa"
+        )
+    (budget,) = budgets
+    dropout = next(iter(adapter.terms.values())).dropout.p
+    config = rasa_config(list(adapter.targets), budget.rank, budget.shared_rank, _transposed(adapter), base)
+    tensors = {key: t for terms in adapter.terms.values() for key, t in _layout(terms).items()}
+    return tensors, config | {"rasa_alpha": adapter.alpha, "rasa_dropout": dropout}
+
+
+def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Adapter:
+    read_header(path / WEIGHTS)
+    tensors = load_file(path / WEIGHTS)
+    modules = [found[1] for key in tensors if (found := _MODULE.fullmatch(key))]
+    if not modules:
+        raise InputError(f"{path / WEIGHTS}: no tensor is called base_model.model.<module>.rasa_A.weight")
+    settings = _settings(path / CONFIG, config)
+    kinds: list[Terms] = []
+    used: set[str] = set()
+    for kind in kinds_of(model, modules):
+        kind.check_fits(settings.budget)  # before anything is allocated
+        terms = Terms(kind, settings, torch.Generator())
+        parameters = _layout(terms)
+        _assign(parameters, tensors, path / WEIGHTS)
+        kinds.append(terms)
+        used |= parameters.keys()
+    if unused := sorted(tensors.keys() - used):
+        raise InputError(f"{path / WEIGHTS}: {unused[0]!r} belongs to none of its modules; save the adapter again")
+    return put(model, name, settings.alpha, kinds)
+
+
+def _settings(file: Path, config: dict[str, Any]) -> Settings:
+    r, k, alpha, dropout = (config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout"))
+    try:
+        return Settings(RankBudget(r, k), alpha, dropout)  # type: ignore[arg-type]  # they are checked there
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+@torch.no_grad()
+def _assign(parameters: dict[str, Tensor], tensors: dict[str, Tensor], file: Path) -> None:
+    for key, parameter in parameters.items():
+        if key not in tensors:
+            raise InputError(f"{file} has no tensor {key!r}; the model has other layers, or the file is not whole")
+        if parameter.shape != tensors[key].shape:
+            found, expected = tuple(tensors[key].shape), tuple(parameter.shape)
+            raise InputError(f"{file}: {key!r} has shape {found}, the model and {CONFIG} need {expected}")
+        parameter.copy_(tensors[key])
+
+
+# ---- PEFT's LoRA
+
+
+def _as_lora(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for terms in adapter.terms.values():
+        lora = terms.factors().as_lora()
+        tensors |= lora_tensors(terms.targets, lora)
+        ranks |= dict.fromkeys(terms.targets.names, lora.B.shape[2])
+    return tensors, lora_config(ranks, _transposed(adapter), base)
+
+
+@torch.no_grad()
+def _lora(model: nn.Module, path: Path, name: str) -> Adapter:
+    lora = LoraFolder(path)
+    if lora.left_out:
+        tensor, reason = lora.left_out[0]
+        raise InputError(f"{path}: {tensor!r} would be lost: {reason}; load it with PEFT")
+    ranks = {pair.rank for pair in lora.pairs.values()}
+    if len(ranks) != 1:
+        raise InputError(f"{path}: {'ranks differ over modules' if ranks else 'it has no factors'}; load it with PEFT")
+    rank = ranks.pop()
+    settings = Settings(RankBudget(rank, 0), float(rank))
+
+    kinds = []
+    for kind in kinds_of(model, lora.pairs):
+        terms = Terms(kind, settings, torch.Generator())
+        for i, module in enumerate(kind.modules.names):
+            B, A = lora.factors(module)
+            if (found := (B.shape[0], A.shape[1])) != terms.shape:
+                raise InputError(f"{path}: {module!r} has an update of shape {found}, in the model {terms.shape}")
+            terms.private_B[i].copy_(B)
+            terms.private_A[i].copy_(A)
+        kinds.append(terms)
+    return put(model, name, settings.alpha, kinds)
+
+
+def _transposed(adapter: Adapter) -> bool:
+    return any(terms.targets.transposed for terms in adapter.terms.values())

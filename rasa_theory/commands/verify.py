@@ -1,0 +1,188 @@
+"""python -m rasa_theory.verify: the laws around Theorem 3.1, tried on random instances of many families.
+
+Exit status: 0 every law held, 1 a law failed, 2 bad input or usage, 130 interrupted (what was finished is tallied).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rasa_theory.bounds import CERTIFICATES
+from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.commands.flags import with_examples
+from rasa_theory.common.errors import InputError
+from rasa_theory.distributed.processes import Processes
+from rasa_theory.reconstruction.driver import environment
+from rasa_theory.solvers.rasa import SolverOptions
+from rasa_theory.verification.evidence import BenchSettings, Subject
+from rasa_theory.verification.instances import FAMILIES, Instance
+from rasa_theory.verification.replay import Replay, load_replay, save_replay
+from rasa_theory.verification.scorecard import describe, table, verdict_lines
+from rasa_theory.verification.tally import Tally, results
+from rasa_theory.verification.trial import Trial, run_trial
+from rasa_theory.verification.workers import Drawn, shared_trials, suitable_jobs, trials
+
+_NAME = "rasa_theory.verify"
+_INSTANCES = 300
+
+
+def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
+    """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(
+        _NAME, lambda processes: _run(_parse(given), given, subject, processes), "give --replay a smaller stack"
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m rasa_theory.verify",
+        description="Try the laws around Theorem 3.1 on random instances: order of the bounds, nesting, known optima, "
+        "invariances, monotone histories, reported errors.",
+        epilog=with_examples(
+            "A failing instance is written to --out, in a file that --replay tries again.",
+            "verify",
+        ),
+    )
+    add = parser.add_argument
+    add("--instances", type=int, metavar="N", help=f"so many, of the families in turn ({_INSTANCES})")
+    add("--seed", type=int, metavar="S", help="of everything random (0)")
+    add("--families", metavar="A,B", help="only these (all); --list names them")
+    add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({BenchSettings().sweeps})")
+    add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
+    add("--jobs", type=int, metavar="N", help="so many processes (one per processor if that is worth it)")
+    add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
+    add("--list", action="store_true", help="say what the families and laws are")
+    add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
+    add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    for name in ("instances", "seed", "families", "jobs"):
+        if args.replay is not None and getattr(args, name) is not None:
+            parser.error(f"--replay tries one instance; --{name} does not go with it")
+    args.instances = _INSTANCES if args.instances is None else args.instances
+    args.seed = 0 if args.seed is None else args.seed
+    return args
+
+
+def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, processes: Processes) -> int:
+    if args.list:
+        if processes.first:
+            print(describe())
+        return 0
+    flags = {"sweeps": args.sweeps, "certificate": args.certificate}
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    with naming_flags({}):
+        settings = BenchSettings(**chosen)
+        SolverOptions(seed=args.seed)
+    if args.replay is not None:
+        if not processes.alone:
+            raise InputError("--replay tries one instance; run one process")
+        replay = load_replay(Path(args.replay), **chosen)
+        settings, asked, out = replay.settings, 1, None
+        work: Iterator[Trial] = map(
+            lambda it: run_trial(it.instance, subject or Subject(), settings, it.laws), [replay]
+        )
+    else:
+        work, asked = _trials(args, settings, subject, processes), args.instances
+        out = processes.from_first(lambda: output_folder(args.out))
+
+    tally, started, interrupted, broken = Tally(), time.perf_counter(), False, False
+    try:
+        with progress_bar(asked, "instances", args.quiet or not processes.first) as show:
+            show(0, "")
+            for trial in work:
+                kept = _keep(trial, settings, out) if args.replay is None and processes.first else args.replay
+                tally.add(trial, kept)
+                show(tally.instances, _done(trial.instance, tally))
+    except KeyboardInterrupt:
+        processes.interrupted()
+        interrupted = True
+    except BrokenProcessPool:
+        print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)
+        interrupted = broken = True
+
+    found = results(
+        tally,
+        settings,
+        seed=args.seed,
+        asked=asked,
+        command=["python", "-m", "rasa_theory.verify", *given],
+        environment=environment(torch.device("cpu"), torch.float64, processes.world_size),
+        seconds=time.perf_counter() - started,
+    )
+    if processes.first:
+        _report(found, args.json, out, interrupted)
+    return 2 if broken else 130 if interrupted else 1 if tally.failures else 0
+
+
+def _trials(
+    args: argparse.Namespace, settings: BenchSettings, subject: Subject | None, processes: Processes
+) -> Iterator[Trial]:
+    """All laws on the instances asked for, of the families in turn; a `subject` of its own is tried in this process.
+
+    Processes that torchrun has started take the instances in turn, in place of --jobs.
+
+    Raises InputError for an impossible number or family.
+    """
+    for name in ("instances", "jobs"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise InputError(f"--{name} must be at least 1, got {number}")
+    families = list(FAMILIES) if args.families is None else args.families.split(",")
+    for name in families:
+        if name not in FAMILIES:
+            raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
+    turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
+    if not processes.alone:
+        if args.jobs is not None:
+            raise InputError("--jobs starts processes, as torchrun has; give one of the two")
+        return shared_trials((Drawn(family, number, args.seed) for family, number in turns), settings, processes)
+    drawn = (Drawn(family, number, args.seed) for family, number in turns)
+    return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
+
+
+def _done(instance: Instance, tally: Tally) -> str:
+    (L, b, a), budget = instance.draw.values.shape, instance.draw.budget
+    failed = f"; {len(tally.failures)} failed so far" if tally.failures else ""
+    return f"{instance.family}, {L} x {b} x {a}, r = {budget.rank}, k = {budget.shared_rank}{failed}"
+
+
+def _keep(trial: Trial, settings: BenchSettings, out: Path | None) -> str | None:
+    """Write the file that reproduces a failing trial; returns its name, or None where there is none.
+
+    If it cannot be written, that is said, and the run goes on: a violation that was found is not lost.
+    """
+    if out is None or not trial.failed:
+        return None
+    instance, folder = trial.instance, out / "failures"
+    path = folder / f"{instance.family}-{instance.number}-{instance.seed}.npz"
+    try:
+        output_folder(str(folder))
+        write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
+    except InputError as error:
+        print(f"{_NAME}: {error}", file=sys.stderr)
+        return None
+    return str(path)
+
+
+def _report(found: dict[str, Any], as_json: bool, out: Path | None, interrupted: bool) -> None:
+    text = sys.stderr if as_json else sys.stdout
+    encoded = json.dumps(found, indent=1, allow_nan=False)
+    if found["families"]:
+        print(table(found), file=text)
+    for line in verdict_lines(found, interrupted):
+        print(line, file=text)
+    if out is not None:
+        write_file(out / "verify.json", lambda file: file.write(f"{encoded}\n".encode()))
+        print(f"File: {out / 'verify.json'}", file=text)
+    if as_json:
+        print(encoded)

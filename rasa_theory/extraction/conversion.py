@@ -1,0 +1,261 @@
+"""From stacks to an adapter with an error report, one stack at a time, so that an interruption loses one at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rasa_theory.bounds import CERTIFICATES, Bound, lower_bound
+from rasa_theory.bounds.allocation import RankTarget
+from rasa_theory.common.errors import InputError
+from rasa_theory.formats.exports import FORMATS, Modules, dense_tensor, lora_tensors, rasa_tensors
+from rasa_theory.problem.factors import LoraFactors, RasaFactors
+from rasa_theory.problem.residual import layer_errors
+from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.solvers.descent import Callback
+from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
+
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
+_SHARES = (50, 90, 99)
+_FACTS = ("stable_rank", "entropy_rank", *(f"rank_{share}" for share in _SHARES))
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """What to extract: RaSA(r, k) beside LoRA of rank r, `format` of `exports.FORMATS`, stored as `dtype`.
+
+    k = 0 solves no RaSA; k None takes the best of 1, 2, 4, .., r for each stack. With a `target` the ranks are chosen
+    layer by layer (`ranks.allocate_ranks`), rank is None and k is 0. Raises InputError for anything else.
+    """
+
+    rank: int | None
+    k: int | None
+    format: str = "lora"
+    dtype: str = "float32"
+    certificate: str = "closed"
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    target: RankTarget | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("format", FORMATS), ("dtype", STORED), ("certificate", CERTIFICATES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.target is not None:
+            if self.rank is not None or self.k != 0:
+                raise InputError(
+                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0"
+                )
+        elif self.rank is None:
+            raise InputError("rank auto needs a target: an energy, an error or a number of parameters")
+        else:
+            RankBudget(self.rank, self.k or 0)
+        if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
+            raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool")
+        if self.format == "rasa" and self.k is None:
+            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
+
+    def exact(self, shape: tuple[int, int]) -> bool:
+        """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""
+        return self.k != 0 or min(shape) <= _EXACT
+
+    def plain(self) -> dict[str, Any]:
+        """As data, to compare with those of an earlier run."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What is written of one stack: the tensors in the dtype of the files, and its row of the report."""
+
+    tensors: dict[str, Tensor]
+    row: dict[str, Any]
+
+
+def extract_stack(
+    stack: LayerStack,
+    modules: Modules,
+    settings: ExtractSettings,
+    ranks: Sequence[int] | None = None,
+    callback: Callback | None = None,
+) -> Extracted:
+    """LoRA of rank r and RaSA(r, k) of one stack, the tensors of the format, and how far they are from it.
+
+    `ranks`, one per layer, stand for r where the settings have a target; a stack of zeros has ranks 0 and no tensors.
+    All errors are squared, in units of the input, per layer and summed. A LoRA without RaSA of layers larger than 1024
+    is taken from the certified leading part, and full spectra are not reported. Raises InputError if r > min(b, a), or
+    if the dtype of the files cannot hold the factors.
+    """
+    L = stack.layers
+    if stack.norm_squared == 0:
+        zeros = [0.0] * L
+        return Extracted(
+            {}, _row(stack, modules, settings, [0] * L, zeros, zeros, zeros, [dict.fromkeys(_FACTS, 0)] * L)
+        )
+    given = [settings.rank or 0] * L if ranks is None else list(ranks)
+    spent = sum(given) * sum(stack.shape)
+    exact = settings.exact(stack.shape)
+    lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
+    best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
+    lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
+    k, errors, floor = 0, lora_errors, Bound(0.0, "none")
+    if settings.k != 0:
+        found, k = _solved(stack, given[0], settings, callback)
+        floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
+        errors = found.layer_errors
+        if settings.format != "lora":
+            best, given = found.factors, [given[0] - k + L * k] * L
+    tensors, stored = _stored(stack, modules, best, given, settings)
+    spectra = _spectral_facts(stack.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
+    row = _row(stack, modules, settings, given, lora_errors, errors, stored, spectra)
+    written = sum(t.numel() for t in tensors.values())
+    parameters = {"lora": spent, "rasa": spent + L * L * k, "stored": written}
+    floors = {"lower_bound": floor.value, "lower_bound_name": floor.name}
+    return Extracted(tensors, row | {"k": k, "parameters": parameters} | floors)
+
+
+def _row(
+    stack: LayerStack,
+    modules: Modules,
+    settings: ExtractSettings,
+    ranks: Sequence[int],
+    lora: Sequence[float],
+    rasa: Sequence[float],
+    stored: Sequence[float],
+    facts: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The row of a stack of which nothing is written yet: ranks written, squared errors and spectral facts by layer."""
+    norms = stack.layer_norms_squared
+    return {
+        "name": stack.name, "kind": modules.kind, "layers": stack.layers, "shape": list(stack.shape),
+        "transposed": modules.transposed, "rank": settings.rank, "k": 0,
+        "norm_squared": stack.norm_squared, "e_lora": math.fsum(lora), "e_rasa": math.fsum(rasa),
+        "lower_bound": 0.0, "lower_bound_name": "none", "e_stored": math.fsum(stored),
+        "parameters": {"lora": 0, "rasa": 0, "stored": 0},
+        "ranks": {name: rank for name, rank in zip(modules.names, ranks, strict=True) if rank > 0},
+        "modules": [
+            {
+                "module": name, "rank": ranks[i], "norm_squared": norms[i], "e_lora": lora[i],
+                "e_rasa": rasa[i], "e_stored": stored[i], **facts[i],
+            }
+            for i, name in enumerate(modules.names)
+        ],
+    }  # fmt: skip
+
+
+def _cut(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
+    """The leading ranks[i] terms of every layer, the others 0."""
+    kept = (
+        torch.arange(factors.B.shape[2], device=factors.B.device)
+        < torch.tensor(ranks, device=factors.B.device)[:, None]
+    )
+    return LoraFactors(factors.B * kept[:, None], factors.A)
+
+
+def _solved(
+    stack: LayerStack, rank: int, settings: ExtractSettings, callback: Callback | None
+) -> tuple[RasaSolution, int]:
+    """RaSA(r, k) and k; the best of several k, the smallest of equal ones, where none is given."""
+    if settings.k is not None:
+        return solve_rasa(stack, RankBudget(rank, settings.k), settings.solver, callback), settings.k
+    path = solve_path(stack, rank, {*(2**n for n in range(rank.bit_length())), rank}, settings.solver, callback)
+    k = min(path, key=lambda k: path[k].error)
+    return path[k], k
+
+
+def _stored(
+    stack: LayerStack,
+    modules: Modules,
+    factors: LoraFactors | RasaFactors,
+    ranks: Sequence[int],
+    settings: ExtractSettings,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
+    factors = factors.to(torch.float64)
+    dtype = STORED[settings.dtype]
+    if settings.format == "diff":
+        return _stored_dense(stack, modules, factors, dtype)
+    if settings.format == "rasa" and isinstance(factors, RasaFactors):
+        tensors = rasa_tensors(modules, factors)
+    else:
+        tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
+    kept = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
+    return kept, layer_errors(stack, _read_back(stack, modules, kept, settings.format))
+
+
+def _stored_dense(
+    stack: LayerStack, modules: Modules, factors: LoraFactors | RasaFactors, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The same of dense updates, a layer at a time."""
+    kept, errors = {}, []
+    for i, _, M in stack.tiles(rows=stack.shape[0]):
+        key, update = dense_tensor(modules, factors, i)
+        kept[key] = _rounded(key, update, dtype)
+        written = kept[key].to(stack.device, torch.float64)
+        errors.append(float(((M.double() - (written.mT if modules.transposed else written)) ** 2).sum()))
+    return kept, errors
+
+
+def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype).contiguous().cpu()
+    if not bool(torch.isfinite(rounded).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"{name} cannot hold the entries of {key!r}; write bfloat16 or float32 (--dtype)")
+    return rounded
+
+
+def _read_back(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], format_: str) -> LoraFactors | RasaFactors:
+    """The factors that the written tensors alone give, in float64."""
+    on = {key: tensor.to(stack.device, torch.float64) for key, tensor in kept.items()}
+    if format_ == "rasa":
+        kind = modules.kind.replace(".", "__")
+        A, B, mixing = (
+            [on[f"base_model.model.{n}.rasa_{x}.weight"] for n in modules.names] for x in ("A", "B", "mixing")
+        )
+        q = A[0].shape[0]
+        private_B = torch.stack([b * d[:q] for b, d in zip(B, mixing, strict=True)])
+        B_S, A_S = (on[f"base_model.rasa_shared_{x}.{kind}.weight"] for x in ("B", "A"))
+        return RasaFactors(private_B, torch.stack(A), B_S, A_S, torch.stack([d[q:] for d in mixing]))
+    (b, a), widest = stack.shape, max((len(t) for key, t in on.items() if ".lora_A." in key), default=0)
+    left = torch.zeros(stack.layers, b, widest, dtype=torch.float64, device=stack.device)
+    right = torch.zeros(stack.layers, widest, a, dtype=torch.float64, device=stack.device)
+    for i, name in enumerate(modules.names):
+        if (key := f"base_model.model.{name}.lora_A.weight") in on:
+            rank = len(on[key])
+            right[i, :rank], left[i, :, :rank] = on[key], on[key.replace(".lora_A.", ".lora_B.")]
+    return LoraFactors(left, right)
+
+
+def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
+    """Stable rank, entropy rank, and ranks for shares of the energy, of every layer: singular values (L, m)."""
+    facts: list[dict[str, Any]] = []
+    for energy in (sigma**2).cpu():
+        total = float(energy.sum())
+        if total == 0:
+            facts.append(dict.fromkeys(_FACTS, 0))
+            continue
+        p, cumulative = energy / total, torch.cumsum(energy, 0) / total
+        entropy = -float(torch.special.xlogy(p, p).sum())
+        needed = {f"rank_{s}": int((cumulative < s / 100 * (1 - 1e-12)).sum()) + 1 for s in _SHARES}
+        facts.append({"stable_rank": total / float(energy[0]), "entropy_rank": math.exp(entropy)} | needed)
+    return facts
+
+
+def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str, Any]:
+    """What the leading part alone says: the stable rank, and ranks for shares of the energy that it reaches."""
+    energy = (factors.B[i].double() ** 2).sum(0).cpu()
+    total = stack.layer_norms_squared[i]
+    if total == 0:
+        return dict.fromkeys(_FACTS, 0)
+    facts: dict[str, Any] = {"stable_rank": total / float(energy[0]), "entropy_rank": None}
+    for s in _SHARES:
+        reached = (torch.cumsum(energy, 0) >= s / 100 * total).nonzero()
+        facts[f"rank_{s}"] = int(reached[0]) + 1 if len(reached) else None
+    return facts

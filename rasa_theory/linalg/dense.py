@@ -1,0 +1,285 @@
+"""The low-level numerics that everything else shares: spectra, leading subspaces, rank-safe solves, tolerances."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from rasa_theory.distributed.processes import Spread
+
+_SMALL = 512 * 512
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def suitable_threads(matrix: Tensor) -> Iterator[None]:
+    """Run on one thread of the CPU where the matrices (..., b, a) are small, b a <= 512^2.
+
+    There, threads gain nothing even on idle cores, and they wait at barriers by spinning, which makes a batch of small
+    decompositions many times slower as soon as another process wants the cores. Large matrices use torch's threads.
+    """
+    threads = torch.get_num_threads()
+    if matrix.device.type != "cpu" or threads == 1 or math.prod(matrix.shape[-2:]) > _SMALL:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition (..., b, a) -> U (..., b, m), S (..., m), Vh (..., m, a), m = min(b, a).
+
+    Divide and conquer (LAPACK gesdd) fails on rare finite matrices; those are done again by QR iteration (gesvd).
+    """
+    with suitable_threads(matrix):
+        try:
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+            if bool(torch.isfinite(S).all()):
+                return U, S, Vh
+        except LinAlgError:
+            pass
+        return _svd_by_qr_iteration(matrix)
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values, falling: (..., b, a) -> (..., min(b, a)); as `svd`, where divide and conquer fails."""
+    with suitable_threads(matrix):
+        try:
+            S: Tensor = torch.linalg.svdvals(matrix)
+            if bool(torch.isfinite(S).all()):
+                return S
+        except LinAlgError:
+            pass
+    return svd(matrix)[1]
+
+
+def _svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, a = matrix.shape[-2:]
+    parts = [
+        scipy.linalg.svd(m.cpu().numpy(), full_matrices=False, lapack_driver="gesvd") for m in matrix.reshape(-1, b, a)
+    ]
+    U, S, Vh = (torch.stack([torch.as_tensor(p[j]) for p in parts]).to(matrix.device) for j in range(3))
+    lead = matrix.shape[:-2]
+    return U.reshape(*lead, *U.shape[1:]), S.reshape(*lead, S.shape[1]), Vh.reshape(*lead, *Vh.shape[1:])
+
+
+def symmetric_eigenvalues(gram: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices, ascending: (..., n, n) -> (..., n)."""
+    with suitable_threads(gram):
+        values: Tensor = torch.linalg.eigvalsh(gram)
+    return values
+
+
+def symmetric_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of symmetric matrices, ascending, and their eigenvectors: (..., n, n) -> (..., n), (..., n, n)."""
+    with suitable_threads(gram):
+        values, vectors = torch.linalg.eigh(gram)
+    return values, vectors
+
+
+def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (x : y) of y X v = x Y v, and a real basis of eigenvectors: (n, n) twice -> x, y (n,), V (n, n).
+
+    x and y are complex; the two columns of a complex pair are the real and the imaginary part of its vector. Columns
+    are of unit norm. On the CPU, in float64. Raises LinAlgError if the iteration fails.
+    """
+    try:
+        (x, y), V = scipy.linalg.eig(X.cpu().numpy(), Y.cpu().numpy(), homogeneous_eigvals=True)
+    except (np.linalg.LinAlgError, ValueError) as error:  # no convergence; entries that are not finite
+        raise LinAlgError(str(error)) from None
+    real = np.where(x.imag < 0, V.imag, V.real)
+    norms = np.linalg.norm(real, axis=0)
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(real / np.where(norms > 0, norms, 1))
+
+
+def ky_fan(symmetric: Tensor, m: int) -> Tensor:
+    """KF_m(S), the sum of the m largest nonnegative eigenvalues of S: (..., n, n) -> (...).
+
+    It is the maximum of tr(X S) over 0 <= X <= I with tr X <= m, so it rises with S and is subadditive.
+    """
+    if m == 0:
+        return symmetric.new_zeros(symmetric.shape[:-2])
+    return largest_nonnegative(symmetric_eigenvalues(symmetric), m)
+
+
+def largest_nonnegative(values: Tensor, m: int) -> Tensor:
+    """The sum of the m largest of `values`, ascending (..., n), that are not negative: (...)."""
+    return values[..., max(values.shape[-1] - m, 0) :].clamp_min(0).sum(-1)
+
+
+def tail_energy(sigma: Tensor, rank: int) -> Tensor:
+    """Squared singular values after the first `rank`, summed: (..., m) -> (...).
+
+    By Eckart-Young, the least squared Frobenius error of any rank-`rank` approximation.
+    """
+    return (sigma[..., rank:] ** 2).sum(-1)
+
+
+def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation of one matrix: (b, a) -> B (b, rank), A (rank, a), one of them orthonormal.
+
+    The leading eigenvectors of the smaller Gram matrix are several times cheaper than the SVD. They can lose up to
+    n eps sigma_1^2 of energy, n the size of the Gram matrix, which is harmless unless the remaining error is itself
+    small: where it falls below sigma_1^2 / 400 the loss could be seen beyond `rounding`, and the SVD is taken.
+    `exact` takes it at once.
+    """
+    b, a = matrix.shape
+    if rank == 0:
+        return matrix.new_zeros(b, 0), matrix.new_zeros(0, a)
+    if not exact and rank < min(b, a):
+        wide = a > b
+        tall = matrix.mT if wide else matrix  # (m, n), n <= m
+        energy, V = leading_eigenpairs(tall.mT @ tall, rank)  # (rank,), (n, rank)
+        left = tall @ V  # (m, rank)
+        remaining = float((matrix * matrix).sum() - (left * left).sum())
+        if remaining > float(energy[-1]) / 400 > 0:
+            return (V, left.mT) if wide else (left, V.mT)
+    U, S, Vh = svd(matrix)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
+    n = gram.shape[0]
+    if gram.device.type == "cpu" and 4 * count < n:
+        values, vectors = scipy.linalg.eigh(
+            gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
+        )
+        if len(values) == count:  # LAPACK syevr finds too few at times where eigenvalues coincide
+            return torch.from_numpy(values), torch.from_numpy(vectors)
+    values_, vectors_ = symmetric_eigenpairs(gram)
+    return values_[-count:], vectors_[:, -count:]
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within it, if `allowed`, float32 products on CUDA may round their factors to TF32, of 10 bits."""
+    if not allowed:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def product(M: Tensor, X: Tensor) -> Tensor:
+    """M_i X: (L, b, a) and (a, n) or (L, a, n) -> (L, b, n), n small.
+
+    Formed as (X^T M_i^T)^T: BLAS is faster where the thin factor stands first, up to ten times on the CPU.
+    """
+    return (X.mT @ M.mT).mT
+
+
+def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
+    """x that lowers x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m) -> (..., n, m).
+
+    In the coordinates scaled by 1 / sqrt(size), where G is far from singular and the gain g^T G^-1 g, summed over the
+    batch, at least four times what the rounding error of g costs, the solution of G x = g. Otherwise its minimum-norm
+    solution restricted to the eigenvectors v of G for which
+    - the eigenvalue exceeds the rounding error of G, 10 n eps, and
+    - |v^T g| exceeds the rounding error of g.
+    Along each that is kept the quadratic falls (by (v^T g)^2 / eigenvalue), so an update by such an x never raises the
+    error, whatever the cut drops: the reason why updates are solved for their increment, from the residual's g.
+
+    `size` (..., n) holds the diagonal that G would have without cancellation; entries of size 0 (dead columns) stay
+    0. `noise` (..., n) is the rounding error of the rows of g, in norm. Batches broadcast.
+    """
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, sound = _by_cholesky(scaled, y, variance)
+    if not bool(sound):
+        x = _by_eigenvectors(scaled, y, variance)
+    return s.unsqueeze(-1) * x
+
+
+def solve_layers(
+    gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """x as from `solve_increment`, the batch one of layers, and the sum over all processes of `measure`(x), ().
+
+    All take the same way, that of all L layers together; what decides it goes through the reduction of the measure.
+    """
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, regular, loss, gain = _cholesky_solution(scaled, y, variance)
+    x = s.unsqueeze(-1) * x
+    value = measure(x)
+    if spread.alone:
+        sound = regular & (4 * loss <= gain)
+    else:
+        irregular, loss, gain, value = spread.total(torch.stack([(~regular).to(value.dtype), loss, gain, value]))
+        sound = (irregular == 0) & (4 * loss <= gain)
+    if bool(sound):
+        return x, value
+    x = s.unsqueeze(-1) * _by_eigenvectors(scaled, y, variance)
+    return x, spread.total(measure(x))
+
+
+def increment_by_cholesky(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What `solve_increment` returns where it takes G^-1 g, and whether it does (a boolean tensor).
+
+    Nothing here waits for a GPU.
+    """
+    s, scaled, y, variance = _in_units(gram, rhs, size, noise)
+    x, sound = _by_cholesky(scaled, y, variance)
+    return s.unsqueeze(-1) * x, sound
+
+
+def _in_units(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s = 1 / sqrt(size), or 0, and G, g and the squared noise in the coordinates scaled by it."""
+    s = torch.where(size > 0, size, 1).rsqrt() * (size > 0)
+    return s, s.unsqueeze(-1) * gram * s.unsqueeze(-2), s.unsqueeze(-1) * rhs, (s * noise) ** 2
+
+
+def _by_cholesky(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """G^-1 y, and whether it is to be trusted."""
+    x, regular, loss, gain = _cholesky_solution(gram, y, variance)
+    return x, regular & (4 * loss <= gain)
+
+
+def _cholesky_solution(gram: Tensor, y: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G^-1 y, whether G is far from singular, and what rounding costs and the solution gains, summed over the batch.
+
+    An error e of y leaves the quadratic e^T G^-1 e above its minimum: with independent entries of that variance,
+    sum_j variance_j (G^-1)_jj.
+    """
+    n, eps = gram.shape[-1], torch.finfo(gram.dtype).eps
+    with suitable_threads(gram):
+        L, failed = torch.linalg.cholesky_ex(gram)
+        eye = torch.eye(n, dtype=gram.dtype, device=gram.device).expand(gram.shape)
+        K = torch.linalg.solve_triangular(L, eye, upper=False)  # L^-1
+    Ky, inverse = K @ y, (K * K).sum(-2)  # the diagonal of G^-1
+    loss, gain = (inverse * variance).sum(), (Ky * Ky).sum()
+    regular = (failed == 0).all() & (inverse.sum(-1) < 1 / (100 * max(n, 1) * eps)).all()
+    return K.mT @ Ky, regular, loss, gain
+
+
+def _by_eigenvectors(gram: Tensor, y: Tensor, variance: Tensor) -> Tensor:
+    n, eps = gram.shape[-1], torch.finfo(gram.dtype).eps
+    with suitable_threads(gram):
+        values, V = torch.linalg.eigh(gram)
+    Vy = V.mT @ y  # (..., n, m)
+    noise = ((V * V).mT @ variance.unsqueeze(-1)).squeeze(-1).sqrt()
+    keep = (values > 10 * n * eps) & (torch.linalg.vector_norm(Vy, dim=-1) > noise)
+    x: Tensor = V @ (torch.where(keep, 1 / torch.where(keep, values, 1), 0).unsqueeze(-1) * Vy)
+    return x
+
+
+def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:
+    """The tolerance of every comparison between errors, in units of norm (not squared): 10 max(b, a) eps ||M||."""
+    return 10 * max(shape) * eps * norm
+
+
+def not_above(x: float, y: float, tolerance: float) -> bool:
+    """Whether the squared error x is at most y, up to a `tolerance` in units of norm; NaN is above everything."""
+    return math.sqrt(max(x, 0.0)) <= math.sqrt(max(y, 0.0)) + tolerance if x == x and y == y else False

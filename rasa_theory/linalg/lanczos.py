@@ -1,0 +1,266 @@
+"""The leading part of one large matrix without its SVD, and a certificate of how much energy nothing can capture.
+
+M is (b, a), G = M^T M with eigenvalues lambda_1 >= lambda_2 >= .., V (a, m) has orthonormal columns, Theta = V^T G V,
+R = G V - V Theta, and E = M (I - V V^T). Everything is in float64, but for the search for V.
+
+**The certificate.** Let ||E||_2^2 <= tau < t. Then, with C = Theta - t I + R^T R / (t - tau),
+
+    sum_{j<=r} lambda_j <= r t + KF_r(C),    KF_r the sum of the r largest nonnegative eigenvalues.
+
+Proof: G <= t I + V C V^T. For in the basis [V, W], W orthonormal beside V, the difference has the blocks
+C + t I - Theta, -V^T G W and t I - W^T E^T E W >= (t - tau) I, so its Schur complement is at least
+C + t I - Theta - R^T R / (t - tau) = 0. The sum of the r largest eigenvalues rises with the matrix, and those of
+t I + V C V^T are t + eig(C), and t. No gap after r is needed, only tau < t: at t = theta_r the bound exceeds what V
+captures by about sum_{j<=r} ||R_j||^2 / (t - tau), quadratic in the residual.
+
+**tau.** Omega (a, p) has independent normal entries, drawn after V. H = E^T E has the largest eigenvalue lambda with
+unit eigenvector u. ||u^T Omega||^2 is chi^2_p: it falls below its quantile c with the probability asked. Else, for the
+Chebyshev polynomial T_k, Y_k = T_k(2 H / beta - I) Omega, any beta > 0, and lambda >= beta,
+
+    ||E Y_k||_F >= sqrt(lambda) T_k(2 lambda / beta - 1) sqrt(c),
+
+for every k and beta at once; solved for lambda, that is tau (or beta itself, if larger). Bounds from random vectors are
+Dixon's (SIAM J. Numer. Anal. 20, 1983), who takes powers of H; the polynomials give the rate of Kuczynski and
+Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992).
+
+**Rounding.** g = max(b, a) eps exceeds the relative error, in norm, of a product of inner length at most max(b, a).
+- V is orthonormal to sqrt(m) g in norm (checked), so each of Theta, R, ||M||^2 and the captured energy is off by less
+  than 5 sqrt(m) g ||M||^2, and KF_r changes by at most sqrt(r) times as much: `ALLOWANCE` sqrt(r m) g ||M||^2 is taken
+  off. R^T R, which is divided by t - tau, is replaced by 1.1 R^T R + 11 d^2 I, d the error of R.
+- A product with E is off by at most kappa ||y||, kappa = 5 sqrt(m) g ||M||, hence one with H by
+  kappa (sqrt(lambda) + kappa) ||y||, and a step of the recurrence by 8 (lambda / beta) s (1 + s) ||Y_j||,
+  s = kappa / sqrt(beta). Such an error reaches Y_k through U_{k-1-j}, and (lambda / beta) U_{k-1-j} <= k T_k at
+  2 lambda / beta - 1 >= 1. So sqrt(c) becomes sqrt(c) - 8 k s (1 + s) sum_{j<k} ||Y_j||, and ||E Y_k|| becomes
+  ||E Y_k|| + kappa ||Y_k||.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import scipy.special
+import torch
+from torch import Tensor
+
+from rasa_theory.linalg import dense, orthogonal
+
+ALLOWANCE = 20.0
+PROBES = 16
+ATTEMPTS = 2  # bases that are tried before the SVD
+STEPS = 24  # of the recurrence, at most
+
+
+class LeadingPart(NamedTuple):
+    """B (b, r) and A (r, a), orthonormal rows, for ||M - B A||_F^2 = `error`; low <= min <= high, all squared."""
+
+    B: Tensor
+    A: Tensor
+    error: float
+    low: float
+    high: float
+
+
+class RitzBasis(NamedTuple):
+    """V (a, m), M V (b, m), Theta (m, m) and R^T R (m, m): see the module.
+
+    theta (m,) are the eigenvalues of Theta, falling, S (m, m) its eigenvectors, deviation = ||V^T V - I||_F.
+    """
+
+    V: Tensor
+    MV: Tensor
+    Theta: Tensor
+    RtR: Tensor
+    theta: Tensor
+    S: Tensor
+    deviation: float
+
+
+def _sizes(rank: int) -> tuple[int, int]:
+    """The width of a block, and m, the columns of V."""
+    return rank + 8, 2 * (rank + 8)
+
+
+def worth_it(shape: tuple[int, int], rank: int) -> bool:
+    """Whether (b, a) is so large beside `rank` that `leading_part` may be faster than an SVD; else it does not try."""
+    return 4 * _sizes(rank)[1] <= min(shape)
+
+
+def leading_part(
+    M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
+) -> LeadingPart | None:
+    """A rank-`rank` approximation of M (b, a), in float64, whose error is within `goal` ||M||^2 of the least, proved.
+
+    The interval low .. high fails to hold the least error with probability `failure` at most, over `generator`. None
+    where the goal is not met, or the matrix too small for this to be worth it. The largest entry of M should be near 1.
+    """
+    b, a = M.shape
+    width, kept = _sizes(rank)
+    single, M = M.float(), M.double()
+    norm_squared = float((torch.linalg.vector_norm(M, dim=1) ** 2).sum())
+    if not worth_it((b, a), rank) or norm_squared == 0:
+        return None
+    precision = max(b, a) * float(torch.finfo(M.dtype).eps)
+    allowance = ALLOWANCE * math.sqrt(rank * kept) * precision * norm_squared
+    if 4 * allowance > goal * norm_squared:
+        return None
+    quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
+    search = KrylovSearch(single, width, generator)
+    for _ in range(ATTEMPTS):
+        V = search.run(rank, kept, 0.15 * goal * norm_squared)
+        if V is None:
+            return None
+        basis = ritz(M, V.double())
+        if not basis.deviation <= math.sqrt(kept) * precision:
+            return None
+        captured = float(basis.theta[:rank].sum())
+        target, last = float(basis.theta[rank - 1]), float(basis.theta[-1])
+        beta = max(last + 0.05 * (target - last), 1e-3 * goal * norm_squared / rank)
+        omega = torch.randn(a, probes, generator=generator, dtype=M.dtype).to(M.device)
+        for tau in norm_bounds(M, basis.V, omega, beta, quantile, math.sqrt(norm_squared)):
+            if tau >= max(target, 0.1 * goal * norm_squared / rank):
+                continue
+            most = most_captured(basis, rank, tau, 5 * math.sqrt(kept) * precision * norm_squared)
+            if most - captured + 2 * allowance <= goal * norm_squared:
+                B = basis.MV @ basis.S[:, :rank]
+                A = (basis.V @ basis.S[:, :rank]).mT
+                error = norm_squared - captured
+                if error < 1e-7 * norm_squared:  # the search may see no more, and the difference has few digits left
+                    B, A = _refined(M, B)
+                    error = float(((M - B @ A) ** 2).sum())
+                low = max(norm_squared - most - allowance, 0.0)
+                return LeadingPart(B, A, error, min(low, error), error + allowance)
+    return None
+
+
+def _refined(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of subspace iteration in the precision of M."""
+    V = orthogonal.thin_qr(dense.product(M.mT, B))[0]
+    U, S, Wh = dense.svd(dense.product(M, V))
+    return U * S, Wh @ V.mT
+
+
+def most_captured(basis: RitzBasis, rank: int, tau: float, residual_error: float) -> float:
+    """The certificate: sum_{j<=r} lambda_j at most, for ||E||_2^2 <= tau; the better of two t."""
+    eye = torch.eye(len(basis.theta), dtype=basis.Theta.dtype, device=basis.Theta.device)
+    square = 1.1 * basis.RtR + 11 * residual_error**2 * eye
+    leading = basis.S[:, :rank]
+    balance = math.sqrt(float((leading * (square @ leading)).sum()) / rank)  # least r d + sum ||R_j||^2 / d
+    gaps = {balance, float(basis.theta[rank - 1]) - tau}
+    bounds = []
+    for gap in (gap for gap in gaps if gap > 0):
+        t = tau + gap
+        C = basis.Theta - t * eye + square / gap
+        bounds.append(rank * t + float(dense.ky_fan((C + C.mT) / 2, rank)))
+    return min(bounds, default=math.inf)
+
+
+def norm_bounds(M: Tensor, V: Tensor, omega: Tensor, beta: float, quantile: float, norm: float) -> Iterator[float]:
+    """tau of k = 0, 1, ..: upper bounds on ||M (I - V V^T)||_2^2, all of which hold unless ||u^T omega||^2 < quantile.
+
+    The k-th costs one product with M more, and one with M^T. inf where rounding leaves nothing to conclude.
+    """
+    kappa = 5 * math.sqrt(V.shape[1]) * max(M.shape) * float(torch.finfo(M.dtype).eps) * norm
+    s = kappa / math.sqrt(beta)
+    before, Y = torch.zeros_like(omega), orthogonal.outside(V, omega)
+    sizes = 0.0
+    for k in range(STEPS + 1):
+        size = float(torch.linalg.matrix_norm(Y))
+        EY = dense.product(M, orthogonal.outside(V, Y))
+        floor = math.sqrt(quantile) - 8 * k * s * (1 + s) * sizes
+        value = (float(torch.linalg.matrix_norm(EY)) + kappa * size) / floor if floor > 0 else math.inf
+        yield _largest(k, beta, value)
+        HY = orthogonal.outside(V, dense.product(M.mT, EY))
+        before, Y = Y, (2 / beta) * HY - Y if k == 0 else (4 / beta) * HY - 2 * Y - before
+        sizes += size
+
+
+def _largest(k: int, beta: float, value: float) -> float:
+    """The largest lambda with sqrt(lambda) T_k(2 lambda / beta - 1) <= `value`, or beta if that is larger."""
+    low, high = 0.0, 2 * math.log(value) - math.log(beta) if value > 0 else 0.0  # of log(lambda / beta), since T_k >= 1
+    if not low < high < math.inf:
+        return beta if high <= low else math.inf
+    for _ in range(60):
+        middle = (low + high) / 2
+        lengthened = middle + math.log(beta)
+        if lengthened / 2 + _log_chebyshev(k, 2 * math.exp(min(middle, 700.0)) - 1) > math.log(value):
+            high = middle
+        else:
+            low = middle
+    return beta * math.exp(min(high, 700.0)) * (1 + 1e-12)
+
+
+def _log_chebyshev(k: int, x: float) -> float:
+    """log T_k(x), x >= 1."""
+    y = k * math.acosh(max(x, 1.0))
+    return y + math.log1p(math.exp(-2 * y)) - math.log(2)
+
+
+def ritz(M: Tensor, V: Tensor) -> RitzBasis:
+    """What the certificate needs of a basis V (a, m), made orthonormal first: one product with M, one with M^T."""
+    V = orthogonal.thin_qr(V)[0]
+    MV = dense.product(M, V)
+    GV = dense.product(M.mT, MV)
+    Theta = MV.mT @ MV
+    R = orthogonal.outside(V, GV)
+    theta, S = dense.symmetric_eigenpairs(Theta)
+    eye = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
+    deviation = float(torch.linalg.matrix_norm(V.mT @ V - eye))
+    return RitzBasis(V, MV, Theta, R.mT @ R, theta.flip(0), S.flip(1), deviation)
+
+
+def random_block(M: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Where the search begins, (a, width); no certificate rests on it."""
+    return torch.randn(M.shape[1], width, generator=generator, dtype=torch.float64)
+
+
+class KrylovSearch:
+    """Block Lanczos for G with full orthogonalisation, in the precision of M: a guess of the leading eigenvectors."""
+
+    def __init__(self, M: Tensor, width: int, generator: torch.Generator) -> None:
+        self.M, self.width = M, width
+        self.Q = orthogonal.thin_qr(random_block(M, width, generator).to(M))[0]  # (a, W)
+        self.MQ = dense.product(M, self.Q)  # (b, W)
+        self.depth = 1
+
+    def run(self, rank: int, kept: int, target: float) -> Tensor | None:
+        """Ritz vectors (a, kept), after at least one step more; None where the basis would be no small part of R^a.
+
+        Goes on until the certificate's sum ||R_j||^2 / (t - tau) is likely to fall below `target`.
+        """
+        while True:
+            for _ in range(max(1, self.depth // 6)):
+                if self.Q.shape[1] + self.width > min(self.M.shape) // 2:
+                    return None
+                new, last = self._next_block()
+                self.Q = torch.cat([self.Q, new], 1)
+                self.MQ = torch.cat([self.MQ, dense.product(self.M, new)], 1)
+                self.depth += 1
+            known = self.Q.shape[1] - self.width  # columns whose residual is known: G Q = Q T + new last
+            if known < kept:
+                continue
+            theta, S = self._ritz(known)
+            residual = float((last @ S[-self.width :, :rank]).square().sum())
+            gap = float(theta[rank - 1] - theta[kept - 1])
+            if residual <= target * max(gap, 0.5 * target / rank):
+                vectors: Tensor = self.Q @ self._ritz(known + self.width)[1][:, :kept]
+                return vectors
+
+    def _next_block(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal columns for what G adds to the basis, (a, w), and the coefficients (w, w)."""
+        Z = dense.product(self.M.mT, self.MQ[:, -self.width :])
+        for _ in range(2):
+            Z = orthogonal.outside(self.Q, Z)
+        new, last = orthogonal.thin_qr(Z)
+        sizes = last.diagonal().abs()
+        if float(sizes.min()) <= 1e-4 * float(sizes.max()) or float(sizes.max()) <= 1e-4 * float(self.MQ.abs().max()):
+            new = orthogonal.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
+            last = new.mT @ Z
+        return new, last
+
+    def _ritz(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, falling, and eigenvectors of Q^T G Q, for the first columns of Q."""
+        MQ = self.MQ[:, :columns]
+        theta, S = dense.symmetric_eigenpairs(MQ.mT @ MQ)
+        return theta.flip(0), S.flip(1)

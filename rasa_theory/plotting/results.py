@@ -1,0 +1,121 @@
+"""Results -> figures, in the looks of `style`.
+
+matplotlib is imported where a figure is drawn, so that the package can be imported without it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rasa_theory.plotting import style
+from rasa_theory.plotting.style import BLUE, GREEN, INK, MEDIUM, ORANGE, PURPLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+
+def plot_iterations(results: dict[str, Any]) -> Figure:
+    """Error against iteration of the random attempts, in units of e_lora: one panel per stack and k >= 1.
+
+    `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
+    the certified floor (or a note names it, where it lies far below); dots mark the first iteration below e_lora.
+    """
+    panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
+    columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
+    lines = max(1, math.ceil(len(panels) / columns))
+    figure = style.new_figure(1.0 + 2.5 * lines, style.WIDTH / 2 * max(columns, 2))
+    axes = style.panels(figure, lines, columns)
+    for ax, (row, run) in zip(axes.flat, panels, strict=False):
+        _panel(ax, row, run)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    if not panels:
+        axes[0, 0].text(0.5, 0.5, "no random attempts in these results", ha="center", va="center", fontsize=MEDIUM)
+        return figure
+    for n, ax in enumerate(axes.flat):
+        if len(panels) - columns <= n < len(panels):  # nothing below it
+            style.name(ax, x="iteration of the paper")
+    for ax in axes[:, 0]:
+        style.name(ax, y="squared error / $e_{\\mathrm{LoRA}}$")
+    style.legend(figure, handles=_legend(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    unit = row["e_lora"]
+    allocation, best, floor = (run[key] / unit for key in ("e_allocation", "e_rasa", "lower_bound"))
+    ax.axhline(1.0, color=INK, linewidth=1.6)
+    for level, color, dash in ((allocation, GREEN, "--"), (best, BLUE, "-."), (floor, PURPLE, ":")):
+        ax.axhline(level, color=color, linestyle=dash, linewidth=1.8)
+    for attempt in run["attempts"]:
+        ratios = [error / unit for error in attempt["history"]]
+        ax.plot(range(1, len(ratios)), ratios[1:], color=ORANGE, linewidth=1.3, alpha=0.9, zorder=3)
+        if attempt["iterations"] is not None:
+            crossing = attempt["iterations"]
+            ax.plot(crossing, ratios[crossing], "o", color=ORANGE, markeredgecolor=INK, markersize=5.5, zorder=4)
+    last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
+    early = [attempt["history"][min(3, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
+    low, high = min(allocation, best, *last, 1.0), max(1.0, *early)
+    if floor >= 2 * low - high:  # else it would leave the curves less than half of the panel
+        low = min(low, floor)
+    else:
+        at = {"xycoords": "axes fraction", "color": PURPLE, "weight": "bold"}
+        style.note(ax, f"certified floor {floor:.3f}, below", (0.02, 0.03), **at)
+        low -= 0.17 * (high - low)
+    ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.name(ax, title=_title(row, run))
+
+
+def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
+    median = run["iterations_to_beat_lora"]
+    crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
+    count = f"{crossed} of {len(run['attempts'])} beat LoRA"
+    count += "" if median is None else f", median {median}"
+    name = row["name"] if len(row["name"]) <= 26 else "..." + row["name"][-23:]
+    return f"{name}, k = {run['k']}:\n{count}"
+
+
+def _legend() -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: first below LoRA)"),
+        Line2D([], [], color=INK, label="LoRA's optimum $e_{\\mathrm{LoRA}}$"),
+        Line2D([], [], color=GREEN, linestyle="--", label="allocation bound (no sharing)"),
+        Line2D([], [], color=BLUE, linestyle="-.", label="best found $e_{\\mathrm{RaSA}}$"),
+        Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
+    ]
+
+
+def plot_extraction(report: dict[str, Any]) -> Figure:
+    """The share of every layer's squared norm that LoRA, RaSA and the written file miss: one panel per stack.
+
+    `report` is that of `python -m rasa_theory.extract`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
+    columns = 2 if len(rows) in (2, 4) else min(len(rows), 3)
+    lines = math.ceil(len(rows) / columns)
+    figure = style.new_figure(1.0 + 2.2 * lines, style.WIDTH / 2 * max(columns, 2))
+    axes = style.panels(figure, lines, columns)
+    kinds = (("e_lora", "LoRA", INK, "-"), ("e_rasa", "RaSA", BLUE, "-."), ("e_stored", "as written", ORANGE, ":"))
+    for ax, row in zip(axes.flat, rows, strict=False):
+        modules = [m for m in row["modules"] if m["norm_squared"] > 0]
+        for key, label, color, dash in kinds:
+            ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
+        style.name(ax, title=row["kind"])
+        ax.set_ylim(0, 1.1 * ax.dataLim.ymax or 1)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in list(axes.flat)[len(rows) :]:
+        ax.set_axis_off()
+    figure.supxlabel("layer", fontsize=MEDIUM)
+    figure.supylabel("squared error / squared norm of the update", fontsize=MEDIUM)
+    style.legend(figure, *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure

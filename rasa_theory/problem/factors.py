@@ -1,0 +1,233 @@
+"""The factors of a reconstruction: LoRA's, one pair per layer, and RaSA's, private pairs beside a shared pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rasa_theory.common.errors import InputError
+from rasa_theory.distributed.processes import Spread
+from rasa_theory.linalg import batched
+from rasa_theory.problem.stack import RankBudget
+
+_ALL = slice(None)
+
+
+def _check_shapes(expected: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, the other factors need {shape}")
+
+
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same products with b_j and a_j of equal norm in every term: (.., b, n), (.., n, a).
+
+    So neither factor leaves the range of half precision before the other.
+    """
+    nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
+    ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
+    return B * ratio[..., None, :], A / ratio[..., :, None]
+
+
+def _spread_of(spread: Spread | None, held: int) -> Spread:
+    """That of one process, which holds all layers, unless one is given, of `held` layers here."""
+    if spread is None:
+        return Spread((held,))
+    if spread.held != held:
+        raise InputError(f"factors of {held} layers are given, this process holds {spread.held}; give those")
+    return spread
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """Updates B_i A_i of rank r: B (L, b, r), A (L, r, a). Raises InputError if the shapes disagree.
+
+    With several processes, those of the layers that this one holds.
+    """
+
+    B: Tensor
+    A: Tensor
+    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.B)))
+        if self.B.ndim != 3 or self.A.ndim != 3:
+            raise InputError(f"B and A need three axes, found shapes {tuple(self.B.shape)} and {tuple(self.A.shape)}")
+        _check_shapes({"A": (self.A, (self.B.shape[0], self.B.shape[2], self.A.shape[2]))})
+
+    def update(self, i: int, rows: slice = _ALL) -> Tensor:
+        """The update B_i A_i of layer i, (b, a), or some of its rows."""
+        return self.B[i, rows] @ self.A[i]
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoraFactors:
+        """The same factors in another dtype or on another device."""
+        return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)), spread=self.spread)
+
+    @property
+    def layers(self) -> int:
+        """L, of all processes together."""
+        return self.spread.layers
+
+
+@dataclass(frozen=True)
+class RasaFactors:
+    """Updates B~_i A~_i + B_S D_i A_S (He et al., ICLR 2025, eq. 4).
+
+    private_B (L, b, q), private_A (L, q, a), shared_B (b, R), shared_A (R, a), mixing (L, R): row i is the diagonal
+    of D_i. Raises InputError if the shapes disagree, naming both.
+
+    With several processes, private factors and mixing are those of the layers that this one holds, (held, ..), and the
+    pool, which all have, is the same in all.
+    """
+
+    private_B: Tensor
+    private_A: Tensor
+    shared_B: Tensor
+    shared_A: Tensor
+    mixing: Tensor
+    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.private_B)))
+        if self.private_B.ndim != 3 or self.shared_A.ndim != 2:
+            raise InputError(
+                "private_B needs axes (L, b, q) and shared_A axes (R, a), found shapes "
+                f"{tuple(self.private_B.shape)} and {tuple(self.shared_A.shape)}"
+            )
+        L, b, q = self.private_B.shape
+        R, a = self.shared_A.shape
+        _check_shapes(
+            {
+                "private_A": (self.private_A, (L, q, a)),
+                "shared_B": (self.shared_B, (b, R)),
+                "mixing": (self.mixing, (L, R)),
+            }
+        )
+
+    @classmethod
+    def from_lora(cls, lora: LoraFactors, budget: RankBudget, pooled: str = "smallest") -> RasaFactors:
+        """Theorem 3.1: factors of RaSA(r, k) that have exactly the updates of `lora`.
+
+        Of its r terms every layer hands k to the pool, the last ones (`pooled` "smallest", for factors in order of
+        falling size) or the first ("largest"); D_i is 1 on the layer's own block and 0 elsewhere. Raises InputError
+        if `lora` has another rank than `budget` or `pooled` is neither.
+        """
+        L, r, spread = lora.layers, lora.B.shape[2], lora.spread
+        k, q = budget.shared_rank, budget.private_rank
+        if r != budget.rank:
+            raise InputError(f"the LoRA factors have rank {r}, the budget has rank {budget.rank}")
+        if pooled not in ("smallest", "largest"):
+            raise InputError(f"pooled must be 'smallest' or 'largest', got {pooled!r}")
+        own = torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k))  # (L, L k)
+        kept, given = (slice(0, q), slice(q, r)) if pooled == "smallest" else (slice(k, r), slice(0, k))
+        return cls(
+            private_B=lora.B[:, :, kept],
+            private_A=lora.A[:, kept],
+            shared_B=batched.beside(spread.gathered(lora.B[:, :, given])),
+            shared_A=spread.gathered(lora.A[:, given]).reshape(L * k, lora.A.shape[2]),
+            mixing=own[spread.own],
+            spread=spread,
+        )
+
+    def as_lora(self) -> LoraFactors:
+        """The same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
+        return LoraFactors(
+            torch.cat([self.private_B, self.shared_B * self.mixing[:, None]], 2),
+            torch.cat([self.private_A, self.shared_A.expand(self.spread.held, -1, -1)], 1),
+            spread=self.spread,
+        )
+
+    @property
+    def layers(self) -> int:
+        """L, of all processes together."""
+        return self.spread.layers
+
+    @property
+    def update_rank(self) -> int:
+        """The largest rank that a layer's update can have: q + R = r - k + L k, at most min(b, a)."""
+        b, a = self.shared_B.shape[0], self.shared_A.shape[1]
+        return int(min(self.private_B.shape[2] + self.shared_B.shape[1], b, a))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the factors of all layers hold, the mixing included."""
+        (R, a), (b, q) = self.shared_A.shape, self.private_B.shape[1:]
+        return self.layers * (q * (b + a) + R) + R * (b + a)
+
+    def update(self, i: int, rows: slice = _ALL) -> Tensor:
+        """The update B~_i A~_i + B_S D_i A_S of layer i, (b, a), or some of its rows."""
+        private = self.private_B[i, rows] @ self.private_A[i]
+        return private + (self.shared_B[rows] * self.mixing[i]) @ self.shared_A
+
+    def named(self) -> dict[str, Tensor]:
+        """The five tensors by their public names."""
+        return {
+            "private_B": self.private_B,
+            "private_A": self.private_A,
+            "shared_B": self.shared_B,
+            "shared_A": self.shared_A,
+            "mixing": self.mixing,
+        }
+
+    def transpose(self) -> RasaFactors:
+        """Factors of the transposed updates: A~_i^T B~_i^T + A_S^T D_i B_S^T. Nothing is copied."""
+        return RasaFactors(
+            self.private_A.mT, self.private_B.mT, self.shared_A.mT, self.shared_B.mT, self.mixing, spread=self.spread
+        )
+
+    def scaled(self, c: float | Tensor) -> RasaFactors:
+        """Factors of c times the updates, c one number or one per layer, (L,): into private_B and mixing."""
+        c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.spread.held)
+        return dataclasses.replace(
+            self, private_B=self.private_B * c.reshape(-1, 1, 1), mixing=self.mixing * c[:, None]
+        )
+
+    def evened(self) -> RasaFactors:
+        """The same updates for an adapter: `balanced` private terms, |d_ij| at most 1, the scale of a term in the pool.
+
+        A pool column and its row are multiplied by the same number.
+        """
+        private_B, private_A = balanced(self.private_B, self.private_A)
+        largest = self.spread.largest_of_each(self.mixing.abs())
+        scale = torch.where(largest > 0, largest, 1)
+        return RasaFactors(
+            private_B, private_A,
+            self.shared_B * scale.sqrt(), self.shared_A * scale.sqrt()[:, None], self.mixing / scale,
+            spread=self.spread,
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RasaFactors:
+        """The same factors in another dtype or on another device."""
+        tensors = {name: t.to(dtype=dtype, device=device) for name, t in self.named().items()}
+        return RasaFactors(**tensors, spread=self.spread)
+
+    def gathered(self) -> RasaFactors:
+        """The factors of all layers, in every process as if it were alone: L (q (b + a) + R) numbers are sent."""
+        return self._whole(self.spread.gathered)
+
+    def sent_to_first(self) -> RasaFactors:
+        """The same in process 0 alone, on the CPU; the others keep their own."""
+        return self._whole(self.spread.sent_to_first)
+
+    def _whole(self, gather: Callable[[Tensor], Tensor]) -> RasaFactors:
+        if self.spread.alone:
+            return self
+        return RasaFactors(
+            gather(self.private_B), gather(self.private_A), self.shared_B, self.shared_A, gather(self.mixing)
+        )
+
+    def dealt(self, spread: Spread) -> RasaFactors:
+        """Of the factors of all layers those that this process holds."""
+        own = spread.own
+        return RasaFactors(
+            self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], spread=spread
+        )
+
+
+def lora_parameters(layers: int, shape: tuple[int, int], rank: int) -> int:
+    """L r (a + b): what LoRA of rank r spends, and RaSA but for its mixing of L R numbers."""
+    return layers * rank * sum(shape)

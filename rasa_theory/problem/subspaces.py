@@ -1,0 +1,108 @@
+"""How much column and row space the layers share: the spectrum of the mean projector on their leading subspaces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.distributed.processes import Spread
+from rasa_theory.linalg import batched
+from rasa_theory.problem.stack import SVD, LayerStack, RankBudget
+
+
+@dataclass(frozen=True)
+class SharedSubspaceSpectrum:
+    """Eigenvalues of (1/L) sum_i P_i, P_i the projector on the leading `rank` singular directions of M_i.
+
+    columns (min(b, L rank),) and rows (min(a, L rank),) are falling, in [0, 1]; those beyond are 0. A direction that
+    all layers use has eigenvalue 1, one that n of them use at least n / L. `unrelated` holds the level that layers
+    without anything in common stay below, (columns, rows): see `unrelated_level`.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    unrelated: tuple[float, float]
+
+
+def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpectrum:
+    """Whether there is anything to share, before anything is solved: the mean projectors of both sides.
+
+    A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R, since every
+    span(B_S) lies in the column space of every layer. Singular directions at rounding level do not count. Raises
+    InputError unless 1 <= rank <= min(b, a).
+    """
+    RankBudget(rank, 0).check_fits(stack)
+    U, V = (stack.spread.gathered(W) for W in leading_subspaces(stack, rank))
+    spectra = [mean_projector(W)[0] for W in (U, V)]
+    columns, rows = (unrelated_level(stack.layers, rank / n) for n in stack.shape)
+    return SharedSubspaceSpectrum(spectra[0], spectra[1], (columns, rows))
+
+
+def unrelated_level(layers: int, share: float) -> float:
+    """What the eigenvalues of the mean of L random projectors stay below: share = c, the rank per dimension.
+
+    (1 + (L - 2) c + 2 sqrt((L - 1) c (1 - c))) / L, and 1 from c = 1 - 1/L on, where L subspaces meet. Random
+    projectors are free in the limit of large dimension, and this is the right edge of the L-fold free convolution of
+    (1 - c) delta_0 + c delta_1; for L = 2 it says that the largest cosine between two subspaces is 2 sqrt(c (1 - c)).
+    In finite dimension n the largest eigenvalue fluctuates about it by a few n^(-2/3).
+    """
+    L, c = layers, share
+    if c >= 1 - 1 / L:
+        return 1.0
+    return (1 + (L - 2) * c + 2 * math.sqrt((L - 1) * c * (1 - c))) / L
+
+
+def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading singular directions of every layer held, float64: U (L, b, rank), V (L, a, rank).
+
+    Columns whose singular value is rounding noise of the layer are 0.
+    """
+    U, S, Vh = stack.unit().svd()
+    noise = linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1]
+    real = (S[:, None, :rank] > noise[..., None]).to(U.dtype)
+    return U[:, :, :rank] * real, Vh[:, :rank].mT * real
+
+
+def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of (1/L) sum_i U_i U_i^T, falling: (L, b, m) -> values (n,), vectors (b, n), n = min(b, L m).
+
+    By the smaller of the two Gram matrices of [U_1 .. U_L] / sqrt(L); vectors of eigenvalues near 0 are then inexact.
+    """
+    L, b, m = U.shape
+    joined = batched.beside(U) / math.sqrt(L)
+    if b <= L * m:
+        values, vectors = linalg.symmetric_eigenpairs(joined @ joined.mT)
+        return values.flip(0), vectors.flip(1)
+    values, coefficients = linalg.symmetric_eigenpairs(joined.mT @ joined)
+    vectors = joined @ coefficients
+    norms = torch.linalg.vector_norm(vectors, dim=0)
+    return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
+
+
+def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor]:
+    """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L].
+
+    The same bits whatever the processes: the eigenvectors of a pencil made with them can amplify any rounding.
+    """
+    spaces = []
+    for U in (svd.U, svd.Vh.mT):
+        grams = ((U_i * S_i**2) @ U_i.mT for U_i, S_i in zip(U, svd.S, strict=True))
+        gram = spread.total_in_order(U.new_zeros(U.shape[1], U.shape[1]), grams)
+        spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
+    return spaces[0], spaces[1]
+
+
+def core(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
+    """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p).
+
+    Layer by layer: the same bits however many there are.
+    """
+    found = svd.S.new_empty(len(svd.S), X.shape[-1], Y.shape[-1])
+    X, Y = X.expand(len(found), -1, -1), Y.expand(len(found), -1, -1)
+    for i, (U, S, Vh) in enumerate(zip(*svd, strict=True)):
+        found[i] = (X[i].mT @ U * S) @ (Vh @ Y[i])
+    return found

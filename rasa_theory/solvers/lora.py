@@ -1,0 +1,110 @@
+"""e_lora: the truncated SVD of every layer, or its leading part with an interval that is proved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.common.errors import InputError
+from rasa_theory.linalg import lanczos
+from rasa_theory.problem.factors import LoraFactors
+from rasa_theory.problem.stack import LayerStack, RankBudget, check_memory
+
+METHODS = ("exact", "fast")
+WIDTH = 1e-6  # of the interval of method "fast", in units of ||M_i||^2, before the SVD is taken instead
+FAILURE = 1e-10  # the probability that the interval of one call fails
+
+
+@dataclass(frozen=True)
+class LoraSolution:
+    """The optimum of LoRA: `error` = e_lora (method "fast": of the factors), squared and summed over layers.
+
+    `interval` holds the exact e_lora in spite of rounding; `layer_errors` are the summands; `factors` B (L, b, r) carry
+    the singular values, A (L, r, a) has orthonormal rows, terms in order of falling size. With several processes,
+    `layer_errors` are of all layers, the factors of those held.
+    """
+
+    error: float
+    interval: tuple[float, float]
+    layer_errors: list[float]
+    factors: LoraFactors
+
+
+def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 0) -> LoraSolution:
+    """e_lora = min sum_i ||M_i - B_i A_i||_F^2 = sum_i sum_{j>r} sigma_ij^2 (Eckart-Young), with the factors.
+
+    - "exact": SVDs in float64, computed once per stack; the interval allows for `stack.rounding`.
+    - "fast": leading parts by block Lanczos, certified (see `spectra`). `error` is that of the factors before they are
+      rounded to the dtype of the stack, so not below e_lora but for rounding. The interval is at most 1e-6 ||M||^2 wide
+      and holds the e_lora of the entries as they are, whatever their dtype, but for a probability of 1e-10 over the
+      random vectors that `seed` gives. A layer that is small, or whose certificate does not get there in reasonable
+      time (many singular values as large as sigma_r), has its SVD taken. One pass, a layer at a time.
+
+    Raises InputError unless 1 <= rank <= min(b, a), for an unknown method, and where the stack's memory is too little.
+    """
+    RankBudget(rank, 0).check_fits(stack)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return _exact(stack, rank) if method == "exact" else _fast(stack, rank, seed)
+
+
+def _exact(stack: LayerStack, rank: int) -> LoraSolution:
+    U, S, Vh = stack.unit().svd()
+    errors = [e * stack.scale**2 for e in stack.spread.numbers(linalg.tail_energy(S, rank).tolist())]
+    error = math.fsum(errors)
+    interval = _widened(error, stack.rounding)
+    B = U[:, :, :rank] * (S[:, None, :rank] * stack.scale)
+    factors = LoraFactors(B, Vh[:, :rank], spread=stack.spread).to(stack.dtype, stack.device)
+    return LoraSolution(error, interval, errors, factors)
+
+
+def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
+    L, held, (b, a) = stack.layers, stack.spread.held, stack.shape
+    B = torch.empty(held, b, rank, dtype=stack.dtype, device=stack.device)
+    A = torch.empty(held, rank, a, dtype=stack.dtype, device=stack.device)
+    generators = _generators(L, seed)[stack.spread.own]
+    lows: list[float] = []
+    errors: list[float] = []
+    highs: list[float] = []
+    with stack.suitable_threads():
+        for tile in stack.tiles(rows=b):
+            exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
+            size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
+            M = tile.values / size  # a power of two: exact
+            part = lanczos.leading_part(M, rank, WIDTH, FAILURE / L, generators[tile.layer])
+            if part is None:
+                if stack.memory is not None:
+                    check_memory(stack, stack.memory)
+                part = _leading_part_by_svd(M.double(), rank)
+            B[tile.layer], A[tile.layer] = part.B * size, part.A
+            low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
+            lows.append(low)
+            errors.append(error)
+            highs.append(high)
+    lows, errors, highs = (stack.spread.numbers(x) for x in (lows, errors, highs))
+    interval, factors = (math.fsum(lows), math.fsum(highs)), LoraFactors(B, A, spread=stack.spread)
+    return LoraSolution(math.fsum(errors), interval, errors, factors)
+
+
+def _generators(layers: int, seed: int) -> list[torch.Generator]:
+    """One of random numbers for each layer, so that it does not matter which layers a process holds."""
+    seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+def _leading_part_by_svd(M: Tensor, rank: int) -> lanczos.LeadingPart:
+    U, S, Vh = linalg.svd(M)
+    error = float(linalg.tail_energy(S, rank))
+    eps = float(torch.finfo(M.dtype).eps)
+    low, high = _widened(error, linalg.rounding(float(torch.linalg.vector_norm(S)), (M.shape[0], M.shape[1]), eps))
+    return lanczos.LeadingPart(U[:, :rank] * S[:rank], Vh[:rank], error, low, high)
+
+
+def _widened(error: float, rounding: float) -> tuple[float, float]:
+    """The squared errors within `rounding`, in units of norm, of `error`."""
+    root = math.sqrt(error)
+    return max(root - rounding, 0.0) ** 2, (root + rounding) ** 2

@@ -1,0 +1,33 @@
+"""The pool handed to the layers that need it most."""
+
+from __future__ import annotations
+
+import torch
+
+from rasa_theory.bounds import allocate
+from rasa_theory.problem.factors import RasaFactors
+from rasa_theory.problem.stack import LayerStack, RankBudget
+
+
+def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:
+    """Factors whose error is `allocation_bound`: q leading singular terms private, the R next largest in the pool.
+
+    Every pool term serves the one layer that it comes from. `seed` is not used.
+    """
+    U, S, Vh = stack.svd()
+    q, spread = budget.private_rank, stack.spread
+    layer, index = allocate(stack.singular_values(), budget)
+    terms = torch.nonzero((layer >= spread.first) & (layer < spread.first + spread.held))[:, 0]  # of the layers held
+    layer, index = layer[terms] - spread.first, index[terms]
+    (b, a), R = stack.shape, budget.pool_rank(stack.layers)
+    mixing, B_S, A_S = S.new_zeros(spread.held, R), S.new_zeros(b, R), S.new_zeros(R, a)
+    mixing[layer, terms], B_S[:, terms], A_S[terms] = S[layer, index], U[layer, :, index].mT, Vh[layer, index]
+    B_S, A_S = spread.totals(B_S, A_S)  # every term is that of one layer
+    return RasaFactors(
+        private_B=U[:, :, :q] * S[:, None, :q],
+        private_A=Vh[:, :q],
+        shared_B=B_S,
+        shared_A=A_S,
+        mixing=mixing,
+        spread=spread,
+    ).to(stack.dtype, stack.device)

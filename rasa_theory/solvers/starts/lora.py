@@ -1,0 +1,15 @@
+"""LoRA's optimum as RaSA factors."""
+
+from __future__ import annotations
+
+from rasa_theory.problem.factors import RasaFactors
+from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.solvers.lora import solve_lora
+
+
+def lora_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:
+    """The embedding of Theorem 3.1, the k smallest of a layer's r terms in the pool: its error is e_lora.
+
+    `seed` is not used.
+    """
+    return RasaFactors.from_lora(solve_lora(stack, budget.rank).factors, budget, pooled="smallest")

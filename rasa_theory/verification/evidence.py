@@ -1,0 +1,184 @@
+"""What is tested, and what it says about one instance. Each part is computed when a law asks for it, and kept."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
+from rasa_theory.common.errors import InputError
+from rasa_theory.problem.factors import LoraFactors, RasaFactors
+from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.solvers import updates
+from rasa_theory.solvers.attempts import Attempt, random_attempt
+from rasa_theory.solvers.lora import LoraSolution, solve_lora
+from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
+from rasa_theory.solvers.starts import random_start
+from rasa_theory.verification.instances import Instance, Known
+
+_PATH_SWEEPS = 2
+_RANDOM_SWEEPS = {"joint": 8, "paper": 30}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested: functions of the package, or others in their place."""
+
+    solve_lora: Callable[[LayerStack, int], LoraSolution] = solve_lora
+    solve_rasa: Callable[[LayerStack, RankBudget, SolverOptions], RasaSolution] = solve_rasa
+    solve_path: Callable[[LayerStack, int, Iterable[int], SolverOptions], dict[int, RasaSolution]] = solve_path
+    random_attempt: Callable[[LayerStack, RankBudget, float, int], Attempt] = random_attempt
+    allocation_bound: Callable[[LayerStack, RankBudget], Bound] = allocation_bound
+    closed_floors: Callable[[LayerStack, RankBudget], list[Bound]] = closed_floors
+    lower_bound: Callable[[LayerStack, RankBudget, str], Bound] = lower_bound
+    embed: Callable[[LoraFactors, RankBudget, str], RasaFactors] = RasaFactors.from_lora
+    resolve_mixing: Callable[[LayerStack, RasaFactors], tuple[RasaFactors, float]] = updates.resolve_mixing
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
+
+    certificate: str = "closed"
+    sweeps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 1:
+            raise InputError(f"sweeps must be at least 1, got {self.sweeps}")
+        if self.certificate not in CERTIFICATES:
+            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}")
+
+
+class MixingStep(NamedTuple):
+    """D re-solved at some factors: their error before and after it, squared, and the drop in closed form."""
+
+    factors: RasaFactors
+    before: float
+    solved: RasaFactors
+    after: float
+    drop: float
+
+
+class Forms(NamedTuple):
+    """Everything that has a closed form; `floors` by name, the better orientation of each, at least 0."""
+
+    e_lora: float
+    e_allocation: float
+    floors: dict[str, float]
+
+
+class Evidence:
+    """What `subject` says about `instance`."""
+
+    def __init__(self, instance: Instance, subject: Subject, settings: BenchSettings) -> None:
+        self.instance, self.subject, self.settings = instance, subject, settings
+        self.stack = LayerStack(instance.draw.values, instance.family)
+        self.budget = instance.draw.budget
+        self.known: Known | None = instance.draw.known
+
+    @property
+    def values(self) -> Tensor:
+        """The instance, (L, b, a)."""
+        return self.instance.draw.values
+
+    def rng(self) -> np.random.Generator:
+        """The instance's own source of randomness, from its beginning."""
+        return np.random.default_rng(self.instance.seed)
+
+    def forms(self, stack: LayerStack) -> Forms:
+        """The closed forms of this stack or a changed one."""
+        floors: dict[str, float] = {}
+        for bound in self.subject.closed_floors(stack, self.budget):
+            floors[bound.name] = max(bound.value, floors.get(bound.name, 0.0))
+        e_lora = self.subject.solve_lora(stack, self.budget.rank).error
+        return Forms(e_lora, self.subject.allocation_bound(stack, self.budget).value, floors)
+
+    @functools.cached_property
+    def lora(self) -> LoraSolution:
+        """LoRA's optimum."""
+        return self.subject.solve_lora(self.stack, self.budget.rank)
+
+    @functools.cached_property
+    def closed(self) -> Forms:
+        """The closed forms of the instance."""
+        return self.forms(self.stack)
+
+    @functools.cached_property
+    def certificate(self) -> Bound:
+        """The certified floor, of the kind asked for."""
+        return self.subject.lower_bound(self.stack, self.budget, self.settings.certificate)
+
+    @functools.cached_property
+    def answer(self) -> RasaSolution:
+        """The default solver's."""
+        return self._solve(max_sweeps=self.settings.sweeps)
+
+    @functools.cached_property
+    def random_runs(self) -> dict[str, RasaSolution]:
+        """From a random start, by sweep."""
+        return {s: self._solve(start="random", sweep=s, max_sweeps=n) for s, n in _RANDOM_SWEEPS.items()}
+
+    @functools.cached_property
+    def path(self) -> dict[int, RasaSolution]:
+        """A few sweeps for every k = 0..r, from a random pool, so that it is the warm start that nests the errors."""
+        options = SolverOptions(start="random", sweep="joint", max_sweeps=_PATH_SWEEPS, seed=self.instance.seed)
+        return self.subject.solve_path(self.stack, self.budget.rank, range(self.budget.rank + 1), options)
+
+    @functools.cached_property
+    def attempt(self) -> Attempt:
+        """The iteration count from a random start."""
+        return self.subject.random_attempt(self.stack, self.budget, self.lora.error, self.instance.seed)
+
+    @functools.cached_property
+    def embeddings(self) -> list[MixingStep]:
+        """D re-solved at LoRA's optimum, each layer's k smallest terms in the pool, and each layer's k largest."""
+        kinds = ("smallest", "largest")
+        return [self._mixing_step(self.subject.embed(self.lora.factors, self.budget, kind)) for kind in kinds]
+
+    @functools.cached_property
+    def random_mixing(self) -> MixingStep:
+        """D re-solved where all layers use a random pool."""
+        return self._mixing_step(random_start(self.stack, self.budget, self.instance.seed, size=0.3))
+
+    @functools.cached_property
+    def lowest(self) -> float:
+        """The least error, measured here, of all points of the budget that anything has found."""
+        found = [self.answer, *self.random_runs.values(), self.path[self.budget.shared_rank]]
+        measured = [residual(self.values, solution.factors) for solution in found]
+        return min(*measured, *(step.after for step in self.embeddings))
+
+    def allocation_at(self, k: int) -> float:
+        """The allocation bound at another k."""
+        return self.subject.allocation_bound(self.stack, RankBudget(self.budget.rank, k)).value
+
+    def _solve(self, **options: Any) -> RasaSolution:
+        return self.subject.solve_rasa(self.stack, self.budget, SolverOptions(seed=self.instance.seed, **options))
+
+    def _mixing_step(self, factors: RasaFactors) -> MixingStep:
+        solved, drop = self.subject.resolve_mixing(self.stack, factors)
+        return MixingStep(factors, residual(self.values, factors), solved, residual(self.values, solved), drop)
+
+
+def layer_residuals(values: Tensor, factors: RasaFactors | LoraFactors) -> list[float]:
+    """||M_i - update_i||_F^2 of each layer in float64, read literally; shares no code with the package's."""
+    M = values.double()
+    scale = float(M.abs().max()) or 1.0  # squares of 1e-300 and 1e300 leave the range
+    named = {name: t.double() for name, t in vars(factors).items() if isinstance(t, torch.Tensor)}
+    if isinstance(factors, LoraFactors):
+        X = named["B"] @ named["A"]
+    else:
+        pool = torch.einsum("bj,ij,ja->iba", named["shared_B"], named["mixing"], named["shared_A"])
+        X = named["private_B"] @ named["private_A"] + pool
+    return [float(e) * scale**2 for e in (((M - X) / scale) ** 2).sum((1, 2))]
+
+
+def residual(values: Tensor, factors: RasaFactors | LoraFactors) -> float:
+    """The sum of `layer_residuals`."""
+    return math.fsum(layer_residuals(values, factors))
