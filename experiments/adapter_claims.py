@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tables
 from matplotlib.figure import Figure
 from scipy import stats
 
+from experiments import tables
 from rasa_theory.plotting import style
 
 Row = dict[str, Any]

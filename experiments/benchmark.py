@@ -31,17 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tables
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import Row
 
 import rasa_theory as rt
+from experiments import tables
+from experiments.tables import Row
 from rasa_theory.plotting import style
-from rasa_theory.solvers.descent import Descent
-from rasa_theory.solvers.starts import allocation_start, random_start
-from rasa_theory.sources.synthetic import synthetic_stack
+from rasa_theory.solvers import Descent, allocation_start, random_start
+from rasa_theory.sources import synthetic_stack
 
 COLUMNS = (
     "part", "axis", "stack", "layers", "b", "a", "rank", "k", "dtype", "threads", "method", "sweeps", "passes",

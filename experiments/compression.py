@@ -38,22 +38,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tables
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import Row
 from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
+from experiments.tables import Row
 from rasa_theory import methods
-from rasa_theory.methods.fit import residual
-from rasa_theory.methods.settings import largest
+from rasa_theory.formats import LoraFolder
+from rasa_theory.methods import largest, residual
 from rasa_theory.plotting import style
-from rasa_theory.problem.factors import balanced
-from rasa_theory.problem.storage import Factored
-from rasa_theory.sources.adapters import LoraFolder
+from rasa_theory.problem import Factored, balanced
 
 COLUMNS = (
     "set", "adapters", "kind", "layer", "layers", "source", "draw", "share", "method", "settings", "parameters",

@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 
 import torch
-from extractors import measured
+
+from experiments.extractors import measured
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),

@@ -33,8 +33,7 @@ from typing import TYPE_CHECKING, Any
 if str(Path(__file__).resolve().parent) not in sys.path:  # where scripts and tests find the experiments, too
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import tables
-
+from experiments import tables
 from rasa_theory.plotting import style
 
 if TYPE_CHECKING:

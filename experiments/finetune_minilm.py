@@ -38,9 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentences
 import torch
 from safetensors.torch import save_file
+
+from experiments import sentences
 
 KINDS = {
     "query": "encoder.layer.{}.attention.self.query.weight",

@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tables
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
 from rasa_theory.plotting import style
 
 COLUMNS = (

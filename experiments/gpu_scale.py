@@ -42,15 +42,11 @@ if importlib.util.find_spec("rasa_theory") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rasa_theory as rt
-from rasa_theory.bounds.closed import allocate
-from rasa_theory.linalg.orthogonal import thin_qr
+from rasa_theory.bounds import allocate
+from rasa_theory.linalg import thin_qr
 from rasa_theory.plotting import style
-from rasa_theory.problem.inputs import compute_device
-from rasa_theory.problem.stack import SVD
-from rasa_theory.solvers.descent import Descent
-from rasa_theory.solvers.starts import random_start
-from rasa_theory.solvers.sweeps.accelerated import sweeps_on
-from rasa_theory.solvers.updates import normalise_pool
+from rasa_theory.problem import SVD, compute_device
+from rasa_theory.solvers import Descent, random_start, sweeps_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,7 +242,7 @@ class Run:
         """What only a GPU does otherwise: sweeps on a core, replayed and checked, and QR, ours and torch's."""
         L, n = self.unit.layers, min(8 * self.ranks, *self.unit.shape)
         core = rt.LayerStack(torch.randn(L, n, n, device=self.device, dtype=torch.float64))
-        point = normalise_pool(random_start(core, self.budget, SEED, size=0.1))
+        point = random_start(core, self.budget, SEED, size=0.1).normalised()
         checked, replayed = (sweeps_on(core.values, (n, n), replayed) for replayed in (False, True))
         point, _ = replayed(point)  # checked; gives private terms to a start that has none, which no replay would stand
         thin = torch.randn(L, self.unit.shape[0], self.ranks, device=self.device)

@@ -32,15 +32,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per processor, see --jobs
 
-import tables
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
 from rasa_theory.plotting import style
-from rasa_theory.solvers.attempts import median_iterations, random_attempt
-from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers import median_iterations, random_attempt, random_start
 from rasa_theory.sources import synthetic_stack
 
 ITERATIONS = 200

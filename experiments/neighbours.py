@@ -21,13 +21,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import Row
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
+from experiments.tables import Row
 from rasa_theory import methods
 from rasa_theory.plotting import style
 

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tables
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
 from rasa_theory.plotting import style
-from rasa_theory.solvers.attempts import median_iterations
-from rasa_theory.solvers.starts import random_start
+from rasa_theory.solvers import median_iterations, random_start
 from rasa_theory.sources import synthetic_stack
 
 COLUMNS = ("stack", "size", "seed", "iterations", "error", "error_after_joint_sweeps")

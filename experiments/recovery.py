@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments import tables
 from rasa_theory.plotting import style
 
 Shape = tuple[int, int, int, int, int]

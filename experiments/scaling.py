@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 if str(Path(__file__).resolve().parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import tables
 import torch
 import torch.distributed as dist
 
+from experiments import tables
 from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora
-from rasa_theory.distributed.processes import ALONE, Processes, Spread
+from rasa_theory.distributed import ALONE, Processes, Spread
 from rasa_theory.plotting import style
 from rasa_theory.solvers import updates
 

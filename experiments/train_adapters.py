@@ -49,7 +49,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread and one process per processor, see --jobs
 
 import torch
-from finetune_minilm import (
+from safetensors.torch import load_file, save_file
+
+import rasa_theory as rt
+from experiments.finetune_minilm import (
     TASKS,
     Encoder,
     Pair,
@@ -63,13 +66,10 @@ from finetune_minilm import (
     shuffled_batches,
     split_by_module,
 )
-from finetune_minilm import Settings as Split
-from safetensors.torch import load_file, save_file
-from sentences import neighbours
-
-import rasa_theory as rt
+from experiments.finetune_minilm import Settings as Split
+from experiments.sentences import neighbours
 from rasa_theory import adapter as adapters
-from rasa_theory.problem.inputs import compute_device
+from rasa_theory.problem import compute_device
 
 TARGETS = ["encoder.layer.*"]
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -16,12 +16,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import tables
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
+from experiments import tables
 from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 

@@ -41,14 +41,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tables import Row, read
 from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments.tables import Row, read
 from rasa_theory import methods
 from rasa_theory.plotting import style
-from rasa_theory.problem.participation import participation_ratio
+from rasa_theory.problem import participation_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

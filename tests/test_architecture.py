@@ -1,71 +1,61 @@
-"""A module imports only from lower floors, and only the commands print."""
+"""A room imports only from lower floors, through their faces, and only the commands print."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import rasa_theory
 
 ROOT = Path(rasa_theory.__file__).parent
-FLOORS = [
-    {"errors", "_version"},
-    {"distributed"},
-    {"linalg", "layers", "console", "storage", "ranks", "style"},
-    {"bases", "inputs"},
-    {"problem", "spectra", "algebra"},
-    {"factors"},
-    {"sources", "objective", "bounds"},
-    {"lora", "updates", "subspaces", "exports"},
-    {"inner", "adapter", "ownership"},
-    {"starts", "core", "exchange"},
-    {"descent"},
-    {"rasa", "attempts"},
-    {"study", "bench", "extraction", "flags", "methods"},
-    {"plotting", "report", "extract_report", "workplace"},
-    {"preflight"},
-    {"reconstruct", "verify", "extract"},
-]
-FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+FLOORS = (
+    "common plotting",
+    "distributed",
+    "linalg",
+    "problem",
+    "bounds formats",
+    "solvers sources adapter",
+    "methods reconstruction verification extraction",
+    "commands",
+    "__init__ reconstruct verify extract",
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def modules() -> list[Path]:
-    return [path for path in sorted(ROOT.rglob("*.py")) if room_of(path) != "__init__"]
-
-
-def test_every_module_has_a_floor() -> None:
-    assert {room_of(path) for path in modules()} == set(FLOOR)
-
-
-def test_imports_point_downwards() -> None:
-    wrong = []
-    for path in modules():
+def nodes() -> Iterator[tuple[Path, str, ast.AST]]:
+    """Every node of the package's code, with its file and room."""
+    for path in sorted(ROOT.rglob("*.py")):
+        file = path.relative_to(ROOT)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rasa_theory":
-                named = [f"{node.module}.{alias.name}".split(".")[1] for alias in node.names]
-                for there in {name for name in named if name in FLOOR} - {room_of(path)}:
-                    if FLOOR[there] >= FLOOR[room_of(path)]:
-                        wrong.append(f"{path.relative_to(ROOT)} imports {there}")
+            yield file, file.parts[0].removesuffix(".py"), node
+
+
+def test_a_room_imports_only_the_faces_of_lower_floors() -> None:
+    wrong = []
+    for file, room, node in nodes():
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rasa_theory":
+            for name in node.names:
+                there, *inside = f"{node.module}.{name.name}".split(".")[1:]
+                is_lower = FLOOR.get(there, len(FLOORS)) < FLOOR[room]
+                is_through_face = len(inside) <= 1 or there == "commands"
+                if there != room and not (is_lower and is_through_face):
+                    wrong.append(f"{file}: from {node.module} import {name.name}")
     assert wrong == []
 
 
 def test_only_the_commands_print() -> None:
     printing = {
-        room_of(path)
-        for path in modules()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        room
+        for _, room, node in nodes()
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing == {"console", "reconstruct", "verify", "extract"}
+    assert printing == {"commands"}
 
 
 def test_the_package_is_imported_without_what_only_its_commands_and_figures_need() -> None:
     code = "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; import rasa_theory"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

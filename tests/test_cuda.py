@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problems import falling, noise
 
 from rasa_theory import LayerStack, RankBudget, SolverOptions, lower_bound, reconstruction_error, solve_lora, solve_rasa
-from rasa_theory.linalg.recording import Recorded
+from rasa_theory.linalg import Recorded
+from tests.helpers.problems import falling, noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from rasa_theory.adapter.layer import AdaptedLinear
 from rasa_theory.adapter.targets import PLACE, kinds_of, named, some
 from rasa_theory.adapter.terms import Kind, Settings, Terms
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.factors import RasaFactors, lora_parameters
-from rasa_theory.problem.stack import RankBudget
+from rasa_theory.common import InputError
+from rasa_theory.problem import RankBudget, RasaFactors, lora_parameters
 
 
 class Adapter(nn.Module):

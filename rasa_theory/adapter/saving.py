@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from rasa_theory.adapter.model import Adapter, put
 from rasa_theory.adapter.targets import kinds_of
 from rasa_theory.adapter.terms import Settings, Terms
-from rasa_theory.commands.console import writable_folder, write_file
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.exports import lora_config, lora_tensors, rasa_config, rasa_layout
-from rasa_theory.formats.safetensors import read_header, read_json
-from rasa_theory.problem.stack import RankBudget
-from rasa_theory.sources.adapters import CONFIG, WEIGHTS, LoraFolder
+from rasa_theory.common import InputError, writable_folder, write_file
+from rasa_theory.formats import (
+    CONFIG,
+    WEIGHTS,
+    LoraFolder,
+    lora_config,
+    lora_tensors,
+    rasa_config,
+    rasa_layout,
+    read_header,
+    read_json,
+)
+from rasa_theory.problem import RankBudget
 
 _FORMATS = ("rasa", "lora-exact-rasa")
 _MODULE = re.compile(r"base_model\.model\.(.+)\.rasa_A\.weight")

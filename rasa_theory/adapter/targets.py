@@ -10,8 +10,8 @@ from torch import nn
 
 from rasa_theory.adapter.layer import AdaptedLinear, is_conv1d, why_not_linear
 from rasa_theory.adapter.terms import Kind
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.exports import Modules
+from rasa_theory.common import InputError
+from rasa_theory.formats import Modules
 
 PLACE = "rasa_adapters"  # where a model has its adapters
 _SHOWN = 4

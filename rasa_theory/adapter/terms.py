@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.exports import Modules
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import RankBudget
+from rasa_theory.common import InputError
+from rasa_theory.formats import Modules
+from rasa_theory.problem import RankBudget, RasaFactors
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -1,17 +1,32 @@
-"""Values between which e_rasa(k) lies, each with a proof; none of them runs a solver."""
+"""Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
-from rasa_theory.bounds.closed import Bound, allocate, allocation_bound, closed_floors, floor_slack
+from rasa_theory.bounds.allocation import RankTarget, allocate, allocate_ranks
+from rasa_theory.bounds.closed import Bound, allocation_bound, cappings, closed_floors, floor_slack
+from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
 from rasa_theory.bounds.floor import CERTIFICATES, lower_bound
-from rasa_theory.bounds.search import FloorOptions, SearchProgress
+from rasa_theory.bounds.search import FloorOptions, Search, SearchProgress, capped_weights, smoothed_ky_fan
+from rasa_theory.bounds.two_sided import Division, search_two_sided, two_sided_value
 
 __all__ = [
     "CERTIFICATES",
     "Bound",
+    "Division",
     "FloorOptions",
+    "RankTarget",
+    "Search",
     "SearchProgress",
     "allocate",
+    "allocate_ranks",
     "allocation_bound",
+    "capped_weights",
+    "cappings",
     "closed_floors",
+    "dual_value",
     "floor_slack",
     "lower_bound",
+    "rounding_allowance",
+    "search_dual",
+    "search_two_sided",
+    "smoothed_ky_fan",
+    "two_sided_value",
 ]

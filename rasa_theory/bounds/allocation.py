@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError
+from rasa_theory.problem import RankBudget
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,15 @@ def allocate_ranks(sigmas: Sequence[Tensor], costs: Sequence[int], target: RankT
         ranks.append(kept[start : start + sigma.numel()].reshape(sigma.shape).sum(1).tolist())
         start += sigma.numel()
     return ranks
+
+
+def allocate(S: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
+    """Hand the R places of the pool to the largest sigma_ij with j > q, whichever layer they are in.
+
+    S (L, m) holds the singular values of each layer, falling. Returns layer and index of the chosen ones, (R,) each;
+    there are always enough, since R = L k and k <= m - q.
+    """
+    q, (L, m) = budget.private_rank, S.shape
+    chosen = torch.topk(S[:, q:].reshape(-1), budget.pool_rank(L)).indices
+    width = max(m - q, 1)
+    return chosen // width, q + chosen % width

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed.processes import Spread
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.bounds.allocation import allocate
+from rasa_theory.distributed import Spread
+from rasa_theory.problem import LayerStack, RankBudget
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,6 @@ class Bound:
 
     value: float
     name: str
-
-
-def allocate(S: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
-    """Hand the R places of the pool to the largest sigma_ij with j > q, whichever layer they are in.
-
-    S (L, m) holds the singular values of each layer, falling. Returns layer and index of the chosen ones, (R,) each;
-    there are always enough, since R = L k and k <= m - q.
-    """
-    q, (L, m) = budget.private_rank, S.shape
-    chosen = torch.topk(S[:, q:].reshape(-1), budget.pool_rank(L)).indices
-    width = max(m - q, 1)
-    return chosen // width, q + chosen % width
 
 
 def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:

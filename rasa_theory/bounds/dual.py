@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.bounds.search import FloorOptions, Search, SearchWatch, captured_smoothly, clip_factors, leading_basis
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget
 
 
 @dataclass

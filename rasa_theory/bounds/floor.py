@@ -8,8 +8,8 @@ from rasa_theory.bounds.closed import Bound, closed_floors
 from rasa_theory.bounds.dual import search_dual
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
 from rasa_theory.bounds.two_sided import search_two_sided
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack, RankBudget
 
 CERTIFICATES = ("closed", "dual", "two-sided")
 """Each includes those before it."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
+from rasa_theory.common import InputError, whole_number
+from rasa_theory.problem import LayerStack, RankBudget
 
 _SMOOTHING = (0.3, 0.1, 0.03, 0.01, 0.003)  # in units of the level, the mean of sigma_{i,r+1}^2
 _STAGE = 60  # iterations with one smoothing, at most

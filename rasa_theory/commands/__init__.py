@@ -1,0 +1,1 @@
+"""The commands: arguments, progress and what they print; nothing below them prints."""

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import re
-import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-from rasa_theory.common.errors import FailedElsewhere, InputError, ProcessLost
-from rasa_theory.common.version import __version__
-from rasa_theory.distributed.processes import ALONE, Processes, lacks_memory, launched, meeting
+from rasa_theory.common import FailedElsewhere, InputError, ProcessLost, __version__, writable_folder
+from rasa_theory.distributed import ALONE, Processes, lacks_memory, launched, meeting
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # ---- arguments and exit statuses
 
@@ -178,32 +173,6 @@ def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, 
 # ---- files
 
 
-_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}")
-
-
-def unfinished(path: Path) -> str | None:
-    """The name of the file that `write_file` has not finished there; None if it is no such one."""
-    found = _UNFINISHED.fullmatch(path.name)
-    return None if found is None else found[1]
-
-
-def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file whole or not at all. Raises InputError if that fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # named before it is there: interrupted, it goes
-    try:
-        with temporary.open("xb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        advice = "name another folder with --out"
-        if error.errno in _FULL:
-            advice = f"make room and give the same command again, or {advice}"
-        raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def output_folder(name: str) -> Path | None:
     """The folder of --out, None for `none`, made if need be. Raises InputError if it cannot be written.
 
@@ -217,17 +186,3 @@ def output_folder(name: str) -> Path | None:
         return writable_folder(Path(name))
     except InputError as error:
         raise InputError(f"--out {error}") from None
-
-
-def writable_folder(path: Path) -> Path:
-    """The folder itself, made if need be. Raises InputError if it cannot be written."""
-    verb = "made"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        verb = "written to"
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(
-            f"{path} is not a folder that can be {verb}: {error.strerror or error}; name another folder"
-        ) from None
-    return path

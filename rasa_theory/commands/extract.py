@@ -20,30 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rasa_theory.bounds.allocation import RankTarget, allocate_ranks
+from rasa_theory.bounds import RankTarget, allocate_ranks
 from rasa_theory.commands import flags
-from rasa_theory.commands.console import (
-    Parser,
-    exit_status,
-    naming_flags,
-    output_folder,
-    progress_bar,
-    say_left_out,
-    write_file,
+from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
+from rasa_theory.common import InputError, environment, write_file
+from rasa_theory.distributed import Processes, dealt
+from rasa_theory.extraction import (
+    FORMATS,
+    STORED,
+    ExtractSettings,
+    Job,
+    Workplace,
+    check,
+    extract_stack,
+    extraction_csv,
+    extraction_table,
+    forecast,
+    model_card,
 )
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import Processes, dealt
-from rasa_theory.extraction.conversion import STORED, ExtractSettings, extract_stack
-from rasa_theory.extraction.folder import Workplace
-from rasa_theory.extraction.plan import Job, check, forecast
-from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
-from rasa_theory.formats.exports import FORMATS, Modules
-from rasa_theory.plotting import style
-from rasa_theory.plotting.results import plot_extraction
-from rasa_theory.problem.inputs import compute_dtype
-from rasa_theory.reconstruction.driver import environment
-from rasa_theory.solvers.descent import Callback
-from rasa_theory.sources import Catalogue, LeftOut, StackSource, base_of
+from rasa_theory.formats import Modules, base_of
+from rasa_theory.plotting import plot_extraction, style
+from rasa_theory.problem import compute_dtype
+from rasa_theory.solvers import Callback
+from rasa_theory.sources import Catalogue, LeftOut, StackSource
 
 _UNSET = object()
 _EMBEDDING = re.compile(r"embed|(?:\A|\.)w[tp]e\.weight\Z")

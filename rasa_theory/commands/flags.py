@@ -9,11 +9,10 @@ import torch
 
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.commands.console import memory_size
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import Processes
-from rasa_theory.problem.inputs import compute_device
-from rasa_theory.solvers.rasa import SolverOptions
-from rasa_theory.solvers.starts import STARTS
+from rasa_theory.common import InputError
+from rasa_theory.distributed import Processes
+from rasa_theory.problem import compute_device
+from rasa_theory.solvers import STARTS, SolverOptions
 from rasa_theory.sources import Catalogue, open_source
 
 NAMES = {"max_sweeps": "sweeps", "shared_rank": "k"}

@@ -19,32 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from rasa_theory.commands import flags
-from rasa_theory.commands.console import (
-    Parser,
-    exit_status,
-    naming_flags,
-    output_folder,
-    progress_bar,
-    say_left_out,
-    write_file,
-)
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import ALONE, Processes, Spread
-from rasa_theory.extraction.folder import identity
-from rasa_theory.plotting import style
-from rasa_theory.plotting.results import plot_iterations
-from rasa_theory.problem.inputs import compute_dtype
-from rasa_theory.problem.stack import LayerStack, RankBudget, check_memory
-from rasa_theory.reconstruction.driver import (
+from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
+from rasa_theory.common import InputError, identity, write_file
+from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.plotting import plot_iterations, style
+from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_dtype
+from rasa_theory.reconstruction import (
     WEIGHTS,
     StudyProgress,
     StudySettings,
     StudyState,
+    history_csv,
     new_results,
     study_steps,
+    table,
+    verdict_lines,
 )
-from rasa_theory.reconstruction.summary import history_csv, table, verdict_lines
-from rasa_theory.solvers.rasa import SolverOptions
+from rasa_theory.solvers import SolverOptions
 from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, synthetic_stack
 
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}

@@ -17,19 +17,31 @@ from typing import Any
 import torch
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, write_file
+from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar
 from rasa_theory.commands.flags import with_examples
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import Processes
-from rasa_theory.reconstruction.driver import environment
-from rasa_theory.solvers.rasa import SolverOptions
-from rasa_theory.verification.evidence import BenchSettings, Subject
-from rasa_theory.verification.instances import FAMILIES, Instance
-from rasa_theory.verification.replay import Replay, load_replay, save_replay
-from rasa_theory.verification.scorecard import describe, table, verdict_lines
-from rasa_theory.verification.tally import Tally, results
-from rasa_theory.verification.trial import Trial, run_trial
-from rasa_theory.verification.workers import Drawn, shared_trials, suitable_jobs, trials
+from rasa_theory.common import InputError, environment, write_file
+from rasa_theory.distributed import Processes
+from rasa_theory.solvers import SolverOptions
+from rasa_theory.verification import (
+    FAMILIES,
+    BenchSettings,
+    Drawn,
+    Instance,
+    Replay,
+    Subject,
+    Tally,
+    Trial,
+    describe,
+    load_replay,
+    results,
+    run_trial,
+    save_replay,
+    shared_trials,
+    suitable_jobs,
+    table,
+    trials,
+    verdict_lines,
+)
 
 _NAME = "rasa_theory.verify"
 _INSTANCES = 300

@@ -1,0 +1,26 @@
+"""What every room uses: errors, checks of what enters, files written whole, versions and hardware."""
+
+from rasa_theory.common.checks import at_least, one_of, whole_number
+from rasa_theory.common.environment import environment
+from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite, ProcessLost, UnsoundFile
+from rasa_theory.common.files import identity, locked, unfinished, writable_folder, write_file
+from rasa_theory.common.version import __version__
+
+__all__ = [
+    "DamagedFile",
+    "FailedElsewhere",
+    "InputError",
+    "NotFinite",
+    "ProcessLost",
+    "UnsoundFile",
+    "__version__",
+    "at_least",
+    "environment",
+    "identity",
+    "locked",
+    "one_of",
+    "unfinished",
+    "whole_number",
+    "writable_folder",
+    "write_file",
+]

@@ -1,0 +1,21 @@
+"""From fine-tuned weights to an adapter, with a report of what it misses."""
+
+from rasa_theory.extraction.conversion import extract_stack
+from rasa_theory.extraction.folder import Workplace
+from rasa_theory.extraction.plan import Job, check, forecast
+from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
+from rasa_theory.extraction.settings import FORMATS, STORED, ExtractSettings
+
+__all__ = [
+    "FORMATS",
+    "STORED",
+    "ExtractSettings",
+    "Job",
+    "Workplace",
+    "check",
+    "extract_stack",
+    "extraction_csv",
+    "extraction_table",
+    "forecast",
+    "model_card",
+]

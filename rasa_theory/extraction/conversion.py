@@ -2,73 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rasa_theory.bounds import CERTIFICATES, Bound, lower_bound
-from rasa_theory.bounds.allocation import RankTarget
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.exports import FORMATS, Modules, dense_tensor, lora_tensors, rasa_tensors
-from rasa_theory.problem.factors import LoraFactors, RasaFactors
-from rasa_theory.problem.residual import layer_errors
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.solvers.descent import Callback
-from rasa_theory.solvers.lora import solve_lora
-from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
+from rasa_theory.bounds import Bound, lower_bound
+from rasa_theory.common import InputError
+from rasa_theory.extraction.settings import STORED, ExtractSettings
+from rasa_theory.formats import Modules, dense_tensor, lora_tensors, rasa_tensors
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors
+from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
-STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
 _SHARES = (50, 90, 99)
 _FACTS = ("stable_rank", "entropy_rank", *(f"rank_{share}" for share in _SHARES))
-
-
-@dataclass(frozen=True)
-class ExtractSettings:
-    """What to extract: RaSA(r, k) beside LoRA of rank r, `format` of `exports.FORMATS`, stored as `dtype`.
-
-    k = 0 solves no RaSA; k None takes the best of 1, 2, 4, .., r for each stack. With a `target` the ranks are chosen
-    layer by layer (`ranks.allocate_ranks`), rank is None and k is 0. Raises InputError for anything else.
-    """
-
-    rank: int | None
-    k: int | None
-    format: str = "lora"
-    dtype: str = "float32"
-    certificate: str = "closed"
-    solver: SolverOptions = field(default_factory=SolverOptions)
-    target: RankTarget | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("format", FORMATS), ("dtype", STORED), ("certificate", CERTIFICATES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.target is not None:
-            if self.rank is not None or self.k != 0:
-                raise InputError(
-                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0"
-                )
-        elif self.rank is None:
-            raise InputError("rank auto needs a target: an energy, an error or a number of parameters")
-        else:
-            RankBudget(self.rank, self.k or 0)
-        if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
-            raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool")
-        if self.format == "rasa" and self.k is None:
-            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
-
-    def exact(self, shape: tuple[int, int]) -> bool:
-        """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""
-        return self.k != 0 or min(shape) <= _EXACT
-
-    def plain(self) -> dict[str, Any]:
-        """As data, to compare with those of an earlier run."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

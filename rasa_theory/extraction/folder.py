@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 if sys.platform != "win32":
-    import fcntl
+    pass
 
-from rasa_theory.commands.console import unfinished, write_file
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError, locked, unfinished, write_file
 from rasa_theory.extraction.conversion import Extracted
-from rasa_theory.formats.exports import join_safetensors, lora_config, of_task, rasa_config, write_safetensors
-from rasa_theory.formats.safetensors import read_header
+from rasa_theory.formats import join_safetensors, lora_config, of_task, rasa_config, read_header, write_safetensors
 
-_BEGINNING = 1 << 20  # bytes
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
 _LOCK = "lock"  # among the parts
 _OURS = re.compile(
@@ -54,7 +49,7 @@ class Workplace:
 
     def __enter__(self) -> Workplace:
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.parts / _LOCK)
+        self._lock = locked(self.parts / _LOCK)
         self._sweep()
         if not (self.parts / "manifest.json").exists():
             for stale in self.parts.iterdir():  # of no plan that is known
@@ -151,37 +146,6 @@ class Workplace:
         for file in [*self.out.glob(".*"), *self.out.glob("*/.*")]:
             if _OURS.fullmatch(unfinished(file) or ""):
                 file.unlink(missing_ok=True)
-
-
-def _locked(path: Path) -> IO[bytes] | None:
-    """The file, locked until it is closed or the process ends, however that may be; None where there are no locks.
-
-    Raises InputError if another process has locked it, or has just removed it with the folder that it was in.
-    """
-    if sys.platform == "win32":
-        return None
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        alone = False
-    except OSError:  # a file system that knows none
-        alone = True
-    if not alone:
-        file.close()
-        raise InputError(
-            f"another process is extracting into {path.parent.parent}; wait for it, or name another folder"
-        )
-    return file
-
-
-def identity(path: Path) -> dict[str, Any]:
-    """What tells whether a file has changed: size, time, and a digest of its beginning, where headers are."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_BEGINNING)).hexdigest()
-    facts = path.stat()
-    return {"file": str(path.resolve()), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest}
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.extraction.conversion import STORED, ExtractSettings, extract_stack
-from rasa_theory.extraction.folder import identity
-from rasa_theory.formats.exports import Modules
-from rasa_theory.formats.orientation import called_conv1d
-from rasa_theory.linalg.lanczos import worth_it
-from rasa_theory.problem.stack import LayerStack, RankBudget, check_memory
+from rasa_theory.common import InputError, identity
+from rasa_theory.extraction.conversion import extract_stack
+from rasa_theory.extraction.settings import STORED, ExtractSettings
+from rasa_theory.formats import Modules, called_conv1d
+from rasa_theory.linalg import worth_it
+from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 
 _PROBLEMS = 20  # spelt out, more than a model has kinds of module

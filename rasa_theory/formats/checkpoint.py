@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from rasa_theory.formats.orientation import model_types, oriented
+from rasa_theory.formats.names import Entry
 from rasa_theory.formats.safetensors import opened
 from rasa_theory.formats.shards import find_shards
-from rasa_theory.problem.storage import FileRows
-from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
-from rasa_theory.sources.grouping import Entry
+from rasa_theory.problem import FileRows
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
@@ -56,18 +53,6 @@ class Checkpoint:
         header.check_unchanged()
         dtype, shape, offset, _ = header.tensors[key]
         return FileRows(header.file, offset, shape[-1], np.dtype(_KINDS[dtype]), dtype == "BF16")
-
-
-def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
-    """The stacks of a checkpoint, their matrices as (out, in); `alone` as for `grouping.group`.
-
-    Raises InputError as `find_shards` does, if a config.json is not sound, and if no stack remains.
-    """
-    checkpoint = Checkpoint(path)
-    reader = Reader(checkpoint.read, checkpoint.file_of, checkpoint.part)
-    entries = oriented(checkpoint.entries.values(), model_types(path))
-    found = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory, alone)
-    return dataclasses.replace(found, files=checkpoint.files)
 
 
 def _dtype_name(name: str) -> str:

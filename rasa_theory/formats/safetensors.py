@@ -8,14 +8,18 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from rasa_theory.common.errors import UnsoundFile
+from rasa_theory.common import InputError, UnsoundFile
+from rasa_theory.formats.names import of_task
 
 _LARGEST_JSON = 100_000_000  # bytes; safetensors allows its headers as many
 _LONGEST_REASON = 200  # letters
@@ -131,3 +135,62 @@ def _stamp(file: Path) -> tuple[int, int]:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("not a regular file")
     return found.st_size, found.st_mtime_ns
+
+
+_COPIED = 1 << 24  # bytes at a time
+
+
+_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], out: IO[bytes], metadata: dict[str, str]) -> None:
+    """A safetensors file of `tensors`, written one by one, so that no second copy of all of them is made."""
+    header = _Header(metadata)
+    for key, tensor in tensors.items():
+        header.add(key, _STORED[tensor.dtype], list(tensor.shape), tensor.nbytes)
+    out.write(header.encoded())
+    for tensor in tensors.values():
+        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # which numpy does not know
+        out.write(np.ascontiguousarray(bits.numpy()).data)
+
+
+def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str], task: int | None = None) -> None:
+    """All tensors of `parts`, or those of one task, as one safetensors file, copied piece by piece.
+
+    Raises InputError if two parts hold a tensor of the same name.
+    """
+    header = _Header(metadata)
+    pieces: list[tuple[Path, int, int]] = []  # part, first byte, how many
+    for part in parts:
+        for key, stored in read_header(part).tensors.items():
+            if (name := of_task(key, task)) is None:
+                continue
+            if name in header.entries:
+                raise InputError(f"two stacks would write the tensor {name!r}; keep one of them with --modules")
+            header.add(name, stored.dtype, stored.shape, stored.size)
+            pieces.append((part, stored.offset, stored.size))
+    out.write(header.encoded())
+    for part, first, size in pieces:
+        with part.open("rb") as file:
+            file.seek(first)
+            while size > 0:
+                size -= out.write(file.read(min(size, _COPIED)))
+
+
+class _Header:
+    """The beginning of a safetensors file whose tensors follow in the order in which they are added."""
+
+    def __init__(self, metadata: dict[str, str]) -> None:
+        self.entries: dict[str, Any] = {"__metadata__": metadata}
+        self._offset = 0
+
+    def add(self, key: str, dtype: str, shape: Sequence[int], size: int) -> None:
+        offsets = [self._offset, self._offset + size]
+        self.entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        self._offset += size
+
+    def encoded(self) -> bytes:
+        """With its length before it, padded to a multiple of 8 bytes."""
+        text = json.dumps(self.entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text

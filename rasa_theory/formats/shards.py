@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from rasa_theory.common.errors import InputError, UnsoundFile
+from rasa_theory.common import InputError, UnsoundFile
+from rasa_theory.formats.names import LeftOut
 from rasa_theory.formats.safetensors import Header, read_header, read_json
-from rasa_theory.sources.grouping import LeftOut
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_INDEXES = tuple(f"{suffix}.index.json" for suffix in PICKLES)

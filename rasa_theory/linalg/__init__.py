@@ -1,9 +1,9 @@
-"""Linear algebra on batches of layers."""
+"""Linear algebra on batches of layers: exact where it is cheap, certified where it is not."""
 
+from rasa_theory.linalg import batched, lanczos, orthogonal
 from rasa_theory.linalg.dense import (
     LinAlgError,
     best_low_rank,
-    increment_by_cholesky,
     ky_fan,
     largest_nonnegative,
     leading_eigenpairs,
@@ -12,8 +12,6 @@ from rasa_theory.linalg.dense import (
     product,
     rounding,
     singular_values,
-    solve_increment,
-    solve_layers,
     suitable_threads,
     svd,
     symmetric_eigenpairs,
@@ -21,3 +19,38 @@ from rasa_theory.linalg.dense import (
     tail_energy,
     tf32,
 )
+from rasa_theory.linalg.lanczos import worth_it
+from rasa_theory.linalg.orthogonal import thin_qr
+from rasa_theory.linalg.recording import Algebra, Checked, Recorded, Unchecked
+from rasa_theory.linalg.solve import increment_by_cholesky, solve_increment, solve_layers
+
+__all__ = [
+    "Algebra",
+    "Checked",
+    "LinAlgError",
+    "Recorded",
+    "Unchecked",
+    "batched",
+    "best_low_rank",
+    "increment_by_cholesky",
+    "ky_fan",
+    "lanczos",
+    "largest_nonnegative",
+    "leading_eigenpairs",
+    "not_above",
+    "orthogonal",
+    "pencil_eigenvectors",
+    "product",
+    "rounding",
+    "singular_values",
+    "solve_increment",
+    "solve_layers",
+    "suitable_threads",
+    "svd",
+    "symmetric_eigenpairs",
+    "symmetric_eigenvalues",
+    "tail_energy",
+    "tf32",
+    "thin_qr",
+    "worth_it",
+]

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rasa_theory.distributed.processes import Spread
-from rasa_theory.linalg import dense, orthogonal
+from rasa_theory.distributed import Spread
+from rasa_theory.linalg import orthogonal, solve
 
 Measure = Callable[[Tensor], Tensor]
 
@@ -39,12 +39,12 @@ class Checked:
     """Every step looks, and takes the safe way where the fast one is not sound."""
 
     def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
-        return dense.solve_increment(gram, rhs, size, noise)
+        return solve.solve_increment(gram, rhs, size, noise)
 
     def solve_layers(
         self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
     ) -> tuple[Tensor, Tensor]:
-        return dense.solve_layers(gram, rhs, size, noise, spread, measure)
+        return solve.solve_layers(gram, rhs, size, noise, spread, measure)
 
     def orthonormal(self, X: Tensor) -> Tensor:
         return orthogonal.thin_qr(X)[0]
@@ -60,7 +60,7 @@ class Unchecked:
         self._sound: list[Tensor] = []
 
     def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
-        x, sound = dense.increment_by_cholesky(gram, rhs, size, noise)
+        x, sound = solve.increment_by_cholesky(gram, rhs, size, noise)
         self._sound.append(sound)
         return x
 

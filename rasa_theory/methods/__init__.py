@@ -1,106 +1,31 @@
-"""RaSA's neighbours: how well other ways of sharing parameters reconstruct a stack, at equal parameters.
+"""RaSA's neighbours: how well other ways of sharing parameters reconstruct a stack, at equal parameters."""
 
-One file each, a function (stack, settings) -> `Fit`, and its name in `METHODS`. A new method is one file and one line.
-
-How parameters are counted, by one rule for all. Every trained number that has to be stored for the L layers counts:
-factors, cores, mixings, scalings, the vectors of a bank, and an index as one number. What a seed makes again, such as
-a frozen random basis, counts nothing, and neither do shapes: ranks, sizes, seeds. Numbers are counted as the method
-stores them, also where a change of basis could save some; but a scale that can be absorbed by another number is not
-stored a second time, so that alpha / r counts nothing, and of weights that add up to one the last is not stored.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from rasa_theory.common.errors import InputError
-from rasa_theory.methods.allocated import ALLOCATED, fit_allocated
-from rasa_theory.methods.fit import Evidence, Fit, Method
-from rasa_theory.methods.independent import LORA, fit_lora
-from rasa_theory.methods.joint import JOINT_DIAGONAL, JOINT_FULL, fit_joint
-from rasa_theory.methods.one_sided import ONE_SIDED, fit_one_sided
-from rasa_theory.methods.pooled import RASA, fit_rasa
-from rasa_theory.methods.settings import Settings
-from rasa_theory.methods.share_basis import SHARE_BASIS, fit_share_basis
-from rasa_theory.methods.share_lora import SHARE_LORA, fit_share_lora
-from rasa_theory.methods.tied_lora import TIED_LORA, fit_tied_lora
-from rasa_theory.methods.vb_lora import VB_LORA, fit_vb_lora
-from rasa_theory.methods.vera import VERA, fit_vera
-from rasa_theory.problem.factors import lora_parameters
-from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
-
-METHODS: dict[str, Method] = {
-    "lora": LORA,
-    "allocated": ALLOCATED,
-    "rasa": RASA,
-    "share_lora": SHARE_LORA,
-    "tied_lora": TIED_LORA,
-    "vera": VERA,
-    "vb_lora": VB_LORA,
-    "joint_full": JOINT_FULL,
-    "joint_diagonal": JOINT_DIAGONAL,
-    "one_sided": ONE_SIDED,
-    "share_basis": SHARE_BASIS,
-}
-
-
-def allowed(stack: LayerStack, parameters: int, slack: float | None = None) -> int:
-    """`parameters` and so many more as `slack` says, a share of them; None: L / (a + b), enough for RaSA's mixing.
-
-    RaSA stores L R = L^2 k numbers of mixing beside those of LoRA, L r (a + b), so L k / r (a + b) of them: at most
-    0.8 % with six layers of 384 x 384. Without it RaSA would have to give up a whole rank to be compared. Raises
-    InputError unless parameters >= 1 and 0 <= slack < 1.
-    """
-    if whole_number("parameters", parameters) < 1:
-        raise InputError(f"parameters must be at least 1, got {parameters}")
-    if slack is None:
-        return parameters + parameters * stack.layers // sum(stack.shape)
-    if not 0 <= slack < 1:
-        raise InputError(f"slack must be at least 0 and below 1, got {slack}")
-    return int(parameters * (1 + slack))
-
-
-def at_parameters(
-    stack: LayerStack, parameters: int, methods: Sequence[str] | None = None, slack: float | None = None
-) -> dict[str, Fit]:
-    """Every method (or those named) at its best within `allowed(stack, parameters, slack)` numbers.
-
-    Each method says which of its configurations are the largest that fit; the one of least error counts. A method of
-    which none fits is left out. Raises InputError as `allowed` does, and for an unknown method.
-    """
-    limit = allowed(stack, parameters, slack)
-    chosen = list(METHODS) if methods is None else list(methods)
-    for name in chosen:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    found: dict[str, Fit] = {}
-    for name in chosen:
-        method = METHODS[name]
-        fits = [method.solve(stack, **s) for s in method.configurations(stack, limit)]
-        if fits:
-            found[name] = min(fits, key=lambda fit: fit.error)
-    return found
-
-
-def pareto(
-    stack: LayerStack, ranks: Sequence[int] = (2, 4, 8, 16), methods: Sequence[str] | None = None
-) -> dict[int, dict[str, Fit]]:
-    """`at_parameters` at those of LoRA of each rank: rank -> method -> Fit.
-
-    Raises InputError for a rank that LoRA cannot have.
-    """
-    for rank in ranks:
-        RankBudget(rank, 0).check_fits(stack)
-    return {r: at_parameters(stack, lora_parameters(stack.layers, stack.shape, r), methods) for r in ranks}
-
+from rasa_theory.methods.allocated import fit_allocated
+from rasa_theory.methods.alternate import Steps, alternate
+from rasa_theory.methods.compare import METHODS, allowed, at_parameters, pareto
+from rasa_theory.methods.diagonals import Diagonals
+from rasa_theory.methods.fit import Evidence, Fit, Method, residual
+from rasa_theory.methods.independent import fit_lora
+from rasa_theory.methods.joint import fit_joint
+from rasa_theory.methods.one_sided import fit_one_sided
+from rasa_theory.methods.pooled import fit_rasa
+from rasa_theory.methods.settings import Settings, largest
+from rasa_theory.methods.share_basis import fit_share_basis
+from rasa_theory.methods.share_lora import fit_share_lora
+from rasa_theory.methods.tied_lora import fit_tied_lora
+from rasa_theory.methods.vb_lora import fit_vb_lora
+from rasa_theory.methods.vera import fit_vera
 
 __all__ = [
     "METHODS",
+    "Diagonals",
     "Evidence",
     "Fit",
     "Method",
     "Settings",
+    "Steps",
     "allowed",
+    "alternate",
     "at_parameters",
     "fit_allocated",
     "fit_joint",
@@ -112,6 +37,7 @@ __all__ = [
     "fit_tied_lora",
     "fit_vb_lora",
     "fit_vera",
-    "lora_parameters",
+    "largest",
     "pareto",
+    "residual",
 ]

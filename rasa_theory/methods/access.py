@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.problem import LayerStack
 
 
 def right(stack: LayerStack, X: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from rasa_theory.bounds.allocation import RankTarget, allocate_ranks
+from rasa_theory.bounds import RankTarget, allocate_ranks
+from rasa_theory.common import at_least
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_least, at_most
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.methods.settings import Settings, at_most
+from rasa_theory.problem import LayerStack
 
 
 def fit_allocated(stack: LayerStack, terms: int) -> Fit:

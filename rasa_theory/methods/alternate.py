@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.problem import LayerStack
 
 RTOL = 1e-6  # a sweep that lowers the error by less than this share of it is the last
 

@@ -10,7 +10,7 @@ from enum import Enum
 from torch import Tensor
 
 from rasa_theory.methods.settings import Settings
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.problem import LayerStack
 
 
 class Evidence(Enum):

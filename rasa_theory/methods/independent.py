@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from rasa_theory.common import at_least
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_least, largest
-from rasa_theory.problem.factors import lora_parameters
-from rasa_theory.problem.stack import LayerStack
-from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.methods.settings import Settings, largest
+from rasa_theory.problem import LayerStack, lora_parameters
+from rasa_theory.solvers import solve_lora
 
 
 def fit_lora(stack: LayerStack, rank: int) -> Fit:

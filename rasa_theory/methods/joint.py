@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
+from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.access import leading_terms, left, right, seeded
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
-from rasa_theory.methods.settings import Settings, at_least, at_most, largest, one_of
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.solvers.descent import Descent
-from rasa_theory.solvers.rasa import SolverOptions, solve_rasa
+from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers import Descent, SolverOptions, solve_rasa
 
 CORES = ("full", "diagonal")
 RANDOM_STARTS = 2

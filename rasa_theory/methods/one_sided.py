@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
+from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
-from rasa_theory.methods.settings import Settings, at_least, at_most, largest, one_of
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.problem import LayerStack
 
 SIDES = ("columns", "rows")
 

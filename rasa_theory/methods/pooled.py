@@ -7,9 +7,8 @@ import torch
 from rasa_theory.bounds import lower_bound
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
 from rasa_theory.methods.settings import Settings, largest
-from rasa_theory.problem.factors import lora_parameters
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.solvers.rasa import SolverOptions, solve_rasa
+from rasa_theory.problem import LayerStack, RankBudget, lora_parameters
+from rasa_theory.solvers import SolverOptions, solve_rasa
 
 
 def fit_rasa(stack: LayerStack, rank: int, shared_rank: int, seed: int = 0) -> Fit:

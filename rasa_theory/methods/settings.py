@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.stack import LayerStack, whole_number
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack
 
 Settings = Mapping[str, int | str]
-
-
-def at_least(name: str, value: Any, least: int) -> int:
-    """`value` as an int; raises InputError, naming `name`, if it is no whole number or below `least`."""
-    number = whole_number(name, value)
-    if number < least:
-        raise InputError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def at_most(name: str, value: int, most: int, stack: LayerStack) -> None:
@@ -27,12 +18,6 @@ def at_most(name: str, value: int, most: int, stack: LayerStack) -> None:
             f"{name} {value} exceeds {most}, all that can be of use to stack {stack.name!r} ({stack.layers} layers of "
             f"{b} x {a}); lower it"
         )
-
-
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raises InputError, naming `name` and what is known, if `value` is none of `known`."""
-    if value not in known:
-        raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
 def largest(count: Callable[[int], int], limit: int, most: int) -> int:

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError, at_least, one_of
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_least, at_most, largest, one_of
-from rasa_theory.problem.factors import LoraFactors, balanced, lora_parameters
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, balanced, lora_parameters
+from rasa_theory.solvers import solve_lora
 
 BASES = ("columns", "whole")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from rasa_theory import linalg
+from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.access import right
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_least, at_most, largest, one_of
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.problem import LayerStack
 
 SHARED = ("A", "B", "both")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from rasa_theory import linalg
+from rasa_theory.common import at_least
 from rasa_theory.methods import diagonals
 from rasa_theory.methods.access import leading_terms, left, right, seeded
 from rasa_theory.methods.alternate import Steps, alternate, increment
 from rasa_theory.methods.diagonals import Diagonals
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
-from rasa_theory.methods.settings import Settings, at_least, largest
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.methods.settings import Settings, largest
+from rasa_theory.problem import LayerStack
 
 
 def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, max_sweeps: int = 120) -> Fit:

@@ -10,13 +10,12 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError, at_least
 from rasa_theory.methods.access import left, right, seeded
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_least
-from rasa_theory.problem.factors import balanced
-from rasa_theory.problem.stack import LayerStack
-from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.methods.settings import Settings
+from rasa_theory.problem import LayerStack, balanced
+from rasa_theory.solvers import solve_lora
 
 LENGTH = 32  # sub-vectors of about this length, where the configuration is chosen
 MOST_PAIRS = 1 << 24  # distances that are looked at where a bank is begun

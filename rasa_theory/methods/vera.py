@@ -6,13 +6,14 @@ import math
 
 import torch
 
+from rasa_theory.common import at_least
 from rasa_theory.methods import diagonals
 from rasa_theory.methods.access import right
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.diagonals import Diagonals
 from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted, residual
-from rasa_theory.methods.settings import Settings, at_least, largest
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.methods.settings import Settings, largest
+from rasa_theory.problem import LayerStack
 
 LARGEST = 1024  # tried in a comparison: each further number catches about 1 / (a b) of the energy, at r^3 operations
 

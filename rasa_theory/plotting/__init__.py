@@ -1,0 +1,10 @@
+"""One style for all figures, and the figures of results."""
+
+from rasa_theory.plotting import style
+from rasa_theory.plotting.results import plot_extraction, plot_iterations
+
+__all__ = [
+    "plot_extraction",
+    "plot_iterations",
+    "style",
+]

@@ -1,0 +1,51 @@
+"""What is to be reconstructed: stacks of updates, budgets, factors, residuals, and facts about them."""
+
+from rasa_theory.problem import subspaces
+from rasa_theory.problem.budget import RankBudget
+from rasa_theory.problem.factors import LoraFactors, RasaFactors, balanced, lora_parameters, scale_into_mixing
+from rasa_theory.problem.inputs import compute_device, compute_dtype
+from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
+from rasa_theory.problem.residual import layer_errors, reconstruction_error
+from rasa_theory.problem.stack import SVD, LayerStack, check_memory
+from rasa_theory.problem.storage import Difference, Factored, FileRows, OnDisk, Part, native
+from rasa_theory.problem.subspaces import (
+    SharedSubspaceSpectrum,
+    leading_of_all,
+    mean_projector,
+    projected,
+    shared_subspace_spectrum,
+    unrelated_level,
+)
+
+__all__ = [
+    "SVD",
+    "Difference",
+    "Factored",
+    "FileRows",
+    "LayerStack",
+    "LoraFactors",
+    "OnDisk",
+    "Part",
+    "PoolParticipation",
+    "RankBudget",
+    "RasaFactors",
+    "SharedSubspaceSpectrum",
+    "balanced",
+    "check_memory",
+    "compute_device",
+    "compute_dtype",
+    "layer_errors",
+    "layer_losses",
+    "leading_of_all",
+    "lora_parameters",
+    "mean_projector",
+    "native",
+    "participation_ratio",
+    "pool_participation",
+    "projected",
+    "reconstruction_error",
+    "scale_into_mixing",
+    "shared_subspace_spectrum",
+    "subspaces",
+    "unrelated_level",
+]

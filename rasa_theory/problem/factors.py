@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import Spread
+from rasa_theory.common import InputError
+from rasa_theory.distributed import Spread
 from rasa_theory.linalg import batched
-from rasa_theory.problem.stack import RankBudget
+from rasa_theory.problem.budget import RankBudget
 
 _ALL = slice(None)
 
@@ -31,6 +31,12 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
     ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
     return B * ratio[..., None, :], A / ratio[..., :, None]
+
+
+def scale_into_mixing(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """X (n, R) with unit columns, and D (L, R) with their norms; zero columns stay zero."""
+    norms = torch.linalg.vector_norm(X, dim=0)
+    return X / torch.where(norms > 0, norms, 1), D * norms
 
 
 def _spread_of(spread: Spread | None, held: int) -> Spread:
@@ -185,6 +191,12 @@ class RasaFactors:
         return dataclasses.replace(
             self, private_B=self.private_B * c.reshape(-1, 1, 1), mixing=self.mixing * c[:, None]
         )
+
+    def normalised(self) -> RasaFactors:
+        """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
+        B_S, D = scale_into_mixing(self.shared_B, self.mixing)
+        A_S, D = scale_into_mixing(self.shared_A.mT, D)
+        return dataclasses.replace(self, shared_B=B_S, shared_A=A_S.mT, mixing=D)
 
     def evened(self) -> RasaFactors:
         """The same updates for an adapter: `balanced` private terms, |d_ij| at most 1, the scale of a term in the pool.

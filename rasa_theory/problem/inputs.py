@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError
 from rasa_theory.problem.storage import Divided, Factored, InMemory, OnDisk, Storage
 
 _COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}

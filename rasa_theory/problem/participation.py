@@ -10,7 +10,6 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory.linalg import orthogonal
 from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.solvers.updates import normalise_pool
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PoolParticipation:
 
 def pool_participation(factors: RasaFactors) -> PoolParticipation:
     """Is the pool shared, or has each of its terms an owner? The scale of the pool columns does not matter; float64."""
-    f = normalise_pool(factors.to(torch.float64))
+    f = factors.to(torch.float64).normalised()
     weights, losses = f.mixing**2, layer_losses(f)
     return PoolParticipation(
         weights, losses, participation_ratio(weights), participation_ratio(losses), losses.argmax(0)

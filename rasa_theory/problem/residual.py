@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError
 from rasa_theory.problem.factors import LoraFactors, RasaFactors
 from rasa_theory.problem.stack import LayerStack
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.common.errors import InputError, NotFinite
-from rasa_theory.distributed.processes import Spread
+from rasa_theory.common import InputError, NotFinite, whole_number
+from rasa_theory.distributed import Spread
 from rasa_theory.linalg import orthogonal
+from rasa_theory.problem.budget import Shaped
 from rasa_theory.problem.inputs import as_storage
 from rasa_theory.problem.storage import Divided, Factored, InMemory, Spill, Storage
 
@@ -25,26 +25,6 @@ _TILE_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19  # tiles of products: what was converted is still in the cache when it is multiplied
 _SVD_COPIES = 8  # of a layer in float64: what its SVD takes with its workspace
 _LAYER_COPIES = 4  # what any other work on a whole layer takes: itself, scaled, in float32, and a search's bases
-
-
-class Shaped(Protocol):
-    """Anything with a name and the shape (b, a) of its layers: a stack, or one that is not read yet."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-
-def whole_number(name: str, value: Any) -> int:
-    """`value` as an int; raises InputError, naming `name`, if it is none (True and 2.0 are none)."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def check_memory(stack: Shaped, memory: int, decomposed: bool = True) -> None:
@@ -60,44 +40,6 @@ def check_memory(stack: Shaped, memory: int, decomposed: bool = True) -> None:
             f"memory of {memory / 2**20:.4g} MiB is too little for stack {stack.name!r}: its layers of {b} x {a} need "
             f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow so much"
         )
-
-
-@dataclass(frozen=True)
-class RankBudget:
-    """Ranks of one layer: r = `rank` in all, k = `shared_rank` of them given to the pool.
-
-    Raises InputError (a ValueError) unless both are whole numbers, 1 <= r and 0 <= k <= r.
-    """
-
-    rank: int
-    shared_rank: int
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "shared_rank"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}")
-        if self.shared_rank < 0:
-            raise InputError(f"shared_rank must be at least 0, got {self.shared_rank}")
-        if self.shared_rank > self.rank:
-            raise InputError(f"shared_rank {self.shared_rank} exceeds rank {self.rank}")
-
-    @property
-    def private_rank(self) -> int:
-        """q = r - k, the ranks that a layer keeps."""
-        return self.rank - self.shared_rank
-
-    def pool_rank(self, layers: int) -> int:
-        """R = L k, the ranks in the pool of `layers` layers."""
-        return layers * self.shared_rank
-
-    def check_fits(self, stack: Shaped) -> None:
-        """Raise InputError if r exceeds min(b, a) of `stack`."""
-        b, a = stack.shape
-        if self.rank > min(b, a):
-            raise InputError(
-                f"rank {self.rank} exceeds min(b, a) = {min(b, a)} of stack {stack.name!r} ({b} x {a}); lower the rank"
-            )
 
 
 class Tile(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import DamagedFile, InputError
+from rasa_theory.common import DamagedFile, InputError
 
 
 class Storage(Protocol):

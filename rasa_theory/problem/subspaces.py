@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed.processes import Spread
+from rasa_theory.distributed import Spread
 from rasa_theory.linalg import batched
-from rasa_theory.problem.stack import SVD, LayerStack, RankBudget
+from rasa_theory.problem.budget import RankBudget
+from rasa_theory.problem.stack import SVD, LayerStack
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor
     return spaces[0], spaces[1]
 
 
-def core(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
+def projected(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
     """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p).
 
     Layer by layer: the same bits however many there are.

@@ -5,64 +5,30 @@ Results are plain data, as in data/results.schema.json.
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
-from rasa_theory.bounds import CERTIFICATES, Bound, SearchProgress, allocation_bound, lower_bound
-from rasa_theory.common.errors import InputError
-from rasa_theory.common.version import __version__
-from rasa_theory.problem.factors import RasaFactors, lora_parameters
-from rasa_theory.problem.residual import reconstruction_error
-from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
-from rasa_theory.solvers.attempts import Attempt, median_iterations, random_attempt
-from rasa_theory.solvers.descent import Progress
-from rasa_theory.solvers.lora import LoraSolution, solve_lora
-from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, iterate_path
-from rasa_theory.solvers.updates import drop_allowance, resolve_mixing
-
-WEIGHTS = ("none", "layer")
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What to compute on every stack.
-
-    Raises InputError for an impossible rank, k, certificate, weight or number of seeds.
-    """
-
-    rank: int = 8
-    ks: tuple[int, ...] = (1,)
-    solver: SolverOptions = field(default_factory=SolverOptions)
-    certificate: str = "closed"
-    seeds: int = 5
-    weight: str = "none"
-
-    def __post_init__(self) -> None:
-        if not self.ks:
-            raise InputError("no k was given; name at least one, such as 1")
-        object.__setattr__(self, "ks", tuple(sorted({RankBudget(self.rank, k).shared_rank for k in self.ks})))
-        object.__setattr__(self, "seeds", whole_number("seeds", self.seeds))
-        if self.certificate not in CERTIFICATES:
-            raise InputError(f"unknown certificate {self.certificate!r}; known: {', '.join(CERTIFICATES)}")
-        if self.weight not in WEIGHTS:
-            raise InputError(f"unknown weight {self.weight!r}; known: {', '.join(WEIGHTS)}")
-        if self.seeds < 0:
-            raise InputError(f"seeds must be at least 0, got {self.seeds}")
-
-    def tasks(self, k: int) -> int:
-        """What progress counts on one stack: the solve, the attempts, and the floor where it is searched for."""
-        return 1 + (self.seeds + (self.certificate != "closed") if k else 0)
+from rasa_theory.bounds import Bound, SearchProgress, allocation_bound, lower_bound
+from rasa_theory.common import InputError, environment
+from rasa_theory.problem import LayerStack, RankBudget, lora_parameters
+from rasa_theory.reconstruction.settings import StudySettings
+from rasa_theory.reconstruction.theorem import check_theorem, overall_verdict, verdict
+from rasa_theory.solvers import (
+    Attempt,
+    LoraSolution,
+    Progress,
+    RasaSolution,
+    SolverOptions,
+    iterate_path,
+    median_iterations,
+    random_attempt,
+    solve_lora,
+)
 
 
 @dataclass(frozen=True)
@@ -169,7 +135,7 @@ def study_steps(
             if len(row["runs"]) == 1:
                 state.results["stacks"].append(row)
             row["data_passes"] = stack.data_passes - passes
-            state.results["theorem_3_1"] = _overall(state.results)
+            state.results["theorem_3_1"] = overall_verdict(state.results)
             told.now(next(following) or k, "solving", tasks)
             started = time.perf_counter()
             yield state
@@ -259,74 +225,5 @@ def _run_row(
         },
         "update_rank": solution.factors.update_rank,
         "checks": checks,
-        "theorem_3_1": _verdict(checks, settings.solver.start),
+        "theorem_3_1": verdict(checks, settings.solver.start),
     }
-
-
-def check_theorem(
-    stack: LayerStack, budget: RankBudget, lora: LoraSolution, solution: RasaSolution, floor: Bound
-) -> tuple[float, dict[str, bool]]:
-    """The laws behind the verdict, each re-evaluated from the factors by the direct residual; each can fail.
-
-    Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and,
-    by name, whether each law holds.
-    """
-    close = stack.rounding
-    answer = reconstruction_error(stack, solution.factors)
-    drops, embedded_well, drops_well = [], True, True
-    for pooled in ("smallest", "largest"):
-        embedding = RasaFactors.from_lora(lora.factors, budget, pooled)
-        before = reconstruction_error(stack, embedding)
-        embedded_well &= linalg.not_above(before, lora.error, close) and linalg.not_above(lora.error, before, close)
-        solved, drop = resolve_mixing(stack, embedding)
-        after = reconstruction_error(stack, solved)
-        allowance = drop_allowance(stack, embedding, before, solved, after)
-        drops_well &= drop >= 0 and abs((before - after) - drop) <= allowance
-        drops.append(drop)
-    return max(drops), {
-        "embedding_reproduces_eckart_young": embedded_well,
-        "answer_is_not_above_e_lora": linalg.not_above(answer, lora.error, close),
-        "floor_is_not_above_answer": linalg.not_above(floor.value, answer, close),
-        "mixing_drop_is_what_solving_d_gives": drops_well,
-    }
-
-
-def _verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:
-    failed = {law for law, holds in checks.items() if not holds}
-    unaided = start not in ("best", "allocation", "lora")
-    if unaided and failed == {"answer_is_not_above_e_lora"}:
-        return "undecided"  # a local minimum above e_lora says nothing against the theorem
-    return "violated" if failed else "holds"
-
-
-def _overall(results: dict[str, Any]) -> str:
-    verdicts = {run["theorem_3_1"] for row in results["stacks"] for run in row["runs"]}
-    return next((v for v in ("violated", "undecided") if v in verdicts), "holds")
-
-
-def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -> dict[str, Any]:
-    """Versions and hardware that the numbers depend on, and of several processes how many."""
-    processes = {} if world_size == 1 else {"processes": world_size}
-    return processes | {
-        "rasa_theory": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "platform": f"{sys.platform} {platform.machine()}",
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package lies in; None if it is installed elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rasa_theory import linalg
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.descent import Callback, Descent
 from rasa_theory.solvers.starts import random_start
 

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
-
 from rasa_theory import linalg
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.residual import reconstruction_error
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack, RasaFactors, reconstruction_error
 from rasa_theory.solvers import updates
+from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.sweeps.core import CoreSweep
+from rasa_theory.solvers.sweeps.joint import joint_iteration
+from rasa_theory.solvers.sweeps.paper import paper_sweep
 
 DEGENERATE = 1e4  # the `cancellation` beyond which terms are taken to diverge
 
@@ -45,32 +44,9 @@ Sweep = Callable[[RasaFactors], tuple[RasaFactors, float]]
 """Factors -> the factors after one sweep, and their squared error."""
 
 
-def paper_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
-    """One iteration of the paper (Section 3): private SVDs, then D, B_S and A_S, each exact. Four passes over M.
-
-    The squared error that comes back is the direct residual.
-    """
-    factors = updates.update_private(unit, factors)
-    MA = unit.right(factors.shared_A.mT)
-    factors = updates.update_mixing(MA, layer_norms, factors)
-    factors = updates.update_shared_B(MA, layer_norms, factors)
-    MB = unit.left(factors.shared_B)
-    factors = updates.update_shared_B(MB, layer_norms, factors.transpose()).transpose()
-    return factors, reconstruction_error(unit, factors)
-
-
-def joint_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactors) -> tuple[RasaFactors, float]:
-    """All B~_i, B_S and D at once, then all A~_i, A_S and D: two passes over M.
-
-    The squared error comes from the products, where it can be trusted.
-    """
-    factors, error = updates.joint_sweep((unit.right, unit.left), layer_norms, factors)
-    return factors, updates.trusted_error(unit, factors, float(error))
-
-
 SWEEPS: dict[str, Callable[[LayerStack], Sweep]] = {
     "core": CoreSweep,
-    "joint": lambda unit: functools.partial(joint_sweep, unit, unit.layer_norms()),
+    "joint": lambda unit: functools.partial(joint_iteration, unit, unit.layer_norms()),
     "paper": lambda unit: functools.partial(paper_sweep, unit, unit.layer_norms()),
 }
 """A stack's unit view -> a sweep."""
@@ -90,13 +66,13 @@ class Descent:
     ) -> None:
         self.unit, self.start = unit, start
         self._sweep = SWEEPS[sweep](unit)
-        self.factors = updates.normalise_pool(factors)
+        self.factors = factors.normalised()
         error = reconstruction_error(unit, factors)
         if not math.isfinite(error):
             raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
         self.best, self.best_error, self.history = self.factors, error, [error]
         self.stop_reason: StopReason | None = None
-        self._most = max(max_cancellation, updates.cancellation(unit, factors))
+        self._most = max(max_cancellation, cancellation(unit, factors))
         private = factors.private_A.abs().amax((1, 2)) if factors.private_A.shape[1] else factors.mixing.new_zeros(0)
         self._lacks_private = sweep != "paper" and factors.spread.largest(private) == 0
 
@@ -134,7 +110,7 @@ class Descent:
         if not math.isfinite(error):
             self.stop_reason = StopReason.NON_FINITE
             return
-        if updates.cancellation(self.unit, self.factors) > self._most:
+        if cancellation(self.unit, self.factors) > self._most:
             self.stop_reason = StopReason.DEGENERATE
             return
         self.history.append(error)

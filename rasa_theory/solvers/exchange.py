@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.linalg import orthogonal
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.participation import layer_losses
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.problem.subspaces import core
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, layer_losses, projected
 
 _ALL_SIGNS, _SOME_SIGNS = 6, 32  # up to so many layers all sign patterns are tried, of more layers so many
 _POWER_STEPS = 12
@@ -44,7 +41,7 @@ class Exchanges:
         self._U, self._V = (
             orthogonal.orthonormal_columns(_side_by_side(gathered(X[:, :, :m]))) for X in (svd.U, svd.Vh.mT)
         )
-        self._K = gathered(core(svd, self._U, self._V))
+        self._K = gathered(projected(svd, self._U, self._V))
         self._patterns = sign_patterns(unit.layers, seed).to(self._K)
 
     def exchanged(self, factors: RasaFactors) -> RasaFactors | None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.common.errors import InputError
+from rasa_theory.common import InputError
 from rasa_theory.linalg import lanczos
-from rasa_theory.problem.factors import LoraFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget, check_memory
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, check_memory
 
 METHODS = ("exact", "fast")
 WIDTH = 1e-6  # of the interval of method "fast", in units of ||M_i||^2, before the SVD is taken instead

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rasa_theory.bounds import allocation_bound
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.residual import layer_errors
-from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
+from rasa_theory.common import InputError, whole_number
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, layer_errors
+from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.descent import SWEEPS, Callback, Descent, StopReason
 from rasa_theory.solvers.exchange import Exchanges
 from rasa_theory.solvers.starts import PROMISES, STARTS, allocation_start
 from rasa_theory.solvers.starts.previous import move_to_pool
-from rasa_theory.solvers.updates import cancellation
 
 _RACE = ("common", "pencil", "allocation", "lora", "random", "random")
 _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed

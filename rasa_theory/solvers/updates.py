@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.linalg import batched
-from rasa_theory.linalg.recording import Algebra, Checked
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.residual import reconstruction_error
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.linalg import Algebra, Checked, batched
+from rasa_theory.problem import LayerStack, RasaFactors, scale_into_mixing
+from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise
 
 _CHECKED = Checked()
 
@@ -39,91 +37,6 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
     for i, _, M in stack.tiles(rows=b):
         Bt[i], At[i] = linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact)
     return dataclasses.replace(factors, private_B=Bt, private_A=At)
-
-
-def normalise_pool(factors: RasaFactors) -> RasaFactors:
-    """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
-    B_S, D = _unit_columns(factors.shared_B, factors.mixing)
-    A_S, D = _unit_columns(factors.shared_A.mT, D)
-    return dataclasses.replace(factors, shared_B=B_S, shared_A=A_S.mT, mixing=D)
-
-
-def _unit_columns(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """X (n, R) with unit columns, and D (L, R) with their norms; zero columns stay zero."""
-    norms = torch.linalg.vector_norm(X, dim=0)
-    return X / torch.where(norms > 0, norms, 1), D * norms
-
-
-def _pool_term_norms(factors: RasaFactors) -> Tensor:
-    """|d_ij| ||b_j|| ||a_j||: (L, R)."""
-    nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
-    nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
-    norms: Tensor = factors.mixing.abs() * (nB * nA)
-    return norms
-
-
-def term_norms(factors: RasaFactors) -> Tensor:
-    """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
-    return _pool_term_norms(factors).sum(1)
-
-
-def layer_term_norms(factors: RasaFactors) -> Tensor:
-    """Per layer, ||B~_i|| ||A~_i|| plus the norms of its pool terms: (L,)."""
-    private: Tensor = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
-    return private + term_norms(factors)
-
-
-def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
-    """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i||.
-
-    At most about 1 where nothing cancels. A layer whose norm is within rounding of 0 counts as if it had that norm.
-    """
-    f = factors.scaled(1 / stack.scale)
-    norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
-    private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
-    return factors.spread.largest(terms / torch.where(norms > 0, norms, 1))
-
-
-def term_size(stack: LayerStack, factors: RasaFactors) -> float:
-    """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    squares = layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
-    terms = factors.spread.total(batched.total(squares))
-    return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
-
-
-def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None) -> float:
-    """The tolerance of an error measured at `factors`, in units of norm.
-
-    Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
-    `eps` is the stack's unless another precision was used.
-    """
-    return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
-
-
-def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:
-    """A squared error that was put together from products, unless rounding could show in it: then the direct residual.
-
-    An error of eps T, with T the squared norms of M and of the pool's terms (a private term is at most as large as
-    M_i), stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on
-    the residual is taken, one pass more.
-    """
-    norm = math.sqrt(unit.norm_squared)
-    size = norm**2 + float(factors.spread.total(batched.total(term_norms(factors) ** 2)))
-    if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
-        return error
-    return reconstruction_error(unit, factors)
-
-
-def residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
-    """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
-
-    `sizes` (L,) are ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||, or more: three terms, each a sum over b or
-    a entries whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too
-    small a value is not harmless: in a direction of eigenvalue w an error e of g taken for signal costs e^2 / w.
-    """
-    b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
-    return 4 * math.sqrt(max(b, a)) * float(torch.finfo(factors.mixing.dtype).eps) * sizes
 
 
 def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
@@ -164,7 +77,7 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
         AA * batched.outer(D[..., None], D[..., None]), batched.weighted(EA, D), batched.total(noise * D.abs())
     )
     X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
-    return normalise_pool(dataclasses.replace(factors, shared_B=B_S + X))
+    return dataclasses.replace(factors, shared_B=B_S + X).normalised()
 
 
 Product = Callable[[Tensor], Tensor]
@@ -213,7 +126,7 @@ def joint_half(
     )
     g = g - (B_S @ G)[:leading]
     X = algebra.solve_increment(G, g.mT, size, math.sqrt(len(g)) * noise_B).mT
-    B_S, D = _unit_columns(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
+    B_S, D = scale_into_mixing(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
     G = (B_S.mT @ B_S) * C  # (L, R, R)
     p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
@@ -260,61 +173,3 @@ def joint_sweep(
         half = joint_half(products[:, :, :R], products[:, :, R:], layer_norms, factors, rows, algebra)
         factors, error = half.factors.transpose(), half.error
     return JointHalf(factors, error)
-
-
-def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:
-    """The same factors with D re-solved, in float64, and a certified drop of the squared error: see `mixing_drop`.
-
-    Reads M twice.
-    """
-    unit = stack.unit()
-    factors = normalise_pool(factors.to(torch.float64, stack.device).scaled(1 / stack.scale))
-    MA = torch.zeros(factors.spread.held, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
-    for tile in unit.tiles():
-        MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
-    norms = unit.layer_norms(torch.float64)
-    solved = update_mixing(MA, norms, factors)
-    return solved.scaled(stack.scale), _certified_drop(unit, norms, factors, solved) * stack.scale**2
-
-
-def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors, solved: RasaFactors) -> float:
-    """sum_i <2 E_i - X_i, X_i> for the change X_i = B_S diag(x_i) A_S of update i, less its rounding; at least 0.
-
-    That is sum_i 2 x_i^T g_i - x_i^T G x_i, but where pool terms nearly cancel in X_i their rounding counts once, not
-    squared: X_i is known to eps sum_j |x_ij| in norm, E_i to eps times the size of its own terms.
-    """
-    x = solved.mixing - factors.mixing
-    drop, E2, X2 = (torch.zeros(factors.spread.held, dtype=torch.float64) for _ in range(3))
-    for i, rows, M in unit.tiles():
-        E = M.double() - factors.update(i, rows)
-        X = (factors.shared_B[rows] * x[i]) @ factors.shared_A
-        for sums, values in ((drop, (2 * E - X) * X), (E2, E * E), (X2, X * X)):
-            sums[i] += float(values.sum())
-    E_norm, X_norm = E2.sqrt(), X2.sqrt()
-    sizes = (layer_norms + layer_term_norms(factors)).cpu()
-    error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
-    eps = torch.finfo(torch.float64).eps
-    drops, errors = factors.spread.totals(batched.total(drop), batched.total(error))
-    return max(float(drops) - linalg.rounding(float(errors), unit.shape, eps), 0.0)
-
-
-def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solved: RasaFactors, after: float) -> float:
-    """How far before - after may be from the drop that `resolve_mixing` certifies, squared.
-
-    With m the sum of what errors at `factors` and `solved` are known to in norm (`measurable`, in float64): the two
-    errors are off by at most 2 sqrt(before) m, 2 sqrt(after) m and m^2 in all, the drop by its own allowance, whose
-    ||X|| is at most sqrt(before) + sqrt(after) and whose terms are those of m: 6 (sqrt(before) + sqrt(after)) m.
-    """
-    eps = torch.finfo(torch.float64).eps
-    m = measurable(stack, factors, eps) + measurable(stack, solved, eps)
-    return 8 * (math.sqrt(before) + math.sqrt(after)) * m + m**2
-
-
-def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
-    """By how much re-solving D alone lowers the squared error of `factors`, in closed form, less its rounding.
-
-    sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is rounding noise, or
-    in which the Gram matrix is numerically singular, count as 0. At the LoRA embedding of Theorem 3.1 it is a lower
-    bound on e_lora - e_rasa(k), and it shows that the inequality is strict without subtracting two large numbers.
-    """
-    return resolve_mixing(stack, factors)[1]

@@ -1,125 +1,26 @@
 """Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, adapters, and generators."""
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.checkpoint import open_checkpoint
-from rasa_theory.formats.shards import PICKLES
-from rasa_theory.problem.inputs import compute_device, compute_dtype
-from rasa_theory.problem.stack import LayerStack, whole_number
-from rasa_theory.sources.adapters import CONFIG, WEIGHTS, base_of, open_adapter, open_adapters
-from rasa_theory.sources.arrays import open_npy, open_npz
-from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled, provenance
+from rasa_theory.sources.bundled import BUNDLED, DEFAULT, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
-from rasa_theory.sources.pair import open_pair
-from rasa_theory.sources.synthetic import check_synthetic, planted_stack, synthetic_stack
+from rasa_theory.sources.grouping import Group, group
+from rasa_theory.sources.open import load, open_source
+from rasa_theory.sources.pair import Prefix
+from rasa_theory.sources.synthetic import check_synthetic, planted_stack, singular_values, synthetic_stack
 
 __all__ = [
     "BUNDLED",
     "DEFAULT",
     "Catalogue",
+    "Group",
     "LeftOut",
+    "Prefix",
     "StackSource",
-    "base_of",
     "check_synthetic",
+    "group",
     "load",
     "open_source",
     "planted_stack",
     "provenance",
+    "singular_values",
     "synthetic_stack",
 ]
-
-
-def open_source(
-    source: str = DEFAULT,
-    *,
-    base: str | None = None,
-    tuned: str | None = None,
-    adapters: Sequence[str] | None = None,
-    memory: int | None = None,
-    alone: bool = False,
-) -> Catalogue:
-    """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
-
-    `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. So do `adapters`,
-    the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
-    before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
-
-    The index of a checkpoint directory says which of its files are read. Matrices of checkpoints are (out, in), that is
-    (b, a), also where the file has them as (in, out), as in GPT-2.
-
-    `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
-    of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
-    adapters are thin, and held in memory. With `alone`, a matrix of a checkpoint or
-    adapter that is the only one of its kind is a stack of one layer.
-    """
-    if memory is not None and whole_number("memory", memory) < 1:
-        raise InputError(f"memory must be at least 1 byte, got {memory}")
-    if adapters is not None:
-        if base is not None or tuned is not None:
-            raise InputError("--adapters and --base with --tuned exclude each other; give one of them")
-        return open_adapters(_existing(adapters, "the folders of PEFT LoRA adapters"), memory)
-    if base is not None and tuned is not None:
-        before, after = _existing([base, tuned], "a .safetensors file or a directory of them")
-        _refuse_adapters((before, after))
-        return open_pair(before, after, memory, alone)
-    if base is not None or tuned is not None:
-        given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
-        raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
-    if source in BUNDLED:
-        return open_bundled(source, memory)
-    (path,) = _existing([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
-    if (path / CONFIG).is_file():
-        return open_adapter(path, memory, alone)
-    suffix = path.suffix.lower()
-    if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
-        return open_checkpoint(path, memory, alone)
-    if suffix == ".npy":
-        return open_npy(path, memory)
-    if suffix == ".npz":
-        return open_npz(path, memory)
-    raise InputError(
-        f"{source}: the kind of file {suffix!r} is not known; give a .safetensors, .npy or .npz file, "
-        f"the directory of a checkpoint or adapter, or a bundled set ({', '.join(BUNDLED)})"
-    )
-
-
-def load(
-    source: str = DEFAULT,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    memory: int | None = None,
-) -> tuple[list[LayerStack], list[LeftOut]]:
-    """All stacks of a source, as `open_source` finds them, open at once, and (name, reason) of the rest.
-
-    `dtype` and `device` as for LayerStack, `memory` for each stack as for `open_source`. Raises InputError as
-    `open_source` and LayerStack do.
-    """
-    catalogue = open_source(source, memory=memory)
-    target = None if dtype is None else compute_dtype(dtype)
-    place = None if device is None else compute_device(device)
-    return [stack.load(target, place) for stack in catalogue.stacks], catalogue.left_out
-
-
-def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
-    """Their paths. Raises InputError, naming all of them, if some are not there."""
-    names = [os.path.expanduser(source) for source in sources]
-    # unlike Path.exists, os.path.exists is False also for the empty name and for impossible ones
-    if missing := [repr(s) for s, name in zip(sources, names, strict=True) if not os.path.exists(name)]:
-        raise InputError(f"{' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist; give {wanted}")
-    return [Path(name) for name in names]
-
-
-def _refuse_adapters(models: Sequence[Path]) -> None:
-    """Raise InputError where one of a pair is the folder of an adapter: a difference of factors is no update."""
-    for path in models:
-        if (path / CONFIG).is_file() and [file.name for file in path.glob("*.safetensors")] == [WEIGHTS]:
-            raise InputError(
-                f"{path} is the folder of an adapter, not a model; give it alone as --source, or several as --adapters"
-            )

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.storage import FileRows, native
+from rasa_theory.common import InputError
+from rasa_theory.formats import Entry, LeftOut
+from rasa_theory.problem import FileRows, native
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
-from rasa_theory.sources.grouping import Entry, LeftOut
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 

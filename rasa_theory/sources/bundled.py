@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.distributed.processes import ALONE, Processes, Spread
-from rasa_theory.formats.safetensors import opened
-from rasa_theory.problem.stack import LayerStack
+from rasa_theory.common import InputError
+from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.formats import opened
+from rasa_theory.problem import LayerStack
 from rasa_theory.sources.catalogue import Catalogue, StackSource
 
 BUNDLED = {"minilm-code": "minilm_code"}

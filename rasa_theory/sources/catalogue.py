@@ -14,12 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite
-from rasa_theory.distributed.processes import ALONE, Processes, Spread
-from rasa_theory.problem.inputs import compute_dtype
-from rasa_theory.problem.stack import LayerStack
-from rasa_theory.problem.storage import Factored, OnDisk, Part
-from rasa_theory.sources.grouping import Entry, Group, LeftOut, group
+from rasa_theory.common import DamagedFile, FailedElsewhere, InputError, NotFinite
+from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.formats import Entry, LeftOut
+from rasa_theory.problem import Factored, LayerStack, OnDisk, Part, compute_dtype
+from rasa_theory.sources.grouping import Group, group
 
 __all__ = ["Catalogue", "Holder", "LeftOut", "Reader", "StackSource", "catalogue_of", "catalogue_of_groups"]
 

@@ -7,24 +7,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
+from rasa_theory.formats import LAYER_WORDS, Entry, LeftOut, is_floating
+
 _LAYER = re.compile(rf"(?:\A|\.)(?:{'|'.join(LAYER_WORDS)})\.([0-9]+)(?=\.|\Z)")
 _ADAPTER = re.compile(r"(?:\A|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|\Z)")
 _ALONE = "the only"
 _NUMBER = re.compile(r"([0-9]+)")
-_FLOATING = re.compile(r"b?float(16|32|64|96|128)")
-
-
-class Entry(NamedTuple):
-    """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64.
-
-    `transposed`: the model has this matrix (b, a) as (a, b).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    transposed: bool = False
 
 
 class Group(NamedTuple):
@@ -47,21 +35,9 @@ class Group(NamedTuple):
         return (a, b) if self.transposed else (b, a)
 
 
-class LeftOut(NamedTuple):
-    """A tensor, or a stack, that is not looked at, and why."""
-
-    name: str
-    reason: str
-
-
 class _Member(NamedTuple):
     number: str
     entry: Entry
-
-
-def is_floating(dtype: str) -> bool:
-    """Whether values of this dtype can be computed with: real, floating, 16 bits or more."""
-    return _FLOATING.fullmatch(dtype) is not None
 
 
 def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], list[LeftOut]]:

@@ -10,12 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.orientation import model_types, oriented
-from rasa_theory.problem.storage import Difference
+from rasa_theory.common import InputError
+from rasa_theory.formats import Checkpoint, Entry, LeftOut, is_floating, model_types, oriented
+from rasa_theory.problem import Difference
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
-from rasa_theory.sources.grouping import Entry, LeftOut, is_floating
 
 
 class Prefix(NamedTuple):

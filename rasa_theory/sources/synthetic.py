@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 
 
 def synthetic_stack(

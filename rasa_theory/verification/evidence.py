@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.factors import LoraFactors, RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.solvers import updates
-from rasa_theory.solvers.attempts import Attempt, random_attempt
-from rasa_theory.solvers.lora import LoraSolution, solve_lora
-from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, solve_path, solve_rasa
-from rasa_theory.solvers.starts import random_start
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors
+from rasa_theory.solvers import (
+    Attempt,
+    LoraSolution,
+    RasaSolution,
+    SolverOptions,
+    random_attempt,
+    random_start,
+    resolve_mixing,
+    solve_lora,
+    solve_path,
+    solve_rasa,
+)
 from rasa_theory.verification.instances import Instance, Known
 
 _PATH_SWEEPS = 2
@@ -39,7 +45,7 @@ class Subject:
     closed_floors: Callable[[LayerStack, RankBudget], list[Bound]] = closed_floors
     lower_bound: Callable[[LayerStack, RankBudget, str], Bound] = lower_bound
     embed: Callable[[LoraFactors, RankBudget, str], RasaFactors] = RasaFactors.from_lora
-    resolve_mixing: Callable[[LayerStack, RasaFactors], tuple[RasaFactors, float]] = updates.resolve_mixing
+    resolve_mixing: Callable[[LayerStack, RasaFactors], tuple[RasaFactors, float]] = resolve_mixing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasa_theory.problem.stack import RankBudget
+from rasa_theory.problem import RankBudget
 from rasa_theory.sources import open_source, planted_stack, synthetic_stack
 
 Array = np.ndarray[Any, np.dtype[np.float64]]

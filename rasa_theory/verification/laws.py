@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds import floor_slack
-from rasa_theory.problem.stack import LayerStack
-from rasa_theory.solvers.descent import StopReason
-from rasa_theory.solvers.rasa import RasaSolution, SolverOptions
-from rasa_theory.solvers.updates import drop_allowance, measurable
+from rasa_theory.problem import LayerStack
+from rasa_theory.solvers import RasaSolution, SolverOptions, StopReason, drop_allowance, measurable
 from rasa_theory.verification.evidence import BenchSettings, Evidence, MixingStep, layer_residuals, residual
 
 Margin = float | None

@@ -10,9 +10,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from rasa_theory.common.errors import InputError
-from rasa_theory.problem.stack import LayerStack, RankBudget, whole_number
-from rasa_theory.solvers.rasa import SolverOptions
+from rasa_theory.common import InputError, whole_number
+from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.solvers import SolverOptions
 from rasa_theory.verification.evidence import BenchSettings
 from rasa_theory.verification.instances import MET_BY_ALL, Draw, Instance, Known
 from rasa_theory.verification.laws import LAWS

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rasa_theory.linalg.dense import not_above
+from rasa_theory.linalg import not_above
 from rasa_theory.verification.evidence import BenchSettings, Evidence, Subject
 from rasa_theory.verification.instances import Instance
 from rasa_theory.verification.laws import LAWS, Law

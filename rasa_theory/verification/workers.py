@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
-from rasa_theory.distributed.processes import Processes
+from rasa_theory.distributed import Processes
 from rasa_theory.verification.evidence import BenchSettings, Subject
 from rasa_theory.verification.instances import draw_instance
 from rasa_theory.verification.trial import Outcome, Trial, run_trial

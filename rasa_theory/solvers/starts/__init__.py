@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.starts.allocation import allocation_start
 from rasa_theory.solvers.starts.common import common_promises, common_start
 from rasa_theory.solvers.starts.lora import lora_start

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from rasa_theory.bounds import allocate
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 
 
 def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed.processes import Spread
+from rasa_theory.distributed import Spread
 from rasa_theory.linalg import orthogonal
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.residual import reconstruction_error
-from rasa_theory.problem.stack import SVD, LayerStack, RankBudget
-from rasa_theory.problem.subspaces import core, mean_projector, shared_subspace_spectrum
+from rasa_theory.problem import (
+    SVD,
+    LayerStack,
+    RankBudget,
+    RasaFactors,
+    mean_projector,
+    projected,
+    reconstruction_error,
+    shared_subspace_spectrum,
+)
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.starts.pencil import Pool, beside_pool, pencil_pool
 
@@ -48,10 +54,10 @@ def common_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
     (svd, weights), spread = _above_noise(stack, q + R), stack.spread
     U_S, U_private = _split(svd.U, svd.S, weights, q, R, spread)
     V_S, V_private = _split(svd.Vh.mT, svd.S, weights, q, R, spread)
-    K = core(svd, U_S, V_S)
+    K = projected(svd, U_S, V_S)
     if q > 0:
-        corner = torch.linalg.pinv(core(svd, U_private, V_private))
-        K = K - core(svd, U_S, V_private) @ corner @ core(svd, U_private, V_S)
+        corner = torch.linalg.pinv(projected(svd, U_private, V_private))
+        K = K - projected(svd, U_S, V_private) @ corner @ projected(svd, U_private, V_S)
     pool = _solve_pool(spread.gathered(K), seed)
     return None if pool is None else beside_pool(stack, Pool(U_S @ pool.B, pool.A @ V_S.mT, pool.D), q)
 
@@ -112,7 +118,7 @@ def _solve_pool(K: Tensor, seed: int) -> Pool | None:
         if pool is None:
             continue
         factors = RasaFactors(none, none.mT, *pool).scaled(1 / stack.scale)
-        factors, error = _sweeps(unit, norms, updates.normalise_pool(factors))
+        factors, error = _sweeps(unit, norms, factors.normalised())
         if error < lowest:
             best, lowest = factors.scaled(stack.scale), error
         if lowest**0.5 <= unit.rounding:

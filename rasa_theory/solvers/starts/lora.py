@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.lora import solve_lora
 
 

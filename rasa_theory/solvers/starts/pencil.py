@@ -11,9 +11,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.bounds import allocation_bound
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
-from rasa_theory.problem.subspaces import core, leading_of_all
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, leading_of_all, projected
 from rasa_theory.solvers import updates
 
 _TRIES = 4
@@ -69,7 +67,7 @@ def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, T
     """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
     svd = unit.svd()
     U, V = leading_of_all(svd, unit.layers * budget.rank, unit.spread)
-    return U, V, unit.spread.gathered(core(svd, U, V))
+    return U, V, unit.spread.gathered(projected(svd, U, V))
 
 
 def _fits(stack: LayerStack, budget: RankBudget) -> bool:
@@ -138,5 +136,5 @@ def beside_pool(stack: LayerStack, pool: Pool, private_rank: int) -> RasaFactors
     unit, q, (b, a), spread = stack.unit(), private_rank, stack.shape, stack.spread
     none = torch.zeros(spread.held, b, q), torch.zeros(spread.held, q, a)
     factors = RasaFactors(*none, pool.B, pool.A, pool.D[spread.own], spread=spread)
-    factors = updates.normalise_pool(factors.to(torch.float64, stack.device))
+    factors = factors.to(torch.float64, stack.device).normalised()
     return updates.update_private(unit, factors.to(stack.dtype)).scaled(stack.scale)

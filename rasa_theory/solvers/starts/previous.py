@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from rasa_theory.linalg import batched, orthogonal
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import RankBudget
+from rasa_theory.problem import RankBudget, RasaFactors
 
 
 def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:

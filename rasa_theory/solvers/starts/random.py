@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack, RankBudget
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 
 
 def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: float = 0.0) -> RasaFactors:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.linalg.recording import Recorded, Unchecked
-from rasa_theory.problem.factors import RasaFactors
+from rasa_theory.linalg import Recorded, Unchecked
+from rasa_theory.problem import RasaFactors
 from rasa_theory.solvers import updates
 
 _ENOUGH = 1e-3  # sweeps end where one gains less than this share of what all have gained
@@ -78,4 +78,4 @@ def sweeps_on(K: Tensor, common: tuple[int, int], replayed: bool) -> Callable[[R
 def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:
     """point + step (point - before), with unit columns in the pool."""
     pairs = zip(point.named().values(), before.named().values(), strict=True)
-    return updates.normalise_pool(RasaFactors(*(x + step * (x - y) for x, y in pairs), spread=point.spread))
+    return RasaFactors(*(x + step * (x - y) for x, y in pairs), spread=point.spread).normalised()

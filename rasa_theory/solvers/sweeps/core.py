@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory.linalg import batched, orthogonal
-from rasa_theory.problem import subspaces
-from rasa_theory.problem.factors import RasaFactors
-from rasa_theory.problem.stack import LayerStack
-from rasa_theory.solvers import updates
+from rasa_theory.problem import LayerStack, RasaFactors, subspaces
+from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise, trusted_error
 from rasa_theory.solvers.sweeps.accelerated import core_sweeps
 
 _ROUNDS = 12  # new directions of so many rounds are kept at most
@@ -52,7 +50,7 @@ class CoreSweep:
             factors, error = self._half(self._unit.transpose(), self._rows, self._columns, factors.transpose())
             factors, self._K = factors.transpose(), self._K.mT
         self._last = factors
-        return self._last, updates.trusted_error(self._unit, self._last, error)
+        return self._last, trusted_error(self._unit, self._last, error)
 
     def _half(self, view: LayerStack, known: _Side, grown: _Side, factors: RasaFactors) -> tuple[RasaFactors, float]:
         """A pass M_i^T U_i, new directions for V_i, and sweeps on K_i = U_i^T M_i V_i."""
@@ -239,7 +237,7 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors, layer_norms: Tens
 
     Q = orthogonal.orthonormal_columns(Bt)
     E = seen(torch.cat([B_S.expand(len(Q), -1, -1), Q], 2))
-    noise = math.sqrt(A_S.shape[1]) * updates.residual_noise(layer_norms + updates.layer_term_norms(factors), factors)
+    noise = math.sqrt(A_S.shape[1]) * residual_noise(layer_norms + layer_term_norms(factors), factors)
     shared, level = spread.totals(batched.weighted(E[:, :, :R], D), batched.total(noise[:, None] * D.abs()))
     own = E[:, :, R:]
     vague, vague_own = (torch.linalg.vector_norm(X, dim=-2) <= n for X, n in ((shared, level), (own, noise[:, None])))

@@ -1,0 +1,42 @@
+"""Versions and hardware that numbers depend on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rasa_theory.common.version import __version__
+
+
+def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -> dict[str, Any]:
+    """Versions and hardware that the numbers depend on, and of several processes how many."""
+    processes = {} if world_size == 1 else {"processes": world_size}
+    return processes | {
+        "rasa_theory": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in; None if it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,63 @@
+"""What to extract."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rasa_theory.bounds import CERTIFICATES, RankTarget
+from rasa_theory.common import InputError
+from rasa_theory.problem import RankBudget
+from rasa_theory.solvers import SolverOptions
+
+FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+_EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """What to extract: RaSA(r, k) beside LoRA of rank r, `format` of `exports.FORMATS`, stored as `dtype`.
+
+    k = 0 solves no RaSA; k None takes the best of 1, 2, 4, .., r for each stack. With a `target` the ranks are chosen
+    layer by layer (`ranks.allocate_ranks`), rank is None and k is 0. Raises InputError for anything else.
+    """
+
+    rank: int | None
+    k: int | None
+    format: str = "lora"
+    dtype: str = "float32"
+    certificate: str = "closed"
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    target: RankTarget | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("format", FORMATS), ("dtype", STORED), ("certificate", CERTIFICATES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.target is not None:
+            if self.rank is not None or self.k != 0:
+                raise InputError(
+                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0"
+                )
+        elif self.rank is None:
+            raise InputError("rank auto needs a target: an energy, an error or a number of parameters")
+        else:
+            RankBudget(self.rank, self.k or 0)
+        if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
+            raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool")
+        if self.format == "rasa" and self.k is None:
+            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
+
+    def exact(self, shape: tuple[int, int]) -> bool:
+        """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""
+        return self.k != 0 or min(shape) <= _EXACT
+
+    def plain(self) -> dict[str, Any]:
+        """As data, to compare with those of an earlier run."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,56 @@
+"""The ranks of one layer: how many it keeps and how many it gives to the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rasa_theory.common import InputError, whole_number
+
+
+class Shaped(Protocol):
+    """Anything with a name and the shape (b, a) of its layers: a stack, or one that is not read yet."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """Ranks of one layer: r = `rank` in all, k = `shared_rank` of them given to the pool.
+
+    Raises InputError (a ValueError) unless both are whole numbers, 1 <= r and 0 <= k <= r.
+    """
+
+    rank: int
+    shared_rank: int
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "shared_rank"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+        if self.shared_rank < 0:
+            raise InputError(f"shared_rank must be at least 0, got {self.shared_rank}")
+        if self.shared_rank > self.rank:
+            raise InputError(f"shared_rank {self.shared_rank} exceeds rank {self.rank}")
+
+    @property
+    def private_rank(self) -> int:
+        """q = r - k, the ranks that a layer keeps."""
+        return self.rank - self.shared_rank
+
+    def pool_rank(self, layers: int) -> int:
+        """R = L k, the ranks in the pool of `layers` layers."""
+        return layers * self.shared_rank
+
+    def check_fits(self, stack: Shaped) -> None:
+        """Raise InputError if r exceeds min(b, a) of `stack`."""
+        b, a = stack.shape
+        if self.rank > min(b, a):
+            raise InputError(
+                f"rank {self.rank} exceeds min(b, a) = {min(b, a)} of stack {stack.name!r} ({b} x {a}); lower the rank"
+            )

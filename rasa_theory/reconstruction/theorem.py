@@ -1,0 +1,51 @@
+"""The laws behind the verdict on Theorem 3.1, each re-evaluated from the factors; each can fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rasa_theory import linalg
+from rasa_theory.bounds import Bound
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, reconstruction_error
+from rasa_theory.solvers import LoraSolution, RasaSolution, drop_allowance, resolve_mixing
+
+
+def check_theorem(
+    stack: LayerStack, budget: RankBudget, lora: LoraSolution, solution: RasaSolution, floor: Bound
+) -> tuple[float, dict[str, bool]]:
+    """The laws behind the verdict, each re-evaluated from the factors by the direct residual; each can fail.
+
+    Returns mixing_drop at the LoRA embedding (the larger of pooling each layer's k smallest and k largest terms) and,
+    by name, whether each law holds.
+    """
+    close = stack.rounding
+    answer = reconstruction_error(stack, solution.factors)
+    drops, embedded_well, drops_well = [], True, True
+    for pooled in ("smallest", "largest"):
+        embedding = RasaFactors.from_lora(lora.factors, budget, pooled)
+        before = reconstruction_error(stack, embedding)
+        embedded_well &= linalg.not_above(before, lora.error, close) and linalg.not_above(lora.error, before, close)
+        solved, drop = resolve_mixing(stack, embedding)
+        after = reconstruction_error(stack, solved)
+        allowance = drop_allowance(stack, embedding, before, solved, after)
+        drops_well &= drop >= 0 and abs((before - after) - drop) <= allowance
+        drops.append(drop)
+    return max(drops), {
+        "embedding_reproduces_eckart_young": embedded_well,
+        "answer_is_not_above_e_lora": linalg.not_above(answer, lora.error, close),
+        "floor_is_not_above_answer": linalg.not_above(floor.value, answer, close),
+        "mixing_drop_is_what_solving_d_gives": drops_well,
+    }
+
+
+def verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:
+    failed = {law for law, holds in checks.items() if not holds}
+    unaided = start not in ("best", "allocation", "lora")
+    if unaided and failed == {"answer_is_not_above_e_lora"}:
+        return "undecided"  # a local minimum above e_lora says nothing against the theorem
+    return "violated" if failed else "holds"
+
+
+def overall_verdict(results: dict[str, Any]) -> str:
+    verdicts = {run["theorem_3_1"] for row in results["stacks"] for run in row["runs"]}
+    return next((v for v in ("violated", "undecided") if v in verdicts), "holds")

@@ -1,0 +1,84 @@
+"""How accurately an error is known at given factors, and how much their terms cancel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.linalg import batched
+from rasa_theory.problem import LayerStack, RasaFactors, reconstruction_error
+
+
+def _pool_term_norms(factors: RasaFactors) -> Tensor:
+    """|d_ij| ||b_j|| ||a_j||: (L, R)."""
+    nB = torch.linalg.vector_norm(factors.shared_B, dim=0)
+    nA = torch.linalg.vector_norm(factors.shared_A, dim=1)
+    norms: Tensor = factors.mixing.abs() * (nB * nA)
+    return norms
+
+
+def term_norms(factors: RasaFactors) -> Tensor:
+    """Per layer, the sum of the norms of its pool terms, sum_j |d_ij| ||b_j|| ||a_j||: (L,)."""
+    return _pool_term_norms(factors).sum(1)
+
+
+def layer_term_norms(factors: RasaFactors) -> Tensor:
+    """Per layer, ||B~_i|| ||A~_i|| plus the norms of its pool terms: (L,)."""
+    private: Tensor = torch.linalg.matrix_norm(factors.private_B) * torch.linalg.matrix_norm(factors.private_A)
+    return private + term_norms(factors)
+
+
+def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
+    """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i||.
+
+    At most about 1 where nothing cancels. A layer whose norm is within rounding of 0 counts as if it had that norm.
+    """
+    f = factors.scaled(1 / stack.scale)
+    norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
+    private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
+    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
+    return factors.spread.largest(terms / torch.where(norms > 0, norms, 1))
+
+
+def term_size(stack: LayerStack, factors: RasaFactors) -> float:
+    """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
+    squares = layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
+    terms = factors.spread.total(batched.total(squares))
+    return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
+
+
+def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None) -> float:
+    """The tolerance of an error measured at `factors`, in units of norm.
+
+    Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
+    `eps` is the stack's unless another precision was used.
+    """
+    return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
+
+
+def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:
+    """A squared error that was put together from products, unless rounding could show in it: then the direct residual.
+
+    An error of eps T, with T the squared norms of M and of the pool's terms (a private term is at most as large as
+    M_i), stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on
+    the residual is taken, one pass more.
+    """
+    norm = math.sqrt(unit.norm_squared)
+    size = norm**2 + float(factors.spread.total(batched.total(term_norms(factors) ** 2)))
+    if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
+        return error
+    return reconstruction_error(unit, factors)
+
+
+def residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
+    """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
+
+    `sizes` (L,) are ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||, or more: three terms, each a sum over b or
+    a entries whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too
+    small a value is not harmless: in a direction of eigenvalue w an error e of g taken for signal costs e^2 / w.
+    """
+    b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
+    return 4 * math.sqrt(max(b, a)) * float(torch.finfo(factors.mixing.dtype).eps) * sizes

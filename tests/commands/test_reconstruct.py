@@ -1,0 +1,521 @@
+"""The command, end to end: its files, its JSON, its laws, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rasa_theory as rt
+from rasa_theory.commands import flags, reconstruct
+from rasa_theory.commands.console import memory_size
+from rasa_theory.common import write_file
+
+study = importlib.import_module("rasa_theory.reconstruction.driver")
+SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def stack_file(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).standard_normal((3, 12, 10)) * np.logspace(0, -1, 10)
+    path = tmp_path / "updates.npy"
+    np.save(path, values)
+    return path
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    status = reconstruct.main([*arguments, "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    return status, json.loads(out) if out else {}, err
+
+
+def check_laws(results: dict[str, Any]) -> None:
+    jsonschema.validate(results, SCHEMA)
+    for row in results["stacks"]:
+        close = 10 * max(row["shape"]) * 2.3e-16 * math.sqrt(row["norm_squared"])
+        errors = []
+        for entry in row["runs"]:
+            chain = [entry["lower_bound"], entry["e_rasa"], entry["e_allocation"], row["e_lora"]]
+            for below, above in pairwise(chain):
+                assert math.sqrt(below) <= math.sqrt(above) + close
+            assert entry["mixing_drop"] >= 0
+            assert math.isclose(math.fsum(entry["layer_errors"]), entry["e_rasa"], rel_tol=1e-12)
+            errors.append(entry["e_rasa"])
+        assert all(math.sqrt(b) <= math.sqrt(a) + close for a, b in pairwise(errors))
+
+
+def test_bundled_updates_in_a_subprocess(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--rank", "8", "--k", "1", "--modules", "query"]
+    command += ["--seeds", "1", "--sweeps", "60", "--json", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    check_laws(results)
+    assert results["theorem_3_1"] == "holds"
+    assert results == json.loads((tmp_path / "rasa-results" / "results.json").read_text(encoding="utf-8"))
+    row = results["stacks"][0]
+    assert (row["name"], row["layers"], row["shape"]) == ("query", 6, [384, 384])
+    assert row["runs"][0]["parameters"]["extra_percent"] == pytest.approx(100 * 36 / (6 * 8 * 768))
+    assert {p.name for p in (tmp_path / "rasa-results").iterdir()} == {
+        "results.json", "history.csv", "factors.safetensors", "iterations.png", "iterations.svg"
+    }  # fmt: skip
+
+
+def test_a_path_over_k_writes_factors_that_have_the_reported_errors(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    status, results, _ = run(
+        ["--source", str(stack_file), "--rank", "3", "--k", "0,1,3", "--seeds", "2", "--out", str(out)], capsys
+    )
+    assert status == 0
+    check_laws(results)
+    stack = rt.LayerStack(np.load(stack_file), "updates")
+    tensors = load_file(out / "factors.safetensors")
+    for entry in results["stacks"][0]["runs"]:
+        prefix = f"updates/{entry['k']}/"
+        factors = rt.RasaFactors(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        assert rt.reconstruction_error(stack, factors) == pytest.approx(entry["e_rasa"], rel=1e-12)
+    with (out / "history.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    curves = sum(
+        len(e["history"]) + sum(len(a["history"]) for a in e["attempts"]) for e in results["stacks"][0]["runs"]
+    )
+    assert len(rows) == curves
+
+
+def test_each_certificate_is_at_least_the_one_before(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    floors = []
+    for certificate in ("closed", "dual", "two-sided"):
+        arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--out", "none", "--k", "0,1"]
+        status, results, _ = run([*arguments, "--certificate", certificate], capsys)
+        assert status == 0
+        check_laws(results)
+        floors.append([entry["lower_bound"] for entry in results["stacks"][0]["runs"]])
+        if certificate != "closed":
+            assert results["stacks"][0]["runs"][1]["lower_bound_name"] == certificate
+    assert floors[0][0] == floors[1][0] == floors[2][0]
+    assert floors[0][1] < floors[1][1] < floors[2][1]
+
+
+def test_same_seed_same_numbers(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "2", "--out", "none", "--sweeps", "40"]
+    first, second = (run(arguments, capsys)[1]["stacks"][0]["runs"][0] for _ in range(2))
+    for entry in (first, second):
+        del entry["seconds"]
+    assert first == second
+
+
+def test_layer_weights_scale_errors_and_scale_factors_back(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.load(stack_file) * np.array([1.0, 1e3, 0.0]).reshape(3, 1, 1)
+    np.save(stack_file, values)
+    out = tmp_path / "out"
+    arguments = ["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--weight", "layer", "--out", str(out)]
+    status, results, _ = run(arguments, capsys)
+    assert status == 0
+    assert results["stacks"][0]["layer_norms_squared"] == pytest.approx([1.0, 1.0, 0.0])
+    tensors = {name.removeprefix("updates/1/"): t for name, t in load_file(out / "factors.safetensors").items()}
+    errors = rt.layer_errors(rt.LayerStack(values), rt.RasaFactors(**tensors))
+    norms = [float(np.sum(m * m)) or 1.0 for m in values]
+    assert [e / n for e, n in zip(errors, norms, strict=True)] == pytest.approx(
+        results["stacks"][0]["runs"][0]["layer_errors"], rel=1e-9, abs=1e-25
+    )
+
+
+def test_a_violated_law_is_exit_status_1(
+    stack_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = study.lower_bound
+    monkeypatch.setattr(study, "lower_bound", lambda *a, **b: rt.Bound(3 * real(*a, **b).value + 1e3, "clipped"))
+    status, results, err = run(["--source", str(stack_file), "--rank", "2", "--seeds", "0", "--out", "none"], capsys)
+    assert status == 1
+    assert results["theorem_3_1"] == "violated"
+    assert "FAILED on updates, k = 1: floor is not above answer" in err
+
+
+def test_a_local_minimum_above_lora_is_undecided_and_not_called_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "updates.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((3, 60, 50)))
+    arguments = ["--source", str(path), "--rank", "3", "--start", "random", "--sweeps", "1", "--seeds", "0"]
+    status, results, err = run([*arguments, "--out", "none"], capsys)
+    assert (status, results["theorem_3_1"]) == (0, "undecided")
+    assert "On updates, k = 1 the start random ended above e_lora, in a local minimum" in err
+    assert "FAILED" not in err
+
+
+def test_what_is_left_out_is_said_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rng = tmp_path / "updates.npz", np.random.default_rng(0)
+    shapes = {
+        "h.0.q": (6, 5),
+        "h.1.q": (6, 5),
+        "h.2.q": (6, 4),
+        "bias": (6,),
+        "one": (6, 5),
+        "two": (3,),
+        "three": (2,),
+    }
+    np.savez(path, **{name: rng.standard_normal(shape) for name, shape in shapes.items()})
+    arguments = ["--source", str(path), "--rank", "2", "--sweeps", "1", "--seeds", "0", "--out", "none", "--quiet"]
+    status, results, err = run(arguments, capsys)
+    lines = [line for line in err.splitlines() if line.startswith("left out: ")]
+    assert status == 0
+    assert len(results["left_out"]) == 5
+    assert len(lines) == 4
+    assert lines[-1] == "left out: 2 more, listed by --dry-run and in results.json"
+    assert run([*arguments, "--modules", "h.*"], capsys)[2].count("left out") == err.count("left out")
+
+
+def test_updates_that_are_zero_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "zero.npy", np.zeros((2, 4, 3)))
+    arguments = ["--source", str(tmp_path / "zero.npy"), "--rank", "1", "--seeds", "0", "--out", "none"]
+    status, _, err = run(arguments, capsys)
+    assert status == 0
+    assert "zero: all updates are zero; nothing to reconstruct" in err
+
+
+def test_where_lora_is_exact_the_table_says_why_it_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    low = generator.standard_normal((2, 6, 2)) @ generator.standard_normal((2, 2, 5))
+    np.savez(tmp_path / "x.npz", low=low, full=generator.standard_normal((2, 6, 5)))
+    arguments = ["--source", str(tmp_path / "x.npz"), "--rank", "2", "--seeds", "0", "--out", "none"]
+    said = "LoRA of rank 2 is exact on low: the updates have no higher rank; ask for a lower --rank"
+    assert said in run(arguments, capsys)[2]
+    assert "is exact on" not in run([*arguments[:3], "1", *arguments[4:]], capsys)[2]
+
+
+def test_flags_of_synthetic_stacks_go_with_no_other_source(
+    stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reconstruct.main(["--source", str(stack_file), "--layers", "3"]) == 2
+    assert "--layers goes with --source synthetic, and nothing else" in capsys.readouterr().err
+
+
+def test_an_empty_source_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reconstruct.main(["--source", "", "--out", "none"]) == 2
+    assert "'' does not exist" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(stack_file: Path) -> None:
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", str(stack_file), "--rank", "2"]
+    command += ["--seeds", "0", "--sweeps", "2", "--quiet", "--json", "--out", "none"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # type: ignore[union-attr]
+        assert b"Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+        assert process.wait() == 0
+
+
+def test_interruption_keeps_what_was_finished(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = study.random_attempt, []
+
+    def interrupted(*arguments: Any) -> rt.Attempt:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(study, "random_attempt", interrupted)
+    out = tmp_path / "out"
+    status, results, err = run(
+        ["--source", str(stack_file), "--rank", "2", "--k", "1,2", "--seeds", "2", "--out", str(out)], capsys
+    )
+    assert status == 130
+    assert [entry["k"] for entry in results["stacks"][0]["runs"]] == [1]
+    assert results["theorem_3_1"] == "undecided"
+    assert "interrupted" in err
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_real_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
+    """SIGINT to the command itself, as soon as the first of sixteen k is in the file."""
+    asked = list(range(1, 17))
+    command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", "synthetic", "--shape", "96,80"]
+    command += ["--rank", "16", "--k", ",".join(map(str, asked)), "--rtol", "0", "--seeds", "1", "--sweeps", "150"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored where pytest runs in background
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "results.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert "UNDECIDED" in out
+    assert "interrupted, the rest was not run." in out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    check_laws(results)
+    finished = [entry["k"] for entry in results["stacks"][0]["runs"]]
+    assert finished == asked[: len(finished)]
+    assert 0 < len(finished) < len(asked)
+    assert results["theorem_3_1"] == "undecided"
+    tensors = load_file(tmp_path / "factors.safetensors")
+    assert {name.split("/")[1] for name in tensors} == {str(k) for k in finished}
+    assert not list(tmp_path.glob(".*"))  # no half-written file
+
+
+def test_interrupted_as_a_file_is_made_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, umask = Path.open, os.umask(0o27)
+    try:
+        write_file(tmp_path / "whole", lambda f: f.write(b"all"))
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o640
+
+    def interrupted(path: Path, *rest: Any) -> Any:
+        real(path, *rest).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "whole", lambda f: f.write(b"other"))
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["whole"]
+    assert (tmp_path / "whole").read_bytes() == b"all"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rank", "0"], "rank must be at least 1, got 0 (--rank)"),
+        (["--rank", "-3"], "rank must be at least 1, got -3 (--rank)"),
+        (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
+        (["--rank", "2", "--k", "3"], "shared_rank 3 exceeds rank 2 (--k)"),
+        (["--k", "-1"], "shared_rank must be at least 0, got -1 (--k)"),
+        (["--k", ""], "argument --k: '' is not a whole number"),
+        (["--k", "0.5"], "'0.5' is not a whole number"),
+        (["--k", "one"], "'one' is not a whole number"),
+        (["--rank", "11"], r"rank 11 exceeds min(b, a) = 10 of stack 'updates' (12 x 10)"),
+        (["--start", "warm"], "invalid choice: 'warm'"),
+        (["--rtol", "nan"], "rtol must be at least 0 and below 1, got nan"),
+        (["--rtol", "x"], "argument --rtol: invalid float value: 'x'"),
+        (["--sweeps", "0"], "max_sweeps must be at least 1, got 0 (--sweeps)"),
+        (["--seed", "-1"], "seed must be at least 0, got -1 (--seed)"),
+        (["--seed", str(2**64)], f"seed must be below 2^62, got {2**64} (--seed)"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--device", "toaster"], "device 'toaster' is not available on this machine; use cpu or auto (--device)"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["--modules", "nothing*"], "no stack matches --modules 'nothing*'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--base", "x"], "--base and --tuned go together"),
+        (["--seeds", "-2"], "seeds must be at least 0"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_status_2(
+    arguments: list[str], sentence: str, stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = reconstruct.main(["--source", str(stack_file), "--out", "none", *arguments])
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--overlap", "1.5"], "overlap must lie between 0 and 1, got 1.5 (--overlap)"),
+        (["--overlap", "nan"], "overlap must lie between 0 and 1, got nan (--overlap)"),
+        (["--overlap", "x"], "argument --overlap: invalid float value: 'x'"),
+        (["--spectrum", "log:2"], "spectrum 'log:2' is not flat, power:P or exp:C"),
+        (["--spectrum", "power:-1"], "such as power:0.7 (--spectrum)"),
+        (["--spectrum", ""], "spectrum '' is not flat"),
+        (["--layers", "0"], "layers must be at least 1, got 0 (--layers)"),
+        (["--shape", "0,9"], "shape must be two numbers B,A of at least 1, got (0, 9) (--shape)"),
+        (["--shape", "9"], "'9' is not a shape such as 384,384"),
+        (["--shape", f"1,{10**20}"], "layers and shape must be below 2^63"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_synthetic_stack_is_refused_before_any_progress(
+    arguments: list[str], sentence: str, mode: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    status = reconstruct.main(["--source", "synthetic", "--rank", "2", "--out", str(out), *mode, *arguments])
+    printed, err = capsys.readouterr()
+    assert (status, printed) == (2, "")
+    assert err.startswith("rasa_theory.reconstruct: ")  # no bar before it
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [("1,100000000000000", " (one array asked for 7.45e+05 GiB)"), (f"1,{2**62}", "")]
+)
+def test_a_stack_too_large_for_memory_is_one_sentence_and_exit_status_2(
+    shape: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond any address space, so that the allocation fails at once."""
+    arguments = ["--source", "synthetic", "--rank", "1", "--shape", shape, "--out", "none", "--quiet"]
+    status = reconstruct.main(arguments)
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith(f"rasa_theory.reconstruct: there is not enough memory{wanted}; take fewer or smaller stacks")
+    assert err.count("\n") == 1
+
+
+def test_a_stack_larger_than_the_memory_gives_the_same_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "updates.npy", np.random.default_rng(0).standard_normal((30, 12, 10)) * np.logspace(0, -1, 10))
+    arguments = ["--source", str(tmp_path / "updates.npy"), "--rank", "2", "--seeds", "2", "--sweeps", "5", "--tf32"]
+    found = []
+    for weight in ("none", "layer"):
+        for limit in ([], ["--memory", "15KiB"]):  # of a stack of 28 KiB
+            out = tmp_path / f"out{len(found)}"
+            status, results, err = run([*arguments, *limit, "--weight", weight, "--out", str(out)], capsys)
+            assert status == 0, err
+            check_laws(results)
+            assert results == json.loads((out / "results.json").read_text(encoding="utf-8"))
+            found.append(results["stacks"][0])
+    for whole, streamed in (found[:2], found[2:]):
+        (one,), (other,) = whole.pop("runs"), streamed.pop("runs")
+        assert streamed.pop("e_lora_interval") == pytest.approx(whole.pop("e_lora_interval"), rel=1e-9)
+        assert streamed.pop("layer_norms_squared") == pytest.approx(whole.pop("layer_norms_squared"), rel=1e-12)
+        for key in ("e_lora", "norm_squared"):
+            assert streamed.pop(key) == pytest.approx(whole.pop(key), rel=1e-12)
+        assert streamed == whole
+        for key in ("e_rasa", "e_allocation", "lower_bound", "layer_errors", "history"):
+            assert other[key] == pytest.approx(one[key], rel=1e-9)
+        for key in ("start", "data_passes", "stop_reason", "lower_bound_name", "iterations_to_beat_lora"):
+            assert other[key] == one[key]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--memory", "plenty"], "'plenty' is not a size such as 2GiB, 500MB or 4096B"),
+        (["--memory", "5iB"], "'5iB' is not a size"),
+        (["--memory", "0"], "memory must be at least 1 byte, got 0"),
+        (["--memory", "14KiB"], "is too little for stack 'updates': its layers of 12 x 10 need"),
+        (["--memory", "1GiB", "--source", "synthetic"], "--memory goes with files"),
+    ],
+)
+def test_memory_that_cannot_be(
+    arguments: list[str], sentence: str, stack_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*arguments, "--source", str(stack_file)] if "synthetic" not in arguments else arguments
+    status, _, err = run([*given, "--rank", "2", "--out", "none"], capsys)
+    assert status == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2**31), ("1.5 mib", 3 * 2**19), ("500MB", 500_000_000), ("4096", 4096), ("7B", 7), ("3KB", 3000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert memory_size(text) == size
+
+
+def test_an_error_that_is_not_one_of_input_or_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(flags, "open_source", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        reconstruct.main(["--out", "none"])
+
+
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "nan.npy": (np.full((2, 3, 4), np.nan), "stack 'nan': layer 0, entry (0, 0) is nan; all entries must be finite"),
+    "inf.npy": (np.full((2, 3, 4), np.inf), "stack 'inf': layer 0, entry (0, 0) is inf"),
+    "whole.npy": (np.ones((2, 3, 4), int), "no stack remains ('whole': int64 is not real floating point)"),
+    "complex.npy": (np.ones((2, 3, 4), complex), "complex128 is not real floating point"),
+    "objects.npy": (np.ones((2, 3, 4), object), "'objects' holds Python objects; pickles are never opened"),
+    "flat.npy": (np.ones((3, 4)), "expected one array with three axes (layers, b, a), found shape (3, 4)"),
+    "deep.npy": (np.ones((1, 2, 3, 4)), "expected one array with three axes (layers, b, a), found shape (1, 2, 3, 4)"),
+    "empty.npy": (np.ones((0, 3, 4)), "shape (0, 3, 4) is empty"),
+    "cut.npy": (b"\x93NUMPY\x01", "not a sound .npy file"),
+    "cut.safetensors": (b"\x10\0\0\0\0\0\0\0{", "not a sound safetensors file"),
+    "forged.safetensors": (b"\xff" * 7 + b"\x3f{}", "not a sound safetensors file"),
+    "missing.npy": (None, "does not exist; give a file, a directory or a bundled set (minilm-code)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_one_sentence_and_exit_status_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, sentence = BAD_FILES[name]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content, allow_pickle=True)
+    status = reconstruct.main(["--source", str(tmp_path / name), "--rank", "2", "--out", "none", "--quiet"])
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert str(tmp_path / name) in err
+    assert sentence in err
+
+
+def test_a_directory_without_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reconstruct.main(["--source", str(tmp_path), "--rank", "2", "--out", "none"]) == 2
+    assert f"{tmp_path}: the directory has no .safetensors file" in capsys.readouterr().err
+
+
+def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, sentence in (
+        (str(stack_file), "is not a folder that can be made: File exists; name another folder"),
+        (str(stack_file / "below"), "is not a folder that can be made: Not a directory"),
+        ("", "--out '' names no folder; name one, or none to write nothing"),
+    ):
+        assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--out", path]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err
+        assert err.count("\n") == 1
+
+
+def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "none-made"
+    assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--dry-run", "--out", str(out)]) == 0
+    assert "updates: 3 x 12 x 10" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_synthetic_and_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", "synthetic", "--layers", "3", "--shape", "14,11", "--overlap", "0.5", "--rank", "3"]
+    status, results, _ = run([*arguments, "--dtype", "float32", "--seeds", "1", "--out", "none"], capsys)
+    assert status == 0
+    assert results["environment"]["dtype"] == "float32"
+    jsonschema.validate(results, SCHEMA)
+
+
+def test_figure_has_a_panel_for_every_stack_and_k() -> None:
+    stacks = [rt.LayerStack(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(i)), f"s{i}") for i in (0, 1)]
+    results = rt.study(stacks, rank=2, ks=(0, 1), seeds=1)
+    figure = rt.plot_iterations(results)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert [title.split(":")[0] for title in titles] == ["s0, k = 1", "s1, k = 1"]

@@ -1,0 +1,425 @@
+"""Every figure is drawn from the data beside it, says what its axes are, and looks as the others do: no pixels."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import re
+import shlex
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import rasa_theory as rt
+from experiments import adapter_claims, compression, figures, iteration_count, tables
+from rasa_theory.plotting import style
+from tests.experiments.test_train_adapters import row as adapter_row
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "figures"
+
+
+# ------------------------------------------------------------------------------------ what stands in the README
+
+
+def lines_of_readme() -> dict[str, tuple[str, str, str]]:
+    """Picture -> what it shows, data, command."""
+    text = (FIGURES / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `(\w+)\.png` \| (.+) \| `([^`]+)` \| `([^`]+)` \|$", text, re.MULTILINE)
+    return {name: (shows, data, command) for name, shows, data, command in found}
+
+
+def test_every_picture_has_a_line_with_its_data_and_its_command() -> None:
+    lines = lines_of_readme()
+    assert {path.stem for path in FIGURES.glob("*.png")} <= lines.keys()
+    assert lines.keys() == figures.PICTURES.keys()
+    for name, (_, data, command) in lines.items():
+        assert data == figures.PICTURES[name][0]
+        if (FIGURES / f"{name}.png").exists():
+            assert (FIGURES / data).exists(), f"{name}.png is there without {data}"
+        python, script, *_ = shlex.split(command)
+        assert python == "python"
+        assert script == "-m" or (ROOT / script).exists(), command
+
+
+def test_commands_are_those_of_the_list() -> None:
+    for experiment in figures.EXPERIMENTS.values():
+        run = [re.sub(r" --(out|rows) \S+", "", command) for command in experiment.commands]
+        for name in experiment.pictures:
+            command = lines_of_readme()[name][2].removeprefix("python ")
+            assert command in run
+        assert {data for data, _ in experiment.pictures.values()} <= {
+            file if isinstance(file, str) else file[1] for file in experiment.data
+        }
+
+
+def test_the_attempts_in_the_folder_are_those_that_the_command_makes() -> None:
+    made = [iteration_count.case_of(row) for row in tables.read(FIGURES / "iteration_count.csv")]
+    assert len(made) == len(set(made))
+    assert set(made) == set(iteration_count.cases(iteration_count.SEEDS))
+
+
+def test_all_that_lies_in_the_folder_is_named() -> None:
+    text = (FIGURES / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in FIGURES.iterdir() if path.name not in text and path.name != "README.md"] == []
+
+
+# ------------------------------------------------------------------------------------------- all of the figures
+
+
+def adapter_runs() -> dict[str, dict[int, Any]]:
+    """Runs as `adapter_claims.read` gives them."""
+    errors = {"query": {"e_lora": 0.4, "e_rasa": 0.2}, "key": {"e_lora": 0.5, "e_rasa": 0.5}}
+    names = ["full", "lora(2)", "rasa(2,1)", "lora(7)", "lora(2) from gradient", "rasa(2,1) from updates"]
+    return {
+        name: {
+            seed: adapter_row(name, seed, [0.2, 0.4, 0.6 + 0.02 * n], [0.0, 0.1, 0.3], reconstruction={"2,1": errors})
+            for seed in range(3)
+        }
+        for n, name in enumerate(names)
+    }
+
+
+def made_up(name: str, folder: Path) -> Path:
+    """Data of the kind that a figure is drawn from, where those of a run are not there yet."""
+    data = folder / figures.PICTURES[name][0]
+    if name == "iteration_count":
+        counts = itertools.cycle((3, 12, None, 40, 9))
+        made = [
+            {key: getattr(case, key) for key in iteration_count.Case.__dataclass_fields__}
+            | {"iterations": count, "e_alloc": 0.99}
+            for case, count in zip(iteration_count.cases(3), counts, strict=False)
+        ]
+        tables.write(data, iteration_count.COLUMNS, made)
+    elif name == "passes":
+        made = [
+            {"k": k, "method": method, "passes": 2 * 3**n * (n > 0), "seconds": 0.01 * 4**n, "error": 1 - 0.001 * n / k}
+            for k in (1, 8)
+            for method in ("joint sweeps", "core sweeps", *(["pyttb cp_als"] if k == 8 else []))
+            for n in range(7)
+        ]
+        tables.write(data, ("k", "method", "passes", "seconds", "error"), made)
+    else:
+        rows = [run for of in adapter_runs().values() for run in of.values()]
+        data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return data
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each figure, drawn once: its name -> data file and figure."""
+    folder = tmp_path_factory.mktemp("figures")
+
+    @cache
+    def draw(name: str) -> tuple[Path, Figure]:
+        data, function = figures.PICTURES[name]
+        path = FIGURES / data if (FIGURES / data).exists() else made_up(name, folder)
+        figure = function(path)
+        if figure is None:  # the file is there, but none of its runs is of this kind yet
+            path = made_up(name, folder)
+            figure = function(path)
+        assert figure is not None
+        figure.draw_without_rendering()
+        return path, figure
+
+    return draw
+
+
+def axes_of(figure: Figure) -> list[Axes]:
+    return [ax for ax in figure.get_axes() if ax.axison]
+
+
+EVERY = pytest.mark.parametrize("name", figures.PICTURES)
+
+
+@EVERY
+def test_axes_hold_data_and_say_what(name: str, drawn: Any) -> None:
+    """Where panels of a line share an axis, the first of them says it; where those of a column do, the last."""
+    axes = axes_of(drawn(name)[1])
+    assert axes
+    for ax in axes:
+        assert ax.collections or any(
+            len(line.get_xdata()) > 2 or line.get_marker() != "None" for line in ax.get_lines()
+        )
+        box = ax.get_position()
+        line = [other for other in axes if abs(other.get_position().y0 - box.y0) < 0.01]
+        column = [other for other in axes if abs(other.get_position().x0 - box.x0) < 0.01]
+        assert any(other.get_ylabel() for other in line)
+        assert any(other.get_xlabel() for other in column)
+        assert not ax.spines["top"].get_visible()
+        assert not ax.spines["right"].get_visible()
+
+
+@EVERY
+def test_colours_are_of_the_palette(name: str, drawn: Any) -> None:
+    used: set[str] = set()
+    for ax in axes_of(drawn(name)[1]):
+        for line in ax.get_lines():
+            used |= {line.get_color(), line.get_markerfacecolor(), line.get_markeredgecolor()}
+        for collection in ax.collections:
+            used |= set(map(tuple, (*collection.get_facecolor(), *collection.get_edgecolor())))
+        used |= {text.get_color() for text in ax.texts}
+    solid = {to_hex(color).upper() for color in used if to_rgba(color)[3] > 0}
+    assert solid <= {color.upper() for color in style.PALETTE}
+
+
+@EVERY
+def test_text_can_be_read(name: str, drawn: Any) -> None:
+    """Of one width, text of ten points or more, all of it within the figure, and no two labels over each other."""
+    figure = drawn(name)[1]
+    assert figure.get_figwidth() <= style.WIDTH
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    unseen = set().union(*map(ticks_out_of_view, figure.get_axes()))
+    texts = [text for text in texts if text not in unseen]
+    assert min(text.get_fontsize() for text in texts) >= style.SMALL
+    page, boxes = figure.bbox, [(text.get_text(), Text.get_window_extent(text)) for text in texts]
+    for said, box in boxes:
+        assert box.x0 >= page.x0 - 1, said
+        assert box.x1 <= page.x1 + 1, said
+        assert box.y0 >= page.y0 - 1, said
+        assert box.y1 <= page.y1 + 1, said
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(over) < 3, f"{one!r} lies on {other!r}"
+
+
+def ticks_out_of_view(ax: Axes) -> set[Text]:
+    """Labels that axes have made, and do not show."""
+    found: set[Text] = set()
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        slack = 1e-9 * (high - low)
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+            if not low - slack <= tick.get_loc() <= high + slack:
+                found |= {tick.label1, tick.label2}
+    return found
+
+
+# --------------------------------------------------------------------------- what is drawn is what the data say
+
+
+def heights(figure: Figure) -> list[float]:
+    """Every height at which something is drawn."""
+    lines = [line.get_ydata() for ax in axes_of(figure) for line in ax.get_lines()]
+    return sorted(float(y) for line in lines for y in line if y is not None and math.isfinite(y))
+
+
+def expected_heights(name: str, path: Path) -> list[float]:
+    """Numbers that stand in the data, each of which is to be in the figure."""
+    if name == "iterations":
+        stacks = json.loads(path.read_text())["stacks"]
+        runs = [(stack["e_lora"], run) for stack in stacks for run in stack["runs"]]
+        whole = [e / unit for unit, run in runs for attempt in run["attempts"] for e in attempt["history"][1:]]
+        return [*whole, *(run[key] / unit for unit, run in runs for key in ("e_rasa", "e_allocation", "lower_bound"))]
+    if name == "gpu_scale":
+        return [error for record in json.loads(path.read_text())["records"] for _, error in record["solve_trace"][1:]]
+    if path.suffix == ".jsonl":
+        if name == "adapter_updates":
+            return []
+        runs = adapter_claims.read(path)
+        starts = [run for run in runs if run.startswith(("lora(2)", "rasa(2,")) and " at " not in run]
+        shown = starts if name == "adapter_starts" else [run for run in runs if adapter_claims.is_plain(run)]
+        return [statistics.fmean(map(adapter_claims.validation, runs[run].values())) for run in shown]
+    rows = tables.read(path)
+    if name == "updates":
+        return [
+            row[key] for row in rows for key in ("relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
+        ]
+    if name == "pool_start":
+        return [row["iterations"] for row in rows if row["iterations"] is not None]
+    if name == "recovery":
+        groups: dict[tuple[Any, ...], list[Any]] = {}
+        for row in rows:
+            groups.setdefault((row["layers"], row["noise"], row["start"]), []).append(row)
+        rates = [statistics.fmean(row["recovered"] for row in group) for group in groups.values()]
+        noisy = [[row["distance"] for row in group] for (_, noise, _), group in groups.items() if noise > 0]
+        return [*rates, *map(statistics.median_low, noisy)]
+    if name == "passes":
+        return [row["error"] for row in rows]
+    if name == "growth":
+        return [row["seconds_min"] for row in rows if row["part"] == "growth"]
+    if name == "sweep_cost":
+        sweeps = {(r["b"], r["rank"], r["dtype"], r["method"]): r["seconds_min"] for r in rows if r["part"] == "sweep"}
+        return [
+            seconds / sweeps[*setting, "its two products"]
+            for (*setting, method), seconds in sweeps.items()
+            if method != "its two products"
+        ]
+    if name == "neighbours":
+        lora = {(row["stack"], row["r"]): row["error"] for row in rows if row["method"] == "lora"}
+        own = [row for row in rows if row["method"] != "vera"]
+        return [*(row["error"] for row in rows), *(row["error"] / lora[row["stack"], row["r"]] for row in own)]
+    if name == "compression":  # means over the stacks of a set, where each of them has room for the method
+        shown: dict[tuple[Any, ...], list[float]] = {}
+        for row in (row for row in rows if row["set"] in compression.shown(rows)):
+            by_chance = row["source"] == "random" and row["method"] == "joint_diagonal"
+            of_packages = row["method"] in ("lorashare", "vlora")  # which are share_columns and share_whole
+            if row["share"] is not None and (by_chance or (row["source"] == "trained" and not of_packages)):
+                where = row["set"], row["layer"] == "all", row["source"]
+                shown.setdefault((where, row["method"], row["share"]), []).append(row["error"])
+        room = {where: max(len(shown[key]) for key in shown if key[0] == where) for where, *_ in shown}
+        return [statistics.fmean(errors) for (where, *_), errors in shown.items() if len(errors) == room[where]]
+    if name == "why_sharing_pays":
+        real = [row for row in rows if row["source"] in ("updates", "turned apart") and row["part"] == "pool"]
+        found = [row for row in rows if row["part"] in ("depth", "kinds", "tasks")]
+        allocation = [row for row in found + real if row["item"] == "allocation" and row["source"] != "turned apart"]
+        gains = [*allocation, *(row for row in found + real if row["item"] == "best_found")]
+        terms = [r for r in rows if r["part"] == "pool" and r["k"] == 1 and r["item"] in ("by_loss", "by_weight")]
+        own = [row for row in rows if row["part"] == "side" and row["item"] in ("projector_columns", "projector_rows")]
+        return [*(100 * (1 - row["value"]) for row in gains), *(row["value"] for row in terms + own)]
+    if name == "iteration_count":
+        eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]
+        return [row["iterations"] for row in eight if row["iterations"] is not None]
+    if name == "scaling":
+        return [row[key] for row in rows for key in ("seconds", "predicted") if row[key] is not None]
+    raise AssertionError(f"say what of the data is to be in {name}")
+
+
+@pytest.mark.parametrize("name", [name for name in figures.PICTURES if name != "floors"])
+def test_the_data_are_what_is_drawn(name: str, drawn: Any) -> None:
+    path, figure = drawn(name)
+    found = np.array(heights(figure))
+    missing = [y for y in expected_heights(name, path) if np.min(np.abs(found - y)) > 1e-9 * max(abs(y), 1e-12)]
+    assert missing == [], f"{len(missing)} numbers of {path.name} are not in the figure"
+
+
+def test_floors_lie_across(drawn: Any) -> None:
+    path, figure = drawn("floors")
+    found = {float(x) for ax in axes_of(figure) for line in ax.get_lines() for x in line.get_xdata()}
+    for row in tables.read(path):
+        assert {row[key] for key in ("closed", "dual", "two_sided", "best_found")} <= found
+
+
+def test_median_and_range_are_those_of_the_seeds(drawn: Any) -> None:
+    path, figure = drawn("pool_start")
+    middle = axes_of(figure)[1].get_lines()[0].get_ydata()
+    bars = axes_of(figure)[1].collections[0].get_segments()
+    group = sorted(
+        r["error_after_joint_sweeps"] for r in tables.read(path) if (r["stack"], r["size"]) == ("query", 0.3)
+    )
+    assert middle[4] == group[2]
+    assert bars[4][:, 1] == pytest.approx([group[0], group[-1]])
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_draws_what_has_data_and_says_what_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (folder / "benchmark.csv").write_bytes((FIGURES / "benchmark.csv").read_bytes())
+    assert figures.main(["growth", "--figures", str(folder), "--formats", "png", "svg"]) == 0
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first.keys() == {"benchmark.csv", "growth.png", "growth.svg"}
+    assert figures.main(["growth", "--figures", str(folder), "--formats", "svg"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert figures.main(["growth", "recovery", "--figures", str(folder)]) == 1
+    assert "recovery: no data for it" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        figures.main(["no_such_picture"])
+    assert "'no_such_picture' is none of iterations, updates" in capsys.readouterr().err
+
+
+def test_from_scratch_runs_the_commands_and_keeps_the_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data of a command that failed stay as they were; what lacks something here is not run."""
+    calls: list[list[str]] = []
+
+    def call(words: list[str], **more: Any) -> int:
+        calls.append(words[1:])
+        tables.write(Path(words[-1]) / "recovery.csv", ["x"], [{"x": len(calls)}])
+        return 0 if len(calls) == 1 else 3
+
+    folder, options = tmp_path / "figures", ["--scratch", str(tmp_path / "scratch"), "--from-scratch", "recovery"]
+    folder.mkdir()
+    monkeypatch.setattr(figures.subprocess, "call", call)
+    monkeypatch.setitem(figures.PICTURES, "recovery", ("recovery.csv", lambda data: Figure()))
+    assert figures.main([*options, "--figures", str(folder)]) == 0
+    assert calls == [["experiments/recovery.py", "--out", str(tmp_path / "scratch" / "recovery")]]
+    assert (folder / "recovery.png").exists()
+    assert "last time: no record" in capsys.readouterr().out
+    assert json.loads((folder / "seconds.json").read_text())["recovery"]["seconds"] == 0
+    assert not (tmp_path / "scratch" / "recovery").exists()
+    assert figures.main([*options, "--figures", str(folder)]) == 1
+    assert "last time: 0 s in all" in capsys.readouterr().out
+    assert tables.read(folder / "recovery.csv") == [{"x": 1}]
+    monkeypatch.setattr(figures, "has_gpu", lambda: False)
+    needy = figures.Experiment((), (), {"recovery": figures.PICTURES["recovery"]}, "a moon", lambda: False)
+    monkeypatch.setitem(figures.EXPERIMENTS, "recovery", needy)
+    assert figures.main([*options, "--figures", str(folder)]) == 0
+    assert "recovery: not run, it needs a moon" in capsys.readouterr().out
+    assert len(calls) == 2
+
+
+def test_names_in_quotes_reach_a_command_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(figures.subprocess, "call", lambda words, **more: calls.append(words[1:]) or 1)
+    command = "experiments/train_adapters.py --only 'rasa(2,1)' 'lora(2)' --out {out}"
+    monkeypatch.setitem(figures.EXPERIMENTS, "recovery", figures.Experiment((command,), (), {}))
+    scratch = tmp_path / "with space"
+    assert not figures.perform("recovery", tmp_path, scratch)
+    script = "experiments/train_adapters.py"
+    assert calls == [[script, "--only", "rasa(2,1)", "lora(2)", "--out", str(scratch / "recovery")]]
+
+
+# ----------------------------------------------------------------------------------------------------- the style
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.52, 0.9], [0.46, 0.56, 0.9]),
+        ([0.0, 0.0], [0.0, 0.1]),
+        ([1.0, 1.0, 1.0], [0.8, 0.9, 1.0]),
+        ([0.2, 0.29, 0.29], [0.16, 0.26, 0.36]),
+        ([], []),
+    ],
+)
+def test_labels_move_as_little_as_they_must(wanted: list[float], found: list[float]) -> None:
+    assert style.apart(wanted, 0.1) == pytest.approx(found)
+
+
+def test_lines_to_labels_do_not_cross() -> None:
+    figure = style.new_figure(3)
+    ax = style.panels(figure)[0, 0]
+    ends = [(1.0, y, str(y), style.BLUE) for y in (0.5, 0.1, 0.52, 0.53, 0.9)]
+    ax.plot([0, 1], [0, 1])
+    style.label_ends(ax, ends)
+    texts = sorted(ax.texts, key=lambda text: text.xy[1])
+    tops = [text.xyann[1] for text in texts]
+    assert tops == sorted(tops)
+    assert min(np.diff(tops)) > 0.09 - 1e-9
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_files_are_the_same_each_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def file(epoch: str) -> bytes:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)  # what a date in the file would follow
+        figure = style.new_figure(2)
+        style.panels(figure)[0, 0].plot([0, 1], [0, 1])
+        target = io.BytesIO()
+        style.save(figure, target, kind)
+        return target.getvalue()
+
+    assert file("0") == file("1000000000")
+    assert b"atplotlib" not in file("0") or kind == "svg"
+
+
+def test_a_figure_of_results_without_attempts_says_so() -> None:
+    figure = rt.plot_iterations({"stacks": []})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no random attempts in these results"]

@@ -1,0 +1,337 @@
+"""The experiment on RaSA's two claims: its protocol on a tiny random BERT, and its statistics against known answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+import rasa_theory as rt
+from experiments import adapter_claims as claims
+from experiments import sentences
+from experiments import train_adapters as experiment
+from rasa_theory import adapter as ad
+from tests.experiments.test_finetune import tiny
+
+SETTINGS = experiment.Settings(steps=3, batch=4, warmup=1, train_pairs=40, validation_pairs=20, test_pairs=20,
+                               prose_pairs=8, every=2, short_steps=3, bfloat16=False)  # fmt: skip
+CPU = torch.device("cpu")
+METHODS = [("full", 0, 0), ("lora", 2, 0), ("rasa", 2, 1), ("rasa", 2, 2), ("lora", 3, 0)]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tiny BERT for the real checkpoint, which is an extra, and few sweeps."""
+    monkeypatch.setattr(experiment, "bundled_checkpoint", lambda: Path("none"))
+    monkeypatch.setattr(experiment.Encoder, "from_folder", staticmethod(lambda folder: tiny()))
+    quick, solve = rt.SolverOptions(start="allocation", max_sweeps=2), rt.solve_rasa
+    monkeypatch.setattr(experiment.rt, "solve_rasa", lambda stack, budget, options=None: solve(stack, budget, quick))
+    experiment._kinds.cache_clear()
+    yield
+    experiment._kinds.cache_clear()
+
+
+@cache
+def task() -> experiment.Task:
+    return experiment.Task(SETTINGS, experiment.Data.collected(SETTINGS, None))
+
+
+def run_of(method: str, rank: int, k: int, rate: float = 1e-3, seed: int = 0, start: str = "zero") -> experiment.Run:
+    return experiment.Run(method, rank, k, rate, seed, start)
+
+
+# ---- the protocol
+
+
+def test_every_method_sees_the_same_batches_and_dropout_masks() -> None:
+    losses = []
+    for method, rank, k in METHODS:  # at the rate 0 every model stays what all of them are at the start
+        encoder = tiny()
+        parameters, _ = experiment.prepared(encoder, run_of(method, rank, k), task())
+        torch.manual_seed(len(losses))  # whatever was drawn before
+        losses.append(experiment.train(encoder, parameters, task(), 0.0, 5, lambda _: None))
+    assert len(set(losses[0])) == SETTINGS.steps
+    assert losses == [losses[0]] * len(METHODS)
+
+
+def test_batches_go_through_all_pairs_in_an_order_of_the_seed() -> None:
+    source, pairs = experiment.batches(task(), 1), task().data.train
+    epoch = [pair for _ in range(len(pairs) // SETTINGS.batch) for pair in next(source)]
+    assert sorted(map(hash, epoch)) == sorted(map(hash, pairs))
+    assert next(experiment.batches(task(), 1)) == epoch[:4] != next(experiment.batches(task(), 2))
+
+
+def test_the_parts_of_the_data_are_of_disjoint_modules() -> None:
+    data = task().data
+    train, validation, test = ({pair.module for pair in part} for part in (data.train, data.validation, data.test))
+    assert len(train | validation | test) == len(train) + len(validation) + len(test)
+    assert [len(pairs) for pairs in data.prose.values()] == [8, 8]
+    assert data.python == platform.python_version()
+
+
+def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert experiment.Data.collected(SETTINGS, tmp_path) == task().data
+    more = replace(SETTINGS, train_pairs=50, prose_pairs=9)
+    data = experiment.Data.collected(more, None)
+    monkeypatch.setitem(experiment.TASKS, "code", (list, ""))  # this machine has nothing else
+    monkeypatch.setattr(experiment, "_reference", list)
+    assert experiment.Data.collected(more, tmp_path) == data
+
+
+def test_sentences_of_docstrings_and_the_next_ones() -> None:
+    first, second, last = "One sentence of six words stands.", "Then another with as many words.", "Too short."
+    assert list(sentences.neighbours(f"{first}  {second}\n{last}\n\n{second}")) == [(first, second)]
+    found = list(islice(sentences.of_docstrings(), 300))
+    assert len({text for _, *both in found for text in both}) == 600
+
+
+def some_factors(terms: ad.Terms) -> rt.RasaFactors:
+    """Of no particular scale."""
+    (b, a), q, R = terms.shape, terms.budget.private_rank, 2 * terms.budget.shared_rank
+    generator = torch.Generator().manual_seed(0)
+    return rt.RasaFactors(*(3 * torch.randn(shape, generator=generator)
+                            for shape in ((2, b, q), (2, q, a), (b, R), (R, a), (2, R))))  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "k"), [(2, 0), (2, 1), (2, 2)])
+def test_starts_from_data(rank: int, k: int) -> None:
+    encoder = tiny()
+    adapter = ad.inject(encoder.model, experiment.TARGETS, rt.RankBudget(rank, k), alpha=3.0)
+    for terms in adapter.terms.values():
+        mixing, factors = terms.mixing[0].detach().clone(), some_factors(terms)
+        experiment.start_from(terms, factors, True)
+        for i in range(2):
+            torch.testing.assert_close(terms.update(i), factors.update(i), rtol=1e-4, atol=1e-4)
+        rows = torch.cat([*terms.private_A, terms.shared_A]).detach()
+        torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), 3**-0.5))  # of Kaiming's start on average
+        assert all(bool((d.abs() <= mixing * (1 + 1e-6)).all()) for d in terms.mixing)
+    adapter = ad.inject((other := tiny()).model, experiment.TARGETS, rt.RankBudget(rank, k))
+    for terms in adapter.terms.values():
+        experiment.start_from(terms, some_factors(terms), False)
+    assert not any(terms.update(i).any() for terms in adapter.terms.values() for i in range(2))
+    ids = torch.arange(6).reshape(1, 6)
+    assert torch.equal(other.model.eval()(ids)[0], tiny().model.eval()(ids)[0])
+
+
+@pytest.mark.parametrize("start", ["gradient", "updates"])
+def test_factors_of_data_are_of_every_kind(start: str) -> None:
+    factors = experiment.factors_of_data(run_of("rasa", 2, 1, start=start), task(), CPU)
+    assert factors.keys() == experiment._kinds().keys()
+    assert all(float(f.update(0).norm()) > 0 for f in factors.values())
+
+
+@pytest.mark.parametrize(("method", "rank", "k"), METHODS[:3])
+def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
+    run = run_of(method, rank, k)
+    row = json.loads(json.dumps(experiment.execute(run, task(), "cpu", False, tmp_path)))
+    assert [look["step"] for look in row["looks"]] == [0, 2, 3]
+    assert all(abs(x) < 1e-6 for x in row["looks"][0]["drift"].values())
+    assert row["looks"][-1]["drift"]["reference"] > 1e-9
+    assert len(row["losses"]) == 3
+    assert len(row["updates"]) == 6
+    assert all(norm > 0 for of in row["updates"].values() for norm in of["norms"])
+    if method == "full":
+        assert all(e["e_rasa"] <= e["e_lora"] <= 1 for of in row["reconstruction"].values() for e in of.values())
+    else:
+        assert max(len(s) for of in row["updates"].values() for s in of["sigma"]) == rank - k + 2 * k
+        stack = torch.stack([ad.load(tiny().model, tmp_path / run.folder("code")).delta_weight(f"encoder.layer.{i}."
+                             "attention.self.query") for i in range(2)])  # fmt: skip
+        found = row["updates"]["attention.self.query"]["norms"]
+        assert found == pytest.approx(torch.linalg.vector_norm(stack, dim=(1, 2)).tolist(), rel=1e-3)
+    short = experiment.execute(run, task(), "cpu", True)
+    assert (short["losses"], [look["step"] for look in short["looks"]]) == (row["losses"], [3])
+
+
+def test_the_methods_have_equal_parameters_or_the_largest_rank() -> None:
+    names = [run.name for run in experiment.methods(2, False)]
+    assert names == ["full", "lora(2)", "rasa(2,1)", "lora(3)"]  # of two layers: q + R = 1 + 2
+    assert [run.name for run in experiment.methods(8, False)][-2:] == ["lora(9)", "lora(12)"]
+    assert len({run.name for run in experiment.methods(2, True)}) == 4
+
+
+def test_only_takes_names_that_there_are() -> None:
+    runs = experiment.methods(2, False)
+    assert experiment.named(runs, None) == runs
+    assert [run.name for run in experiment.named(runs, ["rasa(2,1)", "lora(2)"])] == ["lora(2)", "rasa(2,1)"]
+    with pytest.raises(SystemExit, match=r"--only 'lora\(4\)' is none of full, lora\(2\), rasa"):
+        experiment.named(runs, ["lora(2)", "lora(4)"])
+
+
+def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
+    base, scores = run_of("lora", 2, 0), dict(zip(experiment.GRID, (0.05, 0.1, 0.3, 0.5, 0.4, 0.2), strict=True))
+    for rate, score in scores.items():
+        for seed, shift in ((experiment.TUNING_SEED, 0.0), (0, 1.0 * (rate == 1e-2))):
+            run = replace(base, learning_rate=rate, seed=seed)
+            tuning = seed == experiment.TUNING_SEED
+            rows.add({"run": asdict(run), "tuning": tuning, "settings": asdict(SETTINGS),
+                      "looks": [{"validation_mrr": score + shift}]})  # fmt: skip
+    again = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
+    assert again.rows == rows.rows
+    assert experiment.chosen_rate(base, again) == 1e-3
+    trials = [replace(base, learning_rate=rate, seed=experiment.TUNING_SEED) for rate in experiment.GRID]
+    monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda _: pytest.fail("a finished run is run again"))
+    experiment.perform(trials, True, again, task(), "cpu", 1, None)
+    assert again.find(trials[0], False) is None
+    assert experiment.Rows(tmp_path / "rows.jsonl", replace(SETTINGS, steps=4)).rows == []
+
+
+def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
+    assert run_of("lora", 2, 0).folder("code") == "lora-2-seed-0"
+    assert run_of("rasa", 8, 4, seed=3).folder("prose") == "rasa-8-4-prose-seed-3"
+
+
+def test_mrr() -> None:
+    answers = torch.eye(4)
+    queries = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.9, 0.8, 0.1, 0.7], [0, 0, 0, 1]])
+    assert experiment.mrr(queries, answers) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4)
+    for collapsed in (torch.ones(5, 4), torch.full((5, 4), torch.nan)):
+        assert experiment.mrr(collapsed, collapsed) == pytest.approx(1 / 5)
+
+
+# ---- the statistics
+
+
+def row(name: str, seed: int, mrrs: list[float], drifts: list[float], **more: Any) -> dict[str, Any]:
+    looks = [{"step": 50 * n, "validation_mrr": m, "drift": {"a": d, "b": 3 * d}, "prose_mrr": {"a": 0.5, "b": 0.7}}
+             for n, (m, d) in enumerate(zip(mrrs, drifts, strict=True))]  # fmt: skip
+    sigma = {"query": {"norms": [2.0, 1.0], "sigma": [[2.0], [0.6, 0.8]]}, "key": {"norms": [1.0], "sigma": [[1.0]]}}
+    common = {"name": name, "run": {"seed": seed, "learning_rate": 1e-3}, "tuning": False, "losses": [1.0] * 40,
+              "looks": looks, "test_mrr": mrrs[-1] + 0.01 * seed, "updates": sigma, "trained_parameters": 10,
+              "settings": {"short_steps": 30}}  # fmt: skip
+    return common | more
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    x, y = [0.51, 0.53, 0.48, 0.55, 0.50], [0.50, 0.49, 0.47, 0.56, 0.46]
+    mean, half = claims.paired(*({s: {"v": v} for s, v in enumerate(of)} for of in (x, y)), lambda r: r["v"])
+    low, high = stats.ttest_rel(x, y).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert claims.paired({0: {"v": 2}, 1: {"v": 5}}, {1: {"v": 1}, 2: {"v": 9}}, lambda r: r["v"])[0] == 4
+    assert math.isnan(claims.interval([1.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("mrrs", "mrr", "expected"),
+    [
+        ([0.2, 0.4, 0.6], 0.5, 2 * 0.2), ([0.2, 0.4, 0.6], 0.6, 2 * 0.3), ([0.2, 0.4, 0.6], 0.1, 0.0),
+        ([0.2, 0.6, 0.4], 0.4, 2 * 0.05), ([0.2, 0.2, 0.4], 0.3, 2 * 0.2), ([0.2, 0.4, 0.6], 0.7, math.nan),
+    ],
+)  # fmt: skip
+def test_drift_at_equal_mrr_is_interpolated_where_it_is_first_reached(
+    mrrs: list[float], mrr: float, expected: float
+) -> None:
+    assert claims.drift_at(row("x", 0, mrrs, [0.0, 0.1, 0.3]), mrr) == pytest.approx(expected, nan_ok=True)
+
+
+def test_entropy_rank_counts_equal_values() -> None:
+    assert claims.entropy_rank([3.0] * 5) == pytest.approx(5)
+    assert claims.entropy_rank([2.0, 0.0]) == pytest.approx(1)
+    p = [0.8, 0.2]  # of the energy
+    assert claims.entropy_rank([2.0, 1.0]) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
+
+
+def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
+    runs = {name: {} for name in ("full", "lora(2)", "lora(8)", "lora(7)", "rasa(2,1)", "rasa(8,4)")}
+    assert claims.reference("rasa(8,4)", runs) == "lora(8)"
+    assert claims.reference("rasa(2,1) from gradient", runs) == "lora(2)"
+    assert claims.reference("rasa(2,1) from gradient", runs | {"lora(2) from gradient": {}}) == "lora(2) from gradient"
+    assert claims.reference("lora(7)", runs) is None
+    assert claims.by_budget(runs) == [["full", "lora(2)", "rasa(2,1)", "lora(7)"], ["full", "lora(8)", "rasa(8,4)"]]
+
+
+def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = {"query": {"e_lora": 0.4, "e_rasa": 0.2}, "key": {"e_lora": 0.5, "e_rasa": 0.5}}
+    names = ["full", "lora(2)", "rasa(2,1)", "lora(7)", "lora(8)", "rasa(8,1)", "rasa(8,4)", "lora(13)", "lora(28)",
+             "lora(2) from gradient", "rasa(2,1) from updates"]  # fmt: skip
+    rows = [row(name, seed, [0.2, 0.4, 0.6 + 0.02 * n], [0.0, 0.1, 0.3], reconstruction={"2,1": errors})
+            for n, name in enumerate(names) for seed in range(3)]  # fmt: skip
+    tuned = rows[0] | {"tuning": True, "run": rows[0]["run"] | {"seed": 100}}
+    file = tmp_path / "train_adapters.jsonl"
+    file.write_text("\n".join(map(json.dumps, [tuned, *rows])))
+    claims.main(["--rows", str(file), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"^rasa\(2,1\) +10 +0.001 +0.\d{4} +\+0\.0200", printed, re.MULTILINE), printed
+    for name in ("train_adapters.csv", "train_adapters.png", "adapter_updates.png", "adapter_starts.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    runs = claims.read(file)
+    line = claims.table(runs)[2]
+    assert runs["full"].keys() == {0, 1, 2}
+    assert (line["method"], line["seeds"]) == ("rasa(2,1)", 3)
+    assert line["test_mrr_minus_lora"] == pytest.approx(0.02)
+    assert line["drift_at_equal_mrr"] == pytest.approx(2 * (0.1 + 0.2 * 0.2 / 0.24))
+    (gains,) = claims.predicted(runs).values()
+    assert gains == [(pytest.approx(1 - (0.2 * 5 + 0.5) / (0.4 * 5 + 0.5)), pytest.approx(0.02))] * 3
+    file.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"settings": {"short_steps": 1}}])))
+    with pytest.raises(SystemExit, match="runs of different settings"):
+        claims.read(file)
+
+
+def test_runs_at_another_rate_than_the_tuned_one_are_told_apart(tmp_path: Path) -> None:
+    def runs_at(name: str, rate: float, mrr: float, tuning: bool = False) -> list[dict[str, Any]]:
+        made = [row(name, seed, [0.2, mrr], [0.0, 0.1]) for seed in range(2)]
+        return [r | {"tuning": tuning, "run": r["run"] | {"learning_rate": rate}} for r in made]
+
+    rows = runs_at("rasa(2,1)", 3e-3, 0.5, True) + runs_at("rasa(2,1)", 1e-3, 0.4, True)
+    rows += runs_at("lora(2)", 3e-3, 0.3, True) + runs_at("lora(2)", 1e-3, 0.4, True)
+    for name, rate, mrr in (("lora(2)", 1e-3, 0.5), ("lora(2)", 3e-3, 0.55), ("rasa(2,1)", 3e-3, 0.6),
+                            ("rasa(2,1)", 1e-3, 0.7)):  # fmt: skip
+        rows += runs_at(name, rate, mrr)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs = claims.read(tmp_path / "rows.jsonl")
+    assert list(runs) == ["lora(2)", "lora(2) at 0.003", "rasa(2,1)", "rasa(2,1) at 0.001"]
+    assert (claims.reference("rasa(2,1)", runs), claims.at_equal_rate("rasa(2,1)", runs)) == (
+        "lora(2)",
+        "lora(2) at 0.003",
+    )
+    assert claims.at_equal_rate("rasa(2,1) at 0.001", runs) == "lora(2)"
+    assert claims.at_equal_rate("lora(2)", runs) is None
+    assert claims.common_mrr(runs, 0) == 0.5
+    begun = {s: row("", s, [0.2, 0.1], [0.0, 0.1]) for s in range(2)}  # from data, at 1e-3
+    assert claims.common_mrr(runs | {"lora(2) from gradient": begun}, 0) == 0.5
+    others = {"rasa(2,1)": runs["rasa(2,1) at 0.001"], "lora(2) from gradient": begun}
+    assert claims.at_equal_rate("rasa(2,1)", others) is None
+
+
+def test_measures_are_those_of_the_whole_run_of_its_end_and_of_both_kinds_of_prose(tmp_path: Path) -> None:
+    def run(name: str, seed: int, rate: float, shift: float) -> dict[str, Any]:
+        losses = [9.0, *[2.0 + shift] * 19, *[1.0 + shift] * 20]
+        made = row(name, seed, [0.2, 0.4 + shift], [0.0, 0.1 + shift], losses=losses)
+        made["looks"][-1]["prose_mrr"] = {"a": 0.5 + shift, "b": 0.7 + shift}
+        return made | {"run": {"seed": seed, "learning_rate": rate}}
+
+    rows = [run("lora(2)", s, 1e-3, 0.0) | {"tuning": s == 100} for s in (100, 0, 1)]
+    rows += [run("rasa(2,1)", s, 3e-3, 0.1 + 0.02 * s) | {"tuning": s == 100} for s in (100, 0, 1)]
+    rows += [run("lora(2)", s, 3e-3, 0.3) for s in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = {line["method"]: line for line in claims.table(claims.read(tmp_path / "rows.jsonl"))}
+    lora, rasa = lines["lora(2)"], lines["rasa(2,1)"]
+    expected = {"final_loss": 1.0, "mean_loss": (9 + 2 * 19 + 20) / 40, "drift": 0.2, "prose_mrr": 0.6}
+    assert {key: lora[key] for key in expected} == pytest.approx(expected)
+    moved = {"final_loss": 0.11, "mean_loss": 0.11 * 39 / 40, "drift": 0.22, "prose_mrr": 0.11, "test_mrr": 0.11}
+    assert {key: rasa[f"{key}_minus_lora"] for key in moved} == pytest.approx(moved)
+    equal = {"final_loss": -0.19, "mean_loss": -0.19 * 39 / 40, "drift": -0.38, "prose_mrr": -0.19, "test_mrr": -0.19}
+    assert {key: rasa[f"{key}_minus_lora_at_equal_rate"] for key in equal} == pytest.approx(equal)
+    half = stats.t.ppf(0.975, 1) * 0.01  # of two differences 0.02 apart
+    assert rasa["final_loss_minus_lora_interval"] == pytest.approx(half)
+
+
+def test_every_method_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, tuple[str, ...]]] = []
+    original = claims.band
+    monkeypatch.setattr(claims, "band", lambda *a: drawn.append((a[4], tuple(a[3].values()))) or original(*a))
+    runs = {f"lora({n})": {s: row("", s, [0.2, 0.4], [0.0, 0.1]) for s in range(2)} for n in range(9)}
+    claims.plot_claims(runs)
+    assert {name for name, _ in drawn} == runs.keys()
+    assert len(set(drawn)) == len(runs)
