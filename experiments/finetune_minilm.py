@@ -152,7 +152,7 @@ def pairs_of(task: str, folder: Path | None) -> list[Pair]:
 def split_by_module(pairs: list[Pair], settings: Settings) -> tuple[list[Pair], list[Pair]]:
     """Training and test pairs from disjoint modules; a hash of the module's name decides, not a seed.
 
-    Modules of more than `test_module_limit` pairs are trained on, so that no single module decides the test.
+    ModuleNames of more than `test_module_limit` pairs are trained on, so that no single module decides the test.
     Raises ValueError if there are too few pairs for the sizes asked for.
     """
     order = sorted({pair.module for pair in pairs}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from experiments import tables
 from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora
-from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.plotting import style
 from rasa_theory.solvers import updates
 
@@ -102,19 +102,19 @@ def bytes_held(layers: int, b: int, a: int, world_size: int) -> float:
 
 def sweeps(processes: Processes, layers: int, b: int, a: int, count: int) -> dict[str, float]:
     """Seconds of a joint sweep, the least, and what it put into reductions."""
-    spread = Spread.of(layers, processes)
+    sharding = LayerSharding.of(layers, processes)
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(layers, b, a, generator=generator, dtype=torch.float64)[spread.own]
-    stack = LayerStack(values, spread=spread)
+    values = torch.randn(layers, b, a, generator=generator, dtype=torch.float64)[sharding.local]
+    stack = LayerStack(values, sharding=sharding)
     unit = stack.unit()
     lora = solve_lora(unit, RANK, "fast")
     factors, norms = RasaFactors.from_lora(lora.factors, RankBudget(RANK, K)), unit.layer_norms()
     taken = []
     for _ in range(count + 1):
-        before, begun = processes.traffic.reduced_bytes, time.perf_counter()
+        before, begun = processes.communication.reduced_bytes, time.perf_counter()
         factors, _ = updates.joint_sweep((unit.right, unit.left), norms, factors)
         taken.append(time.perf_counter() - begun)
-        counted = processes.traffic.reduced_bytes - before
+        counted = processes.communication.reduced_bytes - before
     return {"seconds": min(taken[1:]), "bytes": counted}
 
 
@@ -127,9 +127,9 @@ def machine_here(processes: Processes, b: int, a: int, layers: int) -> dict[str,
     found = {"speed": 2.0 * layers * b * a * X.shape[1] / seconds}
     if not processes.alone:
         small, large = torch.ones(4, dtype=torch.float64), torch.ones(1 << 20, dtype=torch.float64)
-        found["latency"] = _least(lambda: processes.total(small), 40)
+        found["latency"] = _least(lambda: processes.all_reduce(small), 40)
         wire = 2 * (processes.world_size - 1) / processes.world_size * large.numel() * 8
-        found["bandwidth"] = wire / max(_least(lambda: processes.total(large), 10) - found["latency"], 1e-9)
+        found["bandwidth"] = wire / max(_least(lambda: processes.all_reduce(large), 10) - found["latency"], 1e-9)
     return found
 
 

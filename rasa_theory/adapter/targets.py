@@ -11,7 +11,7 @@ from torch import nn
 from rasa_theory.adapter.layer import AdaptedLinear, is_conv1d, why_not_linear
 from rasa_theory.adapter.terms import Kind
 from rasa_theory.common import InputError
-from rasa_theory.formats import Modules
+from rasa_theory.formats import ModuleNames
 
 PLACE = "rasa_adapters"  # where a model has its adapters
 _SHOWN = 4
@@ -30,7 +30,7 @@ def named(model: nn.Module, targets: Sequence[str]) -> set[str]:
         else:
             found = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not found:
-            kinds = list(dict.fromkeys(Modules((name,)).kind for name in linear))
+            kinds = list(dict.fromkeys(ModuleNames((name,)).kind for name in linear))
             raise InputError(f"target {target!r} names no Linear or Conv1D of the model, which has {some(kinds)}")
         chosen.update(found)
     return chosen
@@ -57,11 +57,11 @@ def kinds_of(model: nn.Module, names: Collection[str]) -> list[Kind]:
     for name, module in modules:
         if name in names:
             layer = module.base if isinstance(module, AdaptedLinear) else module
-            found[Modules((name,)).kind][tuple(layer.weight.shape)][name] = layer  # type: ignore[arg-type]
+            found[ModuleNames((name,)).kind][tuple(layer.weight.shape)][name] = layer  # type: ignore[arg-type]
     return [
         Kind(
             kind if len(shapes) == 1 else f"{kind}.{'x'.join(map(str, shape))}",
-            Modules(tuple(layers), all(map(is_conv1d, layers.values()))),
+            ModuleNames(tuple(layers), all(map(is_conv1d, layers.values()))),
             [layer.weight for layer in layers.values()],  # type: ignore[misc]
         )
         for kind, shapes in found.items()

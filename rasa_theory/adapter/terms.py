@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Modules
+from rasa_theory.formats import ModuleNames
 from rasa_theory.problem import RankBudget, RasaFactors
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     """The layers of a model of one kind and shape: name, modules, and their weights, (out, in) or transposed."""
 
     name: str
-    modules: Modules
+    modules: ModuleNames
     weights: list[Tensor]
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.bounds.allocation import allocate
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.problem import LayerStack, RankBudget
 
 
@@ -102,8 +102,8 @@ def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
     q, R = budget.private_rank, budget.pool_rank(unit.layers)
     U, energy = unit.svd().U[:, :, :q], unit.singular_values() ** 2  # (L, m)
     following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
-    above = (energy[:, :q] - following[:, None])[unit.spread.own]
-    clipped = unit.gram() - unit.spread.total(torch.einsum("ibq,iq,icq->bc", U, above, U))
+    above = (energy[:, :q] - following[:, None])[unit.sharding.local]
+    clipped = unit.gram() - unit.sharding.all_reduce(torch.einsum("ibq,iq,icq->bc", U, above, U))
     value = unit.norm_squared - float(energy[:, :q].sum()) - float(linalg.ky_fan(clipped, R))
     return Bound(value - _gram_allowance(unit, R), "clipped")
 
@@ -152,7 +152,7 @@ class ClippedEnergy:
     """
 
     budget: RankBudget
-    spread: Spread
+    sharding: LayerSharding
     own: Tensor
     pooled: Tensor
 
@@ -160,7 +160,7 @@ class ClippedEnergy:
     def of(cls, view: LayerStack, budget: RankBudget, n: int) -> ClippedEnergy:
         """Of no layer of `view` yet."""
         zeros = torch.zeros(n, n, dtype=torch.float64, device=view.device)
-        return cls(budget, view.spread, zeros.new_zeros(()), zeros)
+        return cls(budget, view.sharding, zeros.new_zeros(()), zeros)
 
     def add(self, g: Tensor) -> None:
         """Count one layer in."""
@@ -175,8 +175,8 @@ class ClippedEnergy:
 
     def total(self) -> float:
         """C, after all layers."""
-        own, pooled = self.spread.totals(self.own, self.pooled)
-        return float(own) + float(linalg.ky_fan(pooled, self.budget.pool_rank(self.spread.layers)))
+        own, pooled = self.sharding.all_reduce_together(self.own, self.pooled)
+        return float(own) + float(linalg.ky_fan(pooled, self.budget.pool_rank(self.sharding.layers)))
 
 
 def _gram_allowance(unit: LayerStack, m: int) -> float:

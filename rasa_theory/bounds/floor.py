@@ -39,7 +39,7 @@ def lower_bound(
     budget.check_fits(stack)
     if certificate not in CERTIFICATES:
         raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
-    if certificate != "closed" and not stack.spread.alone:
+    if certificate != "closed" and not stack.sharding.alone:
         raise InputError(
             f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "
             "certificate closed, or run one process"

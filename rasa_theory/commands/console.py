@@ -84,10 +84,10 @@ def _status(name: str, action: Callable[[Processes], int], met: list[Processes],
         return say(str(error) if processes.alone else f"{processes}: {error}")
     except ProcessLost:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes when one has gone
-        if processes.told:
+        if processes.has_spoken:
             return 2
         missing = processes.missing()
-        return 2 if processes.told else say(f"{missing}{kept}")
+        return 2 if processes.has_spoken else say(f"{missing}{kept}")
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
@@ -99,7 +99,7 @@ def _status(name: str, action: Callable[[Processes], int], met: list[Processes],
     except KeyboardInterrupt:  # before anything was finished
         if processes.alone or processes.speaks():
             print("interrupted", file=sys.stderr)
-        processes.interrupted()
+        processes.tell_interrupted()
         return 130
 
 

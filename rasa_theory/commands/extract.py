@@ -24,13 +24,13 @@ from rasa_theory.bounds import RankTarget, allocate_ranks
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
 from rasa_theory.common import InputError, environment, write_file
-from rasa_theory.distributed import Processes, dealt
+from rasa_theory.distributed import Processes, balanced_shares
 from rasa_theory.extraction import (
     FORMATS,
     STORED,
+    ExtractionFolder,
     ExtractSettings,
     Job,
-    Workplace,
     check,
     extract_stack,
     extraction_csv,
@@ -38,7 +38,7 @@ from rasa_theory.extraction import (
     forecast,
     model_card,
 )
-from rasa_theory.formats import Modules, base_of
+from rasa_theory.formats import ModuleNames, base_of
 from rasa_theory.plotting import plot_extraction, style
 from rasa_theory.problem import compute_dtype
 from rasa_theory.solvers import Callback
@@ -146,7 +146,7 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
 
 
 def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
-    with processes.agreeing():
+    with processes.raise_together():
         job = _job(args, processes)
     processes.from_first(lambda: check(job, None if args.dry_run else Path(args.out)))
     text = sys.stderr if args.json else sys.stdout
@@ -157,7 +157,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
     out = processes.from_first(lambda: output_folder(args.out))
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
-    processes = processes.patient()
+    processes = processes.with_long_timeout()
     with _entered(out, job, processes) as place:
         if processes.first:
             say_left_out(job.catalogue.left_out, "report.json")
@@ -183,23 +183,24 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
 
 
 @contextlib.contextmanager
-def _entered(out: Path, job: Job, processes: Processes) -> Iterator[Workplace | None]:
+def _entered(out: Path, job: Job, processes: Processes) -> Iterator[ExtractionFolder | None]:
     """The folder, kept for this run by process 0; None if it is finished.
 
-    All processes write their stacks there. Raises InputError as Workplace does, and if one does not see the folder.
+    All processes write their stacks there. Raises InputError as ExtractionFolder does, and if one of them does not see
+    the folder.
     """
     with contextlib.ExitStack() as held:
 
         def enter() -> dict[str, Any] | None:
-            place = Workplace(out, job.plan())
+            place = ExtractionFolder(out, job.plan())
             return None if place.finished else held.enter_context(place).plan
 
         plan = processes.from_first(enter)
         if plan is None:
             yield None
             return
-        with processes.agreeing():
-            place = Workplace(out, plan)
+        with processes.raise_together():
+            place = ExtractionFolder(out, plan)
             if not place.begun:
                 raise InputError(
                     f"--out {out} is not the folder that process 0 sees; name one that all processes share"
@@ -213,10 +214,10 @@ def _finished_before(out: Path) -> dict[str, Any]:
     return report
 
 
-def _modules(source: StackSource, args: argparse.Namespace) -> Modules:
+def _modules(source: StackSource, args: argparse.Namespace) -> ModuleNames:
     if args.adapters is not None:
-        return Modules(tuple(f"{task}/{args.prefix}{source.name}" for task in range(source.layers)))
-    return Modules.of(source.keys, source.transposed, args.prefix)
+        return ModuleNames(tuple(f"{task}/{args.prefix}{source.name}" for task in range(source.layers)))
+    return ModuleNames.of(source.keys, source.transposed, args.prefix)
 
 
 def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
@@ -260,7 +261,7 @@ def _nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
     return dataclasses.replace(catalogue, stacks=kept, left_out=left_out), unnamed
 
 
-def _extracted(job: Job, place: Workplace, processes: Processes, quiet: bool) -> bool:
+def _extracted(job: Job, place: ExtractionFolder, processes: Processes, quiet: bool) -> bool:
     """Write the part and the row of every stack that is new, and the norms of what is left out; False if interrupted.
 
     The stacks are dealt over the processes as wholes, by the cost of their SVDs; each reads those that it has, and
@@ -272,7 +273,7 @@ def _extracted(job: Job, place: Workplace, processes: Processes, quiet: bool) ->
         left = processes.from_first(lambda: [n for n in range(len(stacks)) if place.row(n) is None])
         share = _shares([stacks[n] for n in left], processes)[mine]
         with (
-            processes.agreeing(),
+            processes.raise_together(),
             progress_bar(len(stacks), "stacks", quiet or not processes.first) as show,
         ):
             for n in (left[i] for i in share):
@@ -288,7 +289,7 @@ def _extracted(job: Job, place: Workplace, processes: Processes, quiet: bool) ->
                 show(place.done, f"{job.unnamed[n].name}: norm")
                 place.note(_norm_of(n), functools.partial(_norm, job.unnamed[n]))
     except KeyboardInterrupt:
-        processes.interrupted()
+        processes.tell_interrupted()
         if processes.first:
             print(
                 f"interrupted; {place.done} of {len(stacks)} stacks are done, the same command goes on from there",
@@ -303,14 +304,14 @@ def _extracted(job: Job, place: Workplace, processes: Processes, quiet: bool) ->
 
 
 def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[int]]:
-    return dealt([s.layers * math.prod(s.shape) * min(s.shape) for s in sources], processes.world_size)
+    return balanced_shares([s.layers * math.prod(s.shape) * min(s.shape) for s in sources], processes.world_size)
 
 
 def _norm_of(n: int) -> str:
     return f"norm-{n:05d}.json"
 
 
-def _written(job: Job, place: Workplace, about: dict[str, Any]) -> dict[str, Any]:
+def _written(job: Job, place: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:
     """The report, of rows and norms that lie in the folder, once it is written with all final files.
 
     Raises InputError if there is nothing to write.
@@ -342,11 +343,11 @@ def _norm(source: StackSource) -> float | None:
         return None
 
 
-def _told(show: Callable[[int, str], None], place: Workplace, source: StackSource) -> Callback:
+def _told(show: Callable[[int, str], None], place: ExtractionFolder, source: StackSource) -> Callback:
     return lambda progress: show(place.done, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
 
 
-def _ranks(job: Job, place: Workplace, processes: Processes, quiet: bool) -> Sequence[Sequence[int] | None]:
+def _ranks(job: Job, place: ExtractionFolder, processes: Processes, quiet: bool) -> Sequence[Sequence[int] | None]:
     """The rank of every layer of every stack where the settings have a target, decided once, by all spectra.
 
     Raises InputError if the target leaves nothing.
@@ -364,7 +365,7 @@ def _spectra(job: Job, processes: Processes, quiet: bool) -> list[Tensor]:
     """The singular values of all stacks, (L, min(b, a)) each; every process takes those of its share."""
     stacks, found = job.catalogue.stacks, {}
     share = _shares(stacks, processes)[processes.process]
-    with processes.agreeing(), progress_bar(len(share), "spectra", quiet) as show:
+    with processes.raise_together(), progress_bar(len(share), "spectra", quiet) as show:
         for done, n in enumerate(share):
             if processes.ending:
                 break
@@ -372,7 +373,7 @@ def _spectra(job: Job, processes: Processes, quiet: bool) -> list[Tensor]:
             stack = stacks[n].load(job.dtype, job.device)
             unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
             found[n] = stack.singular_values().cpu() if stack.norm_squared > 0 else unchanged
-    of_all = {n: spectrum for one in processes.said(found) for n, spectrum in one.items()}
+    of_all = {n: spectrum for one in processes.all_gather_objects(found) for n, spectrum in one.items()}
     return [of_all[n] for n in range(len(stacks))]
 
 
@@ -388,7 +389,7 @@ def _allocated(job: Job, spectra: Sequence[Tensor]) -> Sequence[Sequence[int] | 
     return ranks
 
 
-def write_adapter(place: Workplace, report: dict[str, Any]) -> None:
+def write_adapter(place: ExtractionFolder, report: dict[str, Any]) -> None:
     """All final files, the report last, which says that the others are there; then the parts go."""
     out, figure = place.out, plot_extraction(report)
     place.finish(report["stacks"])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
 from rasa_theory.common import InputError, identity, write_file
-from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.plotting import plot_iterations, style
 from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_dtype
 from rasa_theory.reconstruction import (
@@ -135,10 +135,10 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     def make(
         dtype: torch.dtype | None = None, device: torch.device | None = None, processes: Processes = ALONE
     ) -> LayerStack:
-        spread = Spread.of(args.layers, processes)
-        with processes.agreeing():  # made as a whole in each
+        sharding = LayerSharding.of(args.layers, processes)
+        with processes.raise_together():  # made as a whole in each
             stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-        return LayerStack(stack.values[spread.own], "synthetic", dtype, device, spread=spread)
+        return LayerStack(stack.values[sharding.local], "synthetic", dtype, device, sharding=sharding)
 
     return Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
 
@@ -149,7 +149,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
         settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
         flags.check_certificate(args, processes)
         dtype, device = compute_dtype(args.dtype), flags.device(args, processes)
-    with processes.agreeing():
+    with processes.raise_together():
         whole = _catalogue(args)
     catalogue = whole.matching(args.modules)
     for source in catalogue.stacks:
@@ -194,7 +194,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
                 if writing:
                     write_results(state, out)
     except KeyboardInterrupt:
-        processes.interrupted()
+        processes.tell_interrupted()
         interrupted = True
         if state.results["theorem_3_1"] == "holds":
             state.results["theorem_3_1"] = "undecided"

@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
                 tally.add(trial, kept)
                 show(tally.instances, _done(trial.instance, tally))
     except KeyboardInterrupt:
-        processes.interrupted()
+        processes.tell_interrupted()
         interrupted = True
     except BrokenProcessPool:
         print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)

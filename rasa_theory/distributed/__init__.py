@@ -2,13 +2,13 @@
 
 from rasa_theory.distributed.launch import launched, meeting
 from rasa_theory.distributed.processes import ALONE, Processes, lacks_memory
-from rasa_theory.distributed.sharding import Spread, dealt
+from rasa_theory.distributed.sharding import LayerSharding, balanced_shares
 
 __all__ = [
     "ALONE",
+    "LayerSharding",
     "Processes",
-    "Spread",
-    "dealt",
+    "balanced_shares",
     "lacks_memory",
     "launched",
     "meeting",

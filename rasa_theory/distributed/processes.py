@@ -1,13 +1,10 @@
-"""Layers dealt over the processes of torch.distributed: who holds which, and what is summed or gathered over all.
+"""The processes of torch.distributed: collectives, and errors that are raised in all processes together.
 
-Every process runs the same program on its own layers (`Spread.own`); what a process has of a layer, M_i, B~_i, A~_i and
-the row i of D, never leaves it unless it is gathered; the pool is everyone's. Stacks and factors know their `Spread`,
-as a DTensor knows its mesh: explicit, so that small work that all processes repeat on gathered values is on a stack of
-one process and sums nothing twice, which a context variable would leave to whoever calls. DTensor itself is not used:
-batched QR, Cholesky factors and eigenvalues have no sharding rules there, and it would gather all layers for them.
+Every process runs the same program on its own layers. What a process has of a layer (M_i, B~_i, A~_i and row i of D)
+never leaves it unless it is gathered; the pool is replicated.
 
-Words: torch calls a process's number its rank; here a rank is that of a matrix, and the number is `process`. The number
-of processes is `world_size`, as there.
+torch calls the number of a process its rank. Here a rank is the rank of a matrix, and the number is `process`. The
+number of processes is `world_size`, as in torch.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ _ALLOCATION = (MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
-class Traffic:
+class CommunicationCounter:
     """What a process has put into collectives so far: calls, and bytes of its own buffers, whatever the algorithm.
 
     A ring moves about 2 (P - 1) / P times the bytes of a reduction over every link, P the world size.
@@ -60,7 +57,7 @@ class Processes:
     def __init__(self, group: dist.ProcessGroup | None = None, store: Any = None) -> None:
         self.process = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        self.traffic = Traffic()
+        self.communication = CommunicationCounter()
         self._group, self._store = group, store
 
     @property
@@ -76,7 +73,7 @@ class Processes:
     def __str__(self) -> str:
         return f"process {self.process} of {self.world_size}"
 
-    def patient(self) -> Processes:
+    def with_long_timeout(self) -> Processes:
         """The same processes, for work that ends at different times: they wait for each other as long as all live.
 
         Up to a week, that is. All have to ask for it together. In a group that was there before, its own limit holds.
@@ -85,56 +82,56 @@ class Processes:
             return self
         return Processes(dist.new_group(timeout=_LONG, backend="gloo"), self._store)
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over all processes, the same bits in all."""
-        return self._reduced(x, dist.ReduceOp.SUM)
+        return self._all_reduce(x, dist.ReduceOp.SUM)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """The elementwise maximum of x over all processes."""
-        return self._reduced(x, dist.ReduceOp.MAX)
+        return self._all_reduce(x, dist.ReduceOp.MAX)
 
-    def _reduced(self, x: Tensor, operation: Any) -> Tensor:
+    def _all_reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.alone:
             return x
         result = x.detach().clone(memory_format=torch.contiguous_format)
-        self.traffic.reductions += 1
-        self.traffic.reduced_bytes += result.numel() * result.itemsize
+        self.communication.reductions += 1
+        self.communication.reduced_bytes += result.numel() * result.itemsize
         with self._others_alive():
             dist.all_reduce(result, operation, group=self._group)
         return result
 
-    def joined(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
+    def all_gather(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
         """The parts (counts[p], ..) of all processes p, one after the other, in all of them."""
         if self.alone:
             return parts
         padded = _padded(parts, max(counts))
         gathered = [torch.empty_like(padded) for _ in counts]
-        self.traffic.gathers += 1
-        self.traffic.gathered_bytes += padded.numel() * padded.itemsize
+        self.communication.gathers += 1
+        self.communication.gathered_bytes += padded.numel() * padded.itemsize
         with self._others_alive():
             dist.all_gather(gathered, padded, group=self._group)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
-    def sent_to_first(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
+    def gather_to_first(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
         """The same on the CPU, in process 0 alone; the others keep what they have."""
         if self.alone:
             return parts
         padded = _padded(parts.cpu(), max(counts))
         gathered = [torch.empty_like(padded) for _ in counts] if self.first else None
-        self.traffic.gathers += 1
-        self.traffic.gathered_bytes += padded.numel() * padded.itemsize
+        self.communication.gathers += 1
+        self.communication.gathered_bytes += padded.numel() * padded.itemsize
         with self._others_alive():
             dist.gather(padded, gathered, dst=self._global(0), group=self._group)
         if gathered is None:
             return parts
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
-    def told_by(self, process: int, x: Tensor) -> Tensor:
+    def broadcast(self, process: int, x: Tensor) -> Tensor:
         """x as `process` has it, in all."""
         if self.alone:
             return x
-        self.traffic.gathers += 1
-        self.traffic.gathered_bytes += x.numel() * x.itemsize
+        self.communication.gathers += 1
+        self.communication.gathered_bytes += x.numel() * x.itemsize
         with self._others_alive():
             dist.broadcast(x, src=self._global(process), group=self._group)
         return x
@@ -144,7 +141,7 @@ class Processes:
         assert self._group is not None
         return dist.get_global_rank(self._group, process)
 
-    def said(self, what: Any) -> list[Any]:
+    def all_gather_objects(self, what: Any) -> list[Any]:
         """What every process says, small plain data, in their order."""
         if self.alone:
             return [what]
@@ -158,14 +155,14 @@ class Processes:
         if self.alone:
             return make()
         made: list[Any] = [None]
-        with self.agreeing():
+        with self.raise_together():
             made = [make() if self.first else None]
         with self._others_alive():
             dist.broadcast_object_list(made, src=self._global(0), group=self._group)
         return made[0]
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """What may fail in one process, for its own data: then all raise InputError, with one sentence that names it.
 
         Within it the processes do not speak to each other, but for what agrees in its turn. Too little memory counts
@@ -186,7 +183,7 @@ class Processes:
         if problem is not None:
             self._counted("failed", 1)
         own = None if problem is None or isinstance(problem, FailedElsewhere) else _sentence(problem)
-        heard = self.said(own)
+        heard = self.all_gather_objects(own)
         failing = [(process, sentence) for process, sentence in enumerate(heard) if sentence is not None]
         if failing:
             process, sentence = failing[0]
@@ -210,7 +207,7 @@ class Processes:
 
     # ---- the end
 
-    def interrupted(self) -> None:
+    def tell_interrupted(self) -> None:
         """Tell the others, who would otherwise take this one for lost. Only process 0 has something to write then."""
         self._counted("interrupted", 1)
         if not self.first:
@@ -232,11 +229,11 @@ class Processes:
 
     @property
     def ending(self) -> bool:
-        """Whether a process has failed in `agreeing`, or was interrupted: the others need not go on."""
+        """Whether a process has failed in `raise_together`, or was interrupted: the others need not go on."""
         return self._counted("failed") + self._counted("interrupted") > 0
 
     @property
-    def told(self) -> bool:
+    def has_spoken(self) -> bool:
         """Whether a process has said already why all of them stop."""
         return self._counted("said") > 0
 

@@ -1,7 +1,7 @@
 """From fine-tuned weights to an adapter, with a report of what it misses."""
 
 from rasa_theory.extraction.conversion import extract_stack
-from rasa_theory.extraction.folder import Workplace
+from rasa_theory.extraction.folder import ExtractionFolder
 from rasa_theory.extraction.plan import Job, check, forecast
 from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
 from rasa_theory.extraction.settings import FORMATS, STORED, ExtractSettings
@@ -10,8 +10,8 @@ __all__ = [
     "FORMATS",
     "STORED",
     "ExtractSettings",
+    "ExtractionFolder",
     "Job",
-    "Workplace",
     "check",
     "extract_stack",
     "extraction_csv",

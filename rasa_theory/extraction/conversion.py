@@ -13,7 +13,7 @@ from torch import Tensor
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.settings import STORED, ExtractSettings
-from rasa_theory.formats import Modules, dense_tensor, lora_tensors, rasa_tensors
+from rasa_theory.formats import ModuleNames, dense_tensor, lora_tensors, rasa_tensors
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
@@ -31,7 +31,7 @@ class Extracted:
 
 def extract_stack(
     stack: LayerStack,
-    modules: Modules,
+    modules: ModuleNames,
     settings: ExtractSettings,
     ranks: Sequence[int] | None = None,
     callback: Callback | None = None,
@@ -73,7 +73,7 @@ def extract_stack(
 
 def _row(
     stack: LayerStack,
-    modules: Modules,
+    modules: ModuleNames,
     settings: ExtractSettings,
     ranks: Sequence[int],
     lora: Sequence[float],
@@ -122,7 +122,7 @@ def _solved(
 
 def _stored(
     stack: LayerStack,
-    modules: Modules,
+    modules: ModuleNames,
     factors: LoraFactors | RasaFactors,
     ranks: Sequence[int],
     settings: ExtractSettings,
@@ -141,7 +141,7 @@ def _stored(
 
 
 def _stored_dense(
-    stack: LayerStack, modules: Modules, factors: LoraFactors | RasaFactors, dtype: torch.dtype
+    stack: LayerStack, modules: ModuleNames, factors: LoraFactors | RasaFactors, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The same of dense updates, a layer at a time."""
     kept, errors = {}, []
@@ -161,7 +161,9 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _read_back(stack: LayerStack, modules: Modules, kept: dict[str, Tensor], format_: str) -> LoraFactors | RasaFactors:
+def _read_back(
+    stack: LayerStack, modules: ModuleNames, kept: dict[str, Tensor], format_: str
+) -> LoraFactors | RasaFactors:
     """The factors that the written tensors alone give, in float64."""
     on = {key: tensor.to(stack.device, torch.float64) for key, tensor in kept.items()}
     if format_ == "rasa":

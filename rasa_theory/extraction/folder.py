@@ -25,7 +25,7 @@ _OURS = re.compile(
 )
 
 
-class Workplace:
+class ExtractionFolder:
     """The folder `out`. `plan` is what must not change between two runs that share it: inputs, settings, stacks.
 
     Within its `with`, which anything but a finished folder needs, no other run gets in; of several processes of a run,
@@ -47,7 +47,7 @@ class Workplace:
         elif not begun.exists() and (found := sorted(path for path in out.iterdir() if path.name[0] != ".")):
             raise InputError(f"{found[0]} is there already, and not ours; name an empty or new folder with --out")
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> ExtractionFolder:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.parts / _LOCK)
         self._sweep()

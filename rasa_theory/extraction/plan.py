@@ -16,7 +16,7 @@ import torch
 from rasa_theory.common import InputError, identity
 from rasa_theory.extraction.conversion import extract_stack
 from rasa_theory.extraction.settings import STORED, ExtractSettings
-from rasa_theory.formats import Modules, called_conv1d
+from rasa_theory.formats import ModuleNames, called_conv1d
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
@@ -35,7 +35,7 @@ class Job:
     """
 
     catalogue: Catalogue
-    modules: Sequence[Modules]
+    modules: Sequence[ModuleNames]
     settings: ExtractSettings
     dtype: torch.dtype
     device: torch.device
@@ -230,6 +230,6 @@ def _seconds(job: Job, sources: Sequence[StackSource], side: int, cost: Callable
     taken = []
     for _ in range(2):  # the first time, libraries begin
         began = time.perf_counter()
-        extract_stack(LayerStack(made, "sample", job.dtype, job.device), Modules(("sample",)), settings)
+        extract_stack(LayerStack(made, "sample", job.dtype, job.device), ModuleNames(("sample",)), settings)
         taken.append(time.perf_counter() - began)
     return min(taken) * sum(s.layers * cost(s.shape) for s in sources) / cost(shape)

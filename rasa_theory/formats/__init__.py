@@ -1,7 +1,7 @@
 """What a file or a name looks like: each format read and written in one place."""
 
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.names import LAYER_WORDS, Entry, LeftOut, Modules, dense_tensor, is_floating, of_task
+from rasa_theory.formats.names import LAYER_WORDS, Entry, LeftOut, ModuleNames, dense_tensor, is_floating, of_task
 from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_types, oriented
 from rasa_theory.formats.peft import CONFIG, WEIGHTS, LoraFolder, base_of, lora_config, lora_tensors
 from rasa_theory.formats.rasa import rasa_config, rasa_layout, rasa_tensors
@@ -17,7 +17,7 @@ __all__ = [
     "Entry",
     "LeftOut",
     "LoraFolder",
-    "Modules",
+    "ModuleNames",
     "adapted_conv1d",
     "base_of",
     "called_conv1d",

@@ -17,7 +17,7 @@ LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
 
 
 @dataclass(frozen=True)
-class Modules:
+class ModuleNames:
     """The modules of a model whose updates a stack holds, one per layer in order.
 
     `names` are the keys of their weights less ".weight"; `transposed` if those weights are (in, out), as in a Conv1D.
@@ -28,7 +28,7 @@ class Modules:
     transposed: bool = False
 
     @classmethod
-    def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> Modules:
+    def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> ModuleNames:
         """From the keys of weights in a checkpoint; `prefix` is put before every name."""
         return cls(tuple(prefix + key.removesuffix(".weight") for key in keys), transposed)
 
@@ -44,7 +44,7 @@ class Modules:
         return ".".join(part for part in parts if not part.isdecimal()) or self.names[0]
 
 
-def dense_tensor(modules: Modules, factors: LoraFactors | RasaFactors, i: int) -> tuple[str, Tensor]:
+def dense_tensor(modules: ModuleNames, factors: LoraFactors | RasaFactors, i: int) -> tuple[str, Tensor]:
     """The update of layer i itself, by the key and in the orientation of the weight."""
     update = factors.update(i)
     return f"{modules.names[i]}.weight", update.mT if modules.transposed else update

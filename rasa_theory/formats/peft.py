@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.names import PEFT_PREFIX, Entry, LeftOut, Modules, is_floating
+from rasa_theory.formats.names import PEFT_PREFIX, Entry, LeftOut, ModuleNames, is_floating
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.safetensors import read_json
 from rasa_theory.problem import LoraFactors, balanced
 
 
-def lora_tensors(modules: Modules, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
+def lora_tensors(modules: ModuleNames, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
     """PEFT's LoRA weights of every module, its leading `ranks[i]` terms (all of them if None); none for rank 0."""
     tensors = {}
     for i, name in enumerate(modules.names):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rasa_theory.formats.names import PEFT_PREFIX, Modules
+from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
 from rasa_theory.problem import RasaFactors
 
 
-def rasa_tensors(modules: Modules, factors: RasaFactors) -> dict[str, Tensor]:
+def rasa_tensors(modules: ModuleNames, factors: RasaFactors) -> dict[str, Tensor]:
     """The authors' adapter with these updates: `evened` factors, private terms with the mixing 1."""
     even = factors.evened()
     mixing = torch.cat([even.mixing.new_ones(even.layers, even.private_A.shape[1]), even.mixing], 1)
@@ -20,7 +20,7 @@ def rasa_tensors(modules: Modules, factors: RasaFactors) -> dict[str, Tensor]:
 
 
 def rasa_layout(
-    modules: Modules,
+    modules: ModuleNames,
     private_B: Iterable[Tensor],
     private_A: Iterable[Tensor],
     mixing: Iterable[Tensor],

@@ -1,6 +1,7 @@
-"""What the sweeps need of all layers at once: sums over those that this process holds, `Spread.totals` adds the others.
+"""Sums and products over the local layers of a stack, batched.
 
-The starts and exchanges look at the leading parts of all layers together, which are gathered for them.
+`LayerSharding.all_reduce_together` adds the sums of the other processes. The starts and exchanges need the leading
+parts of all layers at once, which are gathered for them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import orthogonal, solve
 
 Measure = Callable[[Tensor], Tensor]
@@ -25,7 +25,7 @@ class Algebra(Protocol):
         ...
 
     def solve_layers(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, sharding: LayerSharding, measure: Measure
     ) -> tuple[Tensor, Tensor]:
         """As `linalg.solve_layers`."""
         ...
@@ -42,9 +42,9 @@ class Checked:
         return solve.solve_increment(gram, rhs, size, noise)
 
     def solve_layers(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, sharding: LayerSharding, measure: Measure
     ) -> tuple[Tensor, Tensor]:
-        return solve.solve_layers(gram, rhs, size, noise, spread, measure)
+        return solve.solve_layers(gram, rhs, size, noise, sharding, measure)
 
     def orthonormal(self, X: Tensor) -> Tensor:
         return orthogonal.thin_qr(X)[0]
@@ -65,7 +65,7 @@ class Unchecked:
         return x
 
     def solve_layers(
-        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Measure
+        self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, sharding: LayerSharding, measure: Measure
     ) -> tuple[Tensor, Tensor]:
         x = self.solve_increment(gram, rhs, size, noise)
         return x, measure(x)

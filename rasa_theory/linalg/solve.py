@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg.dense import suitable_threads
 
 
@@ -33,7 +33,7 @@ def solve_increment(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> T
 
 
 def solve_layers(
-    gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, spread: Spread, measure: Callable[[Tensor], Tensor]
+    gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, sharding: LayerSharding, measure: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """x as from `solve_increment`, the batch one of layers, and the sum over all processes of `measure`(x), ().
 
@@ -43,15 +43,15 @@ def solve_layers(
     x, regular, loss, gain = _cholesky_solution(scaled, y, variance)
     x = s.unsqueeze(-1) * x
     value = measure(x)
-    if spread.alone:
+    if sharding.alone:
         sound = regular & (4 * loss <= gain)
     else:
-        irregular, loss, gain, value = spread.total(torch.stack([(~regular).to(value.dtype), loss, gain, value]))
+        irregular, loss, gain, value = sharding.all_reduce(torch.stack([(~regular).to(value.dtype), loss, gain, value]))
         sound = (irregular == 0) & (4 * loss <= gain)
     if bool(sound):
         return x, value
     x = s.unsqueeze(-1) * _by_eigenvectors(scaled, y, variance)
-    return x, spread.total(measure(x))
+    return x, sharding.all_reduce(measure(x))
 
 
 def increment_by_cholesky(gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rasa_theory.methods.share_lora import fit_share_lora
 from rasa_theory.methods.tied_lora import fit_tied_lora
 from rasa_theory.methods.vb_lora import fit_vb_lora
 from rasa_theory.methods.vera import fit_vera
+from rasa_theory.problem import lora_parameters
 
 __all__ = [
     "METHODS",
@@ -38,6 +39,7 @@ __all__ = [
     "fit_vb_lora",
     "fit_vera",
     "largest",
+    "lora_parameters",
     "pareto",
     "residual",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import batched
 from rasa_theory.problem.budget import RankBudget
 
@@ -39,13 +39,13 @@ def scale_into_mixing(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
     return X / torch.where(norms > 0, norms, 1), D * norms
 
 
-def _spread_of(spread: Spread | None, held: int) -> Spread:
+def _sharding_of(sharding: LayerSharding | None, held: int) -> LayerSharding:
     """That of one process, which holds all layers, unless one is given, of `held` layers here."""
-    if spread is None:
-        return Spread((held,))
-    if spread.held != held:
-        raise InputError(f"factors of {held} layers are given, this process holds {spread.held}; give those")
-    return spread
+    if sharding is None:
+        return LayerSharding((held,))
+    if sharding.local_layers != held:
+        raise InputError(f"factors of {held} layers are given, this process holds {sharding.local_layers}; give those")
+    return sharding
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class LoraFactors:
 
     B: Tensor
     A: Tensor
-    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
+    sharding: LayerSharding = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.B)))
+        object.__setattr__(self, "sharding", _sharding_of(self.sharding, len(self.B)))
         if self.B.ndim != 3 or self.A.ndim != 3:
             raise InputError(f"B and A need three axes, found shapes {tuple(self.B.shape)} and {tuple(self.A.shape)}")
         _check_shapes({"A": (self.A, (self.B.shape[0], self.B.shape[2], self.A.shape[2]))})
@@ -71,12 +71,12 @@ class LoraFactors:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoraFactors:
         """The same factors in another dtype or on another device."""
-        return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)), spread=self.spread)
+        return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)), sharding=self.sharding)
 
     @property
     def layers(self) -> int:
         """L, of all processes together."""
-        return self.spread.layers
+        return self.sharding.layers
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class RasaFactors:
     shared_B: Tensor
     shared_A: Tensor
     mixing: Tensor
-    spread: Spread = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
+    sharding: LayerSharding = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: of one process
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spread", _spread_of(self.spread, len(self.private_B)))
+        object.__setattr__(self, "sharding", _sharding_of(self.sharding, len(self.private_B)))
         if self.private_B.ndim != 3 or self.shared_A.ndim != 2:
             raise InputError(
                 "private_B needs axes (L, b, q) and shared_A axes (R, a), found shapes "
@@ -122,7 +122,7 @@ class RasaFactors:
         falling size) or the first ("largest"); D_i is 1 on the layer's own block and 0 elsewhere. Raises InputError
         if `lora` has another rank than `budget` or `pooled` is neither.
         """
-        L, r, spread = lora.layers, lora.B.shape[2], lora.spread
+        L, r, sharding = lora.layers, lora.B.shape[2], lora.sharding
         k, q = budget.shared_rank, budget.private_rank
         if r != budget.rank:
             raise InputError(f"the LoRA factors have rank {r}, the budget has rank {budget.rank}")
@@ -133,24 +133,24 @@ class RasaFactors:
         return cls(
             private_B=lora.B[:, :, kept],
             private_A=lora.A[:, kept],
-            shared_B=batched.beside(spread.gathered(lora.B[:, :, given])),
-            shared_A=spread.gathered(lora.A[:, given]).reshape(L * k, lora.A.shape[2]),
-            mixing=own[spread.own],
-            spread=spread,
+            shared_B=batched.beside(sharding.all_gather(lora.B[:, :, given])),
+            shared_A=sharding.all_gather(lora.A[:, given]).reshape(L * k, lora.A.shape[2]),
+            mixing=own[sharding.local],
+            sharding=sharding,
         )
 
     def as_lora(self) -> LoraFactors:
         """The same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
         return LoraFactors(
             torch.cat([self.private_B, self.shared_B * self.mixing[:, None]], 2),
-            torch.cat([self.private_A, self.shared_A.expand(self.spread.held, -1, -1)], 1),
-            spread=self.spread,
+            torch.cat([self.private_A, self.shared_A.expand(self.sharding.local_layers, -1, -1)], 1),
+            sharding=self.sharding,
         )
 
     @property
     def layers(self) -> int:
         """L, of all processes together."""
-        return self.spread.layers
+        return self.sharding.layers
 
     @property
     def update_rank(self) -> int:
@@ -182,12 +182,17 @@ class RasaFactors:
     def transpose(self) -> RasaFactors:
         """Factors of the transposed updates: A~_i^T B~_i^T + A_S^T D_i B_S^T. Nothing is copied."""
         return RasaFactors(
-            self.private_A.mT, self.private_B.mT, self.shared_A.mT, self.shared_B.mT, self.mixing, spread=self.spread
+            self.private_A.mT,
+            self.private_B.mT,
+            self.shared_A.mT,
+            self.shared_B.mT,
+            self.mixing,
+            sharding=self.sharding,
         )
 
     def scaled(self, c: float | Tensor) -> RasaFactors:
         """Factors of c times the updates, c one number or one per layer, (L,): into private_B and mixing."""
-        c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.spread.held)
+        c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.sharding.local_layers)
         return dataclasses.replace(
             self, private_B=self.private_B * c.reshape(-1, 1, 1), mixing=self.mixing * c[:, None]
         )
@@ -204,39 +209,39 @@ class RasaFactors:
         A pool column and its row are multiplied by the same number.
         """
         private_B, private_A = balanced(self.private_B, self.private_A)
-        largest = self.spread.largest_of_each(self.mixing.abs())
+        largest = self.sharding.all_reduce_max_each(self.mixing.abs())
         scale = torch.where(largest > 0, largest, 1)
         return RasaFactors(
             private_B, private_A,
             self.shared_B * scale.sqrt(), self.shared_A * scale.sqrt()[:, None], self.mixing / scale,
-            spread=self.spread,
+            sharding=self.sharding,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RasaFactors:
         """The same factors in another dtype or on another device."""
         tensors = {name: t.to(dtype=dtype, device=device) for name, t in self.named().items()}
-        return RasaFactors(**tensors, spread=self.spread)
+        return RasaFactors(**tensors, sharding=self.sharding)
 
     def gathered(self) -> RasaFactors:
         """The factors of all layers, in every process as if it were alone: L (q (b + a) + R) numbers are sent."""
-        return self._whole(self.spread.gathered)
+        return self._whole(self.sharding.all_gather)
 
     def sent_to_first(self) -> RasaFactors:
         """The same in process 0 alone, on the CPU; the others keep their own."""
-        return self._whole(self.spread.sent_to_first)
+        return self._whole(self.sharding.gather_to_first)
 
     def _whole(self, gather: Callable[[Tensor], Tensor]) -> RasaFactors:
-        if self.spread.alone:
+        if self.sharding.alone:
             return self
         return RasaFactors(
             gather(self.private_B), gather(self.private_A), self.shared_B, self.shared_A, gather(self.mixing)
         )
 
-    def dealt(self, spread: Spread) -> RasaFactors:
+    def sharded(self, sharding: LayerSharding) -> RasaFactors:
         """Of the factors of all layers those that this process holds."""
-        own = spread.own
+        own = sharding.local
         return RasaFactors(
-            self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], spread=spread
+            self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], sharding=sharding
         )
 
 

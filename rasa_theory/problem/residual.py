@@ -19,17 +19,17 @@ def layer_errors(stack: LayerStack, factors: RasaFactors | LoraFactors) -> list[
     L, b, a = stack.layers, *stack.shape
     left, right = (factors.B, factors.A) if isinstance(factors, LoraFactors) else (factors.shared_B, factors.shared_A)
     rows, columns = left.shape[-2], right.shape[-1]
-    if (factors.spread, rows, columns) != (stack.spread, b, a):
+    if (factors.sharding, rows, columns) != (stack.sharding, b, a):
         raise InputError(
             f"the factors are of {factors.layers} layers of {rows} x {columns}, "
             f"stack {stack.name!r} has {L} of {b} x {a}"
         )
     factors = factors.to(torch.float64, stack.device)
-    errors = [0.0] * stack.spread.held
+    errors = [0.0] * stack.sharding.local_layers
     for tile in stack.tiles():
         residual = (tile.values.double() - factors.update(tile.layer, tile.rows)) / stack.scale
         errors[tile.layer] += float((residual * residual).sum())
-    return [e * stack.scale**2 for e in stack.spread.numbers(errors)]
+    return [e * stack.scale**2 for e in stack.sharding.all_gather_floats(errors)]
 
 
 def reconstruction_error(stack: LayerStack, factors: RasaFactors | LoraFactors) -> float:

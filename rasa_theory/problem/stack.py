@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError, NotFinite, whole_number
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import orthogonal
 from rasa_theory.problem.budget import Shaped
 from rasa_theory.problem.inputs import as_storage
@@ -91,7 +91,7 @@ class LayerStack:
 
     `tf32`, False unless set: products may round to TF32 on CUDA. Errors are the float64 residual all the same.
 
-    `spread`, with several processes: `values` are those of the layers that this one holds, (held, b, a), and all
+    `sharding`, with several processes: `values` are those of the layers that this one holds, (held, b, a), and all
     processes make the stack together. What is said of `right`, `left`, `tiles`, `svd` and `layer_norms` holds of these
     layers; the other facts are those of all L.
 
@@ -107,12 +107,12 @@ class LayerStack:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         memory: int | None = None,
-        spread: Spread | None = None,
+        sharding: LayerSharding | None = None,
     ) -> None:
         self.name = name
-        held = None if spread is None else spread.held
+        held = None if sharding is None else sharding.local_layers
         self._storage, self._dtype, self._device = as_storage(values, name, dtype, device, held)
-        self.spread = Spread((self._storage.shape[0],)) if spread is None else spread
+        self.sharding = LayerSharding((self._storage.shape[0],)) if sharding is None else sharding
         self._memory = None if memory is None else whole_number("memory", memory)
         self._gain = 1.0
         self._flipped = False
@@ -121,9 +121,9 @@ class LayerStack:
 
     def _find_power(self) -> float:
         """The power of two just above the largest entry; 1 for a zero stack. Checks that all is finite on the way."""
-        with self.spread.processes.agreeing():
+        with self.sharding.processes.raise_together():
             largest = self._largest_entry()
-        largest = self.spread.largest(torch.tensor([largest], dtype=torch.float64))
+        largest = self.sharding.all_reduce_max(torch.tensor([largest], dtype=torch.float64))
         exponent = math.frexp(largest)[1]
         limit = _LARGEST_EXPONENT[self.dtype]
         if largest > 0 and abs(exponent) > limit:
@@ -140,7 +140,7 @@ class LayerStack:
             if not (math.isfinite(low) and math.isfinite(high)):
                 row, column = torch.nonzero(~torch.isfinite(M))[0].tolist()
                 raise NotFinite(
-                    f"stack {self.name!r}: layer {self.spread.first + i}, entry ({rows.start + row}, {column}) is "
+                    f"stack {self.name!r}: layer {self.sharding.first + i}, entry ({rows.start + row}, {column}) is "
                     f"{float(M[row, column])}; all entries must be finite",
                     i,
                 )
@@ -175,7 +175,7 @@ class LayerStack:
     @property
     def layers(self) -> int:
         """L, of all processes together."""
-        return self.spread.layers
+        return self.sharding.layers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -211,7 +211,7 @@ class LayerStack:
 
     def layer_norms(self, dtype: torch.dtype | None = None) -> Tensor:
         """||M_i||_F of each layer held, (L,), on the device of the stack, in its dtype unless another is given."""
-        norms = torch.tensor(self.layer_norms_squared[self.spread.own], dtype=torch.float64).sqrt()
+        norms = torch.tensor(self.layer_norms_squared[self.sharding.local], dtype=torch.float64).sqrt()
         return norms.to(self.device, dtype or self.dtype)
 
     @property
@@ -232,10 +232,10 @@ class LayerStack:
 
     def _unit_norms_squared(self) -> Tensor:
         if self._store.layer_norms_squared is None:
-            norms = torch.zeros(self.spread.held, dtype=torch.float64)
+            norms = torch.zeros(self.sharding.local_layers, dtype=torch.float64)
             for i, _, M in self._stored_tiles(1 / self._power):
                 norms[i] += float((M.double() ** 2).sum())
-            self._store.layer_norms_squared = self.spread.gathered(norms)
+            self._store.layer_norms_squared = self.sharding.all_gather(norms)
         return self._store.layer_norms_squared
 
     # ---- access to M
@@ -330,10 +330,10 @@ class LayerStack:
             else:
                 self._check_memory(decomposed=False)
                 self._store.passes += 1
-                S = torch.empty(self.spread.held, min(self.shape), dtype=torch.float64, device=self.device)
+                S = torch.empty(self.sharding.local_layers, min(self.shape), dtype=torch.float64, device=self.device)
                 for i, _, M in self._stored_tiles(1 / self._power, rows=self._storage.shape[1]):
                     S[i] = linalg.singular_values(M.double())
-            self._store.spectra = self.spread.gathered(S)
+            self._store.spectra = self.sharding.all_gather(S)
         return self._store.spectra * self.scale
 
     def _check_memory(self, decomposed: bool) -> None:
@@ -387,7 +387,7 @@ class LayerStack:
             for _, _, stored in self._stored_tiles(1 / self._power, rows=self._storage.shape[1]):
                 M = (stored.mT if self._flipped else stored).double()
                 gram += M @ M.mT
-            self._store.grams[self._flipped] = self.spread.total(gram)
+            self._store.grams[self._flipped] = self.sharding.all_reduce(gram)
         return self._store.grams[self._flipped] * self.scale**2
 
     def suitable_threads(self) -> AbstractContextManager[None]:
@@ -414,7 +414,7 @@ class LayerStack:
         A copy if M is in memory, or if its factors are, else M divided as it is read. The norms are those of the layers
         held.
         """
-        largest, squares = [0.0] * self.spread.held, [0.0] * self.spread.held
+        largest, squares = [0.0] * self.sharding.local_layers, [0.0] * self.sharding.local_layers
         for i, _, M in self._stored_tiles():
             largest[i] = max(largest[i], float(M.abs().amax()))
         divisors = [x or 1.0 for x in largest]  # squares of a layer that is 1e-160 of the others leave the range
@@ -430,7 +430,7 @@ class LayerStack:
             units = InMemory(values)
         elif isinstance(self._storage, Factored):
             units = self._storage.divided(divisors, relative)
-        stack = LayerStack(units, self.name, self.dtype, self.device, self._memory, self.spread)
+        stack = LayerStack(units, self.name, self.dtype, self.device, self._memory, self.sharding)
         stack.tf32 = self.tf32
         norms = [x * y * self._gain if x > 0 else 1.0 for x, y in zip(largest, relative, strict=True)]
         return stack.transpose() if self._flipped else stack, norms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import batched
 from rasa_theory.problem.budget import RankBudget
 from rasa_theory.problem.stack import SVD, LayerStack
@@ -37,7 +37,7 @@ def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpec
     InputError unless 1 <= rank <= min(b, a).
     """
     RankBudget(rank, 0).check_fits(stack)
-    U, V = (stack.spread.gathered(W) for W in leading_subspaces(stack, rank))
+    U, V = (stack.sharding.all_gather(W) for W in leading_subspaces(stack, rank))
     spectra = [mean_projector(W)[0] for W in (U, V)]
     columns, rows = (unrelated_level(stack.layers, rank / n) for n in stack.shape)
     return SharedSubspaceSpectrum(spectra[0], spectra[1], (columns, rows))
@@ -84,7 +84,7 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
 
 
-def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor]:
+def leading_of_all(svd: SVD, count: int, sharding: LayerSharding) -> tuple[Tensor, Tensor]:
     """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L].
 
     The same bits whatever the processes: the eigenvectors of a pencil made with them can amplify any rounding.
@@ -92,7 +92,7 @@ def leading_of_all(svd: SVD, count: int, spread: Spread) -> tuple[Tensor, Tensor
     spaces = []
     for U in (svd.U, svd.Vh.mT):
         grams = ((U_i * S_i**2) @ U_i.mT for U_i, S_i in zip(U, svd.S, strict=True))
-        gram = spread.total_in_order(U.new_zeros(U.shape[1], U.shape[1]), grams)
+        gram = sharding.sum_in_order(U.new_zeros(U.shape[1], U.shape[1]), grams)
         spaces.append(linalg.symmetric_eigenpairs(gram)[1][:, -count:].flip(1))
     return spaces[0], spaces[1]
 

@@ -108,7 +108,7 @@ def study_steps(
     for given in stacks:
         stack, norms = given.normalised_layers() if settings.weight == "layer" else (given, None)
         state.results["environment"] = state.results["environment"] or environment(
-            stack.device, stack.dtype, stack.spread.processes.world_size
+            stack.device, stack.dtype, stack.sharding.processes.world_size
         )
         lora = solve_lora(stack, settings.rank)
         row = _stack_row(stack, lora)
@@ -130,7 +130,7 @@ def study_steps(
             row["runs"].append(_run_row(stack, budget, lora, solution, floor, attempts, solved, settings))
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
             factors = factors.sent_to_first()
-            if stack.spread.processes.first:
+            if stack.sharding.processes.first:
                 state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in factors.named().items()}
             if len(row["runs"]) == 1:
                 state.results["stacks"].append(row)

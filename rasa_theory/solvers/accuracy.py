@@ -40,13 +40,13 @@ def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
     norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
     private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
     terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
-    return factors.spread.largest(terms / torch.where(norms > 0, norms, 1))
+    return factors.sharding.all_reduce_max(terms / torch.where(norms > 0, norms, 1))
 
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
     squares = layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
-    terms = factors.spread.total(batched.total(squares))
+    terms = factors.sharding.all_reduce(batched.total(squares))
     return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
 
 
@@ -67,7 +67,7 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     the residual is taken, one pass more.
     """
     norm = math.sqrt(unit.norm_squared)
-    size = norm**2 + float(factors.spread.total(batched.total(term_norms(factors) ** 2)))
+    size = norm**2 + float(factors.sharding.all_reduce(batched.total(term_norms(factors) ** 2)))
     if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
         return error
     return reconstruction_error(unit, factors)

@@ -74,7 +74,7 @@ class Descent:
         self.stop_reason: StopReason | None = None
         self._most = max(max_cancellation, cancellation(unit, factors))
         private = factors.private_A.abs().amax((1, 2)) if factors.private_A.shape[1] else factors.mixing.new_zeros(0)
-        self._lacks_private = sweep != "paper" and factors.spread.largest(private) == 0
+        self._lacks_private = sweep != "paper" and factors.sharding.all_reduce_max(private) == 0
 
     @property
     def sweeps(self) -> int:

@@ -37,7 +37,7 @@ class Exchanges:
     """
 
     def __init__(self, unit: LayerStack, budget: RankBudget, seed: int) -> None:
-        svd, m, gathered = unit.svd(), min(2 * budget.rank, *unit.shape), unit.spread.gathered
+        svd, m, gathered = unit.svd(), min(2 * budget.rank, *unit.shape), unit.sharding.all_gather
         self._U, self._V = (
             orthogonal.orthonormal_columns(_side_by_side(gathered(X[:, :, :m]))) for X in (svd.U, svd.Vh.mT)
         )
@@ -77,7 +77,7 @@ class Exchanges:
                 torch.cat([D[:, kept], new.D[:, :n]], 1),
             )
             .to(factors.mixing.dtype)
-            .dealt(factors.spread)
+            .sharded(factors.sharding)
         )
 
 

@@ -53,19 +53,19 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
 
 def _exact(stack: LayerStack, rank: int) -> LoraSolution:
     U, S, Vh = stack.unit().svd()
-    errors = [e * stack.scale**2 for e in stack.spread.numbers(linalg.tail_energy(S, rank).tolist())]
+    errors = [e * stack.scale**2 for e in stack.sharding.all_gather_floats(linalg.tail_energy(S, rank).tolist())]
     error = math.fsum(errors)
     interval = _widened(error, stack.rounding)
     B = U[:, :, :rank] * (S[:, None, :rank] * stack.scale)
-    factors = LoraFactors(B, Vh[:, :rank], spread=stack.spread).to(stack.dtype, stack.device)
+    factors = LoraFactors(B, Vh[:, :rank], sharding=stack.sharding).to(stack.dtype, stack.device)
     return LoraSolution(error, interval, errors, factors)
 
 
 def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
-    L, held, (b, a) = stack.layers, stack.spread.held, stack.shape
+    L, held, (b, a) = stack.layers, stack.sharding.local_layers, stack.shape
     B = torch.empty(held, b, rank, dtype=stack.dtype, device=stack.device)
     A = torch.empty(held, rank, a, dtype=stack.dtype, device=stack.device)
-    generators = _generators(L, seed)[stack.spread.own]
+    generators = _generators(L, seed)[stack.sharding.local]
     lows: list[float] = []
     errors: list[float] = []
     highs: list[float] = []
@@ -84,8 +84,8 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
             lows.append(low)
             errors.append(error)
             highs.append(high)
-    lows, errors, highs = (stack.spread.numbers(x) for x in (lows, errors, highs))
-    interval, factors = (math.fsum(lows), math.fsum(highs)), LoraFactors(B, A, spread=stack.spread)
+    lows, errors, highs = (stack.sharding.all_gather_floats(x) for x in (lows, errors, highs))
+    interval, factors = (math.fsum(lows), math.fsum(highs)), LoraFactors(B, A, sharding=stack.sharding)
     return LoraSolution(math.fsum(errors), interval, errors, factors)
 
 

@@ -21,7 +21,7 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
     """
     unit = stack.unit()
     factors = factors.to(torch.float64, stack.device).scaled(1 / stack.scale).normalised()
-    MA = torch.zeros(factors.spread.held, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
+    MA = torch.zeros(factors.sharding.local_layers, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
     for tile in unit.tiles():
         MA[tile.layer, tile.rows] = tile.values.double() @ factors.shared_A.mT
     norms = unit.layer_norms(torch.float64)
@@ -36,7 +36,7 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
     squared: X_i is known to eps sum_j |x_ij| in norm, E_i to eps times the size of its own terms.
     """
     x = solved.mixing - factors.mixing
-    drop, E2, X2 = (torch.zeros(factors.spread.held, dtype=torch.float64) for _ in range(3))
+    drop, E2, X2 = (torch.zeros(factors.sharding.local_layers, dtype=torch.float64) for _ in range(3))
     for i, rows, M in unit.tiles():
         E = M.double() - factors.update(i, rows)
         X = (factors.shared_B[rows] * x[i]) @ factors.shared_A
@@ -46,7 +46,7 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
     sizes = (layer_norms + layer_term_norms(factors)).cpu()
     error = 2 * (E_norm + X_norm) * x.abs().sum(1).cpu() + 2 * sizes * X_norm
     eps = torch.finfo(torch.float64).eps
-    drops, errors = factors.spread.totals(batched.total(drop), batched.total(error))
+    drops, errors = factors.sharding.all_reduce_together(batched.total(drop), batched.total(error))
     return max(float(drops) - linalg.rounding(float(errors), unit.shape, eps), 0.0)
 
 

@@ -249,9 +249,9 @@ def _racers(unit: LayerStack, budget: RankBudget, options: SolverOptions) -> Ite
 
 def _fitting(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> RasaFactors:
     (b, a), q, R = stack.shape, budget.private_rank, budget.pool_rank(stack.layers)
-    if factors.spread.alone and factors.layers == stack.layers:
-        factors = factors.dealt(stack.spread)
-    wanted = {"private_B": (stack.spread.held, b, q), "shared_A": (R, a)}
+    if factors.sharding.alone and factors.layers == stack.layers:
+        factors = factors.sharded(stack.sharding)
+    wanted = {"private_B": (stack.sharding.local_layers, b, q), "shared_A": (R, a)}
     for name, shape in wanted.items():
         found = tuple(factors.named()[name].shape)
         if found != shape:

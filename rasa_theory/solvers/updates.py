@@ -59,7 +59,7 @@ def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Rasa
     G, g = mixing_system(MA, factors)
     noise = residual_noise(layer_norms + layer_term_norms(factors), factors)[:, None]
     none = noise.new_zeros(())
-    step, _ = linalg.solve_layers(G[None], g[..., None], G.diagonal(), noise, factors.spread, lambda _: none)
+    step, _ = linalg.solve_layers(G[None], g[..., None], G.diagonal(), noise, factors.sharding, lambda _: none)
     return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
 
 
@@ -73,7 +73,7 @@ def update_shared_B(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Ra
     AA = A_S @ A_S.mT  # (R, R)
     EA = MA - Bt @ (A_S @ At.mT).mT - (B_S * D[:, None]) @ AA  # (L, b, R): E_i A_S^T
     noise = residual_noise(layer_norms + layer_term_norms(factors), factors)[:, None]
-    G, g, noise = factors.spread.totals(  # (R, R), (b, R), (R,)
+    G, g, noise = factors.sharding.all_reduce_together(  # (R, R), (b, R), (R,)
         AA * batched.outer(D[..., None], D[..., None]), batched.weighted(EA, D), batched.total(noise * D.abs())
     )
     X = linalg.solve_increment(G, g.mT, G.diagonal(), math.sqrt(len(g)) * noise).mT
@@ -118,7 +118,7 @@ def joint_half(
     noise = residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
 
     DW = D[:, :, None] * W  # (L, R, q)
-    G, g, size, noise_B = factors.spread.totals(  # (R, R), (b, R), (R,), (R,)
+    G, g, size, noise_B = factors.sharding.all_reduce_together(  # (R, R), (b, R), (R,), (R,)
         AA * batched.outer(D[..., None], D[..., None]) - batched.outer(DW, DW),
         (batched.weighted(MA, D) - batched.outer(MAt, DW))[:leading],
         batched.total(D * D),
@@ -138,7 +138,7 @@ def joint_half(
         explained = energy + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
         return batched.total(layer_norms**2 - explained)
 
-    x, error = algebra.solve_layers(G, g[..., None], torch.ones_like(size), noise, factors.spread, remaining)
+    x, error = algebra.solve_layers(G, g[..., None], torch.ones_like(size), noise, factors.sharding, remaining)
     D = before + x[..., 0]
     private_B = MAt - batched.each(B_S, D[:, :, None] * W)
     return JointHalf(dataclasses.replace(factors, private_B=private_B, shared_B=B_S, mixing=D), error)

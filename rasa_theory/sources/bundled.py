@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rasa_theory.common import InputError
-from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.formats import opened
 from rasa_theory.problem import LayerStack
 from rasa_theory.sources.catalogue import Catalogue, StackSource
@@ -46,11 +46,11 @@ def _resource(name: str, suffix: str) -> Traversable:
 
 def _stack_source(resource: Traversable, kind: str, shape: tuple[int, int, int], memory: int | None) -> StackSource:
     def load(dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE) -> LayerStack:
-        spread = Spread.of(shape[0], processes)
+        sharding = LayerSharding.of(shape[0], processes)
         with importlib.resources.as_file(resource) as path, opened(path) as tensors:
-            half = tensors.get_slice(kind)[spread.own]
+            half = tensors.get_slice(kind)[sharding.local]
             s = int(tensors.metadata()[f"{kind}.log2_scale"])
-        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory, spread)
+        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory, sharding)
 
     L, b, a = shape
     return StackSource(kind, L, (b, a), load, (kind,))

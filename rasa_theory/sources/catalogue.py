@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import DamagedFile, FailedElsewhere, InputError, NotFinite
-from rasa_theory.distributed import ALONE, Processes, Spread
+from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.formats import Entry, LeftOut
 from rasa_theory.problem import Factored, LayerStack, OnDisk, Part, compute_dtype
 from rasa_theory.sources.grouping import Group, group
@@ -153,19 +153,19 @@ def _common(entries: list[Entry]) -> torch.dtype:
 
 def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
     def load(dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE) -> LayerStack:
-        with processes.agreeing():
-            return read(dtype, device, Spread.of(g.layers, processes))
+        with processes.raise_together():
+            return read(dtype, device, LayerSharding.of(g.layers, processes))
 
-    def read(dtype: torch.dtype | None, device: torch.device | None, spread: Spread) -> LayerStack:
-        with spread.processes.agreeing():
-            values = holder.hold(g, dtype, device, spread.own)
+    def read(dtype: torch.dtype | None, device: torch.device | None, sharding: LayerSharding) -> LayerStack:
+        with sharding.processes.raise_together():
+            values = holder.hold(g, dtype, device, sharding.local)
         try:
-            stack = LayerStack(values, g.name, dtype, device, memory, None if spread.alone else spread)
+            stack = LayerStack(values, g.name, dtype, device, memory, None if sharding.alone else sharding)
             return stack.transpose() if g.transposed else stack
         except (DamagedFile, FailedElsewhere):
             raise
         except NotFinite as error:
-            key = g.keys[spread.first + error.layer if len(g.keys) > 1 else 0]
+            key = g.keys[sharding.first + error.layer if len(g.keys) > 1 else 0]
             tensor = f" (tensor {key!r})" if len(g.keys) > 1 else ""
             raise InputError(f"{holder.file_of(key)}: {error}{tensor}") from None
         except InputError as error:

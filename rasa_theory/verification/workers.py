@@ -63,7 +63,9 @@ def shared_trials(drawn: Iterator[Drawn], settings: BenchSettings, processes: Pr
     """All laws on every instance, in order, in all processes alike; each tries one of every round."""
     while turn := list(islice(drawn, processes.world_size)):
         mine = turn[processes.process : processes.process + 1]
-        for one, found in zip(turn, processes.said([_findings(own, settings) for own in mine]), strict=False):
+        for one, found in zip(
+            turn, processes.all_gather_objects([_findings(own, settings) for own in mine]), strict=False
+        ):
             ((outcomes, strict, crossed),) = found
             yield Trial(draw_instance(*one), outcomes, strict, crossed)
 

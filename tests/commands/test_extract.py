@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rasa_theory import InputError, LayerStack, sources
+from rasa_theory import InputError, LayerStack
 from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import extract, reconstruct
 from rasa_theory.commands.extract import main
+from rasa_theory.common import files
 from rasa_theory.extraction import conversion as extraction
 from rasa_theory.extraction import extraction_table, model_card
 from rasa_theory.extraction import folder as workplace
 from rasa_theory.extraction import plan as preflight
-from rasa_theory.formats import Modules
+from rasa_theory.extraction import settings as extract_settings
+from rasa_theory.formats import ModuleNames
 from rasa_theory.problem import storage
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
+from rasa_theory.sources import open as open_module
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -282,7 +285,7 @@ def test_large_layers_without_a_pool_go_without_full_spectra(llamas, tmp_path, m
     folder, _ = llamas
     few = ("--rank", "9", "--k", "0", "--modules", "*self_attn.v*")
     assert run(folder, tmp_path / "exact", *few) == 0
-    monkeypatch.setattr(extraction, "_EXACT", 1)
+    monkeypatch.setattr(extract_settings, "_EXACT", 1)
     assert run(folder, tmp_path / "fast", *few) == 0
     (exact,), (fast,) = (report_of(tmp_path / name)["stacks"] for name in ("exact", "fast"))
     assert fast["e_stored"] == pytest.approx(exact["e_stored"], rel=1e-5)
@@ -302,7 +305,7 @@ def test_memory_for_svds_is_demanded_only_where_they_are_taken(tmp_path, monkeyp
     arguments += ["--memory", str(64 * 120 * 100), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "twice what the exact SVD of one takes" in capsys.readouterr().err
-    monkeypatch.setattr(extraction, "_EXACT", 1)
+    monkeypatch.setattr(extract_settings, "_EXACT", 1)
     assert main(arguments) == 0
     assert main([*arguments[:-3], "760000", "--out", str(tmp_path / "less")]) == 2
     assert "twice what the work on one takes" in capsys.readouterr().err
@@ -509,9 +512,9 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from rasa_theory.workplace import Workplace
+from rasa_theory.extraction import ExtractionFolder
 
-with Workplace(Path(sys.argv[1]), {"settings": {}}):
+with ExtractionFolder(Path(sys.argv[1]), {"settings": {}}):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -534,33 +537,33 @@ def test_two_processes_do_not_share_a_folder_and_a_killed_one_keeps_none_out(lla
 
 def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
     plan = {"settings": {}}
-    real = workplace.fcntl.flock
+    real = files.fcntl.flock
 
     def removed(*rest):
         real(*rest)
         shutil.rmtree(tmp_path / ".extract")
 
-    monkeypatch.setattr(workplace.fcntl, "flock", removed)
-    with pytest.raises(InputError, match="another process"), workplace.Workplace(tmp_path, plan):
+    monkeypatch.setattr(files.fcntl, "flock", removed)
+    with pytest.raises(InputError, match="another process"), workplace.ExtractionFolder(tmp_path, plan):
         pass
-    monkeypatch.setattr(workplace.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
-    with workplace.Workplace(tmp_path, plan) as place:
+    monkeypatch.setattr(files.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
+    with workplace.ExtractionFolder(tmp_path, plan) as place:
         assert place.note("x", lambda: 1) == 1
 
 
 def test_parts_of_no_known_plan_are_not_gone_on_with(tmp_path):
     (tmp_path / ".extract").mkdir()
     (tmp_path / ".extract" / "00000.json").write_text("{}")
-    with workplace.Workplace(tmp_path, {"settings": {}}) as place:
+    with workplace.ExtractionFolder(tmp_path, {"settings": {}}) as place:
         assert place.row(0) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 def test_a_folder_that_was_left_lets_the_next_in(tmp_path):
-    first = workplace.Workplace(tmp_path, {"settings": {}})
-    with first, pytest.raises(InputError, match="another process"), workplace.Workplace(tmp_path, first.plan):
+    first = workplace.ExtractionFolder(tmp_path, {"settings": {}})
+    with first, pytest.raises(InputError, match="another process"), workplace.ExtractionFolder(tmp_path, first.plan):
         pass
-    with workplace.Workplace(tmp_path, first.plan):
+    with workplace.ExtractionFolder(tmp_path, first.plan):
         pass
 
 
@@ -574,7 +577,7 @@ def test_what_a_killed_process_left_unfinished_goes(tmp_path):
     (tmp_path / ".extract" / "manifest.json").write_text('{"plan": {"settings": {}}}')
     for name in [*unfinished, ".hidden"]:
         (tmp_path / name).write_text("half")
-    with workplace.Workplace(tmp_path, {"settings": {}}):
+    with workplace.ExtractionFolder(tmp_path, {"settings": {}}):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".extract", ".hidden", "0-task"]
         assert not list((tmp_path / "0-task").iterdir())
 
@@ -667,7 +670,7 @@ def test_an_adapter_is_no_half_of_a_pair_and_all_missing_paths_are_named(llamas,
         )
     shutil.copy(tmp_path / "adapter" / "adapter_config.json", tmp_path)
     shutil.copy(next((folder / "base").glob("*.safetensors")), tmp_path / "model.safetensors")
-    sources._refuse_adapters([tmp_path])  # a model beside the configuration of an adapter
+    open_module._refuse_adapters([tmp_path])  # a model beside the configuration of an adapter
     assert main(["--base", "nowhere", "--tuned", "neither", "--out", str(tmp_path / "out")]) == 2
     assert "'nowhere' and 'neither' do not exist; give a .safetensors file or a dir" in capsys.readouterr().err
 
@@ -807,7 +810,7 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
 
 def test_a_stack_that_has_not_changed_is_not_decomposed():
     stack = LayerStack(torch.zeros(2, 6, 5))
-    extracted = extraction.extract_stack(stack, Modules(("h.0.q", "h.1.q")), extraction.ExtractSettings(3, 1))
+    extracted = extraction.extract_stack(stack, ModuleNames(("h.0.q", "h.1.q")), extraction.ExtractSettings(3, 1))
     assert extracted.tensors == {}
     assert extracted.row["ranks"] == {}
     assert extracted.row["e_rasa"] == extracted.row["e_stored"] == 0
@@ -913,7 +916,7 @@ def test_a_stack_is_read_as_often_as_the_dry_run_says(tmp_path, monkeypatch, cap
     """Of 422 KiB, more than a quarter of the memory."""
     values = synthetic_stack(9, (120, 100), "power:1.5", 0.5, 0).values.float()
     save_file({f"h.{i}.q.weight": M.clone() for i, M in enumerate(values)}, tmp_path / "updates.safetensors")
-    monkeypatch.setattr(extraction, "_EXACT", exact)
+    monkeypatch.setattr(extract_settings, "_EXACT", exact)
     rows, read = [], storage.FileRows.read
 
     def counted(part, start, stop):

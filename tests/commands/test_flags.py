@@ -20,7 +20,7 @@ def test_help_ends_with_examples_to_copy(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"rasa_theory.{command}").main(["--help"])
+        importlib.import_module(f"rasa_theory.commands.{command}").main(["--help"])
     assert end.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     shown = lines[lines.index("examples:") + 1 :]
@@ -36,7 +36,7 @@ def test_help_ends_with_examples_to_copy(
 
 @pytest.mark.parametrize(("command", "line"), EVERY, ids=[f"{command} {line}" for command, line in EVERY])
 def test_every_example_is_taken(command: str, line: str) -> None:
-    args = importlib.import_module(f"rasa_theory.{command}")._parse(shlex.split(line))
+    args = importlib.import_module(f"rasa_theory.commands.{command}")._parse(shlex.split(line))
     if command == "verify":
         assert set((args.families or "planted").split(",")) <= FAMILIES.keys()
     else:

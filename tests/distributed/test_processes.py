@@ -26,8 +26,7 @@ import rasa_theory as rt
 from rasa_theory import linalg
 from rasa_theory.commands import extract
 from rasa_theory.common import InputError
-from rasa_theory.distributed import Processes, Spread
-from rasa_theory.distributed import processes as distributed
+from rasa_theory.distributed import LayerSharding, Processes, balanced_shares
 from rasa_theory.solvers import Descent, cancellation, term_size, updates
 from rasa_theory.sources import open_source, planted_stack
 from tests.helpers.problems import decaying, noise
@@ -44,8 +43,8 @@ def pool() -> Iterator[Pool]:
 
 
 def dealt(processes: Processes, values: Any, **options: Any) -> rt.LayerStack:
-    spread = Spread.of(len(values), processes)
-    return rt.LayerStack(torch.as_tensor(values)[spread.own], spread=spread, **options)
+    sharding = LayerSharding.of(len(values), processes)
+    return rt.LayerStack(torch.as_tensor(values)[sharding.local], sharding=sharding, **options)
 
 
 # ---- the same answers
@@ -124,13 +123,15 @@ def test_planted_factors_are_found(pool: Pool) -> None:
 
 
 def one_layer_is_singular(processes: Processes) -> tuple[list[float], float]:
-    spread = Spread.of(3, processes)
+    sharding = LayerSharding.of(3, processes)
     G = torch.eye(2).double().repeat(3, 1, 1)
     G[2] = 1.0
     g, noise = torch.ones(3, 2, 1).double(), torch.full((3, 1), 1e-14).double()
-    own = spread.own
-    x, value = linalg.solve_layers(G[own], g[own], torch.ones(2).double(), noise[own], spread, lambda x: (x * x).sum())
-    return spread.gathered(x).flatten().tolist(), float(value)
+    own = sharding.local
+    x, value = linalg.solve_layers(
+        G[own], g[own], torch.ones(2).double(), noise[own], sharding, lambda x: (x * x).sum()
+    )
+    return sharding.all_gather(x).flatten().tolist(), float(value)
 
 
 def test_all_take_the_safe_way_where_one_layer_needs_it(pool: Pool) -> None:
@@ -142,9 +143,9 @@ def test_all_take_the_safe_way_where_one_layer_needs_it(pool: Pool) -> None:
 
 
 def in_order(processes: Processes, terms: list[float]) -> float:
-    spread = Spread.of(len(terms), processes)
-    own = [torch.tensor(x, dtype=torch.float64) for x in terms[spread.own]]
-    return float(spread.total_in_order(torch.zeros(()).double(), own))
+    sharding = LayerSharding.of(len(terms), processes)
+    own = [torch.tensor(x, dtype=torch.float64) for x in terms[sharding.local]]
+    return float(sharding.sum_in_order(torch.zeros(()).double(), own))
 
 
 def test_a_sum_in_order_is_the_same_to_the_last_bit(pool: Pool) -> None:
@@ -155,8 +156,8 @@ def test_a_sum_in_order_is_the_same_to_the_last_bit(pool: Pool) -> None:
 def most_of_all(processes: Processes, values: Any) -> tuple[float, float, list[float]]:
     stack = dealt(processes, values)
     f = rt.RasaFactors.from_lora(rt.solve_lora(stack, 2).factors, rt.RankBudget(2, 1))
-    f = f.scaled(torch.tensor([1.0, 2.0, 5.0]).double()[stack.spread.own])
-    mixing = torch.arange(1.0, 10.0).double().reshape(3, 3)[stack.spread.own]
+    f = f.scaled(torch.tensor([1.0, 2.0, 5.0]).double()[stack.sharding.local])
+    mixing = torch.arange(1.0, 10.0).double().reshape(3, 3)[stack.sharding.local]
     evened = dataclasses.replace(f, mixing=mixing).evened()
     return cancellation(stack, f), term_size(stack, f), evened.mixing.abs().amax(1).tolist()
 
@@ -173,7 +174,7 @@ def test_the_largest_and_the_sums_are_those_of_all_layers(pool: Pool) -> None:
 def first_without_private_terms(processes: Processes, values: Any) -> list[float]:
     unit = dealt(processes, values).unit()
     f = rt.RasaFactors.from_lora(rt.solve_lora(unit, 2).factors, rt.RankBudget(2, 1))
-    kept = torch.tensor([0.0, 1.0, 1.0]).double()[unit.spread.own, None, None]
+    kept = torch.tensor([0.0, 1.0, 1.0]).double()[unit.sharding.local, None, None]
     f = dataclasses.replace(f, private_A=f.private_A * kept)
     return Descent(unit, f, "joint", "lora").run(1, 0.0).history
 
@@ -193,9 +194,9 @@ def sweep_traffic(processes: Processes, values: Any, rank: int, k: int) -> tuple
     unit = stack.unit()
     factors = rt.RasaFactors.from_lora(rt.solve_lora(unit, rank).factors, budget)
     norms = unit.layer_norms()
-    before = processes.traffic.reductions, processes.traffic.reduced_bytes
+    before = processes.communication.reductions, processes.communication.reduced_bytes
     updates.joint_sweep((unit.right, unit.left), norms, factors)
-    return processes.traffic.reductions - before[0], processes.traffic.reduced_bytes - before[1]
+    return processes.communication.reductions - before[0], processes.communication.reduced_bytes - before[1]
 
 
 def test_a_sweep_reduces_right_hand_sides_and_grams_and_nothing_else(pool: Pool) -> None:
@@ -362,9 +363,9 @@ def test_what_is_wrong_before_any_stack_is_said_in_all(pool: Pool, pair: list[st
 
 
 def test_the_costliest_are_dealt_first_to_who_has_least() -> None:
-    assert distributed.dealt([1, 5, 3, 4, 3], 2) == [[1, 4], [0, 2, 3]]
-    assert distributed.dealt([2, 2], 3) == [[0], [1], []]
-    assert distributed.dealt([3, 1, 2], 1) == [[0, 1, 2]]
+    assert balanced_shares([1, 5, 3, 4, 3], 2) == [[1, 4], [0, 2, 3]]
+    assert balanced_shares([2, 2], 3) == [[0], [1], []]
+    assert balanced_shares([3, 1, 2], 1) == [[0, 1, 2]]
 
 
 # ---- processes that are started by torchrun, or as it does
@@ -401,7 +402,8 @@ def ended(run: list[subprocess.Popen[str]]) -> tuple[list[int], str, str]:
 
 FAULTY = """
 import os, sys
-from rasa_theory import problem, reconstruct
+from rasa_theory.commands import reconstruct
+from rasa_theory.problem import stack as problem
 
 real, left = problem.LayerStack._product, 1
 
@@ -441,7 +443,7 @@ def test_what_fails_in_one_process_amid_a_pass_ends_all_with_one_sentence(
 
 DIES = """
 import os, signal, sys
-from rasa_theory import extract
+from rasa_theory.commands import extract
 
 real, left = extract.extract_stack, 2
 

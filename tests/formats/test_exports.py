@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from rasa_theory import InputError, LayerStack, solve_lora
 from rasa_theory.formats import (
-    Modules,
+    ModuleNames,
     dense_tensor,
     join_safetensors,
     lora_config,
@@ -45,18 +45,18 @@ def test_balanced_terms():
 def test_lora_tensors_multiply_back_and_may_differ_in_rank():
     M = noise(3, 7, 6)
     factors = solve_lora(LayerStack(M), 6).factors
-    tensors = lora_tensors(Modules(NAMES), factors)
+    tensors = lora_tensors(ModuleNames(NAMES), factors)
     for i, name in enumerate(NAMES):
         B, A = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
         assert torch.allclose(B @ A, torch.as_tensor(M[i]), atol=1e-12)
-    cut = lora_tensors(Modules(NAMES), factors, [1, 2, 3])
+    cut = lora_tensors(ModuleNames(NAMES), factors, [1, 2, 3])
     assert [cut[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in NAMES] == [1, 2, 3]
 
 
 def test_the_authors_layout_rebuilds_the_forward_of_a_layer():
     """x -> [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)), with the keys alone."""
     f = random_factors(3, 7, 6, 3, 1)
-    tensors = rasa_tensors(Modules(NAMES), f)
+    tensors = rasa_tensors(ModuleNames(NAMES), f)
     x = torch.as_tensor(noise(1, 6, 4)[0])
     shared = [tensors[f"base_model.rasa_shared_{s}.self_attn__q_proj.weight"] for s in "AB"]
     for i, name in enumerate(NAMES):
@@ -71,7 +71,7 @@ def test_the_authors_layout_rebuilds_the_forward_of_a_layer():
 def test_dense_tensors_lie_as_the_weights_do():
     f = random_factors(3, 7, 6, 2, 1)
     for transposed in (False, True):
-        key, update = dense_tensor(Modules(NAMES, transposed), f, 1)
+        key, update = dense_tensor(ModuleNames(NAMES, transposed), f, 1)
         assert key == f"{NAMES[1]}.weight"
         assert torch.equal(update.mT if transposed else update, f.update(1))
 
@@ -87,11 +87,11 @@ def test_dense_tensors_lie_as_the_weights_do():
     ],
 )
 def test_the_kind_of_a_module(names, kind):
-    assert Modules(names).kind == kind
+    assert ModuleNames(names).kind == kind
 
 
 def test_the_modules_of_weights():
-    assert Modules.of(["h.0.attn.c_attn.weight"], True, "transformer.").names == ("transformer.h.0.attn.c_attn",)
+    assert ModuleNames.of(["h.0.attn.c_attn.weight"], True, "transformer.").names == ("transformer.h.0.attn.c_attn",)
 
 
 def test_ranks_that_differ_go_into_patterns():
@@ -123,7 +123,7 @@ def test_the_names_of_one_task():
     assert of_task("h.0.q", None) == "h.0.q"
     for other in ("11/h.0.q", "base_model.model.11/h.0.q.lora_A.weight", "h.1/q"):
         assert of_task(other, 1) is None
-    assert Modules(("0/model.layers.3.q", "1/model.layers.3.q")).kind == "model.layers.3.q"
+    assert ModuleNames(("0/model.layers.3.q", "1/model.layers.3.q")).kind == "model.layers.3.q"
 
 
 def test_tensors_are_written_one_by_one(tmp_path):

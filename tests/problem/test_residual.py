@@ -21,7 +21,7 @@ def factors_for(L, b, a, r, k, seed):
 
 @pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
 def test_against_the_equation(L, b, a, r, k, seed, monkeypatch):
-    monkeypatch.setattr("rasa_theory.problem._TILE_ELEMENTS", 2 * a + 1)  # tiles of two rows
+    monkeypatch.setattr("rasa_theory.problem.stack._TILE_ELEMENTS", 2 * a + 1)  # tiles of two rows
     M = noise(L, b, a, seed)
     factors, plain = factors_for(L, b, a, r, k, seed)
     stack, E = LayerStack(M), reference.residuals(M, *plain)

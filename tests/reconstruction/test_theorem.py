@@ -23,7 +23,8 @@ from rasa_theory.solvers import drop_allowance, random_start
 from rasa_theory.verification import draw_instance
 from tests.helpers.problems import noise
 
-study = importlib.import_module("rasa_theory.reconstruction.driver")
+study = importlib.import_module("rasa_theory.reconstruction.theorem")
+driver = importlib.import_module("rasa_theory.reconstruction.driver")
 
 STACK, BUDGET = LayerStack(100 * noise(3, 9, 8)), RankBudget(3, 1)
 LORA = solve_lora(STACK, 3)
@@ -97,16 +98,16 @@ def test_the_drop_reported_is_the_larger_of_the_two_embeddings():
 
 def test_starts_that_promise_nothing_are_undecided_above_e_lora_and_any_other_is_violated():
     above = {"one": True, "answer_is_not_above_e_lora": False}
-    assert study._verdict(above, "random") == study._verdict(above, random_start(STACK, BUDGET)) == "undecided"
-    assert study._verdict(above, "common") == study._verdict(above, "pencil") == "undecided"
-    assert all(study._verdict(above, start) == "violated" for start in ("best", "allocation", "lora"))
-    assert study._verdict({**above, "one": False}, "random") == "violated"
-    assert study._verdict({"one": True}, "best") == "holds"
+    assert study.verdict(above, "random") == study.verdict(above, random_start(STACK, BUDGET)) == "undecided"
+    assert study.verdict(above, "common") == study.verdict(above, "pencil") == "undecided"
+    assert all(study.verdict(above, start) == "violated" for start in ("best", "allocation", "lora"))
+    assert study.verdict({**above, "one": False}, "random") == "violated"
+    assert study.verdict({"one": True}, "best") == "holds"
 
 
 def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
     told = []
-    settings = study.StudySettings(3, (0, 1), SolverOptions(max_sweeps=5), "two-sided", seeds=1)
+    settings = driver.StudySettings(3, (0, 1), SolverOptions(max_sweeps=5), "two-sided", seeds=1)
     run_study([STACK], 3, (0, 1), solver=settings.solver, certificate="two-sided", seeds=1, watch=told.append)
     assert {p.doing for p in told if p.k == 1} >= {"dual floor", "two-sided floor", "random attempts"}
     (floor,) = (run["lower_bound"] for run in run_study([STACK], 3, certificate="closed", seeds=0)["stacks"][0]["runs"])
@@ -115,7 +116,7 @@ def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
     assert [settings.tasks(k) for k in (0, 1)] == [1, 3]
     assert told[-1].tasks_done <= 4
     with pytest.raises(InputError, match="unknown certificate 'best'; known: closed, dual, two-sided"):
-        study.StudySettings(certificate="best")
+        driver.StudySettings(certificate="best")
 
 
 def test_the_row_of_a_run_has_the_parameters_and_ratios_that_it_names():
@@ -134,9 +135,9 @@ def test_one_violation_outweighs_what_is_undecided():
     def results(*verdicts):
         return {"stacks": [{"runs": [{"theorem_3_1": v}]} for v in verdicts]}
 
-    assert study._overall(results("undecided", "violated", "holds")) == "violated"
-    assert study._overall(results("holds", "undecided")) == "undecided"
-    assert study._overall(results("holds", "holds")) == "holds"
+    assert study.overall_verdict(results("undecided", "violated", "holds")) == "violated"
+    assert study.overall_verdict(results("holds", "undecided")) == "undecided"
+    assert study.overall_verdict(results("holds", "holds")) == "holds"
 
 
 def test_attempts_count_on_from_the_seed():
@@ -145,7 +146,7 @@ def test_attempts_count_on_from_the_seed():
 
 
 def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once():
-    assert study.StudySettings(rank=3, ks=(2, 1, 2)).ks == (1, 2)
+    assert driver.StudySettings(rank=3, ks=(2, 1, 2)).ks == (1, 2)
     for bad, sentence in (
         ({"certificate": "clsoed"}, "unknown certificate 'clsoed'; known: closed"),
         ({"seeds": 1.5}, "seeds must be a whole number, got 1.5"),
@@ -154,4 +155,4 @@ def test_settings_are_checked_before_anything_is_solved_and_each_k_counts_once()
         ({"ks": ()}, "no k was given"),
     ):
         with pytest.raises(InputError, match=sentence):
-            study.StudySettings(**bad)
+            driver.StudySettings(**bad)

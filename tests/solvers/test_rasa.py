@@ -388,7 +388,7 @@ def broken_after(sweeps, how):
         nonlocal calls
         calls += 1
         if calls <= sweeps:
-            return descent.joint_sweep(unit, norms, factors)
+            return descent.joint_iteration(unit, norms, factors)
         if how == "raises":
             raise torch.linalg.LinAlgError
         nan = dataclasses.replace(factors, mixing=factors.mixing * math.nan)
@@ -411,7 +411,7 @@ def test_after_a_failure_the_best_earlier_iterate_comes_back(monkeypatch, how):
 
 def test_if_the_error_rises_the_best_iterate_comes_back(monkeypatch):
     """No sweep of ours does; rounding near zero error can."""
-    stack, budget, good = LayerStack(noise(3, 6, 5)), RankBudget(2, 1), descent.joint_sweep
+    stack, budget, good = LayerStack(noise(3, 6, 5)), RankBudget(2, 1), descent.joint_iteration
     expected = solve_rasa(stack, budget, exactly(3, start="lora", sweep="joint"))
 
     def worse(unit, norms, factors):

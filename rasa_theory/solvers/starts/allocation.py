@@ -14,19 +14,21 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """
     U, S, Vh = stack.svd()
-    q, spread = budget.private_rank, stack.spread
+    q, sharding = budget.private_rank, stack.sharding
     layer, index = allocate(stack.singular_values(), budget)
-    terms = torch.nonzero((layer >= spread.first) & (layer < spread.first + spread.held))[:, 0]  # of the layers held
-    layer, index = layer[terms] - spread.first, index[terms]
+    terms = torch.nonzero((layer >= sharding.first) & (layer < sharding.first + sharding.local_layers))[
+        :, 0
+    ]  # of the layers held
+    layer, index = layer[terms] - sharding.first, index[terms]
     (b, a), R = stack.shape, budget.pool_rank(stack.layers)
-    mixing, B_S, A_S = S.new_zeros(spread.held, R), S.new_zeros(b, R), S.new_zeros(R, a)
+    mixing, B_S, A_S = S.new_zeros(sharding.local_layers, R), S.new_zeros(b, R), S.new_zeros(R, a)
     mixing[layer, terms], B_S[:, terms], A_S[terms] = S[layer, index], U[layer, :, index].mT, Vh[layer, index]
-    B_S, A_S = spread.totals(B_S, A_S)  # every term is that of one layer
+    B_S, A_S = sharding.all_reduce_together(B_S, A_S)  # every term is that of one layer
     return RasaFactors(
         private_B=U[:, :, :q] * S[:, None, :q],
         private_A=Vh[:, :q],
         shared_B=B_S,
         shared_A=A_S,
         mixing=mixing,
-        spread=spread,
+        sharding=sharding,
     ).to(stack.dtype, stack.device)

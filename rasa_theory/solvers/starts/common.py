@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed import Spread
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import orthogonal
 from rasa_theory.problem import (
     SVD,
@@ -51,14 +51,14 @@ def common_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFa
     if not _fits(stack, budget):
         return None
     q, R = budget.private_rank, budget.pool_rank(stack.layers)
-    (svd, weights), spread = _above_noise(stack, q + R), stack.spread
-    U_S, U_private = _split(svd.U, svd.S, weights, q, R, spread)
-    V_S, V_private = _split(svd.Vh.mT, svd.S, weights, q, R, spread)
+    (svd, weights), sharding = _above_noise(stack, q + R), stack.sharding
+    U_S, U_private = _split(svd.U, svd.S, weights, q, R, sharding)
+    V_S, V_private = _split(svd.Vh.mT, svd.S, weights, q, R, sharding)
     K = projected(svd, U_S, V_S)
     if q > 0:
         corner = torch.linalg.pinv(projected(svd, U_private, V_private))
         K = K - projected(svd, U_S, V_private) @ corner @ projected(svd, U_private, V_S)
-    pool = _solve_pool(spread.gathered(K), seed)
+    pool = _solve_pool(sharding.all_gather(K), seed)
     return None if pool is None else beside_pool(stack, Pool(U_S @ pool.B, pool.A @ V_S.mT, pool.D), q)
 
 
@@ -95,9 +95,9 @@ def _above_noise(stack: LayerStack, rank: int) -> tuple[SVD, Tensor]:
     return SVD(U[:, :, :rank], kept, Vh[:, :rank]), weights
 
 
-def _split(U: Tensor, S: Tensor, weights: Tensor, q: int, R: int, spread: Spread) -> tuple[Tensor, Tensor]:
+def _split(U: Tensor, S: Tensor, weights: Tensor, q: int, R: int, sharding: LayerSharding) -> tuple[Tensor, Tensor]:
     """U_S (b, R), the directions most in common, and U_i' (L, b, q), the leading ones of M_i outside them."""
-    U_S = mean_projector(spread.gathered(U * weights.sqrt()[:, None]))[1][:, :R]
+    U_S = mean_projector(sharding.all_gather(U * weights.sqrt()[:, None]))[1][:, :R]
     outside = orthogonal.outside(U_S, U) * S[:, None]
     return U_S, linalg.svd(outside)[0][:, :, :q]
 

@@ -66,8 +66,8 @@ def pencil_promises(stack: LayerStack, budget: RankBudget) -> bool:
 def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, Tensor]:
     """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
     svd = unit.svd()
-    U, V = leading_of_all(svd, unit.layers * budget.rank, unit.spread)
-    return U, V, unit.spread.gathered(projected(svd, U, V))
+    U, V = leading_of_all(svd, unit.layers * budget.rank, unit.sharding)
+    return U, V, unit.sharding.all_gather(projected(svd, U, V))
 
 
 def _fits(stack: LayerStack, budget: RankBudget) -> bool:
@@ -133,8 +133,8 @@ def _error_beside(K: Tensor, pool: Pool, q: int) -> float:
 
 def beside_pool(stack: LayerStack, pool: Pool, private_rank: int) -> RasaFactors:
     """Factors with this pool, found in units of `stack.unit()`, and the best private terms of rank q beside it."""
-    unit, q, (b, a), spread = stack.unit(), private_rank, stack.shape, stack.spread
-    none = torch.zeros(spread.held, b, q), torch.zeros(spread.held, q, a)
-    factors = RasaFactors(*none, pool.B, pool.A, pool.D[spread.own], spread=spread)
+    unit, q, (b, a), sharding = stack.unit(), private_rank, stack.shape, stack.sharding
+    none = torch.zeros(sharding.local_layers, b, q), torch.zeros(sharding.local_layers, q, a)
+    factors = RasaFactors(*none, pool.B, pool.A, pool.D[sharding.local], sharding=sharding)
     factors = factors.to(torch.float64, stack.device).normalised()
     return updates.update_private(unit, factors.to(stack.dtype)).scaled(stack.scale)

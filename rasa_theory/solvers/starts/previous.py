@@ -17,14 +17,14 @@ def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:
     B, A = orthogonal.truncated_product(
         factors.private_B, factors.private_A, factors.private_A.shape[1]
     )  # terms in order of size
-    L, given, spread = factors.layers, B.shape[2] - q, factors.spread
-    new_B, new_A = spread.gathered(B[:, :, q:]), spread.gathered(A[:, q:])
-    own = torch.kron(torch.eye(L, dtype=B.dtype, device=B.device), B.new_ones(1, given))[spread.own]
+    L, given, sharding = factors.layers, B.shape[2] - q, factors.sharding
+    new_B, new_A = sharding.all_gather(B[:, :, q:]), sharding.all_gather(A[:, q:])
+    own = torch.kron(torch.eye(L, dtype=B.dtype, device=B.device), B.new_ones(1, given))[sharding.local]
     return RasaFactors(
         private_B=B[:, :, :q],
         private_A=A[:, :q],
         shared_B=torch.cat([factors.shared_B, batched.beside(new_B)], 1),
         shared_A=torch.cat([factors.shared_A, new_A.reshape(L * given, A.shape[2])]),
         mixing=torch.cat([factors.mixing, own], 1),
-        spread=spread,
+        sharding=sharding,
     )

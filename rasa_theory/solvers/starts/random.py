@@ -25,12 +25,12 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
     else:
         pool = torch.einsum("lr,rs,ls->", D, (B_S.mT @ B_S) * (A_S @ A_S.mT), D)  # sum_i ||B_S D_i A_S||^2
         D *= size * (stack.norm_squared / pool) ** 0.5
-    held = stack.spread.held
+    held = stack.sharding.local_layers
     return RasaFactors(
         private_B=torch.zeros(held, b, q, dtype=torch.float64),
         private_A=torch.zeros(held, q, a, dtype=torch.float64),
         shared_B=B_S,
         shared_A=A_S,
-        mixing=D[stack.spread.own],
-        spread=stack.spread,
+        mixing=D[stack.sharding.local],
+        sharding=stack.sharding,
     ).to(stack.dtype, stack.device)

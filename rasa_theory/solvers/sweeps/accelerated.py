@@ -24,7 +24,7 @@ def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count:
     not; there, and in the first step, it sweeps from the point itself. So the error never rises. Steps end where one
     gains less than a thousandth of what all have gained.
     """
-    swept = sweeps_on(K, common, replayed=K.device.type == "cuda" and factors.spread.alone)
+    swept = sweeps_on(K, common, replayed=K.device.type == "cuda" and factors.sharding.alone)
     before, (point, error) = factors, swept(factors)
     begun, step = error, 0.0
     for _ in range(count - 1):
@@ -78,4 +78,4 @@ def sweeps_on(K: Tensor, common: tuple[int, int], replayed: bool) -> Callable[[R
 def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:
     """point + step (point - before), with unit columns in the pool."""
     pairs = zip(point.named().values(), before.named().values(), strict=True)
-    return RasaFactors(*(x + step * (x - y) for x, y in pairs), spread=point.spread).normalised()
+    return RasaFactors(*(x + step * (x - y) for x, y in pairs), sharding=point.sharding).normalised()

@@ -43,7 +43,7 @@ class CoreSweep:
                 _Side.of(self._unit, factors),
                 _Side.of(self._unit.transpose(), factors.transpose()),
             )
-            self._K = factors.mixing.new_zeros(factors.spread.held, self._columns.width, 0)
+            self._K = factors.mixing.new_zeros(factors.sharding.local_layers, self._columns.width, 0)
         factors, error = self._half(self._unit, self._columns, self._rows, factors)
         if not (self._columns.is_whole and self._rows.is_whole):
             self._K = self._K.mT
@@ -68,7 +68,7 @@ class CoreSweep:
             shared_B=_padded(known.common.mT @ factors.shared_B, known.width),
             shared_A=_padded(grown.common.mT @ factors.shared_A.mT, grown.width).mT,
             mixing=factors.mixing,
-            spread=factors.spread,
+            sharding=factors.sharding,
         )
         K = self._K.double()
         common = known.common.shape[1], grown.common.shape[1]
@@ -81,9 +81,9 @@ class CoreSweep:
             shared_B=known.common @ found.shared_B[: common[0]],
             shared_A=found.shared_A[:, : common[1]] @ grown.common.mT,
             mixing=found.mixing,
-            spread=factors.spread,
+            sharding=factors.sharding,
         )
-        inside = factors.spread.total(batched.total((K * K).sum((1, 2))))
+        inside = factors.sharding.all_reduce(batched.total((K * K).sum((1, 2))))
         return moved, view.norm_squared - float(inside) + error
 
 
@@ -107,7 +107,7 @@ class _Side:
     @classmethod
     def of(cls, view: LayerStack, factors: RasaFactors) -> _Side:
         """The span of B_S and, as far as it fits, of all B~_i, common to all layers; or all of R^b, if it is small."""
-        (b, a), L = view.shape, factors.spread.held
+        (b, a), L = view.shape, factors.sharding.local_layers
         zeros = factors.mixing.new_zeros
         if _limit(factors) >= b:
             eye = torch.eye(b, dtype=factors.mixing.dtype, device=factors.mixing.device)
@@ -211,9 +211,9 @@ def private_of_all(factors: RasaFactors) -> Tensor:
         return factors.private_B.new_zeros(b, 0)
     count = _private_in_common(factors)
     if count == factors.layers * q:
-        return orthogonal.orthonormal_columns(batched.beside(factors.spread.gathered(factors.private_B)))
+        return orthogonal.orthonormal_columns(batched.beside(factors.sharding.all_gather(factors.private_B)))
     weighted = factors.private_B * torch.linalg.vector_norm(factors.mixing, dim=1)[:, None, None]
-    return orthogonal.orthonormal_columns(subspaces.mean_projector(factors.spread.gathered(weighted))[1][:, :count])
+    return orthogonal.orthonormal_columns(subspaces.mean_projector(factors.sharding.all_gather(weighted))[1][:, :count])
 
 
 def _padded(coordinates: Tensor, n: int) -> Tensor:
@@ -228,7 +228,7 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors, layer_norms: Tens
     random vector of the span.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
-    spread, R = factors.spread, B_S.shape[1]
+    sharding, R = factors.sharding, B_S.shape[1]
 
     def seen(both: Tensor) -> Tensor:
         """E_i^T of (L, b, R + q): (L, a, R + q)."""
@@ -238,13 +238,15 @@ def _directions(Z: Tensor, known: _Side, factors: RasaFactors, layer_norms: Tens
     Q = orthogonal.orthonormal_columns(Bt)
     E = seen(torch.cat([B_S.expand(len(Q), -1, -1), Q], 2))
     noise = math.sqrt(A_S.shape[1]) * residual_noise(layer_norms + layer_term_norms(factors), factors)
-    shared, level = spread.totals(batched.weighted(E[:, :, :R], D), batched.total(noise[:, None] * D.abs()))
+    shared, level = sharding.all_reduce_together(
+        batched.weighted(E[:, :, :R], D), batched.total(noise[:, None] * D.abs())
+    )
     own = E[:, :, R:]
     vague, vague_own = (torch.linalg.vector_norm(X, dim=-2) <= n for X, n in ((shared, level), (own, noise[:, None])))
-    anywhere = spread.largest((vague_own.any() | vague.any()).to(D.dtype).reshape(1))
+    anywhere = sharding.all_reduce_max((vague_own.any() | vague.any()).to(D.dtype).reshape(1))
     if anywhere > 0:
         probes = orthogonal.random_columns(B_S.new_empty(len(B_S), R + own.shape[2]), R)
         E = seen(known.U @ (known.U.mT @ probes))
-        shared = torch.where(vague, spread.total(batched.weighted(E[:, :, :R], D)), shared)
+        shared = torch.where(vague, sharding.all_reduce(batched.weighted(E[:, :, :R], D)), shared)
         own = torch.where(vague_own.unsqueeze(-2), E[:, :, R:], own)
     return shared, own
