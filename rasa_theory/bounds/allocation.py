@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, at_least
 from rasa_theory.problem import RankBudget
 
 
@@ -26,9 +26,9 @@ class RankTarget:
         if (self.energy is None) == (self.parameters is None):
             raise InputError("a target for ranks is either an energy or a number of parameters")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise InputError(f"energy must be above 0 and at most 1, got {self.energy}")
-        if self.parameters is not None and self.parameters < 1:
-            raise InputError(f"parameters must be at least 1, got {self.parameters}")
+            raise InputError(f"energy must be above 0 and at most 1, got {self.energy}", "energy")
+        if self.parameters is not None:
+            at_least("parameters", self.parameters, 1)
 
 
 def allocate_ranks(sigmas: Sequence[Tensor], costs: Sequence[int], target: RankTarget) -> list[list[int]]:

@@ -8,7 +8,7 @@ from rasa_theory.bounds.closed import Bound, closed_floors
 from rasa_theory.bounds.dual import search_dual
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
 from rasa_theory.bounds.two_sided import search_two_sided
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, one_of
 from rasa_theory.problem import LayerStack, RankBudget
 
 CERTIFICATES = ("closed", "dual", "two-sided")
@@ -37,8 +37,7 @@ def lower_bound(
     r > min(b, a) or `certificate` is unknown.
     """
     budget.check_fits(stack)
-    if certificate not in CERTIFICATES:
-        raise InputError(f"unknown certificate {certificate!r}; known: {', '.join(CERTIFICATES)}")
+    one_of("certificate", certificate, CERTIFICATES)
     if certificate != "closed" and not stack.sharding.alone:
         raise InputError(
             f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.common import InputError, whole_number
+from rasa_theory.common import positive, whole_number
 from rasa_theory.problem import LayerStack, RankBudget
 
 _SMOOTHING = (0.3, 0.1, 0.03, 0.01, 0.003)  # in units of the level, the mean of sigma_{i,r+1}^2
@@ -43,16 +43,11 @@ class FloorOptions:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_iterations", "max_seconds", "rtol", "width"):
-            value = getattr(self, name)
-            if name == "width" and value is None:
-                continue
-            if name in ("max_iterations", "width"):
-                object.__setattr__(self, name, whole_number(name, value))
-            elif not isinstance(value, int | float):
-                raise InputError(f"{name} must be a number, got {value!r}")
-            if not value > 0:
-                raise InputError(f"{name} must be positive, got {value}")
+        positive("max_iterations", whole_number("max_iterations", self.max_iterations))
+        if self.width is not None:
+            positive("width", whole_number("width", self.width))
+        positive("max_seconds", self.max_seconds)
+        positive("rtol", self.rtol)
 
     def width_of(self, stack: LayerStack, budget: RankBudget) -> int:
         """The number of directions of each side; a side with fewer takes them all."""

@@ -110,15 +110,17 @@ def _wanted(error: Exception) -> str:
 
 @contextlib.contextmanager
 def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Sentences of the library begin with the name of the value; add the flag that it came from.
+    """Add the flag of the parameter at fault to the sentences of the library.
 
-    `flags` has those that are not called as in the library.
+    `flags` maps parameters to flags where their names differ.
     """
     try:
         yield
     except InputError as error:
-        name = str(error).split(" ", 1)[0]
-        raise InputError(f"{error} (--{flags.get(name, name.replace('_', '-'))})") from None
+        if error.parameter is None:
+            raise
+        flag = flags.get(error.parameter, error.parameter.replace("_", "-"))
+        raise InputError(f"{error} (--{flag})", error.parameter) from None
 
 
 def say_left_out(left_out: Sequence[tuple[str, str]], file: str) -> None:

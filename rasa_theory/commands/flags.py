@@ -150,10 +150,12 @@ def device(args: argparse.Namespace, processes: Processes) -> torch.device:
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if args.device not in ("auto", "cuda"):
         raise InputError(
-            f"device {args.device} is one for all processes; each takes its own with --device cuda or auto"
+            f"device {args.device} is one for all processes; each takes its own with --device cuda or auto", "device"
         )
     if local >= there:
-        raise InputError(f"device cuda: {there} GPUs are here for process {local + 1}; start so many, or --device cpu")
+        raise InputError(
+            f"device cuda: {there} GPUs are here for process {local + 1}; start so many, or --device cpu", "device"
+        )
     return torch.device("cuda", local)
 
 
@@ -162,5 +164,6 @@ def check_certificate(args: argparse.Namespace, processes: Processes) -> None:
     if args.certificate != "closed" and not processes.alone:
         raise InputError(
             f"certificate {args.certificate} is searched for in all layers of a stack together, by one process; ask "
-            "for closed, or run one process"
+            "for closed, or run one process",
+            "certificate",
         )

@@ -1,32 +1,54 @@
-"""Checks of what enters, each with one sentence that names the value."""
+"""Validators of arguments. Each raises InputError with one sentence, and with the name of the parameter."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 from rasa_theory.common.errors import InputError
 
 
 def whole_number(name: str, value: Any) -> int:
-    """`value` as an int; raises InputError, naming `name`, if it is none (True and 2.0 are none)."""
+    """Return `value` as an int. Raises InputError for anything else; True and 2.0 are no whole numbers."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be a whole number, got {value!r}") from None
+        raise InputError(f"{name} must be a whole number, got {value!r}", name) from None
 
 
 def at_least(name: str, value: Any, least: int) -> int:
-    """`value` as an int; raises InputError, naming `name`, if it is no whole number or below `least`."""
+    """Return `value` as an int. Raises InputError if it is no whole number, or below `least`."""
     number = whole_number(name, value)
     if number < least:
-        raise InputError(f"{name} must be at least {least}, got {number}")
+        raise InputError(f"{name} must be at least {least}, got {number}", name)
     return number
 
 
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raises InputError, naming `name` and what is known, if `value` is none of `known`."""
+def real_number(name: str, value: Any) -> float:
+    """Return `value`, an int or a float. Raises InputError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a number, got {value!r}", name)
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """Return `value`. Raises InputError if it is no number above 0."""
+    if not real_number(name, value) > 0:
+        raise InputError(f"{name} must be positive, got {value}", name)
+    return float(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return `value`. Raises InputError if it is no number with 0 <= value < 1."""
+    if not 0 <= real_number(name, value) < 1:
+        raise InputError(f"{name} must be at least 0 and below 1, got {value}", name)
+    return float(value)
+
+
+def one_of(name: str, value: Any, known: Collection[str]) -> None:
+    """Raise InputError, with the list of valid values, if `value` is none of `known`."""
     if value not in known:
-        raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}", name)

@@ -1,13 +1,18 @@
-"""The one exception that means "the input is wrong", so that the commands can tell it from a bug."""
+"""Exceptions. `InputError` and its subclasses mean that the input is wrong, so that commands can tell it from a bug."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that says what was found, what was expected and what to do.
+    """Bad input: one sentence that says what the input is, what was expected and what to do.
 
-    The library raises it where a value enters; the commands print it and exit with status 2.
+    The library raises it where a value enters. The commands print the sentence and exit with status 2; they name the
+    flag of `parameter`, the name of the argument at fault where there is one.
     """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class NotFinite(InputError):
@@ -19,11 +24,11 @@ class NotFinite(InputError):
 
 
 class DamagedFile(InputError):
-    """A file that ends too early; the sentence names it."""
+    """A file that ends too early. The sentence names the file."""
 
 
 class UnsoundFile(InputError):
-    """A file of which nothing can be read; `finding` is the sentence without its advice."""
+    """A file that cannot be read at all. `finding` is the sentence without its advice."""
 
     def __init__(self, finding: str, advice: str) -> None:
         super().__init__(f"{finding}; {advice}")
@@ -31,7 +36,7 @@ class UnsoundFile(InputError):
 
 
 class FailedElsewhere(InputError):
-    """The same bad input as told by another process, `process`, whose name the sentence begins with."""
+    """Bad input that another process has met. The sentence begins with the number of that process, `process`."""
 
     def __init__(self, message: str, process: int) -> None:
         super().__init__(message)
@@ -39,4 +44,4 @@ class FailedElsewhere(InputError):
 
 
 class ProcessLost(RuntimeError):
-    """Another process has died, or has failed on its own: what all have begun together cannot be finished."""
+    """Another process has died or has failed on its own, so that the collective work cannot be finished."""

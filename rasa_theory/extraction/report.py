@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -12,6 +10,8 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+from rasa_theory.common import aligned, csv_text
 
 _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
@@ -53,20 +53,15 @@ def extraction_table(report: dict[str, Any]) -> str:
         )  # fmt: skip
     total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
     lines.append(("all", "", "", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    room = _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
-    common = _common([row["kind"] for row in changed]) if widths[0] > room else ""
-    lines = [(line[0].removeprefix(common), *line[1:]) for line in lines]
-    widths[0] = min(max(len(line[0]) for line in lines), room)
-    text = ["  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    is_too_wide = max(map(len, aligned(lines))) > _WIDTH
+    common = _common([row["kind"] for row in changed]) if is_too_wide else ""
+    text = aligned([(line[0].removeprefix(common), *line[1:]) for line in lines], width=_WIDTH)
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
     numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
     same = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(same)}.", _WIDTH) if same else []
     begin = [f"All kinds begin with {common!r}, which is not shown."] if common else []
-    return "\n".join(
-        [text[0], "-" * len(text[0]), *text[1:], *begin, _EXPLANATION, numbers, *unchanged, *_left_out(report)]
-    )
+    return "\n".join([*text, *begin, _EXPLANATION, numbers, *unchanged, *_left_out(report)])
 
 
 def _common(kinds: Sequence[str]) -> str:
@@ -107,18 +102,12 @@ def _ratio(x: float, y: float) -> str:
     return f"{x / y:.4f}" if y > 0 else "-"
 
 
-def _fit(cell: str, width: int) -> str:
-    return cell.ljust(width) if len(cell) <= width else f"..{cell[len(cell) - width + 2 :]}"
-
-
 def extraction_csv(report: dict[str, Any]) -> str:
     """One line per module."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _CSV, lineterminator="\n")
-    writer.writeheader()
-    for row in report["stacks"]:
-        writer.writerows({"stack": row["name"], "kind": row["kind"], **module} for module in row["modules"])
-    return text.getvalue()
+    rows = [
+        {"stack": row["name"], "kind": row["kind"], **module} for row in report["stacks"] for module in row["modules"]
+    ]
+    return csv_text(_CSV, [[row[column] for column in _CSV] for row in rows])
 
 
 def model_card(report: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rasa_theory.bounds import CERTIFICATES, RankTarget
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, one_of
 from rasa_theory.problem import RankBudget
 from rasa_theory.solvers import SolverOptions
 
@@ -37,22 +37,23 @@ class ExtractSettings:
     target: RankTarget | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("format", FORMATS), ("dtype", STORED), ("certificate", CERTIFICATES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        one_of("format", self.format, FORMATS)
+        one_of("dtype", self.dtype, STORED)
+        one_of("certificate", self.certificate, CERTIFICATES)
         if self.target is not None:
             if self.rank is not None or self.k != 0:
                 raise InputError(
-                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0"
+                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0",
+                    "rank",
                 )
         elif self.rank is None:
-            raise InputError("rank auto needs a target: an energy, an error or a number of parameters")
+            raise InputError("rank auto needs a target: an energy, an error or a number of parameters", "rank")
         else:
             RankBudget(self.rank, self.k or 0)
         if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
-            raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool")
+            raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool", "k")
         if self.format == "rasa" and self.k is None:
-            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules")
+            raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules", "k")
 
     def exact(self, shape: tuple[int, int]) -> bool:
         """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""

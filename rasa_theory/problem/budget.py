@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rasa_theory.common import InputError, whole_number
+from rasa_theory.common import InputError, at_least
 
 
 class Shaped(Protocol):
@@ -29,14 +29,10 @@ class RankBudget:
     shared_rank: int
 
     def __post_init__(self) -> None:
-        for name in ("rank", "shared_rank"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}")
-        if self.shared_rank < 0:
-            raise InputError(f"shared_rank must be at least 0, got {self.shared_rank}")
+        object.__setattr__(self, "rank", at_least("rank", self.rank, 1))
+        object.__setattr__(self, "shared_rank", at_least("shared_rank", self.shared_rank, 0))
         if self.shared_rank > self.rank:
-            raise InputError(f"shared_rank {self.shared_rank} exceeds rank {self.rank}")
+            raise InputError(f"shared_rank {self.shared_rank} exceeds rank {self.rank}", "shared_rank")
 
     @property
     def private_rank(self) -> int:
@@ -52,5 +48,6 @@ class RankBudget:
         b, a = stack.shape
         if self.rank > min(b, a):
             raise InputError(
-                f"rank {self.rank} exceeds min(b, a) = {min(b, a)} of stack {stack.name!r} ({b} x {a}); lower the rank"
+                f"rank {self.rank} exceeds min(b, a) = {min(b, a)} of stack {stack.name!r} ({b} x {a}); lower the rank",
+                "rank",
             )

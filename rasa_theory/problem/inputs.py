@@ -21,7 +21,7 @@ def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """float32 or float64 from a name or a dtype; raises InputError for anything else."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.float64):
-        raise InputError(f"dtype must be float32 or float64, got {dtype}")
+        raise InputError(f"dtype must be float32 or float64, got {dtype}", "dtype")
     return found
 
 
@@ -36,9 +36,11 @@ def compute_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"device {str(device)!r} is not available on this machine; use cpu or auto") from None
+        raise InputError(
+            f"device {str(device)!r} is not available on this machine; use cpu or auto", "device"
+        ) from None
     if found.type == "meta":
-        raise InputError("device 'meta' holds no numbers; use cpu or auto")
+        raise InputError("device 'meta' holds no numbers; use cpu or auto", "device")
     return found
 
 

@@ -38,7 +38,8 @@ def check_memory(stack: Shaped, memory: int, decomposed: bool = True) -> None:
         work = "the exact SVD of one" if decomposed else "the work on one"
         raise InputError(
             f"memory of {memory / 2**20:.4g} MiB is too little for stack {stack.name!r}: its layers of {b} x {a} need "
-            f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow so much"
+            f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow so much",
+            "memory",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.common import InputError, whole_number
+from rasa_theory.common import InputError, at_least, one_of
 from rasa_theory.problem import RankBudget
 from rasa_theory.solvers import SolverOptions
 
@@ -28,15 +28,11 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         if not self.ks:
-            raise InputError("no k was given; name at least one, such as 1")
+            raise InputError("no k was given; name at least one, such as 1", "ks")
         object.__setattr__(self, "ks", tuple(sorted({RankBudget(self.rank, k).shared_rank for k in self.ks})))
-        object.__setattr__(self, "seeds", whole_number("seeds", self.seeds))
-        if self.certificate not in CERTIFICATES:
-            raise InputError(f"unknown certificate {self.certificate!r}; known: {', '.join(CERTIFICATES)}")
-        if self.weight not in WEIGHTS:
-            raise InputError(f"unknown weight {self.weight!r}; known: {', '.join(WEIGHTS)}")
-        if self.seeds < 0:
-            raise InputError(f"seeds must be at least 0, got {self.seeds}")
+        object.__setattr__(self, "seeds", at_least("seeds", self.seeds, 0))
+        one_of("certificate", self.certificate, CERTIFICATES)
+        one_of("weight", self.weight, WEIGHTS)
 
     def tasks(self, k: int) -> int:
         """What progress counts on one stack: the solve, the attempts, and the floor where it is searched for."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import sys
 from typing import Any
+
+from rasa_theory.common import aligned, csv_text
 
 _COLUMNS = (
     "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
@@ -28,9 +28,7 @@ def table(results: dict[str, Any]) -> str:
             floor = f"{values[2]} {run['lower_bound_name']}"
             stop = run["stop_reason"].lower().replace("_", " ")
             rows.append((row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop))
-    widths = [max(len(line[i]) for line in rows) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _EXPLANATION])
+    return "\n".join([*aligned(rows), _EXPLANATION])
 
 
 def _ratio(error: float, e_lora: float) -> str:
@@ -86,13 +84,11 @@ def _is_exact(row: dict[str, Any]) -> bool:
 
 def history_csv(results: dict[str, Any]) -> str:
     """Long format: stack, k, start, seed, sweep, iteration, error (squared); the solver's runs have no seed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["stack", "k", "start", "seed", "sweep", "iteration", "error"])
-    for row in results["stacks"]:
-        for run in row["runs"]:
-            for curve in ({**run, "seed": ""}, *run["attempts"]):
-                for iteration, error in enumerate(curve["history"]):
-                    head = [row["name"], run["k"], curve["start"], curve["seed"], curve["sweep"]]
-                    writer.writerow([*head, iteration, repr(error)])
-    return out.getvalue()
+    rows = [
+        (row["name"], run["k"], curve["start"], curve["seed"], curve["sweep"], iteration, error)
+        for row in results["stacks"]
+        for run in row["runs"]
+        for curve in ({**run, "seed": None}, *run["attempts"])
+        for iteration, error in enumerate(curve["history"])
+    ]
+    return csv_text(("stack", "k", "start", "seed", "sweep", "iteration", "error"), rows)

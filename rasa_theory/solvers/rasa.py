@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rasa_theory.bounds import allocation_bound
-from rasa_theory.common import InputError, whole_number
+from rasa_theory.common import InputError, at_least, fraction, one_of
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, layer_errors
 from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.descent import SWEEPS, Callback, Descent, StopReason
@@ -45,23 +45,15 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
             found = repr(self.start) if isinstance(self.start, str) else f"of type {type(self.start).__name__}"
-            raise InputError(f"unknown start {found}; known: {', '.join(('best', *STARTS))}, or RasaFactors")
-        if self.sweep not in SWEEPS:
-            raise InputError(f"unknown sweep {self.sweep!r}; known: {', '.join(SWEEPS)}")
-        for name in ("max_sweeps", "seed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if not isinstance(self.rtol, int | float):
-            raise InputError(f"rtol must be a number, got {self.rtol!r}")
+            raise InputError(f"unknown start {found}; known: {', '.join(('best', *STARTS))}, or RasaFactors", "start")
+        one_of("sweep", self.sweep, SWEEPS)
+        object.__setattr__(self, "max_sweeps", at_least("max_sweeps", self.max_sweeps, 1))
+        object.__setattr__(self, "seed", at_least("seed", self.seed, 0))
+        fraction("rtol", self.rtol)
         if not (isinstance(self.max_cancellation, int | float) and self.max_cancellation >= 1):
-            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}")
-        if self.max_sweeps < 1:
-            raise InputError(f"max_sweeps must be at least 1, got {self.max_sweeps}")
-        if not 0 <= self.rtol < 1:
-            raise InputError(f"rtol must be at least 0 and below 1, got {self.rtol}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
+            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}", "max_cancellation")
         if self.seed >= _SEEDS:
-            raise InputError(f"seed must be below 2^62, got {self.seed}")
+            raise InputError(f"seed must be below 2^62, got {self.seed}", "seed")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, at_least
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 
 
@@ -36,7 +36,7 @@ def check_synthetic(layers: int, shape: tuple[int, int], spectrum: str, overlap:
     """Raise InputError for arguments that `synthetic_stack` would refuse; nothing is made."""
     _generator(layers, shape, seed)
     if not 0 <= overlap <= 1:
-        raise InputError(f"overlap must lie between 0 and 1, got {overlap}")
+        raise InputError(f"overlap must lie between 0 and 1, got {overlap}", "overlap")
     singular_values(spectrum, 1)
 
 
@@ -77,7 +77,8 @@ def singular_values(spectrum: str, count: int) -> Tensor:
     if kind not in ("flat", "power", "exp") or (kind == "flat") == bool(colon) or not 0 <= decay < math.inf:
         raise InputError(
             f"spectrum {spectrum!r} is not flat, power:P or exp:C with a finite number that is not negative, "
-            "such as power:0.7"
+            "such as power:0.7",
+            "spectrum",
         )
     j = torch.arange(1, count + 1, dtype=torch.float64)
     return torch.exp(-decay * (j - 1)) if kind == "exp" else j**-decay
@@ -85,14 +86,13 @@ def singular_values(spectrum: str, count: int) -> Tensor:
 
 def _generator(layers: int, shape: tuple[int, int], seed: int) -> torch.Generator:
     """The seeded generator, after the checks that both kinds of stack need."""
-    if layers < 1:
-        raise InputError(f"layers must be at least 1, got {layers}")
+    at_least("layers", layers, 1)
     if len(shape) != 2 or min(shape) < 1:
-        raise InputError(f"shape must be two numbers B,A of at least 1, got {tuple(shape)}")
+        raise InputError(f"shape must be two numbers B,A of at least 1, got {tuple(shape)}", "shape")
     if max(layers, *shape) >= 2**63:
-        raise InputError(f"layers and shape must be below 2^63, got {layers} and {tuple(shape)}")
+        raise InputError(f"layers and shape must be below 2^63, got {layers} and {tuple(shape)}", "layers")
     if not 0 <= seed < 2**63:
-        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}")
+        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}", "seed")
     return torch.Generator().manual_seed(seed)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, at_least
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors
 from rasa_theory.solvers import (
     Attempt,
@@ -56,10 +56,9 @@ class BenchSettings:
     sweeps: int = 5
 
     def __post_init__(self) -> None:
-        if self.sweeps < 1:
-            raise InputError(f"sweeps must be at least 1, got {self.sweeps}")
+        at_least("sweeps", self.sweeps, 1)
         if self.certificate not in CERTIFICATES:
-            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}")
+            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}", "certificate")
 
 
 class MixingStep(NamedTuple):
