@@ -30,7 +30,7 @@ from rasa_theory.solvers import (
     solve_path,
     solve_rasa,
 )
-from rasa_theory.sources import load
+from rasa_theory.sources import load, null_models
 
 __all__ = [
     "Attempt",
@@ -57,6 +57,7 @@ __all__ = [
     "lower_bound",
     "methods",
     "mixing_drop",
+    "null_models",
     "plot_iterations",
     "pool_participation",
     "random_attempt",

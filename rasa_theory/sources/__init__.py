@@ -1,11 +1,18 @@
 """Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, adapters, and generators."""
 
+from rasa_theory.sources import null_models
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, provenance
 from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
 from rasa_theory.sources.grouping import Group, group
 from rasa_theory.sources.open import load, open_source
 from rasa_theory.sources.pair import Prefix
-from rasa_theory.sources.synthetic import check_synthetic, planted_stack, singular_values, synthetic_stack
+from rasa_theory.sources.synthetic import (
+    check_synthetic,
+    planted_stack,
+    power_law_stack,
+    singular_values,
+    synthetic_stack,
+)
 
 __all__ = [
     "BUNDLED",
@@ -18,8 +25,10 @@ __all__ = [
     "check_synthetic",
     "group",
     "load",
+    "null_models",
     "open_source",
     "planted_stack",
+    "power_law_stack",
     "provenance",
     "singular_values",
     "synthetic_stack",

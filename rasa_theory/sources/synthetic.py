@@ -1,4 +1,4 @@
-"""Stacks made to measure: a given spectrum and overlap between layers, or factors planted in noise."""
+"""Synthetic stacks: a prescribed spectrum and overlap between layers, or factors planted in noise."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def synthetic_stack(
     """Layers M_i = U_i diag(sigma) V_i^T, (L, b, a) in float64, all of the same spectrum.
 
     `spectrum` is `flat` (sigma_j = 1), `power:P` (j^-P) or `exp:C` (exp(-C (j - 1))), j = 1..min(b, a). U_i and V_i are
-    sqrt(overlap) G + sqrt(1 - overlap) G_i orthonormalised, G Gaussian and common to all layers, G_i the layer's own:
-    independent bases at 0, the same ones at 1. Raises InputError for values out of range.
+    sqrt(overlap) G + sqrt(1 - overlap) G_i, orthonormalised. G is Gaussian and common to all layers, G_i is the
+    layer's own: overlap 0 gives independent bases, 1 equal ones. Raises InputError for values out of range.
     """
     check_synthetic(layers, shape, spectrum, overlap, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     b, a = shape
     sigma = singular_values(spectrum, min(b, a))
     U, V = (_bases(layers, n, min(b, a), overlap, generator) for n in (b, a))
@@ -33,42 +33,78 @@ def synthetic_stack(
 
 
 def check_synthetic(layers: int, shape: tuple[int, int], spectrum: str, overlap: float, seed: int) -> None:
-    """Raise InputError for arguments that `synthetic_stack` would refuse; nothing is made."""
-    _generator(layers, shape, seed)
+    """Raise InputError for arguments that `synthetic_stack` would refuse, without making a stack."""
+    _check_size(layers, shape)
+    check_seed(seed)
     if not 0 <= overlap <= 1:
         raise InputError(f"overlap must lie between 0 and 1, got {overlap}", "overlap")
     singular_values(spectrum, 1)
 
 
+def power_law_stack(
+    layers: int,
+    shape: tuple[int, int],
+    overlap: float = 0.5,
+    decay: float = 0.7,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> LayerStack:
+    """A large float32 stack, made on its device without an SVD or QR of a full matrix.
+
+    M_i = c_i (U_i diag(s) V_i^T + G_i). The norms c_i rise from 0.5 in the first layer to 1.5 in the last. The spectrum
+    is s_j = j^-decay for j <= p = min(512, min(b, a) / 4). U_i and V_i overlap as in `synthetic_stack`. G_i is Gaussian
+    with norm about s_p, so that the tail goes on where the power law ends. The numbers depend on the kind of device.
+    """
+    check_synthetic(layers, shape, f"power:{decay}", overlap, seed)
+    b, a = shape
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
+    p = max(1, min(512, min(b, a) // 4))
+    s = torch.arange(1, p + 1, device=device, dtype=torch.float32) ** -decay
+    common = [torch.randn(n, p, generator=generator, device=device) for n in (b, a)]
+    M = torch.empty(layers, b, a, device=device, dtype=torch.float32)
+    for i in range(layers):
+        U, V = (
+            torch.linalg.qr(
+                math.sqrt(overlap) * G
+                + math.sqrt(1 - overlap) * torch.randn(G.shape, generator=generator, device=device)
+            ).Q
+            for G in common
+        )
+        M[i].normal_(generator=generator).mul_(s[-1] / (math.sqrt(b) + math.sqrt(a)))
+        M[i].addmm_(U * s, V.mT).mul_(0.5 + i / max(layers - 1, 1))
+    return LayerStack(M, f"power:{decay} of rank {p} in a Gaussian tail")
+
+
 def planted_stack(
     layers: int, shape: tuple[int, int], budget: RankBudget, noise: float = 0.0, seed: int = 0
 ) -> tuple[LayerStack, RasaFactors]:
-    """A stack that RaSA of `budget` reconstructs to the noise, and the factors that do: (L, b, a) in float64.
+    """A stack (L, b, a) in float64 that RaSA of `budget` reconstructs to the noise, and the factors that do so.
 
-    The factors have standard Gaussian entries; the Gaussian noise has norm `noise` times that of the clean stack, so
-    their squared error is noise^2 ||clean||^2. With the same seed the clean stack is the same whatever the noise.
+    The factors have standard Gaussian entries. The Gaussian noise has norm `noise` times ||clean||, so the squared
+    error of the factors is noise^2 ||clean||^2. The clean stack depends on the seed and not on the noise.
     Raises InputError for values out of range, also if r exceeds min(b, a).
     """
-    generator = _generator(layers, shape, seed)
+    _check_size(layers, shape)
+    generator = seeded_generator(seed)
     if not 0 <= noise < math.inf:
         raise InputError(f"noise must be finite and not negative, got {noise}")
     (b, a), q, R = shape, budget.private_rank, budget.pool_rank(layers)
     if budget.rank > min(b, a):
         raise InputError(f"rank {budget.rank} exceeds min(b, a) = {min(b, a)} of shape {b} x {a}; lower the rank")
     factors = RasaFactors(
-        private_B=_gaussian(generator, layers, b, q),
-        private_A=_gaussian(generator, layers, q, a),
-        shared_B=_gaussian(generator, b, R),
-        shared_A=_gaussian(generator, R, a),
-        mixing=_gaussian(generator, layers, R),
+        private_B=gaussian(generator, layers, b, q),
+        private_A=gaussian(generator, layers, q, a),
+        shared_B=gaussian(generator, b, R),
+        shared_A=gaussian(generator, R, a),
+        mixing=gaussian(generator, layers, R),
     )
     clean = torch.stack([factors.update(i) for i in range(layers)])
-    error = _gaussian(generator, layers, b, a)
+    error = gaussian(generator, layers, b, a)
     return LayerStack(clean + error * (noise * clean.norm() / error.norm()), "planted"), factors
 
 
 def singular_values(spectrum: str, count: int) -> Tensor:
-    """sigma_1 .. sigma_count, (count,), of a spectrum by name. Raises InputError with the three forms there are."""
+    """sigma_1 .. sigma_count, (count,), of a spectrum by name. Raises InputError, naming the three forms."""
     kind, colon, number = spectrum.partition(":")
     try:
         decay = float(number) if colon else 0.0
@@ -84,26 +120,39 @@ def singular_values(spectrum: str, count: int) -> Tensor:
     return torch.exp(-decay * (j - 1)) if kind == "exp" else j**-decay
 
 
-def _generator(layers: int, shape: tuple[int, int], seed: int) -> torch.Generator:
-    """The seeded generator, after the checks that both kinds of stack need."""
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that torch cannot take."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}", "seed")
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """A generator on the CPU. Raises InputError for a seed that torch cannot take."""
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal entries in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _check_size(layers: int, shape: tuple[int, int]) -> None:
     at_least("layers", layers, 1)
     if len(shape) != 2 or min(shape) < 1:
         raise InputError(f"shape must be two numbers B,A of at least 1, got {tuple(shape)}", "shape")
     if max(layers, *shape) >= 2**63:
         raise InputError(f"layers and shape must be below 2^63, got {layers} and {tuple(shape)}", "layers")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}", "seed")
-    return torch.Generator().manual_seed(seed)
-
-
-def _gaussian(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def _bases(layers: int, n: int, m: int, overlap: float, generator: torch.Generator) -> Tensor:
-    """(L, n, m), orthonormal columns. The signs make them depend continuously on the overlap, as R's diagonal > 0."""
-    common = _gaussian(generator, n, m)
-    own = _gaussian(generator, layers, n, m)
+    """Orthonormal columns (L, n, m).
+
+    QR fixes a column only up to its sign. The sign that makes the diagonal of R positive lets the bases depend
+    continuously on the overlap.
+    """
+    common = gaussian(generator, n, m)
+    own = gaussian(generator, layers, n, m)
     Q, R = torch.linalg.qr(math.sqrt(overlap) * common + math.sqrt(1 - overlap) * own)
     signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return torch.mul(Q, signs.unsqueeze(-2))
