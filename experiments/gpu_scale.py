@@ -42,7 +42,7 @@ if importlib.util.find_spec("rasa_theory") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rasa_theory as rt
-from rasa_theory.bounds import allocate
+from rasa_theory.bounds import allocate_pool
 from rasa_theory.linalg import thin_qr
 from rasa_theory.plotting import style
 from rasa_theory.problem import SVD, compute_device
@@ -138,7 +138,7 @@ def leading_terms(unit: rt.LayerStack, width: int, iterations: int) -> SVD:
 def start_from(terms: SVD, budget: rt.RankBudget) -> rt.RasaFactors:
     """q leading terms of every layer private, the R next largest in the pool, each for the layer it comes from."""
     (U, S, Vh), q = terms, budget.private_rank
-    layer, index = allocate(S, budget)
+    layer, index = allocate_pool(S, budget)
     mixing = torch.zeros(len(S), len(layer), dtype=S.dtype, device=S.device)
     mixing[layer, torch.arange(len(layer), device=S.device)] = S[layer, index]
     private = U[:, :, :q] * S[:, None, :q], Vh[:, :q]

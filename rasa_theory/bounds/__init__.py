@@ -1,6 +1,6 @@
 """Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
-from rasa_theory.bounds.allocation import RankTarget, allocate, allocate_ranks
+from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms
 from rasa_theory.bounds.closed import Bound, allocation_bound, cappings, closed_floors, floor_slack
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
 from rasa_theory.bounds.floor import CERTIFICATES, lower_bound
@@ -15,7 +15,7 @@ __all__ = [
     "RankTarget",
     "Search",
     "SearchProgress",
-    "allocate",
+    "allocate_pool",
     "allocate_ranks",
     "allocation_bound",
     "capped_weights",
@@ -23,6 +23,7 @@ __all__ = [
     "closed_floors",
     "dual_value",
     "floor_slack",
+    "largest_terms",
     "lower_bound",
     "rounding_allowance",
     "search_dual",

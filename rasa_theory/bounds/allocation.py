@@ -1,4 +1,7 @@
-"""Which rank each layer gets where not all get the same: the leading terms of all layers, by what they cost."""
+"""The greedy allocation of rank-one terms: the layers share a budget, and the most valuable terms get it.
+
+The terms of a stack are the singular terms sigma_ij u_ij v_ij^T of its layers, sigma (L, m) falling along each layer.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least
 from rasa_theory.problem import RankBudget
 
 
+def greedy_order(worth: Tensor) -> Tensor:
+    """Indices of all terms, the most valuable first: (N,) -> (N,). Terms of equal worth keep their order."""
+    return worth.argsort(descending=True, stable=True)
+
+
+def largest_terms(sigma: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Layer and index of the `count` largest sigma_ij, largest first: (L, m) -> (n,), (n,), n = min(count, L m)."""
+    order = greedy_order(sigma.flatten())[:count]
+    m = sigma.shape[1]
+    return order // m, order % m
+
+
+def allocate_pool(sigma: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
+    """Give the R places of the pool to the largest sigma_ij with j > q, whichever layer they are in.
+
+    Returns layer and index of these terms, (R,) each. There are always enough, since R = L k and k <= m - q.
+    """
+    q, L = budget.private_rank, len(sigma)
+    layer, index = largest_terms(sigma[:, q:], budget.pool_rank(L))
+    return layer, q + index
+
+
 @dataclass(frozen=True)
 class RankTarget:
-    """What the ranks of all layers together must reach: a share of the energy, or at most so many parameters.
+    """The goal that the ranks of all layers reach together.
 
-    Raises InputError unless exactly one is given, 0 < energy <= 1 or parameters >= 1.
+    - energy: the least share of sum_ij sigma_ij^2 that they keep, 0 < energy <= 1.
+    - parameters: the greatest number of parameters that they take, at least 1.
+
+    Raises InputError unless exactly one of the two is set, and in its range.
     """
 
     energy: float | None = None
@@ -30,39 +59,26 @@ class RankTarget:
         if self.parameters is not None:
             at_least("parameters", self.parameters, 1)
 
+    def count(self, energy: Tensor, cost: Tensor) -> int:
+        """Number of leading terms that reach the goal, their energy and their cost (N,) in greedy order."""
+        if self.energy is None:
+            return int((cost.cumsum(0) <= (self.parameters or 0)).sum())
+        total = float(energy.sum())
+        return linalg.terms_reaching(energy.cumsum(0), self.energy * total) if total > 0 else 0
+
 
 def allocate_ranks(sigmas: Sequence[Tensor], costs: Sequence[int], target: RankTarget) -> list[list[int]]:
-    """The rank of every layer of every stack: sigma_s (L_s, m_s) falling, a term of stack s costs costs[s] = a + b.
+    """Rank of every layer of every stack that reaches `target`: sigmas[s] (L_s, m_s), a term costs costs[s] = a + b.
 
-    The terms are taken in falling order of sigma_ij^2 per parameter, a layer's own in order of its sigma_ij. So no
-    other ranks of as many parameters keep more energy, and none that keep as much cost less by more than one term (the
-    greedy solution of a knapsack).
+    The greedy solution of a knapsack: terms in falling order of sigma_ij^2 per parameter, which within a layer is the
+    order of its sigma_ij. No other ranks with the same number of parameters keep more energy. Ranks that keep at least
+    the same energy cost less by one term at most. Terms with sigma_ij = 0 are left out.
     """
     energy = torch.cat([(sigma.double() ** 2).flatten().cpu() for sigma in sigmas])
     cost = torch.cat([torch.full((sigma.numel(),), float(c)).double() for sigma, c in zip(sigmas, costs, strict=True)])
-    order = (energy / cost).argsort(descending=True, stable=True)
-    if target.energy is not None:
-        wanted = target.energy * float(energy.sum()) * (1 - 1e-12)
-        count = int((energy[order].cumsum(0) < wanted).sum()) + 1 if wanted > 0 else 0
-    else:
-        assert target.parameters is not None
-        count = int((cost[order].cumsum(0) <= target.parameters).sum())
-    kept = torch.zeros(len(energy), dtype=torch.bool)
-    kept[order[:count]] = energy[order[:count]] > 0
-    ranks, start = [], 0
-    for sigma in sigmas:
-        ranks.append(kept[start : start + sigma.numel()].reshape(sigma.shape).sum(1).tolist())
-        start += sigma.numel()
-    return ranks
-
-
-def allocate(S: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
-    """Hand the R places of the pool to the largest sigma_ij with j > q, whichever layer they are in.
-
-    S (L, m) holds the singular values of each layer, falling. Returns layer and index of the chosen ones, (R,) each;
-    there are always enough, since R = L k and k <= m - q.
-    """
-    q, (L, m) = budget.private_rank, S.shape
-    chosen = torch.topk(S[:, q:].reshape(-1), budget.pool_rank(L)).indices
-    width = max(m - q, 1)
-    return chosen // width, q + chosen % width
+    order = greedy_order(energy / cost)
+    chosen = order[: target.count(energy[order], cost[order])]
+    is_chosen = torch.zeros(len(energy), dtype=torch.bool)
+    is_chosen[chosen] = energy[chosen] > 0
+    per_stack = torch.split(is_chosen, [sigma.numel() for sigma in sigmas])
+    return [flags.reshape(sigma.shape).sum(1).tolist() for flags, sigma in zip(per_stack, sigmas, strict=True)]

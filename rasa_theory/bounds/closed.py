@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.bounds.allocation import allocate
+from rasa_theory.bounds.allocation import allocate_pool
 from rasa_theory.distributed import LayerSharding
 from rasa_theory.problem import LayerStack, RankBudget
 
@@ -38,7 +38,7 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     S = stack.unit().singular_values()
     rest = S**2
     rest[:, : budget.private_rank] = 0
-    rest[allocate(S, budget)] = 0
+    rest[allocate_pool(S, budget)] = 0
     return Bound(float(rest.sum()) * stack.scale**2, "allocation")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.settings import STORED, ExtractSettings
@@ -195,7 +196,7 @@ def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
             continue
         p, cumulative = energy / total, torch.cumsum(energy, 0) / total
         entropy = -float(torch.special.xlogy(p, p).sum())
-        needed = {f"rank_{s}": int((cumulative < s / 100 * (1 - 1e-12)).sum()) + 1 for s in _SHARES}
+        needed = {f"rank_{s}": linalg.terms_reaching(cumulative, s / 100) for s in _SHARES}
         facts.append({"stable_rank": total / float(energy[0]), "entropy_rank": math.exp(entropy)} | needed)
     return facts
 

@@ -17,6 +17,7 @@ from rasa_theory.linalg.dense import (
     symmetric_eigenpairs,
     symmetric_eigenvalues,
     tail_energy,
+    terms_reaching,
     tf32,
 )
 from rasa_theory.linalg.lanczos import worth_it
@@ -50,6 +51,7 @@ __all__ = [
     "symmetric_eigenpairs",
     "symmetric_eigenvalues",
     "tail_energy",
+    "terms_reaching",
     "tf32",
     "thin_qr",
     "worth_it",

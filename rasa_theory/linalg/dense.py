@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _SMALL = 512 * 512
+_SUMMATION = 1e-12  # relative: far above the rounding of a sum of energies, far below any share that is asked for
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -120,6 +121,14 @@ def tail_energy(sigma: Tensor, rank: int) -> Tensor:
     By Eckart-Young, the least squared Frobenius error of any rank-`rank` approximation.
     """
     return (sigma[..., rank:] ** 2).sum(-1)
+
+
+def terms_reaching(cumulative: Tensor, energy: float) -> int:
+    """Number of leading terms whose cumulative energy (N,) reaches `energy`, up to the rounding of the sum.
+
+    Compared exactly, a share of 100 % could ask for one term more than there are.
+    """
+    return int((cumulative < energy * (1 - _SUMMATION)).sum()) + 1
 
 
 def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tensor, Tensor]:

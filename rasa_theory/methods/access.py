@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rasa_theory.bounds import largest_terms
 from rasa_theory.problem import LayerStack
 
 
@@ -30,10 +31,10 @@ def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tens
     Where there are fewer, the rest are random, and no layer uses them.
     """
     U, S, Vh = unit.svd()
-    order = S.flatten().argsort(descending=True, stable=True)[:count]
-    layer, index, missing = order // S.shape[1], order % S.shape[1], count - len(order)
+    layer, index = largest_terms(S, count)
+    missing = count - len(layer)
     D = S.new_zeros(unit.layers, count)
-    D[layer, torch.arange(len(order), device=S.device)] = S[layer, index]
+    D[layer, torch.arange(len(layer), device=S.device)] = S[layer, index]
     B = torch.cat([U[layer, :, index].mT, seeded(unit, 2 * seed, unit.shape[0], missing)], 1)
     A = torch.cat([Vh[layer, index], seeded(unit, 2 * seed + 1, missing, unit.shape[1])])
     return B, A, D

@@ -1,4 +1,4 @@
-"""Ranks layer by layer: the energy asked for, at no more than the least cost by more than one term."""
+"""The greedy allocation: the largest terms of all layers, those of the pool, and ranks that reach a target."""
 
 import itertools
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rasa_theory import InputError
-from rasa_theory.bounds import RankTarget, allocate_ranks
+from rasa_theory import InputError, RankBudget
+from rasa_theory.bounds import RankTarget, allocate_pool, allocate_ranks, largest_terms
 
 SIGMAS = [torch.tensor([[4.0, 2.0, 1.0], [3.0, 3.0, 0.0]]), torch.tensor([[5.0, 1.0]])]
 COSTS = [10, 40]
@@ -28,6 +28,20 @@ def kept(ranks):
 def all_ranks():
     for flat in itertools.product(range(4), range(4), range(3)):
         yield [list(flat[:2]), list(flat[2:])]
+
+
+def test_the_largest_terms_come_in_order_and_equal_ones_by_layer():
+    layer, index = largest_terms(SIGMAS[0], 4)
+    assert list(zip(layer.tolist(), index.tolist(), strict=True)) == [(0, 0), (1, 0), (1, 1), (0, 1)]
+    assert len(largest_terms(SIGMAS[0], 9)[0]) == 6
+
+
+def test_the_places_of_the_pool_go_to_the_largest_terms_that_are_not_private():
+    S = torch.tensor([[9.0, 8.0, 7.0, 0.1], [9.0, 2.0, 1.0, 0.5]])
+    layer, index = allocate_pool(S, RankBudget(2, 1))
+    assert sorted(zip(layer.tolist(), index.tolist(), strict=True)) == [(0, 1), (0, 2)]
+    layer, index = allocate_pool(S, RankBudget(4, 0))
+    assert len(layer) == len(index) == 0
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.8, 0.9, 0.99, 1.0])
@@ -62,7 +76,8 @@ def test_layers_in_order_of_falling_singular_values():
 
 
 @pytest.mark.parametrize(
-    "bad", [{}, {"energy": 0.5, "parameters": 3}, {"energy": 0.0}, {"energy": 1.1}, {"parameters": 0}]
+    "bad",
+    [{}, {"energy": 0.5, "parameters": 3}, {"energy": 0.0}, {"energy": 1.1}, {"parameters": 0}, {"parameters": 2.5}],
 )
 def test_bad_targets(bad):
     with pytest.raises(InputError):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 
 from rasa_theory import (
@@ -227,12 +226,6 @@ def test_c_squared(c):
     assert lower_bound(stack, budget).value == pytest.approx(c**2 * max(floors(M, 2, 1).values()), rel=1e-10)
     assert close(allocation_bound(stack, budget).value, c**2 * reference.allocation_bound(M, 2, 1), stack)
     assert close(solve_lora(stack, 2).error, c**2 * reference.e_lora(M, 2), stack)
-
-
-def test_allocate_names_the_layer_and_the_place():
-    S = torch.tensor([[9.0, 8.0, 7.0, 0.1], [9.0, 2.0, 1.0, 0.5]])
-    layer, index = closed.allocate(S, RankBudget(2, 1))
-    assert sorted(zip(layer.tolist(), index.tolist(), strict=True)) == [(0, 1), (0, 2)]
 
 
 def test_bad_input_is_named():

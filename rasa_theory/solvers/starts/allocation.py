@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory.bounds import allocate
+from rasa_theory.bounds import allocate_pool
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 
 
@@ -15,7 +15,7 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
     """
     U, S, Vh = stack.svd()
     q, sharding = budget.private_rank, stack.sharding
-    layer, index = allocate(stack.singular_values(), budget)
+    layer, index = allocate_pool(stack.singular_values(), budget)
     terms = torch.nonzero((layer >= sharding.first) & (layer < sharding.first + sharding.local_layers))[
         :, 0
     ]  # of the layers held
