@@ -16,7 +16,7 @@ from rasa_theory.problem import (
     reconstruction_error,
     shared_subspace_spectrum,
 )
-from rasa_theory.reconstruction import study
+from rasa_theory.reconstruction import Gain, gain, study
 from rasa_theory.solvers import (
     Attempt,
     LoraSolution,
@@ -36,6 +36,7 @@ __all__ = [
     "Attempt",
     "Bound",
     "FloorOptions",
+    "Gain",
     "InputError",
     "LayerStack",
     "LoraFactors",
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "adapter",
     "allocation_bound",
+    "gain",
     "layer_errors",
     "load",
     "lower_bound",
