@@ -120,7 +120,7 @@ class Collection:
     def random(self, draw: int) -> Collection:
         """The same singular values, each in singular vectors of its own: nothing in common but by chance."""
         L, b, r = self.factors.B.shape
-        sigma = self.stack.singular_values()[:, :r]
+        sigma = self.stack.spectra.singular_values()[:, :r]
         generator = torch.Generator().manual_seed(1000 * draw + 17)
         sides = (torch.randn(L, n, r, generator=generator, dtype=torch.float64) for n in (b, self.factors.A.shape[2]))
         U, V = (torch.linalg.qr(side).Q for side in sides)

@@ -104,7 +104,7 @@ def copy_speed(size: int, repeats: int, device: torch.device) -> float:
     return 2 * source.numel() * 4 / best
 
 
-def made_stack(layers: int, b: int, a: int, device: torch.device) -> rt.LayerStack:
+def made_stack(layers: int, b: int, a: int, device: torch.device, tf32: bool = False) -> rt.LayerStack:
     """The stack that the module's docstring describes; the numbers depend on the kind of device."""
     generator = torch.Generator(device).manual_seed(SEED)
     p = max(1, min(512, min(b, a) // 4))
@@ -121,7 +121,7 @@ def made_stack(layers: int, b: int, a: int, device: torch.device) -> rt.LayerSta
         )
         M[i].normal_(generator=generator).mul_(s[-1] / (math.sqrt(b) + math.sqrt(a)))
         M[i].addmm_(U * s, V.mT).mul_(0.5 + i / max(layers - 1, 1))
-    return rt.LayerStack(M, f"power:{DECAY} of rank {p} in a Gaussian tail")
+    return rt.LayerStack(M, f"power:{DECAY} of rank {p} in a Gaussian tail", tf32=tf32)
 
 
 def leading_terms(unit: rt.LayerStack, width: int, iterations: int) -> SVD:
@@ -404,9 +404,8 @@ def main(arguments: list[str] | None = None) -> None:
         if made != shape:
             stack = None  # before the next one is made
             free(device)
-            made, stack = shape, made_stack(*shape, device)
+            made, stack = shape, made_stack(*shape, device, options.tf32)
         assert stack is not None
-        stack.tf32 = options.tf32
         Run(stack, rt.RankBudget(rank, k), options).go(save)
         free(device)
 

@@ -37,7 +37,7 @@ def describe(S: torch.Tensor) -> tuple[float, float, float]:
 
 def spectra_of_bundled() -> dict[str, torch.Tensor]:
     """Singular values of every layer, (L, m), by stack; they need no file, since the updates come with the package."""
-    return {stack.name: stack.svd().S for stack in rt.load("minilm-code")[0]}
+    return {stack.name: stack.spectra.svd().S for stack in rt.load("minilm-code")[0]}
 
 
 def described(spectra: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ def with_hidden_dyads(stack: rt.LayerStack, plan: Plan) -> rt.LayerStack:
     generator = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(normal(generator, n, count))[0] for n in (b, a))
     sign = normal(generator, L, 1, count).sign()
-    d = size * float(stack.svd().S[:, plan.rank].mean()) * sign * (1 + 0.2 * normal(generator, L, 1, count))
+    d = size * float(stack.spectra.svd().S[:, plan.rank].mean()) * sign * (1 + 0.2 * normal(generator, L, 1, count))
     return rt.LayerStack(stack.values + (U * d) @ V.mT, stack.name)
 
 
@@ -155,7 +155,7 @@ def turned_apart(stack: rt.LayerStack) -> rt.LayerStack:
 
 def with_shared_bases(stack: rt.LayerStack) -> rt.LayerStack:
     """M_i = U diag(+- sigma_i) V^T, sigma_i those of the stack: every dyad is there in all layers."""
-    S, generator = stack.svd().S, torch.Generator().manual_seed(0)
+    S, generator = stack.spectra.svd().S, torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(normal(generator, n, S.shape[1]))[0] for n in stack.shape)
     return rt.LayerStack((U * (S * normal(generator, *S.shape).sign())[:, None]) @ V.mT, stack.name)
 
@@ -168,7 +168,7 @@ def deeper(stack: rt.LayerStack, layers: int, bases: str, count: int, width: int
     matrices with variances j^-0.75 in common directions, U_i independent; "one side equal", all V_i the same.
     """
     generator = torch.Generator().manual_seed(1)
-    logs = stack.svd().S[:, :count].clamp_min(1e-300).log()
+    logs = stack.spectra.svd().S[:, :count].clamp_min(1e-300).log()
     at = torch.linspace(0, len(logs) - 1, layers, dtype=torch.float64)
     low = at.floor().long().clamp_max(len(logs) - 2)
     S = torch.lerp(logs[low], logs[low + 1], (at - low)[:, None]).exp()
@@ -292,7 +292,10 @@ def overlaps(first: rt.LayerStack, second: rt.LayerStack, plan: Plan) -> Iterato
     """||U_i^T U'_j||_F^2 / r of leading singular vectors: 1 for the same subspace, r / b for unrelated ones."""
     pairs = list(itertools.combinations(range(first.layers), 2))
     for side in ("columns", "rows"):
-        U, W = ((s.svd().U if side == "columns" else s.svd().Vh.mT)[:, :, : plan.rank] for s in (first, second))
+        U, W = (
+            (s.spectra.svd().U if side == "columns" else s.spectra.svd().Vh.mT)[:, :, : plan.rank]
+            for s in (first, second)
+        )
         yield "", "overlap_chance", side, plan.rank / U.shape[1]
         yield "", "overlap_tasks", side, overlap(U, W)
         for name, X in (("first", U), ("second", W)):
@@ -313,7 +316,7 @@ def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
         yield "", f"unrelated_{side}", "", level
         for j, value in enumerate(values[: 2 * plan.rank].tolist()):
             yield "", f"projector_{side}", str(j), value
-    p = stack.svd().S ** 2
+    p = stack.spectra.svd().S ** 2
     p = p / p.sum(1, keepdim=True)
     for i, own in enumerate(p):
         yield "", "entropy_rank", str(i), float((-torch.special.xlogy(own, own).sum()).exp())

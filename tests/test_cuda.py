@@ -73,8 +73,7 @@ def test_a_recording_reads_its_arguments_anew():
 def test_tf32_products_are_rounded_and_the_error_is_not():
     """An A100 or later rounds the factors of products to 10 bits; others ignore it."""
     values = torch.as_tensor(noise(2, 256, 256)).float().cuda()
-    exact, rounded = LayerStack(values), LayerStack(values)
-    rounded.tf32 = True
+    exact, rounded = LayerStack(values), LayerStack(values, tf32=True)
     X = torch.randn(256, 32, device="cuda")
     change = float((exact.right(X) - rounded.right(X)).norm() / exact.right(X).norm())
     assert change < 2e-3

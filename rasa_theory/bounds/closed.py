@@ -35,7 +35,7 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     r > min(b, a).
     """
     budget.check_fits(stack)
-    S = stack.unit().singular_values()
+    S = stack.unit().spectra.singular_values()
     rest = S**2
     rest[:, : budget.private_rank] = 0
     rest[allocate_pool(S, budget)] = 0
@@ -76,7 +76,7 @@ def floor_slack(stack: LayerStack, name: str) -> float:
 def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
     """sum_i sum_{j>q+R} sigma_ij^2. The tail norm moves by at most the error of M in norm (Mirsky)."""
     rank = budget.private_rank + budget.pool_rank(unit.layers)
-    tail = float(linalg.tail_energy(unit.singular_values(), rank).sum())
+    tail = float(linalg.tail_energy(unit.spectra.singular_values(), rank).sum())
     allowance = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
     return Bound(max(math.sqrt(tail) - allowance, 0.0) ** 2, "rank")
 
@@ -84,7 +84,7 @@ def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
 def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
     """sum_{j>Lr} sigma_j([M_1 .. M_L])^2, from the eigenvalues of sum_i Gamma_i."""
     rest = max(unit.shape[0] - unit.layers * budget.rank, 0)
-    eigenvalues = linalg.symmetric_eigenvalues(unit.gram()).clamp_min(0)
+    eigenvalues = linalg.symmetric_eigenvalues(unit.spectra.gram()).clamp_min(0)
     return Bound(float(eigenvalues[:rest].sum()) - _gram_allowance(unit, rest), "stack")
 
 
@@ -100,10 +100,10 @@ def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:
     leading sigma_ij^2.
     """
     q, R = budget.private_rank, budget.pool_rank(unit.layers)
-    U, energy = unit.svd().U[:, :, :q], unit.singular_values() ** 2  # (L, m)
+    U, energy = unit.spectra.svd().U[:, :, :q], unit.spectra.singular_values() ** 2  # (L, m)
     following = energy[:, q] if q < energy.shape[1] else torch.zeros_like(energy[:, 0])
     above = (energy[:, :q] - following[:, None])[unit.sharding.local]
-    clipped = unit.gram() - unit.sharding.all_reduce(torch.einsum("ibq,iq,icq->bc", U, above, U))
+    clipped = unit.spectra.gram() - unit.sharding.all_reduce(torch.einsum("ibq,iq,icq->bc", U, above, U))
     value = unit.norm_squared - float(energy[:, :q].sum()) - float(linalg.ky_fan(clipped, R))
     return Bound(value - _gram_allowance(unit, R), "clipped")
 
@@ -117,7 +117,7 @@ def cappings(view: LayerStack, indices: Sequence[int]) -> list[Tensor]:
     """
     a = view.shape[1]
     eps = torch.finfo(torch.float64).eps
-    values, X = linalg.symmetric_eigenpairs(view.transpose().gram())
+    values, X = linalg.symmetric_eigenpairs(view.transpose().spectra.gram())
     levels = [values[-1 - index] for index in indices if index < a]
     shrink = 1 - 100 * a * eps
     return [shrink * (X * (t / values.clamp_min(t)).sqrt()) @ X.mT for t in levels if t > a * eps * view.norm_squared]

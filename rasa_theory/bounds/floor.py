@@ -44,7 +44,9 @@ def lower_bound(
             "certificate closed, or run one process"
         )
     unit, options = stack.unit(), options or FloorOptions()
-    resolved = level_of(unit.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+    resolved = (
+        level_of(unit.spectra.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+    )
     open_question = unit.layers > 1 and budget.shared_rank > 0 and resolved
     told = None if watch is None else _in_units(stack, watch)
     with stack.suitable_threads():

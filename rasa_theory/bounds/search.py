@@ -98,7 +98,7 @@ class Search:
         cls, name: str, view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None
     ) -> Search:
         """The search on a stack with e_lora > 0."""
-        S = view.svd().S
+        S = view.spectra.svd().S
         level = level_of(S, budget.rank)
         e_lora = float(linalg.tail_energy(S, budget.rank).sum())
         deadline = time.perf_counter() + options.max_seconds
@@ -159,7 +159,7 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     Eigenvectors of sum_i min(Gamma_i / sigma_{i,r+1}^2, 1)^4 + min(S / t, 1)^4, S = sum_i Gamma_i and t its eigenvalue
     L r + 1: all that reaches its level counts the same, and the power makes what stays below it count little.
     """
-    U, S, _ = view.svd()
+    U, S, _ = view.spectra.svd()
     energy = S**2  # (L, m)
     following = energy[:, budget.rank : budget.rank + 1]
     floor = following.clamp_min(torch.finfo(torch.float64).tiny + 1e-12 * float(following.mean()))
@@ -167,7 +167,7 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     spread = U.new_zeros(U.shape[1], U.shape[1])
     for u, w in zip(U, weights, strict=True):
         spread += (u * w) @ u.mT
-    values, X = linalg.symmetric_eigenpairs(view.gram())
+    values, X = linalg.symmetric_eigenpairs(view.spectra.gram())
     t = values[max(len(values) - 1 - view.layers * budget.rank, 0)].clamp_min(1e-12 * values[-1])
     spread += (X * (values / t).clamp(0, 1) ** 4) @ X.mT
     return linalg.symmetric_eigenpairs(spread)[1][:, -width:]

@@ -372,7 +372,7 @@ def _spectra(job: Job, processes: Processes, quiet: bool) -> list[Tensor]:
             show(done, stacks[n].name)
             stack = stacks[n].load(job.dtype, job.device)
             unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
-            found[n] = stack.singular_values().cpu() if stack.norm_squared > 0 else unchanged
+            found[n] = stack.spectra.singular_values().cpu() if stack.norm_squared > 0 else unchanged
     of_all = {n: spectrum for one in processes.all_gather_objects(found) for n, spectrum in one.items()}
     return [of_all[n] for n in range(len(stacks))]
 

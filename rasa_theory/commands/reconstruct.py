@@ -133,12 +133,15 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
     def make(
-        dtype: torch.dtype | None = None, device: torch.device | None = None, processes: Processes = ALONE
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        processes: Processes = ALONE,
+        tf32: bool = False,
     ) -> LayerStack:
         sharding = LayerSharding.of(args.layers, processes)
         with processes.raise_together():  # made as a whole in each
             stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-        return LayerStack(stack.values[sharding.local], "synthetic", dtype, device, sharding=sharding)
+        return LayerStack(stack.values[sharding.local], "synthetic", dtype, device, sharding=sharding, tf32=tf32)
 
     return Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
 
@@ -180,9 +183,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
         print(f"{', '.join(finished)}: finished before, taken up from {out}", file=sys.stderr)
 
     def load(source: StackSource) -> LayerStack:
-        stack = source.load(dtype, device, processes)
-        stack.tf32 = args.tf32
-        return stack
+        return source.load(dtype, device, processes, args.tf32)
 
     left = len(sources) * len(settings.ks)
     try:

@@ -64,7 +64,9 @@ def extract_stack(
         if settings.format != "lora":
             best, given = found.factors, [given[0] - k + L * k] * L
     tensors, stored = _stored(stack, modules, best, given, settings)
-    spectra = _spectral_facts(stack.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
+    spectra = (
+        _spectral_facts(stack.spectra.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
+    )
     row = _row(stack, modules, settings, given, lora_errors, errors, stored, spectra)
     written = sum(t.numel() for t in tensors.values())
     parameters = {"lora": spent, "rasa": spent + L * L * k, "stored": written}

@@ -30,7 +30,7 @@ def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tens
 
     Where there are fewer, the rest are random, and no layer uses them.
     """
-    U, S, Vh = unit.svd()
+    U, S, Vh = unit.spectra.svd()
     layer, index = largest_terms(S, count)
     missing = count - len(layer)
     D = S.new_zeros(unit.layers, count)

@@ -17,7 +17,7 @@ def fit_allocated(stack: LayerStack, terms: int) -> Fit:
     looks for them. Raises InputError unless 1 <= terms <= L min(b, a).
     """
     at_most("terms", at_least("terms", terms, 1), stack.layers * min(stack.shape), stack)
-    U, S, Vh = stack.unit().svd()
+    U, S, Vh = stack.unit().spectra.svd()
     cost = sum(stack.shape)
     [ranks] = allocate_ranks([S], [cost], RankTarget(parameters=terms * cost))
     B = [U[i, :, :n] * S[i, :n] for i, n in enumerate(ranks)]

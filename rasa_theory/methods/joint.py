@@ -57,7 +57,7 @@ def _tucker(unit: LayerStack, R: int, seed: int) -> Found:
         (U, V), C = sides, cores(sides)
         return residual(unit, lambda i: U @ C[i] @ V.mT)
 
-    common = tuple(linalg.leading_eigenpairs(view.gram(), R)[1] for view in (unit, unit.transpose()))
+    common = tuple(linalg.leading_eigenpairs(view.spectra.gram(), R)[1] for view in (unit, unit.transpose()))
     B, A, _ = leading_terms(unit, R, seed)
     largest = torch.linalg.qr(B).Q, torch.linalg.qr(A.mT).Q
     (U, V), history = alternate(unit, Steps(sweep, error), [common, largest], _SWEEPS, heat=_SWEEPS)

@@ -60,7 +60,7 @@ def fit_one_sided(
 def _spaces(view: LayerStack, q: int, p: int) -> list[Tensor]:
     """The leading common space, and none, of which the first step makes the one that LoRA leaves."""
     none = torch.zeros(view.shape[0], 0, dtype=torch.float64, device=view.device)
-    return [none] if p == 0 or q == 0 else [linalg.leading_eigenpairs(view.gram(), p)[1], none]
+    return [none] if p == 0 or q == 0 else [linalg.leading_eigenpairs(view.spectra.gram(), p)[1], none]
 
 
 def _private(view: LayerStack, shared: Tensor, q: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
 
 def _one(unit: LayerStack, rank: int, shared: str) -> Found:
     view = unit if shared == "A" else unit.transpose()
-    A = linalg.leading_eigenpairs(view.transpose().gram(), rank)[1].mT  # (r, a)
+    A = linalg.leading_eigenpairs(view.transpose().spectra.gram(), rank)[1].mT  # (r, a)
     B = right(view, A.mT)  # (L, b, r)
     return Found(lambda i: B[i] @ A if shared == "A" else (B[i] @ A).mT, (B, A), rank)
 

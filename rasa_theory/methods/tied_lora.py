@@ -43,7 +43,7 @@ def _common(unit: LayerStack, rank: int, seed: int) -> Diagonals:
     """Random B and A in the leading common column and row space, which no layer uses yet: all v_i = 1, and u_i = 0."""
     f = _random(unit, rank, seed)
     n = min(rank, *unit.shape)
-    U, V = (linalg.leading_eigenpairs(view.gram(), n)[1] for view in (unit, unit.transpose()))
+    U, V = (linalg.leading_eigenpairs(view.spectra.gram(), n)[1] for view in (unit, unit.transpose()))
     return diagonals.evened(f._replace(B=U @ (U.mT @ f.B), A=(f.A @ V) @ V.mT))
 
 

@@ -2,12 +2,15 @@
 
 from rasa_theory.problem import subspaces
 from rasa_theory.problem.budget import RankBudget
+from rasa_theory.problem.entries import PassCounts, StackEntries
 from rasa_theory.problem.factors import LoraFactors, RasaFactors, balanced, lora_parameters, scale_into_mixing
 from rasa_theory.problem.inputs import compute_device, compute_dtype
+from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
 from rasa_theory.problem.residual import layer_errors, reconstruction_error
-from rasa_theory.problem.stack import SVD, LayerStack, check_memory
-from rasa_theory.problem.storage import Difference, Factored, FileRows, OnDisk, Part, native
+from rasa_theory.problem.spectra import SVD, StackSpectra
+from rasa_theory.problem.stack import LayerStack
+from rasa_theory.problem.storage import Difference, Divided, Factored, FileRows, InMemory, OnDisk, Part, native
 from rasa_theory.problem.subspaces import (
     SharedSubspaceSpectrum,
     leading_of_all,
@@ -16,20 +19,26 @@ from rasa_theory.problem.subspaces import (
     shared_subspace_spectrum,
     unrelated_level,
 )
+from rasa_theory.problem.weighting import normalised_layers
 
 __all__ = [
     "SVD",
     "Difference",
+    "Divided",
     "Factored",
     "FileRows",
+    "InMemory",
     "LayerStack",
     "LoraFactors",
     "OnDisk",
     "Part",
+    "PassCounts",
     "PoolParticipation",
     "RankBudget",
     "RasaFactors",
     "SharedSubspaceSpectrum",
+    "StackEntries",
+    "StackSpectra",
     "balanced",
     "check_memory",
     "compute_device",
@@ -40,6 +49,7 @@ __all__ = [
     "lora_parameters",
     "mean_projector",
     "native",
+    "normalised_layers",
     "participation_ratio",
     "pool_participation",
     "projected",

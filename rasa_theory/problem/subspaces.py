@@ -12,7 +12,8 @@ from rasa_theory import linalg
 from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import batched
 from rasa_theory.problem.budget import RankBudget
-from rasa_theory.problem.stack import SVD, LayerStack
+from rasa_theory.problem.spectra import SVD
+from rasa_theory.problem.stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
 
     Columns whose singular value is rounding noise of the layer are 0.
     """
-    U, S, Vh = stack.unit().svd()
+    U, S, Vh = stack.unit().spectra.svd()
     noise = linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1]
     real = (S[:, None, :rank] > noise[..., None]).to(U.dtype)
     return U[:, :, :rank] * real, Vh[:, :rank].mT * real

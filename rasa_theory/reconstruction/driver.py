@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rasa_theory.bounds import Bound, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.common import InputError, environment
-from rasa_theory.problem import LayerStack, RankBudget, lora_parameters
+from rasa_theory.problem import LayerStack, RankBudget, lora_parameters, normalised_layers
 from rasa_theory.reconstruction.settings import StudySettings
 from rasa_theory.reconstruction.theorem import check_theorem, overall_verdict, verdict
 from rasa_theory.solvers import (
@@ -106,7 +106,7 @@ def study_steps(
     """Yield `state` after every (stack, k), grown by what was finished; an interruption leaves it whole."""
     tasks = 0
     for given in stacks:
-        stack, norms = given.normalised_layers() if settings.weight == "layer" else (given, None)
+        stack, norms = normalised_layers(given) if settings.weight == "layer" else (given, None)
         state.results["environment"] = state.results["environment"] or environment(
             stack.device, stack.dtype, stack.sharding.processes.world_size
         )

@@ -37,7 +37,7 @@ class Exchanges:
     """
 
     def __init__(self, unit: LayerStack, budget: RankBudget, seed: int) -> None:
-        svd, m, gathered = unit.svd(), min(2 * budget.rank, *unit.shape), unit.sharding.all_gather
+        svd, m, gathered = unit.spectra.svd(), min(2 * budget.rank, *unit.shape), unit.sharding.all_gather
         self._U, self._V = (
             orthogonal.orthonormal_columns(_side_by_side(gathered(X[:, :, :m]))) for X in (svd.U, svd.Vh.mT)
         )

@@ -52,7 +52,7 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
 
 
 def _exact(stack: LayerStack, rank: int) -> LoraSolution:
-    U, S, Vh = stack.unit().svd()
+    U, S, Vh = stack.unit().spectra.svd()
     errors = [e * stack.scale**2 for e in stack.sharding.all_gather_floats(linalg.tail_energy(S, rank).tolist())]
     error = math.fsum(errors)
     interval = _widened(error, stack.rounding)

@@ -45,12 +45,14 @@ def _resource(name: str, suffix: str) -> Traversable:
 
 
 def _stack_source(resource: Traversable, kind: str, shape: tuple[int, int, int], memory: int | None) -> StackSource:
-    def load(dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE) -> LayerStack:
+    def load(
+        dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE, tf32: bool = False
+    ) -> LayerStack:
         sharding = LayerSharding.of(shape[0], processes)
         with importlib.resources.as_file(resource) as path, opened(path) as tensors:
             half = tensors.get_slice(kind)[sharding.local]
             s = int(tensors.metadata()[f"{kind}.log2_scale"])
-        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory, sharding)
+        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory, sharding, tf32=tf32)
 
     L, b, a = shape
     return StackSource(kind, L, (b, a), load, (kind,))

@@ -29,7 +29,11 @@ class Load(Protocol):
     """Reads a stack."""
 
     def __call__(
-        self, dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE
+        self,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        processes: Processes = ALONE,
+        tf32: bool = False,
     ) -> LayerStack: ...
 
 
@@ -37,9 +41,9 @@ class Load(Protocol):
 class StackSource:
     """A stack that is not read yet: `layers` matrices of `shape` (b, a).
 
-    `load(dtype, device, processes)` reads it (None: as LayerStack chooses) and raises InputError, naming the file, if
-    the file has been damaged or a value is not finite. Of several processes, each reads its own layers alone, and if
-    one fails, all do, with a sentence that names it.
+    `load(dtype, device, processes, tf32)` reads it (None: as LayerStack chooses). It raises InputError, naming the
+    file, if the file has been damaged or a value is not finite. Of several processes, each reads its own layers alone,
+    and if one fails, all do, with a sentence that names it.
 
     `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); none if the stack is generated.
     `transposed`: the model has each matrix as (a, b), as a Conv1D does its weight; `load` gives (b, a) all the same.
@@ -152,15 +156,17 @@ def _common(entries: list[Entry]) -> torch.dtype:
 
 
 def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
-    def load(dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE) -> LayerStack:
+    def load(
+        dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE, tf32: bool = False
+    ) -> LayerStack:
         with processes.raise_together():
-            return read(dtype, device, LayerSharding.of(g.layers, processes))
+            return read(dtype, device, LayerSharding.of(g.layers, processes), tf32)
 
-    def read(dtype: torch.dtype | None, device: torch.device | None, sharding: LayerSharding) -> LayerStack:
+    def read(dtype: torch.dtype | None, device: torch.device | None, sharding: LayerSharding, tf32: bool) -> LayerStack:
         with sharding.processes.raise_together():
             values = holder.hold(g, dtype, device, sharding.local)
         try:
-            stack = LayerStack(values, g.name, dtype, device, memory, None if sharding.alone else sharding)
+            stack = LayerStack(values, g.name, dtype, device, memory, None if sharding.alone else sharding, tf32=tf32)
             return stack.transpose() if g.transposed else stack
         except (DamagedFile, FailedElsewhere):
             raise

@@ -65,7 +65,7 @@ def with_common_bases(stack: LayerStack, seed: int = 0) -> LayerStack:
     **Raises:** `InputError` if the stack is sharded over several processes, or the seed is out of range.
     """
     _check_whole(stack)
-    S = stack.svd().S.cpu()
+    S = stack.spectra.svd().S.cpu()
     generator = seeded_generator(seed)
     U, V = (torch.linalg.qr(gaussian(generator, n, S.shape[1])).Q for n in stack.shape)
     signs = gaussian(generator, *S.shape).sign()
@@ -102,7 +102,7 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
     generator = seeded_generator(seed)
     U, V = (torch.linalg.qr(gaussian(generator, n, m)).Q for n in (b, a))
     signs = gaussian(generator, L, 1, m).sign()
-    unit = float(stack.svd().S[:, r].mean())
+    unit = float(stack.spectra.svd().S[:, r].mean())
     sizes = size * unit * signs * (1 + _SPREAD * gaussian(generator, L, 1, m))
     return LayerStack(values + ((U * sizes) @ V.mT).to(values), stack.name)
 
@@ -135,7 +135,7 @@ def resized(
     _check_whole(stack)
     one_of("bases", bases, BASES)
     L, n = at_least("layers", layers, 1), at_least("width", width, 1)
-    logs = stack.svd().S[:, : at_least("count", count, 1)].cpu().clamp_min(1e-300).log()
+    logs = stack.spectra.svd().S[:, : at_least("count", count, 1)].cpu().clamp_min(1e-300).log()
     m = logs.shape[1]
     if m > n:
         raise InputError(f"count must be at most width = {n}, got {m}", "count")
@@ -171,7 +171,7 @@ def random_loras(factors: LoraFactors, seed: int = 0) -> LoraFactors:
     L, (b, a), r = stack.layers, stack.shape, factors.B.shape[2]
     if r > min(b, a):
         raise InputError(f"rank {r} of the factors exceeds min(b, a) = {min(b, a)}; drop the terms that are dependent")
-    sigma = stack.singular_values()[:, :r].cpu()
+    sigma = stack.spectra.singular_values()[:, :r].cpu()
     generator = seeded_generator(seed)
     U, V = (torch.linalg.qr(gaussian(generator, L, n, r)).Q for n in (b, a))
     return LoraFactors(*balanced(U * sigma[:, None], V.mT))

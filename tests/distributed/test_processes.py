@@ -403,20 +403,23 @@ def ended(run: list[subprocess.Popen[str]]) -> tuple[list[int], str, str]:
 FAULTY = """
 import os, sys
 from rasa_theory.commands import reconstruct
-from rasa_theory.problem import stack as problem
+from rasa_theory import LayerStack
 
-real, left = problem.LayerStack._product, 1
+left = 1
 
-def passes(stack, *rest):
-    global left
-    left -= 1
-    if left == 0 and os.environ["RANK"] == "1":
-        if sys.argv[1] == "memory":
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123456789 bytes.")
-        os.truncate(sys.argv[3], 60_000)
-    return real(stack, *rest)
+def failing(product):
+    def failing_product(stack, X):
+        global left
+        left -= 1
+        if left == 0 and os.environ["RANK"] == "1":
+            if sys.argv[1] == "memory":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123456789 bytes.")
+            os.truncate(sys.argv[3], 60_000)
+        return product(stack, X)
 
-problem.LayerStack._product = passes
+    return failing_product
+
+LayerStack.right, LayerStack.left = failing(LayerStack.right), failing(LayerStack.left)
 sys.exit(reconstruct.main(sys.argv[2:]))
 """
 

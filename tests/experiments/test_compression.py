@@ -132,10 +132,10 @@ def test_random_loras_have_the_same_spectra_and_nothing_else_in_common() -> None
     same = rt.LoraFactors(*(x[:1].expand(5, -1, -1).clone() for x in (collection().factors.B, collection().factors.A)))
     found = compression.Collection("lora", 5, "query", "0", same)
     drawn = found.random(0)
-    torch.testing.assert_close(drawn.stack.singular_values(), found.stack.singular_values())
+    torch.testing.assert_close(drawn.stack.spectra.singular_values(), found.stack.spectra.singular_values())
     torch.testing.assert_close(drawn.factors.B, found.random(0).factors.B)
     torch.testing.assert_close(
-        collection().random(0).stack.singular_values(), collection().stack.singular_values()
+        collection().random(0).stack.spectra.singular_values(), collection().stack.spectra.singular_values()
     )  # of every layer its own
     assert not torch.equal(drawn.factors.B, found.random(1).factors.B)
     budget = found.parameters // 3  # five equal updates are one; in random directions they are not

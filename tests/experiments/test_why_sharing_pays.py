@@ -34,7 +34,7 @@ def items(found: object) -> dict[str, list[float | str]]:
 def test_turned_apart_layers_keep_their_spectra_and_nothing_that_they_share() -> None:
     whole = alike(0, 2)
     turned = experiment.turned_apart(whole)
-    torch.testing.assert_close(turned.svd().S, whole.svd().S)
+    torch.testing.assert_close(turned.spectra.svd().S, whole.spectra.svd().S)
     for one, other in ((whole, turned), (whole.transpose(), turned.transpose())):
         together, apart = (torch.linalg.matrix_rank(s.values.mT.flatten(0, 1), rtol=1e-9) for s in (one, other))
         assert (int(together), int(apart)) == (2, 6)
@@ -44,7 +44,7 @@ def test_hidden_dyads_are_in_every_layer_and_as_large_as_is_said() -> None:
     whole = stack(decaying(L, B, A))
     added = experiment.with_hidden_dyads(whole, PLAN).values - whole.values
     sizes = torch.linalg.svdvals(added)
-    unit = 0.8 * float(whole.svd().S[:, PLAN.rank].mean())
+    unit = 0.8 * float(whole.spectra.svd().S[:, PLAN.rank].mean())
     assert int((sizes > 1e-9 * unit).sum()) == 3 * L
     assert 0.3 * unit < float(sizes[:, :3].min()) <= float(sizes[:, :3].max()) < 2 * unit
     for side in (added.flatten(0, 1), added.mT.flatten(0, 1)):
@@ -54,7 +54,7 @@ def test_hidden_dyads_are_in_every_layer_and_as_large_as_is_said() -> None:
 def test_in_shared_bases_the_spectra_stay_and_every_dyad_is_in_all_layers() -> None:
     whole = stack(decaying(L, B, A))
     shared = experiment.with_shared_bases(whole)
-    torch.testing.assert_close(shared.svd().S, whole.svd().S)
+    torch.testing.assert_close(shared.spectra.svd().S, whole.spectra.svd().S)
     first = shared.values[0]
     for other in shared.values:  # of common singular vectors: products commute
         torch.testing.assert_close(first @ other.mT, other @ first.mT)
@@ -64,9 +64,9 @@ def test_in_shared_bases_the_spectra_stay_and_every_dyad_is_in_all_layers() -> N
 def test_deeper_stacks_have_the_spectra_of_the_stack_between_its_layers() -> None:
     whole = stack(decaying(L, B, A))
     deep = experiment.deeper(whole, 2 * L - 1, "independent", 5, 20)
-    S = whole.svd().S[:, :5]
-    torch.testing.assert_close(deep.svd().S[::2, :5], S)
-    torch.testing.assert_close(deep.svd().S[1, :5], (S[0] * S[1]).sqrt())
+    S = whole.spectra.svd().S[:, :5]
+    torch.testing.assert_close(deep.spectra.svd().S[::2, :5], S)
+    torch.testing.assert_close(deep.spectra.svd().S[1, :5], (S[0] * S[1]).sqrt())
     equal = experiment.deeper(whole, L, "one side equal", 5, 20)
     ranks = [int(torch.linalg.matrix_rank(s.flatten(0, 1), rtol=1e-9)) for s in (equal.values, equal.values.mT)]
     assert ranks == [5, 15]

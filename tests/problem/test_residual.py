@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, reconstruction_error
+from rasa_theory.problem import StackEntries
 from rasa_theory.solvers import STARTS, random_start
 from tests.helpers import reference
 from tests.helpers.problems import SHAPES, noise, planted
@@ -21,7 +22,7 @@ def factors_for(L, b, a, r, k, seed):
 
 @pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
 def test_against_the_equation(L, b, a, r, k, seed, monkeypatch):
-    monkeypatch.setattr("rasa_theory.problem.stack._TILE_ELEMENTS", 2 * a + 1)  # tiles of two rows
+    monkeypatch.setattr(StackEntries, "tile_elements", 2 * a + 1)  # tiles of two rows
     M = noise(L, b, a, seed)
     factors, plain = factors_for(L, b, a, r, k, seed)
     stack, E = LayerStack(M), reference.residuals(M, *plain)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 
 from rasa_theory import InputError, LayerStack, RankBudget, SolverOptions, solve_rasa
+from rasa_theory.problem import normalised_layers
 from tests.helpers.problems import noise
 from tests.helpers.strategies import nasty_stacks
 
@@ -197,14 +198,14 @@ def test_views_compute_the_scaled_and_the_transposed_stack():
 def test_the_svd_is_computed_once_for_all_views(first):
     M = 100 * noise(3, 5, 4)
     stack = LayerStack(M)
-    first(stack).svd()
+    first(stack).spectra.svd()
     for view, expected in (
         (stack, M),
         (stack.transpose(), M.transpose(0, 2, 1)),
         (stack.unit(), M / stack.scale),
         (stack.unit().transpose(), M.transpose(0, 2, 1) / stack.scale),
     ):
-        U, S, Vh = view.svd()
+        U, S, Vh = view.spectra.svd()
         assert U.shape == (3, view.shape[0], 4)
         assert np.allclose((U * S[:, None]) @ Vh, expected, rtol=0, atol=1e-13 * view.scale)
     assert stack.data_passes == 1
@@ -212,7 +213,7 @@ def test_the_svd_is_computed_once_for_all_views(first):
 
 def test_the_svd_of_a_float32_stack_is_float64():
     M = noise(2, 5, 4).astype(np.float32)
-    S = LayerStack(M).svd().S
+    S = LayerStack(M).spectra.svd().S
     assert S.dtype == torch.float64
     assert np.allclose(S, np.linalg.svd(M.astype(float), compute_uv=False), rtol=1e-13)
 
@@ -236,7 +237,7 @@ def test_norms_far_from_one(c):
 def test_normalised_layers():
     M = noise(3, 5, 4)
     M[1] = 0
-    stack, norms = LayerStack(M).normalised_layers()
+    stack, norms = normalised_layers(LayerStack(M))
     assert stack.layer_norms_squared == pytest.approx([1, 0, 1], rel=1e-13)
     assert norms == pytest.approx([np.linalg.norm(M[0]), 1, np.linalg.norm(M[2])], rel=1e-14)
 
@@ -250,7 +251,7 @@ def test_normalised_layers_of_a_view_and_of_tiny_layers():
     M[1] *= 1e-170  # its square underflows
     stack = LayerStack(M * 1024)
     for view in (stack, stack.unit(), stack.transpose()):
-        normalised, norms = view.normalised_layers()
+        normalised, norms = normalised_layers(view)
         assert normalised.layer_norms_squared == pytest.approx([1, 1, 1], rel=1e-12)
         expected = np.linalg.norm(view.values.numpy() * [[[1]], [[1e170]], [[1]]], axis=(1, 2)) * [1, 1e-170, 1]
         assert norms == pytest.approx(list(expected), rel=1e-12)

@@ -1,8 +1,11 @@
 """Stacks read from files in parts, or kept as they are stored, beside the same stacks in memory."""
 
 import math
+import os
+import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -10,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import rasa_theory as rt
-from rasa_theory.problem import stack as problem
-from rasa_theory.problem import storage
+from rasa_theory.problem import Divided, FileRows, InMemory, OnDisk, StackEntries, normalised_layers
 from rasa_theory.sources import load, open_source
 from tests.helpers.problems import decaying, noise
 
@@ -49,10 +51,10 @@ def assert_same(one: rt.LayerStack, other: rt.LayerStack) -> None:
                 assert torch.equal(found.values, expected.values)
         assert torch.equal(x.values, y.values)
         assert x.layer_norms_squared == pytest.approx(y.layer_norms_squared, rel=1e-12)
-        torch.testing.assert_close(x.svd().S, y.svd().S, **close)
-        U, S, Vh = x.svd()
+        torch.testing.assert_close(x.spectra.svd().S, y.spectra.svd().S, **close)
+        U, S, Vh = x.spectra.svd()
         torch.testing.assert_close((U * S[:, None]) @ Vh, y.values.double(), **close)
-        torch.testing.assert_close(x.gram(), y.gram(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(x.spectra.gram(), y.spectra.gram(), rtol=1e-12, atol=0)
         assert x.data_passes == y.data_passes
 
 
@@ -60,8 +62,8 @@ def assert_same(one: rt.LayerStack, other: rt.LayerStack) -> None:
 
 
 def test_a_stack_on_disk_computes_what_it_does_in_memory(stack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in ("_CACHED_ELEMENTS", "_TILE_ELEMENTS"):
-        monkeypatch.setattr(problem, size, 50)  # several tiles a layer
+    for size in ("cached_elements", "tile_elements"):
+        monkeypatch.setattr(StackEntries, size, 50)  # several tiles a layer
     assert_same(streamed(stack_file), rt.LayerStack(np.load(stack_file)))
 
 
@@ -72,7 +74,7 @@ def test_safetensors_on_disk(tmp_path: Path, dtype: torch.dtype, apart: bool) ->
     tensors = {f"h.{i}.w": layer.clone() for i, layer in enumerate(M)} if apart else {"w": M}
     save_file(tensors, tmp_path / "u.safetensors")
     stack = streamed(tmp_path / "u.safetensors", "float64", LIMIT)
-    assert isinstance(stack._storage, storage.OnDisk)
+    assert isinstance(stack.entries.storage, OnDisk)
     assert_same(stack, rt.LayerStack(M, dtype="float64"))
 
 
@@ -80,13 +82,13 @@ def test_conv1d_weights_on_disk(tmp_path: Path) -> None:
     M = torch.as_tensor(noise(*SHAPE))
     save_file({f"h.{i}.mlp.c_proj.weight": layer.clone() for i, layer in enumerate(M)}, tmp_path / "u.safetensors")
     stack, explicit = streamed(tmp_path / "u.safetensors"), rt.LayerStack(M.mT.contiguous())
-    assert isinstance(stack._storage, storage.OnDisk)
+    assert isinstance(stack.entries.storage, OnDisk)
     assert stack.shape == (10, 12)
     assert_same(stack, explicit)
-    units, norms = stack.normalised_layers()
-    expected, expected_norms = explicit.normalised_layers()
+    units, norms = normalised_layers(stack)
+    expected, expected_norms = normalised_layers(explicit)
     torch.testing.assert_close(units.values, expected.values, rtol=1e-14, atol=0)  # sums of squares in another order
-    torch.testing.assert_close(units.svd().S, expected.svd().S, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(units.spectra.svd().S, expected.spectra.svd().S, rtol=1e-12, atol=1e-13)
     assert norms == pytest.approx(expected_norms, rel=1e-14)
 
 
@@ -96,7 +98,7 @@ def test_a_pair_on_disk(tmp_path: Path) -> None:
         save_file({f"h.{i}.w": layer.clone() for i, layer in enumerate(values)}, tmp_path / f"{name}.safetensors")
     pair = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")}
     stack = open_source(**pair, memory=LIMIT).stacks[0].load(torch.float64, None)
-    assert isinstance(stack._storage, storage.OnDisk)
+    assert isinstance(stack.entries.storage, OnDisk)
     assert torch.equal(stack.values, (N.float() - M.float()).double())
 
 
@@ -105,51 +107,59 @@ def test_numpy_dtypes_on_disk(tmp_path: Path, kind: str) -> None:
     M = noise(*SHAPE).astype(kind)
     np.save(tmp_path / "u.npy", M)
     stack = streamed(tmp_path / "u.npy", "float64", LIMIT)
-    assert isinstance(stack._storage, storage.OnDisk)
+    assert isinstance(stack.entries.storage, OnDisk)
     assert np.array_equal(stack.values, M.astype(float))
 
 
 def test_reads_are_in_order_and_none_exceeds_the_limit(stack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
-    read = storage.FileRows.read
+    read = FileRows.read
 
-    def counted(rows: storage.FileRows, start: int, stop: int) -> torch.Tensor:
+    def counted(rows: FileRows, start: int, stop: int) -> torch.Tensor:
         reads.append((start, stop))
         return read(rows, start, stop)
 
-    monkeypatch.setattr(storage.FileRows, "read", counted)
+    monkeypatch.setattr(FileRows, "read", counted)
     stack, budget = streamed(stack_file), rt.RankBudget(2, 1)
     assert stack.values.nbytes >= 4 * LIMIT
     reads.clear()
-    before = stack.data_passes
+    before = stack.passes.total
     rt.solve_lora(stack, 2)
     rt.allocation_bound(stack, budget)
     rt.lower_bound(stack, budget)
     rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=3))
     ends = [start for start, stop in reads if start == 0]
     assert all(stop == following or following == 0 for (_, stop), (following, _) in pairwise(reads))
-    assert len(ends) == stack.data_passes - before + 1  # and one for the norms, which is not counted
+    assert len(ends) == stack.passes.total - before
+    assert stack.passes.copies == 1  # the `values` above
+    assert stack.passes.checks == 2  # construction and norms
     assert max(stop - start for start, stop in reads) * SHAPE[2] * 8 <= LIMIT / 16
 
 
 def test_large_svds_lie_in_files_that_vanish(stack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
-    made: list[tuple[int, ...]] = []
-    begun = storage.Spill.__init__
-    monkeypatch.setattr(storage.Spill, "__init__", lambda self, *shape: (made.append(shape), begun(self, *shape))[1])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    descriptors: list[int] = []
+    temporary_file = tempfile.TemporaryFile
+
+    def recorded() -> IO[bytes]:
+        file = temporary_file()
+        descriptors.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", recorded)
     stack = streamed(stack_file)
-    stack.svd()
-    assert made == [(64, 10, 12), (64, 10, 10)]
+    stack.spectra.svd()
+    assert [os.fstat(one).st_size for one in descriptors] == [8 * 64 * 10 * 12, 8 * 64 * 10 * 10]
     assert list(tmp_path.iterdir()) == [stack_file]
     small = rt.LayerStack(noise(2, 5, 4), memory=10**6)
-    small.svd()
-    assert len(made) == 2
+    small.spectra.svd()
+    assert len(descriptors) == 2
 
 
 def test_no_room_for_the_svds_is_one_sentence(stack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.tempfile, "tempdir", str(stack_file.parent / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(stack_file.parent / "missing"))
     with pytest.raises(rt.InputError, match=r"the exact SVDs need a temporary file of .* GiB in .*missing.*set TMPDIR"):
-        streamed(stack_file).svd()
+        streamed(stack_file).spectra.svd()
 
 
 @pytest.mark.parametrize("values", [noise(64, 12, 10), noise(64, 10, 12)])
@@ -159,8 +169,8 @@ def test_layers_of_unit_norm_on_disk(tmp_path: Path, values: np.ndarray) -> None
     np.save(tmp_path / "u.npy", values)
     on_disk, in_memory = streamed(tmp_path / "u.npy"), rt.LayerStack(values)
     for view in (lambda s: s, lambda s: s.unit(), lambda s: s.transpose()):
-        (one, norms), (other, expected) = (view(s).normalised_layers() for s in (on_disk, in_memory))
-        assert isinstance(one._storage, storage.Divided)
+        (one, norms), (other, expected) = (normalised_layers(view(s)) for s in (on_disk, in_memory))
+        assert isinstance(one.entries.storage, Divided)
         assert torch.equal(one.values, other.values)
         assert norms == expected
         assert one.layer_norms_squared == pytest.approx([1.0, 0.0] + [1.0] * 62, rel=1e-12)
@@ -180,8 +190,8 @@ def test_narrow_values_stay_as_they_are_and_compute_as_if_converted(
     stack, budget = rt.LayerStack(M, dtype=dtype), rt.RankBudget(2, 1)
     converted = rt.LayerStack(M.to(stack.dtype))
     assert stack.dtype == converted.dtype == (torch.float32 if dtype is None else torch.float64)
-    held = stack._storage
-    assert isinstance(held, storage.InMemory)
+    held = stack.entries.storage
+    assert isinstance(held, InMemory)
     assert held.values.data_ptr() == M.data_ptr()
     if stack.dtype == torch.float64:
         assert_same(stack, converted)
@@ -190,13 +200,14 @@ def test_narrow_values_stay_as_they_are_and_compute_as_if_converted(
     assert rt.reconstruction_error(stack, factors) == pytest.approx(exact, rel=1e-13)
 
     sizes: list[int] = []
-    computed = rt.LayerStack._computed
+    rows = InMemory.rows
 
-    def counted(self: rt.LayerStack, block: torch.Tensor, gain: float) -> torch.Tensor:
+    def counted(self: InMemory, layer: int, start: int, stop: int) -> torch.Tensor:
+        block = rows(self, layer, start, stop)
         sizes.append(block.numel())
-        return computed(self, block, gain)
+        return block
 
-    monkeypatch.setattr(rt.LayerStack, "_computed", counted)
+    monkeypatch.setattr(InMemory, "rows", counted)
     monkeypatch.setattr(rt.LayerStack, "values", property(lambda self: pytest.fail("the whole stack is converted")))
     rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=2))
     rt.lower_bound(stack, budget)
@@ -212,17 +223,17 @@ def test_a_limit_below_one_layer(stack_file: Path) -> None:
         r"0.01465 MiB, twice what the exact SVD of one takes; allow so much"
     )
     stack = streamed(stack_file, memory=LIMIT // 2)
-    for work in (stack.svd, lambda: rt.solve_rasa(stack, rt.RankBudget(2, 1)), lambda: rt.solve_lora(stack, 2)):
+    for work in (stack.spectra.svd, lambda: rt.solve_rasa(stack, rt.RankBudget(2, 1)), lambda: rt.solve_lora(stack, 2)):
         with pytest.raises(rt.InputError, match=sentence):
             work()
     with pytest.raises(rt.InputError, match=sentence):  # so small a layer has its SVD taken
         rt.solve_lora(stack, 2, "fast")
     exact = rt.LayerStack(stack.values)
-    assert torch.allclose(stack.singular_values(), exact.singular_values())
+    assert torch.allclose(stack.spectra.singular_values(), exact.spectra.singular_values())
     least = streamed(stack_file, memory=LIMIT // 2 - 1)
     assert least.norm_squared == pytest.approx(exact.norm_squared, rel=1e-12)
     with pytest.raises(rt.InputError, match="twice what the work on one takes"):
-        least.singular_values()
+        least.spectra.singular_values()
     with pytest.raises(rt.InputError, match="twice what the work on one takes"):
         rt.solve_lora(least, 2, "fast")
     with pytest.raises(rt.InputError, match="memory must be at least 1 byte, got 0"):
@@ -246,11 +257,11 @@ def test_a_file_that_was_cut_short(stack_file: Path) -> None:
         later.load(None, None)
     stack_file.unlink()
     with pytest.raises(rt.InputError, match=r"updates.npy: cannot be read"):
-        stack.gram()
+        stack.spectra.gram()
 
 
 def test_entries_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "_TILE_ELEMENTS", 20)  # two rows
+    monkeypatch.setattr(StackEntries, "tile_elements", 20)  # two rows
     values = noise(*SHAPE)
     values[2, 3, 1] = math.nan
     np.save(tmp_path / "u.npy", values)

@@ -68,7 +68,7 @@ def test_terms_hidden_in_the_bundled_updates_are_found(name, seed, gain):
     """Three shared dyads of 0.8 sigma_9, missed from allocation alone; found as by a start that knows them, to 5e-4."""
     bundled = next(stack for stack in load("minilm-code")[0] if stack.name == name)
     crop, budget = LayerStack(bundled.values[:, :128, :128]), RankBudget(8, 1)
-    size = 0.8 * float(crop.svd().S[:, 8].mean())
+    size = 0.8 * float(crop.spectra.svd().S[:, 8].mean())
     values, (U, d, V) = with_shared(crop.values.double().numpy(), 3, size, seed)
     hidden = LayerStack(values)
     f = allocation_start(crop, budget).to(torch.float64)

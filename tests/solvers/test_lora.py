@@ -322,7 +322,7 @@ def test_the_svd_of_a_layer_that_cannot_be_searched_is_taken_only_in_memory_for_
 
 def test_work_on_a_whole_layer_is_refused_where_memory_is_too_little_for_it():
     small = LayerStack(torch.ones(2, 6, 5), memory=2 * 4 * 8 * 6 * 5 - 1)
-    for work in (small.singular_values, lambda: list(small.tiles(rows=6))):
+    for work in (small.spectra.singular_values, lambda: list(small.tiles(rows=6))):
         with pytest.raises(InputError, match="twice what the work on one takes"):
             work()
     assert len(list(small.tiles(rows=5))) == 4  # in parts it goes

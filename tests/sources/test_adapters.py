@@ -15,7 +15,7 @@ from torch import Tensor
 import rasa_theory as rt
 from rasa_theory.commands import reconstruct
 from rasa_theory.linalg import orthogonal
-from rasa_theory.problem import Factored
+from rasa_theory.problem import Factored, normalised_layers
 from rasa_theory.sources import open_source
 from tests.helpers.problems import noise
 
@@ -87,7 +87,7 @@ def test_updates_are_those_of_peft(tmp_path: Path, model: Any, rslora: bool, dty
     modules = dict(wrapped.base_model.model.named_modules())
     for source in catalogue.stacks:
         stack = source.load(None, None)
-        assert isinstance(stack._storage, Factored)
+        assert isinstance(stack.entries.storage, Factored)
         assert (stack.dtype, stack.shape) == (torch.float32, source.shape)
         for i in range(2):
             layer = modules[source.name.removesuffix(".weight").replace("*", str(i))].float()
@@ -189,7 +189,7 @@ def test_the_flag_says_which_weights_lie_the_other_way_round(
         modules = [key.removesuffix(".weight") for key in source.keys]
         assert source.transposed == (modules[0] in transposed)
         stack = source.load(None, None)
-        assert isinstance(stack._storage, Factored)
+        assert isinstance(stack.entries.storage, Factored)
         assert stack.shape == source.shape == (6, 5)
         torch.testing.assert_close(stack.values, torch.stack([2 * product(tensors, name) for name in modules]))
 
@@ -261,10 +261,10 @@ def test_a_factored_stack_computes_what_the_dense_one_does(b: int, a: int, m: in
                 assert found[:2] == expected[:2]
                 torch.testing.assert_close(found.values, expected.values, **close)
         torch.testing.assert_close(x.values, y.values, **close)
-        torch.testing.assert_close(x.gram(), y.gram(), rtol=0, atol=1e-12 * y.norm_squared)
+        torch.testing.assert_close(x.spectra.gram(), y.spectra.gram(), rtol=0, atol=1e-12 * y.norm_squared)
         assert x.layer_norms_squared == pytest.approx(y.layer_norms_squared, rel=1e-13)
-        U, S, Vh = x.svd()
-        torch.testing.assert_close(S, y.svd().S, **close)
+        U, S, Vh = x.spectra.svd()
+        torch.testing.assert_close(S, y.spectra.svd().S, **close)
         torch.testing.assert_close((U * S[:, None]) @ Vh, y.values, **close)
         eye = torch.eye(min(b, a), dtype=torch.float64).expand(3, -1, -1)
         torch.testing.assert_close(U.mT @ U, eye, rtol=0, atol=1e-13)
@@ -277,7 +277,7 @@ def test_products_and_svds_never_form_a_matrix(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Factored, "rows", lambda *_: pytest.fail("a matrix is formed"))
     stack.right(torch.ones(12, 1, dtype=torch.float64))
     stack.left(torch.ones(14, 1, dtype=torch.float64))
-    stack.svd()
+    stack.spectra.svd()
     assert stack.data_passes == 3
 
 
@@ -302,8 +302,8 @@ def test_layers_of_unit_norm_stay_factored() -> None:
     B[1], B[2] = 0, 1e-170 * B[2]
     one, other = rt.LayerStack(Factored(B, A)), rt.LayerStack(B @ A)
     for view in (lambda s: s, lambda s: s.unit(), lambda s: s.transpose()):
-        (x, norms), (y, expected) = (view(s).normalised_layers() for s in (one, other))
-        assert isinstance(x._storage, Factored)
+        (x, norms), (y, expected) = (normalised_layers(view(s)) for s in (one, other))
+        assert isinstance(x.entries.storage, Factored)
         torch.testing.assert_close(x.values, y.values, rtol=1e-12, atol=1e-14)
         assert norms == pytest.approx(expected, rel=1e-13)
 
@@ -313,8 +313,8 @@ def test_a_limit_on_memory_spills_the_svds_of_factors(tmp_path: Path) -> None:
     write(tmp_path / "a", tensors)
     (spilled,), _ = rt.load(str(tmp_path / "a"), memory=128 * 12 * 10)
     (stack,), _ = rt.load(str(tmp_path / "a"))
-    U, S, Vh = spilled.svd()
-    torch.testing.assert_close(S, stack.svd().S)
+    U, S, Vh = spilled.spectra.svd()
+    torch.testing.assert_close(S, stack.spectra.svd().S)
     torch.testing.assert_close((U * S[:, None]) @ Vh, stack.values)
 
 

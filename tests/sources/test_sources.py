@@ -28,6 +28,7 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory.formats import Entry
+from rasa_theory.problem import normalised_layers
 from rasa_theory.sources import (
     BUNDLED,
     Group,
@@ -486,7 +487,7 @@ def test_results_of_a_transposed_stack_are_those_of_the_transposed_matrices(tmp_
     path = save_checkpoint(tmp_path / "c", tensors, None)
     seen, explicit = load(path)[0][0], LayerStack(torch.stack([t.mT for t in tensors.values()]), "explicit")
     assert seen.shape == explicit.shape == (12, 7)
-    for stacks in ((seen, explicit), (seen.normalised_layers()[0], explicit.normalised_layers()[0])):
+    for stacks in ((seen, explicit), (normalised_layers(seen)[0], normalised_layers(explicit)[0])):
         lora = [solve_lora(stack, 3) for stack in stacks]
         assert lora[0].error == pytest.approx(lora[1].error, rel=1e-12)
         rasa = [solve_rasa(stack, RankBudget(3, 1), SolverOptions(max_sweeps=20)) for stack in stacks]

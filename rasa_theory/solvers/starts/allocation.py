@@ -13,9 +13,9 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
 
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """
-    U, S, Vh = stack.svd()
+    U, S, Vh = stack.spectra.svd()
     q, sharding = budget.private_rank, stack.sharding
-    layer, index = allocate_pool(stack.singular_values(), budget)
+    layer, index = allocate_pool(stack.spectra.singular_values(), budget)
     terms = torch.nonzero((layer >= sharding.first) & (layer < sharding.first + sharding.local_layers))[
         :, 0
     ]  # of the layers held

@@ -87,7 +87,7 @@ def _above_noise(stack: LayerStack, rank: int) -> tuple[SVD, Tensor]:
 
     Weights (L, rank): 1 - (sigma_{i,rank+1} / sigma_ij)^2, and 0 for terms at rounding level.
     """
-    U, S, Vh = stack.unit().svd()
+    U, S, Vh = stack.unit().spectra.svd()
     following = S[:, rank : rank + 1] if rank < S.shape[1] else torch.zeros_like(S[:, :1])
     floor = torch.maximum(following, linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1])
     kept = S[:, :rank]

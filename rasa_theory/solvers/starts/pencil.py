@@ -65,7 +65,7 @@ def pencil_promises(stack: LayerStack, budget: RankBudget) -> bool:
 
 def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, Tensor]:
     """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
-    svd = unit.svd()
+    svd = unit.spectra.svd()
     U, V = leading_of_all(svd, unit.layers * budget.rank, unit.sharding)
     return U, V, unit.sharding.all_gather(projected(svd, U, V))
 
