@@ -1,10 +1,10 @@
 """From fine-tuned weights to an adapter, with a report of what it misses."""
 
+from rasa_theory.extraction.adapter_folder import ExtractionFolder
 from rasa_theory.extraction.conversion import extract_stack
-from rasa_theory.extraction.folder import ExtractionFolder
-from rasa_theory.extraction.plan import Job, check, forecast
+from rasa_theory.extraction.extract_settings import FORMATS, STORED, ExtractSettings
+from rasa_theory.extraction.job import Job, check, forecast
 from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
-from rasa_theory.extraction.settings import FORMATS, STORED, ExtractSettings
 
 __all__ = [
     "FORMATS",

@@ -13,7 +13,7 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
-from rasa_theory.extraction.settings import STORED, ExtractSettings
+from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.formats import ModuleNames, dense_tensor, lora_tensors, rasa_tensors
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa

@@ -2,7 +2,7 @@
 
 from rasa_theory.reconstruction.decomposition import Gain, gain
 from rasa_theory.reconstruction.driver import StudyProgress, StudyState, new_results, study, study_steps
-from rasa_theory.reconstruction.settings import WEIGHTS, StudySettings
+from rasa_theory.reconstruction.study_settings import WEIGHTS, StudySettings
 from rasa_theory.reconstruction.summary import history_csv, table, verdict_lines
 
 __all__ = [

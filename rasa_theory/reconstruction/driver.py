@@ -16,7 +16,7 @@ from torch import Tensor
 from rasa_theory.bounds import Bound, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.common import InputError, environment
 from rasa_theory.problem import LayerStack, RankBudget, lora_parameters, normalised_layers
-from rasa_theory.reconstruction.settings import StudySettings
+from rasa_theory.reconstruction.study_settings import StudySettings
 from rasa_theory.reconstruction.theorem import check_theorem, overall_verdict, verdict
 from rasa_theory.solvers import (
     Attempt,

@@ -18,11 +18,11 @@ from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import extract, reconstruct
 from rasa_theory.commands.extract import main
 from rasa_theory.common import files
+from rasa_theory.extraction import adapter_folder as workplace
 from rasa_theory.extraction import conversion as extraction
+from rasa_theory.extraction import extract_settings as extract_settings
 from rasa_theory.extraction import extraction_table, model_card
-from rasa_theory.extraction import folder as workplace
-from rasa_theory.extraction import plan as preflight
-from rasa_theory.extraction import settings as extract_settings
+from rasa_theory.extraction import job as preflight
 from rasa_theory.formats import ModuleNames
 from rasa_theory.problem import storage
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack

@@ -15,7 +15,7 @@ import torch
 
 from rasa_theory.common import InputError, identity
 from rasa_theory.extraction.conversion import extract_stack
-from rasa_theory.extraction.settings import STORED, ExtractSettings
+from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.formats import ModuleNames, called_conv1d
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack, RankBudget, check_memory
