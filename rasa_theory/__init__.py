@@ -11,10 +11,12 @@ from rasa_theory.problem import (
     RankBudget,
     RasaFactors,
     SharedSubspaceSpectrum,
+    SpectralRanks,
     layer_errors,
     pool_participation,
     reconstruction_error,
     shared_subspace_spectrum,
+    spectral_ranks,
 )
 from rasa_theory.reconstruction import Gain, gain, study
 from rasa_theory.solvers import (
@@ -49,6 +51,7 @@ __all__ = [
     "SearchProgress",
     "SharedSubspaceSpectrum",
     "SolverOptions",
+    "SpectralRanks",
     "StopReason",
     "__version__",
     "adapter",
@@ -68,5 +71,6 @@ __all__ = [
     "solve_lora",
     "solve_path",
     "solve_rasa",
+    "spectral_ranks",
     "study",
 ]

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.formats import ModuleNames, dense_tensor, lora_tensors, rasa_tensors
-from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, spectral_ranks
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
 _SHARES = (50, 90, 99)
@@ -190,17 +189,13 @@ def _read_back(
 
 def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
     """Stable rank, entropy rank, and ranks for shares of the energy, of every layer: singular values (L, m)."""
-    facts: list[dict[str, Any]] = []
-    for energy in (sigma**2).cpu():
-        total = float(energy.sum())
-        if total == 0:
-            facts.append(dict.fromkeys(_FACTS, 0))
-            continue
-        p, cumulative = energy / total, torch.cumsum(energy, 0) / total
-        entropy = -float(torch.special.xlogy(p, p).sum())
-        needed = {f"rank_{s}": linalg.terms_reaching(cumulative, s / 100) for s in _SHARES}
-        facts.append({"stable_rank": total / float(energy[0]), "entropy_rank": math.exp(entropy)} | needed)
-    return facts
+    ranks = spectral_ranks(sigma, [share / 100 for share in _SHARES])
+    return [
+        dict(zip(_FACTS, (stable, entropy, *energy), strict=True)) if stable > 0 else dict.fromkeys(_FACTS, 0)
+        for stable, entropy, energy in zip(
+            ranks.stable.tolist(), ranks.entropy.tolist(), ranks.energy.tolist(), strict=True
+        )
+    ]
 
 
 def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
 from rasa_theory.problem.residual import layer_errors, reconstruction_error
 from rasa_theory.problem.spectra import SVD, StackSpectra
+from rasa_theory.problem.spectrum import SpectralRanks, spectral_ranks
 from rasa_theory.problem.stack import LayerStack
 from rasa_theory.problem.storage import Difference, Divided, Factored, FileRows, InMemory, OnDisk, Part, native
 from rasa_theory.problem.subspaces import (
@@ -37,6 +38,7 @@ __all__ = [
     "RankBudget",
     "RasaFactors",
     "SharedSubspaceSpectrum",
+    "SpectralRanks",
     "StackEntries",
     "StackSpectra",
     "balanced",
@@ -56,6 +58,7 @@ __all__ = [
     "reconstruction_error",
     "scale_into_mixing",
     "shared_subspace_spectrum",
+    "spectral_ranks",
     "subspaces",
     "unrelated_level",
 ]
