@@ -48,7 +48,7 @@ import rasa_theory as rt
 from experiments import tables
 from experiments.tables import Row
 from rasa_theory import methods
-from rasa_theory.formats import LoraFolder
+from rasa_theory.formats import LoraFolder, lora_key
 from rasa_theory.methods import largest, residual
 from rasa_theory.plotting import style
 from rasa_theory.problem import Factored, balanced
@@ -199,7 +199,7 @@ def lorashare(found: Collection, budget: int) -> methods.Fit | None:
     p = components(found, budget, "columns")
     if not p:
         return None
-    keys = {side: f"base_model.model.x.lora_{side}.weight" for side in "AB"}
+    keys = {side: lora_key("x", side) for side in "AB"}
     adapters = {str(i): {keys[side]: getattr(found.factors, side)[i].float() for side in "AB"}
                 for i in range(found.stack.layers)}  # fmt: skip
     combined = compression.combine_adapter_weights(adapters)

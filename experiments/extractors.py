@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
+from rasa_theory.formats import lora_key
 
 NAMES = {
     "query": "attention.self.query", "key": "attention.self.key",
@@ -88,12 +89,11 @@ def measured(command: list[str]) -> tuple[float, float]:
 def errors_of(adapter: Path, updates: dict[str, torch.Tensor]) -> dict[str, float]:
     """||M_i - B_i A_i||_F^2 by the key of the weight, from the tensors as written."""
     tensors = load_file(adapter / "adapter_model.safetensors")
-    pairs = {key.split("base_model.model.")[-1]: tensor.double() for key, tensor in tensors.items()}
     found = {}
     for key, M in updates.items():
         name = key.removesuffix(".weight")
-        product = pairs[f"{name}.lora_B.weight"] @ pairs[f"{name}.lora_A.weight"]
-        found[key] = float(((M - product) ** 2).sum())
+        B, A = (tensors[lora_key(name, side)].double() for side in "BA")
+        found[key] = float(((M - B @ A) ** 2).sum())
     return found
 
 

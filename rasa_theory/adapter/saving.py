@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,20 @@ from rasa_theory.adapter.targets import kinds_of
 from rasa_theory.adapter.terms import Settings, Terms
 from rasa_theory.common import InputError, writable_folder, write_file
 from rasa_theory.formats import (
-    CONFIG,
-    WEIGHTS,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     LoraFolder,
+    RasaConfig,
     lora_config,
     lora_tensors,
-    rasa_config,
     rasa_layout,
+    rasa_modules,
     read_header,
     read_json,
 )
 from rasa_theory.problem import RankBudget
 
 _FORMATS = ("rasa", "lora-exact-rasa")
-_MODULE = re.compile(r"base_model\.model\.(.+)\.rasa_A\.weight")
 
 
 def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: str | None = None) -> Path:
@@ -45,8 +44,8 @@ def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: st
     out = writable_folder(Path(folder))
     tensors, config = _as_rasa(adapter, base) if format == "rasa" else _as_lora(adapter, base)
     content = serialised({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"format": "pt"})
-    write_file(out / WEIGHTS, lambda f: f.write(content))
-    write_file(out / CONFIG, lambda f: f.write(json.dumps(config, indent=1).encode()))
+    write_file(out / WEIGHTS_FILE, lambda f: f.write(content))
+    write_file(out / CONFIG_FILE, lambda f: f.write(json.dumps(config, indent=1).encode()))
     return out
 
 
@@ -57,12 +56,12 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Adap
     not sound or hold what is no update of a linear layer, or the model has no such modules.
     """
     path = Path(folder)
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG_FILE)
     if config.get("peft_type") == "RASA":
         return _rasa(model, path, config, name)
     if config.get("peft_type") == "LORA":
         return _lora(model, path, name)
-    raise InputError(f"{path / CONFIG}: peft_type is {config.get('peft_type')!r}, expected RASA or LORA")
+    raise InputError(f"{path / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}, expected RASA or LORA")
 
 
 # ---- the authors' layout
@@ -86,36 +85,34 @@ def _as_rasa(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
         )
     (budget,) = budgets
     dropout = next(iter(adapter.terms.values())).dropout.p
-    config = rasa_config(list(adapter.targets), budget.rank, budget.shared_rank, _transposed(adapter), base)
+    config = RasaConfig(budget.rank, budget.shared_rank, adapter.alpha, dropout)
     tensors = {key: t for terms in adapter.terms.values() for key, t in _layout(terms).items()}
-    return tensors, config | {"rasa_alpha": adapter.alpha, "rasa_dropout": dropout}
+    return tensors, config.plain(list(adapter.targets), _transposed(adapter), base)
 
 
 def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Adapter:
-    read_header(path / WEIGHTS)
-    tensors = load_file(path / WEIGHTS)
-    modules = [found[1] for key in tensors if (found := _MODULE.fullmatch(key))]
-    if not modules:
-        raise InputError(f"{path / WEIGHTS}: no tensor is called base_model.model.<module>.rasa_A.weight")
-    settings = _settings(path / CONFIG, config)
+    read_header(path / WEIGHTS_FILE)
+    tensors = load_file(path / WEIGHTS_FILE)
+    modules = rasa_modules(tensors, path / WEIGHTS_FILE)
+    settings = _settings(path / CONFIG_FILE, config)
     kinds: list[Terms] = []
     used: set[str] = set()
     for kind in kinds_of(model, modules):
         kind.check_fits(settings.budget)  # before anything is allocated
         terms = Terms(kind, settings, torch.Generator())
         parameters = _layout(terms)
-        _assign(parameters, tensors, path / WEIGHTS)
+        _assign(parameters, tensors, path / WEIGHTS_FILE)
         kinds.append(terms)
         used |= parameters.keys()
     if unused := sorted(tensors.keys() - used):
-        raise InputError(f"{path / WEIGHTS}: {unused[0]!r} belongs to none of its modules; save the adapter again")
+        raise InputError(f"{path / WEIGHTS_FILE}: {unused[0]!r} belongs to none of its modules; save the adapter again")
     return put(model, name, settings.alpha, kinds)
 
 
 def _settings(file: Path, config: dict[str, Any]) -> Settings:
-    r, k, alpha, dropout = (config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout"))
+    fields = RasaConfig.of(config)
     try:
-        return Settings(RankBudget(r, k), alpha, dropout)  # type: ignore[arg-type]  # they are checked there
+        return Settings(RankBudget(fields.rank, fields.shared_rank), fields.alpha, fields.dropout)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -127,7 +124,7 @@ def _assign(parameters: dict[str, Tensor], tensors: dict[str, Tensor], file: Pat
             raise InputError(f"{file} has no tensor {key!r}; the model has other layers, or the file is not whole")
         if parameter.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(parameter.shape)
-            raise InputError(f"{file}: {key!r} has shape {found}, the model and {CONFIG} need {expected}")
+            raise InputError(f"{file}: {key!r} has shape {found}, the model and {CONFIG_FILE} need {expected}")
         parameter.copy_(tensors[key])
 
 

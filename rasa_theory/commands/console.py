@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from rasa_theory.common import FailedElsewhere, InputError, ProcessLost, __version__, writable_folder
 from rasa_theory.distributed import ALONE, Processes, lacks_memory, launched, meeting
+from rasa_theory.formats import Exclusion, LeftOut
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
@@ -123,9 +124,9 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise InputError(f"{error} (--{flag})", error.parameter) from None
 
 
-def say_left_out(left_out: Sequence[tuple[str, str]], file: str) -> None:
+def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
     """What of the source is in no stack, on standard error: the first few, and how many in all; `file` lists them."""
-    for name, why in sorted(left_out, key=lambda one: " axes; " in one[1])[:_SHOWN]:  # biases and norms last
+    for name, why in sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)[:_SHOWN]:  # biases and norms last
         print(f"left out: {name}: {why}", file=sys.stderr)
     if len(left_out) > _SHOWN:
         print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in {file}", file=sys.stderr)

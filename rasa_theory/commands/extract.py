@@ -38,11 +38,11 @@ from rasa_theory.extraction import (
     forecast,
     model_card,
 )
-from rasa_theory.formats import ModuleNames, base_of
+from rasa_theory.formats import CONFIG_FILE, Exclusion, LeftOut, ModuleNames, base_of
 from rasa_theory.plotting import plot_extraction, style
 from rasa_theory.problem import compute_dtype
 from rasa_theory.solvers import Callback
-from rasa_theory.sources import Catalogue, LeftOut, StackSource
+from rasa_theory.sources import Catalogue, StackSource
 
 _UNSET = object()
 _EMBEDDING = re.compile(r"embed|(?:\A|\.)w[tp]e\.weight\Z")
@@ -223,7 +223,7 @@ def _modules(source: StackSource, args: argparse.Namespace) -> ModuleNames:
 def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
     """What the adapter says that it belongs to: what is asked for, the base given, or that of the source's adapter."""
     given: str | None = args.base_name or args.base
-    if given is None and (configs := [path for path in catalogue.files if path.name == "adapter_config.json"]):
+    if given is None and (configs := [path for path in catalogue.files if path.name == CONFIG_FILE]):
         given = base_of(configs[0].parent)
     return given
 
@@ -255,7 +255,7 @@ def _nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
             kept.append(source)
         else:
             unnamed.append(source)
-            left_out.append(LeftOut(source.name, reason))
+            left_out.append(LeftOut(source.name, reason, Exclusion.NO_MODULE))
     if not kept:
         raise InputError(f"{catalogue.source}: no stack remains ({left_out[-1].name!r}: {left_out[-1].reason})")
     return dataclasses.replace(catalogue, stacks=kept, left_out=left_out), unnamed

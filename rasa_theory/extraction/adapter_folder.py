@@ -15,7 +15,16 @@ if sys.platform != "win32":
 
 from rasa_theory.common import InputError, locked, unfinished, write_file
 from rasa_theory.extraction.conversion import Extracted
-from rasa_theory.formats import join_safetensors, lora_config, of_task, rasa_config, read_header, write_safetensors
+from rasa_theory.formats import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    RasaConfig,
+    join_safetensors,
+    lora_config,
+    name_in_task,
+    read_header,
+    write_safetensors,
+)
 
 _PARTS = ".extract"  # in the folder of the adapter, as long as not all is there
 _LOCK = "lock"  # among the parts
@@ -116,20 +125,20 @@ class ExtractionFolder:
         ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
         transposed = any(row["transposed"] for row in rows)
         if settings["format"] == "rasa":
-            config = rasa_config(list(ranks), settings["rank"], settings["k"], transposed, settings["base"])
+            config = RasaConfig(settings["rank"], settings["k"]).plain(list(ranks), transposed, settings["base"])
             self._adapter(self.out, parts, config, None)
         elif settings["tasks"] is None:
             self._adapter(self.out, parts, lora_config(ranks, transposed, settings["base"]), None)
         else:
             for task, (folder, base) in enumerate(settings["tasks"]):
-                mine = {name: rank for key, rank in ranks.items() if (name := of_task(key, task)) is not None}
+                mine = {name: rank for key, rank in ranks.items() if (name := name_in_task(key, task)) is not None}
                 if mine:
                     (self.out / folder).mkdir(exist_ok=True)
                     self._adapter(self.out / folder, parts, lora_config(mine, transposed, base), task)
 
     def _adapter(self, folder: Path, parts: Sequence[Path], config: dict[str, Any], task: int | None) -> None:
-        write_file(folder / "adapter_model.safetensors", lambda f: join_safetensors(parts, f, {"format": "pt"}, task))
-        write_file(folder / "adapter_config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        write_file(folder / WEIGHTS_FILE, lambda f: join_safetensors(parts, f, {"format": "pt"}, task))
+        write_file(folder / CONFIG_FILE, lambda f: f.write(json.dumps(config, indent=1).encode()))
 
     def abandon(self) -> None:
         """Leave nothing where nothing is finished."""

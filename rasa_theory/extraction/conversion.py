@@ -13,7 +13,7 @@ from torch import Tensor
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
-from rasa_theory.formats import ModuleNames, dense_tensor, lora_tensors, rasa_tensors
+from rasa_theory.formats import ModuleNames, dense_tensor, lora_factors, lora_tensors, rasa_factors, rasa_tensors
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, spectral_ranks
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
@@ -139,7 +139,9 @@ def _stored(
     else:
         tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
     kept = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
-    return kept, layer_errors(stack, _read_back(stack, modules, kept, settings.format))
+    is_rasa = settings.format == "rasa"
+    written = rasa_factors(modules, kept) if is_rasa else lora_factors(modules, kept, stack.shape)
+    return kept, layer_errors(stack, written.to(device=stack.device))
 
 
 def _stored_dense(
@@ -161,30 +163,6 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"{name} cannot hold the entries of {key!r}; write bfloat16 or float32 (--dtype)")
     return rounded
-
-
-def _read_back(
-    stack: LayerStack, modules: ModuleNames, kept: dict[str, Tensor], format_: str
-) -> LoraFactors | RasaFactors:
-    """The factors that the written tensors alone give, in float64."""
-    on = {key: tensor.to(stack.device, torch.float64) for key, tensor in kept.items()}
-    if format_ == "rasa":
-        kind = modules.kind.replace(".", "__")
-        A, B, mixing = (
-            [on[f"base_model.model.{n}.rasa_{x}.weight"] for n in modules.names] for x in ("A", "B", "mixing")
-        )
-        q = A[0].shape[0]
-        private_B = torch.stack([b * d[:q] for b, d in zip(B, mixing, strict=True)])
-        B_S, A_S = (on[f"base_model.rasa_shared_{x}.{kind}.weight"] for x in ("B", "A"))
-        return RasaFactors(private_B, torch.stack(A), B_S, A_S, torch.stack([d[q:] for d in mixing]))
-    (b, a), widest = stack.shape, max((len(t) for key, t in on.items() if ".lora_A." in key), default=0)
-    left = torch.zeros(stack.layers, b, widest, dtype=torch.float64, device=stack.device)
-    right = torch.zeros(stack.layers, widest, a, dtype=torch.float64, device=stack.device)
-    for i, name in enumerate(modules.names):
-        if (key := f"base_model.model.{name}.lora_A.weight") in on:
-            rank = len(on[key])
-            right[i, :rank], left[i, :, :rank] = on[key], on[key.replace(".lora_A.", ".lora_B.")]
-    return LoraFactors(left, right)
 
 
 def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from rasa_theory.common import InputError, identity
 from rasa_theory.extraction.conversion import extract_stack
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
-from rasa_theory.formats import ModuleNames, called_conv1d
+from rasa_theory.formats import CONFIG_FILE, ModuleNames, called_conv1d
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack, RankBudget, check_memory
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
@@ -93,7 +93,7 @@ def check(job: Job, out: Path | None) -> None:
 
 def _unclear(job: Job, source: StackSource) -> bool:
     """Whether the stack comes from factors of what is called like a Conv1D, and the adapter does not say it is one."""
-    adapter = any(path.name == "adapter_config.json" for path in job.catalogue.files)
+    adapter = any(path.name == CONFIG_FILE for path in job.catalogue.files)
     return adapter and called_conv1d(source.keys[0]) and not source.transposed
 
 

@@ -1,37 +1,54 @@
-"""What a file or a name looks like: each format read and written in one place."""
+"""Formats of files and names: each read and written in one place."""
 
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.names import LAYER_WORDS, Entry, LeftOut, ModuleNames, dense_tensor, is_floating, of_task
+from rasa_theory.formats.entries import Entry, Exclusion, LeftOut, is_floating
+from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task
 from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_types, oriented
-from rasa_theory.formats.peft import CONFIG, WEIGHTS, LoraFolder, base_of, lora_config, lora_tensors
-from rasa_theory.formats.rasa import rasa_config, rasa_layout, rasa_tensors
+from rasa_theory.formats.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LoraFolder,
+    base_of,
+    is_lora_tensor,
+    lora_config,
+    lora_factors,
+    lora_key,
+    lora_tensors,
+)
+from rasa_theory.formats.rasa import RasaConfig, rasa_factors, rasa_layout, rasa_modules, rasa_tensors
 from rasa_theory.formats.safetensors import join_safetensors, opened, read_header, read_json, write_safetensors
 from rasa_theory.formats.shards import PICKLES
 
 __all__ = [
-    "CONFIG",
-    "LAYER_WORDS",
+    "CONFIG_FILE",
     "PICKLES",
-    "WEIGHTS",
+    "WEIGHTS_FILE",
     "Checkpoint",
     "Entry",
+    "Exclusion",
     "LeftOut",
     "LoraFolder",
     "ModuleNames",
+    "RasaConfig",
     "adapted_conv1d",
     "base_of",
     "called_conv1d",
     "dense_tensor",
     "is_floating",
+    "is_lora_tensor",
     "join_safetensors",
+    "layer_span",
     "lora_config",
+    "lora_factors",
+    "lora_key",
     "lora_tensors",
     "model_types",
-    "of_task",
+    "name_in_task",
     "opened",
     "oriented",
-    "rasa_config",
+    "rasa_factors",
     "rasa_layout",
+    "rasa_modules",
     "rasa_tensors",
     "read_header",
     "read_json",

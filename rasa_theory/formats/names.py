@@ -1,27 +1,37 @@
-"""The names of modules in a model, and of tensors that hold their weights."""
+"""The grammar of names: modules of a model, the number of their layer, and the task that an adapter belongs to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 from torch import Tensor
 
 from rasa_theory.problem import LoraFactors, RasaFactors
 
 PEFT_PREFIX = "base_model.model."
-LAYER_WORDS = ("layers", "layer", "h", "block", "blocks")
+"""The beginning of every key in PEFT's adapters, and in the authors': the two wrappers around the model."""
+
+_LAYER = re.compile(r"(?:\A|\.)(?:layers|layer|h|block|blocks)\.([0-9]+)(?=\.|\Z)")
+_IN_TASK = re.compile(rf"({re.escape(PEFT_PREFIX)})?([0-9]+)/(.+)")
+
+
+def layer_span(name: str) -> tuple[int, int] | None:
+    """Start and end of the layer's number in a dotted name, or None.
+
+    It is the number after the first component `layers`, `layer`, `h`, `block` or `blocks` that a number follows.
+    """
+    match = _LAYER.search(name)
+    return None if match is None else match.span(1)
 
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """The modules of a model whose updates a stack holds, one per layer in order.
+    """The modules of a model that the layers of a stack belong to, one per layer in order.
 
-    `names` are the keys of their weights less ".weight"; `transposed` if those weights are (in, out), as in a Conv1D.
-    Where layers are tasks, names are `task/module`, task a number; see `of_task`.
+    `names` are the keys of their weights less ".weight". `transposed`: those weights are (in, out), as in a Conv1D.
+    Where the layers are tasks, names are `task/module` with the number of the task; see `name_in_task`.
     """
 
     names: tuple[str, ...]
@@ -29,57 +39,35 @@ class ModuleNames:
 
     @classmethod
     def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> ModuleNames:
-        """From the keys of weights in a checkpoint; `prefix` is put before every name."""
+        """The modules of these weights, from their keys in a checkpoint, with `prefix` before every name."""
         return cls(tuple(prefix + key.removesuffix(".weight") for key in keys), transposed)
 
     @property
     def kind(self) -> str:
-        """What follows the layer's number in the names, `self_attn.q_proj`; the name without numbers if none does."""
-        if "/" in self.names[0]:
-            return self.names[0].partition("/")[2]
-        parts = self.names[0].split(".")
-        for n, (word, number) in enumerate(pairwise(parts)):
-            if word in LAYER_WORDS and number.isdecimal():
-                return ".".join(parts[n + 2 :])
-        return ".".join(part for part in parts if not part.isdecimal()) or self.names[0]
+        """The part of the names that all layers share: `self_attn.q_proj`.
+
+        It follows the task, or the number of the layer. Without either, it is the name less all of its numbers.
+        """
+        name = self.names[0]
+        if "/" in name:
+            return name.partition("/")[2]
+        if (span := layer_span(name)) is not None:
+            return name[span[1] + 1 :]
+        return ".".join(part for part in name.split(".") if not part.isdecimal()) or name
+
+
+def name_in_task(name: str, task: int | None) -> str | None:
+    """The name of a module or a key in one task, less the task's number; None if it belongs to another task.
+
+    With `task` None there are no tasks, and the name stays.
+    """
+    if task is None:
+        return name
+    match = _IN_TASK.fullmatch(name)
+    return (match[1] or "") + match[3] if match is not None and match[2] == str(task) else None
 
 
 def dense_tensor(modules: ModuleNames, factors: LoraFactors | RasaFactors, i: int) -> tuple[str, Tensor]:
-    """The update of layer i itself, by the key and in the orientation of the weight."""
+    """The dense update of layer i: the key of the module's weight, and the matrix in the weight's orientation."""
     update = factors.update(i)
     return f"{modules.names[i]}.weight", update.mT if modules.transposed else update
-
-
-def of_task(name: str, task: int | None) -> str | None:
-    """The key or module of one task, without its number; None for another task's. None for `task`: the name itself."""
-    if task is None:
-        return name
-    found = re.fullmatch(rf"(base_model\.model\.)?{task}/(.+)", name)
-    return (found[1] or "") + found[2] if found else None
-
-
-class Entry(NamedTuple):
-    """A tensor as a file's header describes it; `dtype` by its usual name: float32, bfloat16, float8_e4m3, int64.
-
-    `transposed`: the model has this matrix (b, a) as (a, b).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    transposed: bool = False
-
-
-class LeftOut(NamedTuple):
-    """A tensor, or a stack, that is not looked at, and why."""
-
-    name: str
-    reason: str
-
-
-_FLOATING = re.compile(r"b?float(16|32|64|96|128)")
-
-
-def is_floating(dtype: str) -> bool:
-    """Whether values of this dtype can be computed with: real, floating, 16 bits or more."""
-    return _FLOATING.fullmatch(dtype) is not None

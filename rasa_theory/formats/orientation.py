@@ -1,4 +1,4 @@
-"""Which matrices a model has as (in, out), not (out, in): the Conv1D weights of GPT-2 and its relatives."""
+"""Weights stored as (in, out) instead of (out, in): the Conv1D modules of GPT-2 and its relatives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from rasa_theory.formats.names import Entry
+from rasa_theory.formats.entries import Entry
 from rasa_theory.formats.safetensors import read_json
 
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
@@ -16,7 +16,7 @@ _WIDENING = ("c_attn", "c_fc")  # more outputs than inputs, in every model that 
 
 
 def model_types(checkpoint: Path) -> frozenset[str]:
-    """`model_type` of the config.json in a checkpoint's directory and of its parts, such as a decoder; maybe none.
+    """`model_type` in the config.json of a checkpoint's directory, and of its parts, such as a decoder; maybe empty.
 
     Raises InputError if there is a config.json that holds no JSON object.
     """
@@ -31,30 +31,31 @@ def model_types(checkpoint: Path) -> frozenset[str]:
 def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
     """The same entries, with the shape of Conv1D matrices flipped to (out, in) = (b, a) and `transposed` set.
 
-    Which they are is said by the names c_attn, q_attn, c_fc and c_proj in models of the types that have Conv1D, and in
-    no others. Where no type is known, by these names, unless a c_attn or c_fc has more rows than columns: then its
-    rows are its outputs, and the model has Linear modules of these names.
+    Conv1D matrices are those called c_attn, q_attn, c_fc or c_proj, in models of a type that has Conv1D. Without a
+    known type the names alone decide, unless a c_attn or c_fc has more rows than columns: its rows are then its
+    outputs, so the model has Linear modules of these names.
     """
     entries = list(entries)
-    kinds = {e.name: found[1] for e in entries if len(e.shape) == 2 and (found := _CONV1D.search(e.name))}
-    tall = any(e.shape[0] > e.shape[1] for e in entries if kinds.get(e.name) in _WIDENING)
-    conv1d = bool(models & _CONV1D_MODELS) if models else not tall
-    if not conv1d:
+    matches = {entry.name: _CONV1D.search(entry.name) for entry in entries if len(entry.shape) == 2}
+    word_of = {name: match[1] for name, match in matches.items() if match is not None}
+    has_tall = any(entry.shape[0] > entry.shape[1] for entry in entries if word_of.get(entry.name) in _WIDENING)
+    has_conv1d = bool(models & _CONV1D_MODELS) if models else not has_tall
+    if not has_conv1d:
         return entries
-    return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in kinds else e for e in entries]
+    return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in word_of else e for e in entries]
 
 
 def called_conv1d(name: str) -> bool:
-    """Whether a module or its weight has one of the names of Conv1D: c_attn, q_attn, c_fc, c_proj."""
+    """True if a module or its weight has one of the names of Conv1D: c_attn, q_attn, c_fc, c_proj."""
     return _CONV1D.search(name) is not None
 
 
 def adapted_conv1d(modules: Collection[str], fan_in_fan_out: bool) -> set[str]:
-    """Those modules of a PEFT adapter whose weights are (in, out), by the flag in its configuration.
+    """The modules of a PEFT adapter whose weights are (in, out), by the flag in its configuration.
 
-    PEFT has one flag for all modules, and sets it to what each is as it wraps them: as saved, it speaks of the last.
-    True: the modules called c_attn, q_attn, c_fc or c_proj, beside which there may be Linear ones, or, where none is
-    called so, all. False: none is known to be one; before a Linear module those of these names may be all the same.
+    PEFT stores a single `fan_in_fan_out` and overwrites it as each module is wrapped, so that the saved value describes
+    the last one. If it is true, the modules called c_attn, q_attn, c_fc or c_proj are transposed; without such a name,
+    all modules are. If it is false, none is assumed to be, though modules before the last may be Conv1D all the same.
     """
     if not fan_in_fan_out:
         return set()

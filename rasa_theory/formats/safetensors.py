@@ -1,4 +1,7 @@
-"""Headers of safetensors files, and the JSON files beside them: read once, and refused where they are not sound."""
+"""safetensors files, and the JSON files beside them, read and written. A file that is not sound is refused.
+
+A file is the length of the header (8 bytes), the header (JSON: dtype, shape and place of every tensor), and the data.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,54 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rasa_theory.common import InputError, UnsoundFile
-from rasa_theory.formats.names import of_task
+from rasa_theory.formats.names import name_in_task
+from rasa_theory.problem import FileRows
 
-_LARGEST_JSON = 100_000_000  # bytes; safetensors allows its headers as many
+_LARGEST_JSON = 100_000_000  # bytes; the limit of safetensors for its headers
 _LONGEST_REASON = 200  # letters
+_COPIED = 1 << 24  # bytes at a time
 _ADVICE = "download or write it again"
 
 
-class Stored(NamedTuple):
-    """A tensor in a file: its dtype as the file calls it (BF16), its shape, its first byte in the file, its bytes."""
+class _Dtype(NamedTuple):
+    """A floating dtype: its usual name, torch's, and numpy's for the same bits. numpy has no bfloat16."""
 
-    dtype: str
+    name: str
+    torch: torch.dtype
+    numpy: str
+
+
+_DTYPES = {
+    "F64": _Dtype("float64", torch.float64, "<f8"),
+    "F32": _Dtype("float32", torch.float32, "<f4"),
+    "F16": _Dtype("float16", torch.float16, "<f2"),
+    "BF16": _Dtype("bfloat16", torch.bfloat16, "<i2"),
+}
+_CODES = {dtype.torch: code for code, dtype in _DTYPES.items()}
+
+
+# ---- reading
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: the file's code of its dtype (BF16), its shape, its first byte in the file, its bytes."""
+
+    code: str
     shape: tuple[int, ...]
     offset: int
     size: int
 
+    @property
+    def dtype(self) -> str:
+        """The usual name of the dtype: float32 for F32, float8_e4m3 for F8_E4M3, i64 for I64."""
+        if self.code in _DTYPES:
+            return _DTYPES[self.code].name
+        return f"float{self.code[1:].lower()}" if self.code[:2] in ("F8", "F6", "F4") else self.code.lower()
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds, by key, and the stamp (bytes, time of change) it had when that was read."""
+    """The header of a safetensors file: its tensors by key, and the stamp (bytes, time of change) when it was read."""
 
     file: Path
     tensors: dict[str, Stored]
@@ -45,25 +77,31 @@ class Header:
 
     def check_unchanged(self) -> None:
         """Raise InputError if the file is gone, or has been written since its header was read."""
-        with _sound(self.file):
+        with _naming_damage(self.file):
             if _stamp(self.file) != self.stamp:
                 raise ValueError("it has changed since it was opened")
 
+    def rows(self, key: str) -> FileRows:
+        """The rows of a floating tensor, read in blocks when asked for. Raises InputError as `check_unchanged` does."""
+        self.check_unchanged()
+        code, shape, offset, _ = self.tensors[key]
+        return FileRows(self.file, offset, shape[-1], np.dtype(_DTYPES[code].numpy), code == "BF16")
+
 
 def read_header(file: Path) -> Header:
-    """The header of a safetensors file; nothing is allocated for data. Raises UnsoundFile.
+    """The header of a safetensors file; no memory is allocated for data. Raises UnsoundFile.
 
-    safetensors itself refuses lengths, offsets and shapes that do not fit the bytes that are there, but takes the last
-    of two tensors of one name: refused here, as is JSON nested deeper than Python can follow.
+    safetensors itself refuses lengths, offsets and shapes that do not fit the bytes of the file. It takes the last of
+    two tensors of one name, and JSON nested deeper than Python can follow: both are refused here.
     """
-    with _sound(file):
+    with _naming_damage(file):
         stamp = _stamp(file)
         with safe_open(file, framework="pt"), file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            found = parse_json(stream.read(size))
-        found.pop("__metadata__", None)
+            header = parse_json(stream.read(size))
+        header.pop("__metadata__", None)
         tensors = {}
-        for key, info in sorted(found.items()):
+        for key, info in sorted(header.items()):
             start, stop = info["data_offsets"]
             tensors[key] = Stored(info["dtype"], tuple(info["shape"]), 8 + size + start, stop - start)
     return Header(file, tensors, stamp)
@@ -72,7 +110,7 @@ def read_header(file: Path) -> Header:
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, open for reading by key. Raises UnsoundFile if it is damaged or cannot be opened."""
-    with _sound(file):
+    with _naming_damage(file):
         _stamp(file)
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -84,113 +122,111 @@ def read_json(file: Path) -> dict[str, Any]:
         size, _ = _stamp(file)
         if size > _LARGEST_JSON:
             raise ValueError(f"it has {size} bytes, more than {_LARGEST_JSON}")
-        found = parse_json(file.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
+        value = parse_json(file.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
     except (OSError, ValueError) as error:
-        raise UnsoundFile(f"{file}: not a sound file with one JSON object ({_why(error)})", _ADVICE) from None
-    return found
+        raise UnsoundFile(f"{file}: not a sound file with one JSON object ({_short(error)})", _ADVICE) from None
+    return value
 
 
 def parse_json(content: bytes) -> Any:
-    """The value that UTF-8 JSON stands for.
+    """The value of UTF-8 JSON.
 
-    Raises ValueError if it is none, nested deeper than Python can follow, or an object has a key twice or one that is
-    not Unicode.
+    Raises ValueError if it is not JSON, is nested deeper than Python can follow, or an object has a key twice or a key
+    that is not Unicode.
     """
     try:
-        return json.loads(content.decode(), object_pairs_hook=_unique)
+        return json.loads(content.decode(), object_pairs_hook=_with_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} is there twice")
-    for key in found:
-        key.encode()  # halves of a surrogate pair, which nothing could print
-    return found
+    for key in members:
+        key.encode()  # raises for halves of a surrogate pair, which could not be printed
+    return members
 
 
 @contextlib.contextmanager
-def _sound(file: Path) -> Iterator[None]:
-    """Say in one sentence that a file is damaged, whatever is found in its bytes."""
+def _naming_damage(file: Path) -> Iterator[None]:
+    """Turn every error that the bytes of a file can cause into one sentence that names the file."""
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise UnsoundFile(f"{file}: not a sound safetensors file ({_why(error)})", _ADVICE) from None
+        raise UnsoundFile(f"{file}: not a sound safetensors file ({_short(error)})", _ADVICE) from None
 
 
-def _why(error: Exception) -> str:
-    """What an error says, in one short line: it may quote the file."""
+def _short(error: Exception) -> str:
+    """The text of an error, printable and on one short line: it may quote the file."""
     text = "".join(c if c.isprintable() else "?" for c in str(error)[: _LONGEST_REASON + 1])
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} .."
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Bytes and time of change of a regular file; ValueError for any other: opening a pipe would wait for ever."""
-    found = os.stat(file)
-    if not stat.S_ISREG(found.st_mode):
+    """Bytes and time of change of a regular file. Raises ValueError for any other, since opening a pipe would hang."""
+    facts = os.stat(file)
+    if not stat.S_ISREG(facts.st_mode):
         raise ValueError("not a regular file")
-    return found.st_size, found.st_mtime_ns
+    return facts.st_size, facts.st_mtime_ns
 
 
-_COPIED = 1 << 24  # bytes at a time
-
-
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# ---- writing
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], out: IO[bytes], metadata: dict[str, str]) -> None:
-    """A safetensors file of `tensors`, written one by one, so that no second copy of all of them is made."""
-    header = _Header(metadata)
+    """Write tensors as a safetensors file, one by one, so that no second copy of all of them is made."""
+    header = _HeaderToWrite(metadata)
     for key, tensor in tensors.items():
-        header.add(key, _STORED[tensor.dtype], list(tensor.shape), tensor.nbytes)
+        header.add(key, _CODES[tensor.dtype], list(tensor.shape), tensor.nbytes)
     out.write(header.encoded())
     for tensor in tensors.values():
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # which numpy does not know
+        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         out.write(np.ascontiguousarray(bits.numpy()).data)
 
 
 def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str], task: int | None = None) -> None:
-    """All tensors of `parts`, or those of one task, as one safetensors file, copied piece by piece.
+    """Write the tensors of several files, or those of one task, as one safetensors file, copied piece by piece.
 
     Raises InputError if two parts hold a tensor of the same name.
     """
-    header = _Header(metadata)
-    pieces: list[tuple[Path, int, int]] = []  # part, first byte, how many
+    header = _HeaderToWrite(metadata)
+    pieces: list[tuple[Path, Stored]] = []
     for part in parts:
         for key, stored in read_header(part).tensors.items():
-            if (name := of_task(key, task)) is None:
+            if (name := name_in_task(key, task)) is None:
                 continue
             if name in header.entries:
                 raise InputError(f"two stacks would write the tensor {name!r}; keep one of them with --modules")
-            header.add(name, stored.dtype, stored.shape, stored.size)
-            pieces.append((part, stored.offset, stored.size))
+            header.add(name, stored.code, stored.shape, stored.size)
+            pieces.append((part, stored))
     out.write(header.encoded())
-    for part, first, size in pieces:
+    for part, stored in pieces:
         with part.open("rb") as file:
-            file.seek(first)
-            while size > 0:
-                size -= out.write(file.read(min(size, _COPIED)))
+            file.seek(stored.offset)
+            remaining = stored.size
+            while remaining > 0:
+                remaining -= out.write(file.read(min(remaining, _COPIED)))
 
 
-class _Header:
+class _HeaderToWrite:
     """The beginning of a safetensors file whose tensors follow in the order in which they are added."""
 
     def __init__(self, metadata: dict[str, str]) -> None:
         self.entries: dict[str, Any] = {"__metadata__": metadata}
         self._offset = 0
 
-    def add(self, key: str, dtype: str, shape: Sequence[int], size: int) -> None:
+    def add(self, key: str, code: str, shape: Sequence[int], size: int) -> None:
         offsets = [self._offset, self._offset + size]
-        self.entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        self.entries[key] = {"dtype": code, "shape": shape, "data_offsets": offsets}
         self._offset += size
 
     def encoded(self) -> bytes:
-        """With its length before it, padded to a multiple of 8 bytes."""
+        """The header with its length before it, padded to a multiple of 8 bytes."""
         text = json.dumps(self.entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text

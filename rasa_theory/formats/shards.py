@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold which tensors: one file, all files of a directory, or those that an index names."""
+"""The file of every tensor of a checkpoint: one file, all files of a directory, or the files that an index names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rasa_theory.common import InputError, UnsoundFile
-from rasa_theory.formats.names import LeftOut
+from rasa_theory.formats.entries import Exclusion, LeftOut
 from rasa_theory.formats.safetensors import Header, read_header, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -18,46 +18,46 @@ _PROBLEMS_SHOWN = 200  # more than the largest checkpoints have files
 
 
 class Shards(NamedTuple):
-    """The header of the file that holds each tensor, and the tensors that an index does not name."""
+    """The header of the file that holds each tensor, by key, and the tensors that an index does not name."""
 
-    of: dict[str, Header]
+    header_of: dict[str, Header]
     left_out: list[LeftOut]
 
 
 def find_shards(path: Path) -> Shards:
-    """The tensors of a `.safetensors` file, or of a directory: those its index names, without one all of all files.
+    """Find the tensors of a `.safetensors` file or of a directory: those that its index names, or all of all files.
 
-    Raises InputError, one sentence with everything that was found, if there is no such file, a file is missing,
-    damaged or a pickle, a tensor is not where the index says, or two files have it and no index says which.
+    Raises InputError, one sentence with all problems, if there is no such file, or a file is missing, damaged or a
+    pickle; if a tensor is not where the index says, or two files have it and no index says which.
     """
     if path.is_dir() and (index := _index(path)) is not None:
         return _named_by(index)
     headers, problems = _read([(str(file), file) for file in _files(path)])
     if problems:
         raise InputError(f"{_first(problems)}; download or write {'it' if len(problems) == 1 else 'them'} again")
-    of: dict[str, Header] = {}
+    header_of: dict[str, Header] = {}
     for header in headers.values():
         for key in header.tensors:
-            if key in of:
+            if key in header_of:
                 raise InputError(
-                    f"{path}: tensor {key!r} is in both {of[key].file.name} and {header.file.name}; "
+                    f"{path}: tensor {key!r} is in both {header_of[key].file.name} and {header.file.name}; "
                     "name the one file that is meant"
                 )
-            of[key] = header
-    return Shards(of, [])
+            header_of[key] = header
+    return Shards(header_of, [])
 
 
 def _index(directory: Path) -> Path | None:
-    """The one index of a directory, or None. Raises InputError if there are several."""
-    found = sorted(directory.glob("*.safetensors.index.json"))
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise InputError(f"{directory}: the directory has {len(found)} indexes ({names}); keep the one that is meant")
-    return found[0] if found else None
+    """The only index of a directory, or None. Raises InputError if there are several."""
+    indexes = sorted(directory.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        names = ", ".join(file.name for file in indexes)
+        raise InputError(f"{directory}: the directory has {len(indexes)} indexes ({names}); keep the one that is meant")
+    return indexes[0] if indexes else None
 
 
 def _named_by(index: Path) -> Shards:
-    """The tensors where the index says that they are; other tensors of these files are left out."""
+    """The tensors in the files where the index places them; other tensors of these files are left out."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: expected weight_map, the name of a file for every tensor; download it again")
@@ -72,7 +72,7 @@ def _named_by(index: Path) -> Shards:
     if problems:
         raise InputError(f"{index}: {_first(problems)}; download the checkpoint again, in safetensors")
     unnamed = [
-        LeftOut(key, f"in {header.file}, where {index.name} does not look for it")
+        LeftOut(key, f"in {header.file}, where {index.name} does not look for it", Exclusion.UNINDEXED)
         for name, header in headers.items()
         for key in header.tensors
         if places.get(key) != name
@@ -81,7 +81,7 @@ def _named_by(index: Path) -> Shards:
 
 
 def _read(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Header], list[str]]:
-    """The headers of files, by the name given, and what is wrong with those that cannot be read."""
+    """The headers of (name, file) by name, and a sentence for every file that cannot be read."""
     headers: dict[str, Header] = {}
     problems: list[str] = []
     for name, file in files:
@@ -93,7 +93,7 @@ def _read(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Header], list[st
 
 
 def _refusal(directory: Path, name: str) -> str | None:
-    """Why an entry of an index is no file to be read; None if it is one."""
+    """The reason why the file that an index names is not read, or None."""
     path, suffix = Path(name), Path(name).suffix.lower()
     if suffix in PICKLES:
         return f"{name!r} is a pickle, which is never opened: convert it to safetensors"
@@ -104,15 +104,15 @@ def _refusal(directory: Path, name: str) -> str | None:
     if not os.path.exists(directory / path):  # unlike Path.exists, False also for names too long
         return f"{name!r} is missing"
     target = (directory / path).resolve()
-    if not target.is_relative_to(_walls(directory.resolve())):
+    if not target.is_relative_to(_enclosing_folder(directory.resolve())):
         return f"{name!r} is a link out of the directory, to {target}: put the file itself there"
     return None
 
 
-def _walls(directory: Path) -> Path:
-    """The folder that links of a checkpoint may not leave: `directory`, or, in a model hub's cache, that of the model.
+def _enclosing_folder(directory: Path) -> Path:
+    """The folder that links of a checkpoint may not leave: the directory itself, or the model's in a hub's cache.
 
-    There a checkpoint is models--<name>/snapshots/<revision>, and its files are links into models--<name>/blobs.
+    In the cache a checkpoint is models--<name>/snapshots/<revision>, and its files are links into models--<name>/blobs.
     """
     for folder in (directory, *directory.parents):
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):

@@ -1,8 +1,8 @@
-"""Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, adapters, and generators."""
+"""Sources of stacks: bundled sets, numpy files, checkpoints and pairs of them, adapters, generators, null models."""
 
 from rasa_theory.sources import null_models
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, provenance
-from rasa_theory.sources.catalogue import Catalogue, LeftOut, StackSource
+from rasa_theory.sources.catalogue import Catalogue, StackSource
 from rasa_theory.sources.grouping import Group, group
 from rasa_theory.sources.open import load, open_source
 from rasa_theory.sources.pair import Prefix
@@ -19,7 +19,6 @@ __all__ = [
     "DEFAULT",
     "Catalogue",
     "Group",
-    "LeftOut",
     "Prefix",
     "StackSource",
     "check_synthetic",

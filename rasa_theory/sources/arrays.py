@@ -1,4 +1,4 @@
-"""numpy files: `.npy` is one stack, mapped from disk; `.npz` holds stacks or matrices to be grouped. No pickles."""
+"""numpy files: a `.npy` file is one stack, mapped from disk; a `.npz` file holds stacks or matrices. No pickles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Entry, LeftOut
+from rasa_theory.formats import Entry, Exclusion, LeftOut
 from rasa_theory.problem import FileRows, native
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 
@@ -27,7 +27,7 @@ def open_npy(path: Path, memory: int | None = None) -> Catalogue:
 
     Raises InputError if the file is damaged, holds Python objects, or an array of other axes or dtype.
     """
-    with _sound(path), path.open("rb") as stream:
+    with _naming_damage(path), path.open("rb") as stream:
         entry = _entry(stream, path.stem, path.stat().st_size, path)
     if len(entry.shape) != 3:
         raise InputError(
@@ -36,11 +36,11 @@ def open_npy(path: Path, memory: int | None = None) -> Catalogue:
         )
 
     def read(key: str) -> Tensor:
-        with _sound(path):  # mode "c": torch wants writable memory; the file itself is never written
+        with _naming_damage(path):  # mode "c": torch wants writable memory; the file itself is never written
             return _as_tensor(np.lib.format.open_memmap(path, mode="c"))
 
     def part(key: str) -> FileRows:
-        with _sound(path), path.open("rb") as stream:
+        with _naming_damage(path), path.open("rb") as stream:
             shape, columns_first, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
             if columns_first:
                 raise InputError(
@@ -49,31 +49,33 @@ def open_npy(path: Path, memory: int | None = None) -> Catalogue:
                 )
             return FileRows(path, stream.tell(), shape[2], dtype)
 
-    found = catalogue_of(str(path), [entry], Reader(read, lambda key: str(path), part), memory=memory)
-    return dataclasses.replace(found, files=(path,))
+    catalogue = catalogue_of(str(path), [entry], Reader(read, lambda key: str(path), part), memory=memory)
+    return dataclasses.replace(catalogue, files=(path,))
 
 
 def open_npz(path: Path, memory: int | None = None) -> Catalogue:
     """The stacks of a `.npz` file. Raises InputError if it is damaged, holds Python objects, or no stack."""
-    with _sound(path), zipfile.ZipFile(path) as archive:
+    with _naming_damage(path), zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-        left_out = [LeftOut(n, "not a numpy array") for n in archive.namelist() if not n.endswith(".npy")]
+        left_out = [
+            LeftOut(n, "not a numpy array", Exclusion.NO_ARRAY) for n in archive.namelist() if not n.endswith(".npy")
+        ]
         entries = []
         for key, member in members.items():
             with archive.open(member) as stream:
                 entries.append(_entry(stream, key, member.file_size, path))
 
     def read(key: str) -> Tensor:
-        with _sound(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
+        with _naming_damage(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
-    found = catalogue_of(str(path), entries, Reader(read, lambda key: str(path)), left_out, memory)
-    return dataclasses.replace(found, files=(path,))
+    catalogue = catalogue_of(str(path), entries, Reader(read, lambda key: str(path)), left_out, memory)
+    return dataclasses.replace(catalogue, files=(path,))
 
 
 @contextlib.contextmanager
-def _sound(path: Path) -> Iterator[None]:
-    """Say in one sentence that a file is damaged, whatever numpy and zipfile raise on its bytes."""
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Turn every error that numpy and zipfile raise on the bytes of a file into one sentence that names the file."""
     try:
         yield
     except InputError:
@@ -98,5 +100,5 @@ def _entry(stream: IO[bytes], key: str, size: int, path: Path) -> Entry:
 
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """In native byte order and at most 64 bits; memory is shared where possible."""
+    """The array as a tensor, in native byte order and at most 64 bits; memory is shared where possible."""
     return torch.from_numpy(array.astype(native(array.dtype), copy=False))

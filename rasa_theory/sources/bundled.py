@@ -23,8 +23,8 @@ _KINDS = ("query", "key", "value", "attention_output")
 def open_bundled(name: str, memory: int | None = None) -> Catalogue:
     """The stacks of a bundled set: tuned - base of query, key, value and attention output, (6, 384, 384) each.
 
-    The file holds half precision times 2^s, s in the metadata; loading undoes the scale, exactly, in float64 before
-    it goes to the dtype asked for. Raises InputError for an unknown name.
+    The file holds half precision times 2^s, with s in the metadata. Loading undoes the scale exactly, in float64,
+    before the conversion to another dtype. Raises InputError for an unknown name.
     """
     resource = _resource(name, "safetensors")
     with importlib.resources.as_file(resource) as path, opened(path) as tensors:
@@ -33,9 +33,12 @@ def open_bundled(name: str, memory: int | None = None) -> Catalogue:
 
 
 def provenance(name: str) -> dict[str, Any]:
-    """How a bundled set was made: model, data, settings, retrieval before and after. InputError if unknown."""
-    found: dict[str, Any] = json.loads(_resource(name, "json").read_text(encoding="utf-8"))
-    return found
+    """The origin of a bundled set: model, data, training settings, retrieval before and after.
+
+    Raises InputError for an unknown name.
+    """
+    facts: dict[str, Any] = json.loads(_resource(name, "json").read_text(encoding="utf-8"))
+    return facts
 
 
 def _resource(name: str, suffix: str) -> Traversable:

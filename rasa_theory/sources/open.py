@@ -1,4 +1,4 @@
-"""Where stacks come from: bundled sets, numpy files, checkpoints and pairs of them, adapters, and generators."""
+"""The entrance to all sources: bundled sets, numpy files, checkpoints and pairs of them, and adapters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from rasa_theory.common import InputError, whole_number
-from rasa_theory.formats import CONFIG, PICKLES, WEIGHTS
+from rasa_theory.formats import CONFIG_FILE, PICKLES, WEIGHTS_FILE, LeftOut
 from rasa_theory.problem import LayerStack, compute_device, compute_dtype
 from rasa_theory.sources.adapters import open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled
-from rasa_theory.sources.catalogue import Catalogue, LeftOut
+from rasa_theory.sources.catalogue import Catalogue
 from rasa_theory.sources.checkpoints import open_checkpoint
 from rasa_theory.sources.pair import open_pair
 
@@ -32,15 +32,15 @@ def open_source(
 
     `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. So do `adapters`,
     the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
-    before a stack is loaded. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+    before a stack is loaded.
 
-    The index of a checkpoint directory says which of its files are read. Matrices of checkpoints are (out, in), that is
-    (b, a), also where the file has them as (in, out), as in GPT-2.
+    The index of a checkpoint directory decides which of its files are read. Matrices of checkpoints are (out, in), that
+    is (b, a), also where the file has them as (in, out), as in GPT-2.
 
-    `memory` (bytes; None: no limit) bounds what is allocated for a stack, as for LayerStack: one larger than a quarter
+    `memory` (bytes; None: no limit) bounds the allocations for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
-    adapters are thin, and held in memory. With `alone`, a matrix of a checkpoint or
-    adapter that is the only one of its kind is a stack of one layer.
+    adapters are thin, and held in memory. With `alone`, a matrix that is the only one of its kind is a stack of one
+    layer. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
@@ -53,12 +53,12 @@ def open_source(
         _refuse_adapters((before, after))
         return open_pair(before, after, memory, alone)
     if base is not None or tuned is not None:
-        given, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
-        raise InputError(f"{given} is given without {missing}; an update is the difference of the two")
+        present, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
+        raise InputError(f"{present} is given without {missing}; an update is the difference of the two")
     if source in BUNDLED:
         return open_bundled(source, memory)
     (path,) = _existing([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
-    if (path / CONFIG).is_file():
+    if (path / CONFIG_FILE).is_file():
         return open_adapter(path, memory, alone)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
@@ -79,10 +79,23 @@ def load(
     device: str | torch.device | None = None,
     memory: int | None = None,
 ) -> tuple[list[LayerStack], list[LeftOut]]:
-    """All stacks of a source, as `open_source` finds them, open at once, and (name, reason) of the rest.
+    """Load all stacks of updates that a source holds.
 
-    `dtype` and `device` as for LayerStack, `memory` for each stack as for `open_source`. Raises InputError as
-    `open_source` and LayerStack do.
+    Tensors (L, b, a) are stacks. Matrices are grouped by name: the number after `layers`, `layer`, `h`, `block` or
+    `blocks` is the layer, and layers of unequal shape form separate stacks.
+
+    **Arguments:**
+
+    - source: name of a bundled set (the default), or a path: a `.npy`, `.npz` or `.safetensors` file, the directory of
+      a checkpoint of updates, or the folder of a PEFT LoRA adapter.
+    - dtype: dtype of the computation, "float32" or "float64"; None takes the input's, and float32 for half precision.
+    - device: device of the computation, such as "cuda"; None stays on the CPU.
+    - memory: limit of the allocations for one stack, in bytes; larger stacks stay in their file. None sets no limit.
+
+    **Returns:** the list of `LayerStack`s, and the list of the tensors left out, as pairs (name, reason).
+
+    **Raises:** `InputError`, naming the file, if the source is missing, unknown or damaged, holds no stack, or an entry
+    is infinite or NaN.
     """
     catalogue = open_source(source, memory=memory)
     target = None if dtype is None else compute_dtype(dtype)
@@ -91,7 +104,7 @@ def load(
 
 
 def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
-    """Their paths. Raises InputError, naming all of them, if some are not there."""
+    """The paths of these files or folders. Raises InputError, naming all that do not exist."""
     names = [os.path.expanduser(source) for source in sources]
     # unlike Path.exists, os.path.exists is False also for the empty name and for impossible ones
     if missing := [repr(s) for s, name in zip(sources, names, strict=True) if not os.path.exists(name)]:
@@ -100,9 +113,9 @@ def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
 
 
 def _refuse_adapters(models: Sequence[Path]) -> None:
-    """Raise InputError where one of a pair is the folder of an adapter: a difference of factors is no update."""
+    """Raise InputError if a model of a pair is the folder of an adapter: a difference of factors is no update."""
     for path in models:
-        if (path / CONFIG).is_file() and [file.name for file in path.glob("*.safetensors")] == [WEIGHTS]:
+        if (path / CONFIG_FILE).is_file() and [file.name for file in path.glob("*.safetensors")] == [WEIGHTS_FILE]:
             raise InputError(
                 f"{path} is the folder of an adapter, not a model; give it alone as --source, or several as --adapters"
             )

@@ -1,9 +1,10 @@
-"""The pair of checkpoints base and tuned: updates, tuned minus base, of the tensors that correspond."""
+"""Updates from a pair of checkpoints, base and tuned: tuned minus base, of the tensors that correspond."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Checkpoint, Entry, LeftOut, is_floating, model_types, oriented
+from rasa_theory.formats import Checkpoint, Entry, Exclusion, LeftOut, is_floating, model_types, oriented
 from rasa_theory.problem import Difference
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 
 
 class Prefix(NamedTuple):
-    """Names of the tuned checkpoint that begin with `tuned` begin with `base` in the other, and go on alike.
+    """The difference between the names of two checkpoints.
 
-    Each is dotted components with the dot after them, or empty; one of the two begins with the other.
+    Names that begin with `tuned` in the tuned checkpoint begin with `base` in the other, and go on alike. Each of the
+    two is dotted components with the dot after them, or empty; one begins with the other.
     """
 
     base: str
@@ -45,7 +47,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     Names are those of `base`. Where no layer has the same name in both, they may differ by a prefix (`find_prefix`),
     which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
     `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do, and
-    if both hold matrices, but none is in both.
+    if both hold matrices but none in common.
     """
     before, after = Checkpoint(base), Checkpoint(tuned)
     prefix = find_prefix(before, after)
@@ -54,57 +56,82 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     left_out = [*before.left_out, *after.left_out]
     for key, old in before.entries.items():
         if key not in key_after:
-            left_out.append(LeftOut(key, f"in {base} but not in {tuned}"))
+            left_out.append(LeftOut(key, f"in {base} but not in {tuned}", Exclusion.UNMATCHED))
             continue
         new = after.entries[key_after[key]]
         if old.shape != new.shape:
-            left_out.append(LeftOut(key, f"shape {old.shape} in {base}, {new.shape} in {tuned}"))
+            reason = f"shape {old.shape} in {base}, {new.shape} in {tuned}"
+            left_out.append(LeftOut(key, reason, Exclusion.UNMATCHED))
             continue
-        dtypes = (old.dtype, new.dtype)
-        unusable = [dtype for dtype in dtypes if not is_floating(dtype)]
-        wider = "float64" if "float64" in dtypes else "float32"
-        entries.append(Entry(key, old.shape, unusable[0] if unusable else wider))
+        entries.append(Entry(key, old.shape, _dtype_of_difference(old.dtype, new.dtype)))
     if not any(map(_is_matrix, entries)):
         _refuse_strangers(before, after, key_after)
-    taken = set(key_after.values())
-    left_out += [LeftOut(key, f"in {tuned} but not in {base}") for key in after.entries if key not in taken]
+    matched = set(key_after.values())
+    left_out += [
+        LeftOut(key, f"in {tuned} but not in {base}", Exclusion.UNMATCHED)
+        for key in after.entries
+        if key not in matched
+    ]
     wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
-
-    def read(key: str) -> Tensor:
-        return after.read(key_after[key]).to(wide[key]) - before.read(key).to(wide[key])
-
-    def file_of(key: str) -> str:
-        return f"{after.file_of(key_after[key])} minus {before.file_of(key)}"
-
-    def part(key: str) -> Difference:
-        return Difference(after.part(key_after[key]), before.part(key), wide[key])
-
+    updates = _Differences(before, after, key_after, wide)
     source = f"{tuned} minus {base}" + (f" ({prefix} of {tuned})" if prefix is not None else "")
     entries = oriented(entries, model_types(tuned) or model_types(base))
-    found = catalogue_of(source, entries, Reader(read, file_of, part), left_out, memory, alone)
-    return dataclasses.replace(found, files=before.files + after.files)
+    reader = Reader(updates.read, updates.file_of, updates.part)
+    catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
+    return dataclasses.replace(catalogue, files=before.files + after.files)
+
+
+def _dtype_of_difference(old: str, new: str) -> str:
+    """The dtype of tuned - base; one of the two, if it cannot be computed with."""
+    for dtype in (old, new):
+        if not is_floating(dtype):
+            return dtype
+    return "float64" if "float64" in (old, new) else "float32"
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """tuned - base, read by the key in the base; `dtype_of` is the dtype in which each is computed."""
+
+    before: Checkpoint
+    after: Checkpoint
+    key_after: Mapping[str, str]
+    dtype_of: Mapping[str, torch.dtype]
+
+    def read(self, key: str) -> Tensor:
+        dtype = self.dtype_of[key]
+        return self.after.read(self.key_after[key]).to(dtype) - self.before.read(key).to(dtype)
+
+    def part(self, key: str) -> Difference:
+        return Difference(self.after.part(self.key_after[key]), self.before.part(key), self.dtype_of[key])
+
+    def file_of(self, key: str) -> str:
+        return f"{self.after.file_of(self.key_after[key])} minus {self.before.file_of(key)}"
+
+
+# ---- names that correspond
 
 
 def find_prefix(before: Checkpoint, after: Checkpoint) -> Prefix | None:
-    """By what the names of two checkpoints differ, if no layer has the same name in both; None if by nothing found.
+    """Find the prefix by which the names of two checkpoints differ; None if a layer has the same name in both.
 
     A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name. A
-    prefix is a run of components that the names of one have, and those of the other have not, at their beginning or
-    after their first component, and before the number: `bert.`, or `language_model.` in
-    `model.language_model.layers.0` for `model.layers.0`. It fits if with it a layer of the one has the name and shape
-    of a layer of the other. Raises InputError if several fit: nothing is guessed.
+    prefix is a run of components that the names of one have and those of the other lack, at their beginning or after
+    their first component, and before the number: `bert.`, or `language_model.` in `model.language_model.layers.0` for
+    `model.layers.0`. It fits if with it a layer of the one has the name and shape of a layer of the other. None is
+    returned if none fits. Raises InputError if several fit: nothing is guessed.
     """
     old, new = _layers(before.entries), _layers(after.entries)
     if not old.keys().isdisjoint(new):
         return None
-    found = {Prefix(base=short, tuned=long): None for long, short in _beginnings(new, old)}
-    found |= {Prefix(base=long, tuned=short): None for long, short in _beginnings(old, new)}
-    if len(found) > 1:
+    fitting = {Prefix(base=short, tuned=long): None for long, short in _beginnings(new, old)}
+    fitting |= {Prefix(base=long, tuned=short): None for long, short in _beginnings(old, new)}
+    if len(fitting) > 1:
         raise InputError(
             f"{after.path} and {before.path}: which layers correspond is unclear, for they are found with "
-            f"{', and with '.join(map(str, found))} of {after.path}; give checkpoints whose names agree"
+            f"{', and with '.join(map(str, fitting))} of {after.path}; give checkpoints whose names agree"
         )
-    return next(iter(found), None)
+    return next(iter(fitting), None)
 
 
 def _layers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -120,16 +147,19 @@ def _is_matrix(entry: Entry) -> bool:
 
 
 def _beginnings(longer: Mapping[str, Entry], shorter: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
-    """How names of `longer` begin, and how with a run of components less, where a layer of `shorter` is called so."""
+    """Beginnings of names of `longer`, each with what is left of it when a run of components before the number goes.
+
+    Only those are yielded for which `shorter` has a layer of the shortened name and the same shape.
+    """
     for name, entry in longer.items():
         parts = name.split(".")
         number = next(i for i, part in enumerate(parts) if part.isdecimal())
-        met: set[str] = set()
+        tried: set[str] = set()
         for start in (0, 1):
             for stop in range(start + 1, number + 1):
-                less = ".".join(parts[:start] + parts[stop:])
-                if less not in met and less in shorter and shorter[less].shape == entry.shape:
-                    met.add(less)  # either `model` of model.model.layers.0 may go: the first does
+                shortened = ".".join(parts[:start] + parts[stop:])
+                if shortened not in tried and shortened in shorter and shorter[shortened].shape == entry.shape:
+                    tried.add(shortened)  # either `model` of model.model.layers.0 may go: the first does
                     yield _dotted(parts[:stop]), _dotted(parts[:start])
 
 
@@ -138,17 +168,17 @@ def _dotted(parts: list[str]) -> str:
 
 
 def _corresponding(before: Mapping[str, Entry], after: Mapping[str, Entry], prefix: Prefix | None) -> dict[str, str]:
-    """By its name in the base, the name in the tuned checkpoint of each tensor that both have: an equal one first."""
-    found: dict[str, str] = {}
+    """The name in the tuned checkpoint of each tensor that both have, by its name in the base. Equal names go first."""
+    name_of: dict[str, str] = {}
     for name in after:
         key = name if prefix is None or name in before else prefix.in_base(name)
         if key == name or key not in after:
-            found[key] = name
-    return {key: found[key] for key in before if key in found}
+            name_of[key] = name
+    return {key: name_of[key] for key in before if key in name_of}
 
 
 def _refuse_strangers(before: Checkpoint, after: Checkpoint, key_after: Mapping[str, str]) -> None:
-    """Raise InputError if two checkpoints that have no matrix in common hold matrices: they are two models."""
+    """Raise InputError if both checkpoints hold matrices, but none in common: they are two models."""
     advice = "give a model and what was fine-tuned from it, both in full"
     for key, old in before.entries.items():
         if key in key_after and _is_matrix(old):

@@ -14,7 +14,7 @@ from rasa_theory.formats import (
     join_safetensors,
     lora_config,
     lora_tensors,
-    of_task,
+    name_in_task,
     rasa_tensors,
     write_safetensors,
 )
@@ -118,11 +118,11 @@ def test_joined_files_hold_the_same_tensors(tmp_path):
 
 
 def test_the_names_of_one_task():
-    assert of_task("base_model.model.1/h.0.q.lora_A.weight", 1) == "base_model.model.h.0.q.lora_A.weight"
-    assert of_task("1/h.0.q", 1) == "h.0.q"
-    assert of_task("h.0.q", None) == "h.0.q"
+    assert name_in_task("base_model.model.1/h.0.q.lora_A.weight", 1) == "base_model.model.h.0.q.lora_A.weight"
+    assert name_in_task("1/h.0.q", 1) == "h.0.q"
+    assert name_in_task("h.0.q", None) == "h.0.q"
     for other in ("11/h.0.q", "base_model.model.11/h.0.q.lora_A.weight", "h.1/q"):
-        assert of_task(other, 1) is None
+        assert name_in_task(other, 1) is None
     assert ModuleNames(("0/model.layers.3.q", "1/model.layers.3.q")).kind == "model.layers.3.q"
 
 

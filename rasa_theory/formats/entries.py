@@ -1,0 +1,68 @@
+"""Tensors as the header of a file describes them, and tensors that are left out, each with the reason."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A tensor as a file's header describes it. `dtype` has its usual name: float32, bfloat16, float8_e4m3, int64.
+
+    `transposed`: the model has this matrix (b, a) as (a, b).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool = False
+
+
+class Exclusion(Enum):
+    """The kinds of reason for which a tensor or a stack is left out. Code decides by these, people read the reason."""
+
+    AXES = "It has other axes than a matrix or a stack of matrices: a bias, a norm, a convolution."
+    EMPTY = "One of its axes has length 0."
+    DTYPE = "Its values cannot be computed with: whole numbers, complex numbers, or fewer than 16 bits."
+    ALONE = "It is the only layer of its kind, and a stack needs two."
+    NAME = "Its name does not say which layer it is, or is taken already."
+    FACTOR = "It is a factor of an adapter, and stands where an update is expected."
+    NO_FACTOR = "It belongs to an adapter, and is no factor of an update B A."
+    VARIANT = "It belongs to a variant of LoRA whose update is not B A."
+    NO_PARTNER = "The factor that it is multiplied with is missing."
+    UNMATCHED = "Another checkpoint or adapter does not have it, or has it in another shape."
+    UNINDEXED = "The index of the checkpoint does not look for it in this file."
+    UNSELECTED = "It does not match the names asked for."
+    NO_MODULE = "Its layers are not the weights of modules that an adapter can name."
+    NO_ARRAY = "It is not a numpy array."
+
+
+class _NameAndReason(NamedTuple):
+    name: str
+    reason: str
+
+
+class LeftOut(_NameAndReason):
+    """A tensor or a stack that is left out: the pair (name, reason), and the kind of the reason beside it.
+
+    It stays a tuple of two, which unpacks and compares as such, because `rt.load` promises pairs.
+    """
+
+    kind: Exclusion
+
+    def __new__(cls, name: str, reason: str, kind: Exclusion) -> LeftOut:
+        left_out = super().__new__(cls, name, reason)
+        left_out.kind = kind
+        return left_out
+
+    def __getnewargs__(self) -> tuple[str, str, Exclusion]:  # the arguments that pickle hands to __new__
+        return self.name, self.reason, self.kind
+
+
+_FLOATING = re.compile(r"b?float(16|32|64|96|128)")
+
+
+def is_floating(dtype: str) -> bool:
+    """True if values of this dtype can be computed with: real, floating, 16 bits or more."""
+    return _FLOATING.fullmatch(dtype) is not None
