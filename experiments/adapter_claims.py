@@ -1,6 +1,6 @@
 """The two claims, from the runs of `train_adapters.py`: statistics over seeds, and their figures.
 
-    python experiments/adapter_claims.py
+    python -m experiments.adapter_claims
 
 Reads figures/train_adapters.jsonl; writes figures/train_adapters.csv and .png (learning and forgetting) and
 figures/adapter_updates.png (are LoRA's ranks used; does reconstruction predict training). Of the runs in
@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments import tables
+from experiments.support.rows import write_rows
 from rasa_theory.plotting import style
 
 Row = dict[str, Any]
@@ -175,7 +175,7 @@ def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
 
 def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
     keys = list(dict.fromkeys(key for line in lines for key in line))
-    tables.write(path, keys, [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
+    write_rows(path, keys, [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
                               for line in lines])  # fmt: skip
 
 

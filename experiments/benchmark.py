@@ -1,8 +1,8 @@
 """What a sweep costs, and what a pass over M is worth, against the sweeps of the paper and other people's CP code.
 
-    python experiments/benchmark.py            # some minutes; figures/benchmark.csv, passes.csv and three pictures
-    python experiments/benchmark.py --traces   # what passes.png shows, and no more: passes.csv
-    python experiments/benchmark.py --quick --out DIR    # small sizes, for function
+    python -m experiments.benchmark            # some minutes; figures/benchmark.csv, passes.csv and three pictures
+    python -m experiments.benchmark --traces   # what passes.png shows, and no more: passes.csv
+    python -m experiments.benchmark --quick --out DIR    # small sizes, for function
 
 Part 1, `passes`: from the allocation start, error after every sweep, passes over M (the start's residual left out) and
 seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones; on
@@ -36,8 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import rasa_theory as rt
-from experiments import tables
-from experiments.tables import Row
+from experiments.support.rows import Row, read_rows, write_rows
 from rasa_theory.plotting import style
 from rasa_theory.solvers import Descent, allocation_start, random_start
 from rasa_theory.sources import synthetic_stack
@@ -443,11 +442,11 @@ def main(arguments: list[str] | None = None) -> None:
                 part_sweep(shape, rank, k, dtype, repeats, rows)
         part_growth(growth_axes(8, 384, 384, 8, 2, 4), 7, rows)
         part_lora((8, 2048, 2048), 8, 2, rows)
-    tables.write(options.out / "passes.csv", TRACE, traces)
+    write_rows(options.out / "passes.csv", TRACE, traces)
     style.save(plot_passes(traces), options.out / "passes.png")
     if not options.traces:
-        tables.write(options.out / "benchmark.csv", COLUMNS, rows)
-        rows = tables.read(options.out / "benchmark.csv")
+        write_rows(options.out / "benchmark.csv", COLUMNS, rows)
+        rows = read_rows(options.out / "benchmark.csv")
         style.save(plot_cost(rows), options.out / "sweep_cost.png")
         style.save(plot_growth(rows), options.out / "growth.png")
 

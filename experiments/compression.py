@@ -1,8 +1,8 @@
 """How far trained LoRAs can be compressed together, and what is left of their updates.
 
-    python experiments/compression.py                            experiments/trained/*
-    python experiments/compression.py --adapters DIR DIR ..      folders of PEFT LoRA adapters of one base
-    python experiments/compression.py --figure                   the picture alone, from the data that are there
+    python -m experiments.compression                            experiments/trained/*
+    python -m experiments.compression --adapters DIR DIR ..      folders of PEFT LoRA adapters of one base
+    python -m experiments.compression --figure                   the picture alone, from the data that are there
 
 Folders whose names differ in a number at the end alone (`lora-2-seed-0`, `lora-2-seed-1`) are a set, seeds of one task;
 all sets of one rank are one more. Of each set there is a stack over adapters and layers for every kind of module, and
@@ -45,8 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments import tables
-from experiments.tables import Row
+from experiments.support.rows import Row, read_rows
 from rasa_theory import methods
 from rasa_theory.formats import LoraFolder, lora_key
 from rasa_theory.methods import largest, residual
@@ -506,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "compression.csv"
-    rows = tables.read(path)
+    rows = read_rows(path)
     if not options.figure:
         sets = sets_of(options.adapters)
         found = [each for name in sets for each in collections_of(name, sets[name], kinds)]
@@ -520,7 +519,7 @@ def main(arguments: list[str] | None = None) -> None:
             for row in compared(found, shares, draws, done, options.methods):
                 writer.writerow(row)
                 file.flush()
-        rows = tables.read(path)
+        rows = read_rows(path)
     style.save(plot(rows), options.out / "compression.png")
     print("\n".join(report(rows)))
 

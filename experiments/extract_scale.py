@@ -1,19 +1,17 @@
-"""Seconds per GB and memory of an extraction from a pair of checkpoints that is larger than memory may be.
+"""Seconds per GB and memory of an extraction from a pair of checkpoints that is larger than its memory limit.
 
-    python experiments/extract_scale.py --scratch DIR            # 2 x 8.6 GB in DIR, removed at the end; some minutes
-    python experiments/extract_scale.py --scratch DIR --layers 2
+    python -m experiments.extract_scale --scratch DIR            # 2 x 8.6 GB in DIR, removed at the end; some minutes
+    python -m experiments.extract_scale --scratch DIR --layers 2
 
-Both checkpoints hold, in bfloat16 shards, the attention and two of the three MLP matrices of `--layers` layers of an 8B
-model (4096 x 4096 twice, 1024 x 4096 twice, 14336 x 4096 twice). The base is zeros in sparse files; the tuned model
-has in every matrix 32 terms with sigma_j = j^-0.7 and noise of a tenth of its norm, the same draw for layers of equal
-shape but for their order of rows. The command is `rasa_theory.extract --rank 16 --k 0 --compute float32 --memory 8GiB`.
-Appends a row to `--out`.
+Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
+matrices (`SHAPES`). The base is zeros in sparse files. Every matrix of the tuned model has 32 terms with
+sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
+The command is `rasa_theory.extract --rank 16 --k 0 --compute float32 --memory 8GiB`. Appends a row to `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -24,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.extractors import measured
+from experiments.support.rows import append_rows
+from experiments.support.timing import measured
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
@@ -34,17 +33,18 @@ COLUMNS = ("layers", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib",
 
 
 def update(shape: tuple[int, int]) -> torch.Tensor:
-    """32 terms and noise."""
+    """Draw 32 singular terms and noise."""
     generator = torch.Generator().manual_seed(sum(shape))
     b, a = shape
     U, V = (torch.linalg.qr(torch.randn(n, 32, generator=generator))[0] for n in (b, a))
     s = torch.arange(1, 33) ** -0.7
     noise = torch.randn(b, a, generator=generator) * (0.1 * float(s.norm()) / (b * a) ** 0.5)
-    return ((U * s) @ V.T + noise).bfloat16()
+    M: torch.Tensor = (U * s) @ V.T + noise
+    return M.bfloat16()
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor | None], shapes: dict[str, tuple[int, int]]) -> None:
-    """A safetensors file of these tensors in bfloat16; zeros, left out of the disk, for None."""
+    """Write a safetensors file of these tensors in bfloat16; None stands for zeros, which take no room on the disk."""
     header, offset = {}, 0
     for key, (b, a) in shapes.items():
         header[key] = {"dtype": "BF16", "shape": [b, a], "data_offsets": [offset, offset + 2 * b * a]}
@@ -62,11 +62,11 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor | None], shapes: dic
 
 
 def write_pair(folder: Path, layers: int) -> int:
-    """`base` and `tuned`, one shard per layer; the bytes of both."""
+    """Write `base` and `tuned`, one shard per layer; returns the bytes of both."""
     updates = {shape: update(shape) for shape in set(SHAPES.values())}
     for name in ("base", "tuned"):
         (folder / name).mkdir(parents=True)
-        places = {}
+        places: dict[str, str] = {}
         for i in range(layers):
             shapes = {f"model.layers.{i}.{kind}.weight": shape for kind, shape in SHAPES.items()}
             tensors = {
@@ -80,7 +80,7 @@ def write_pair(folder: Path, layers: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist, for the pair")
+    parser.add_argument("--scratch", type=Path, required=True, help="a new folder for the pair")
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
@@ -95,12 +95,7 @@ def main() -> None:
     values = (options.layers, size, seconds, seconds / size, peak, torch.get_num_threads(), torch.__version__)
     row = dict(zip(COLUMNS, (*values, platform.machine()), strict=True))
     print(row)
-    new = not options.out.exists()
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(options.out, [row], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,33 @@
 """LoRA extraction by rasa_theory, PEFT and mergekit from the same pair of checkpoints: error, seconds, memory.
 
-    python experiments/extractors.py                    # figures/extractors.csv, about a minute
-    python experiments/extractors.py --rank 32 --out FILE.csv
+    python -m experiments.extractors                    # figures/extractors.csv, about a minute
+    python -m experiments.extractors --rank 32 --out FILE.csv
 
-The pair is a BERT of 6 layers, hidden size 384, with random weights, and the same with the bundled fine-tuning updates
-of all-MiniLM-L6-v2 added. Each extractor runs in a process of its own, its start and the reading of the files included;
-memory is the most that the process held (Linux). Errors are of the adapters as written, per layer, re-evaluated here.
+The pair is a BERT of 6 layers and hidden size 384 with random weights, and the same BERT plus the bundled fine-tuning
+updates of all-MiniLM-L6-v2. Each extractor runs in its own process, and its start and the reading of the files count.
+Memory is the most that the process held (Linux). The errors of each layer are evaluated from the adapters as written.
+
 - rasa_theory: `python -m rasa_theory.extract --k 0`.
 - peft: `convert_to_lora` of an adapter that holds the whole update (full rank), since it converts adapters only.
-- mergekit: `mergekit-extract-lora`, if it is on the PATH (it has no place in this package's extras).
+- mergekit: `mergekit-extract-lora`, if it is on the PATH (the extras of this package leave it out).
+
 Needs peft and transformers (extra `test`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
+from experiments.support.rows import Row, write_rows
+from experiments.support.timing import measured
 from rasa_theory.formats import lora_key
 
 NAMES = {
@@ -39,7 +38,7 @@ COLUMNS = ("extractor", "rank", "error", "worst_layer_over_ours", "seconds", "pe
 
 
 def write_pair(folder: Path) -> dict[str, torch.Tensor]:
-    """`base` and `tuned` in `folder`; the updates by the key of the weight."""
+    """Write `base` and `tuned` into `folder`; returns the updates by the key of the weight."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -59,7 +58,7 @@ def write_pair(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_with_peft(folder: Path, whole: Path, rank: int, out: Path) -> None:
-    """PEFT's own conversion of the adapter `whole`, which holds the update at full rank."""
+    """Convert the adapter `whole`, which holds the update at full rank, with PEFT's own function."""
     import peft
     from transformers import BertModel
 
@@ -69,32 +68,15 @@ def convert_with_peft(folder: Path, whole: Path, rank: int, out: Path) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / "adapter_model.safetensors")
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the most memory in MiB, of a command."""
-    began, peak = time.perf_counter(), 0.0
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-        while child.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):  # it may end meanwhile
-                lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-                peak = max(peak, float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
-            time.sleep(0.05)
-        seconds = time.perf_counter() - began
-        if child.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed: {said.read().strip().splitlines()[-1:]}")
-    return seconds, peak
-
-
 def errors_of(adapter: Path, updates: dict[str, torch.Tensor]) -> dict[str, float]:
     """||M_i - B_i A_i||_F^2 by the key of the weight, from the tensors as written."""
     tensors = load_file(adapter / "adapter_model.safetensors")
-    found = {}
+    errors = {}
     for key, M in updates.items():
         name = key.removesuffix(".weight")
         B, A = (tensors[lora_key(name, side)].double() for side in "BA")
-        found[key] = float(((M - B @ A) ** 2).sum())
-    return found
+        errors[key] = float(((M - B @ A) ** 2).sum())
+    return errors
 
 
 def main() -> None:
@@ -106,20 +88,18 @@ def main() -> None:
     if options.peft:
         convert_with_peft(options.peft[0], options.peft[1], options.rank, options.peft[2])
         return
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder, rank = Path(scratch), str(options.rank)
         updates = write_pair(folder)
         pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned"]
-        ours = [sys.executable, "-m", "rasa_theory.extract", *pair, "--quiet", "--k", "0"]
-        ours += ["--modules", "*attention*"]
+        ours = [sys.executable, "-m", "rasa_theory.extract", *pair, "--quiet", "--k", "0", "--modules", "*attention*"]
+        theirs = [sys.executable, "-m", "experiments.extractors", "--rank", rank, "--peft"]
         measured([*ours, "--rank", "384", "--out", f"{folder}/whole"])
         jobs = {
             "rasa_theory": [*ours, "--rank", rank, "--out", f"{folder}/rasa_theory"],
-            "peft": [
-                sys.executable, __file__, "--rank", rank, "--peft", str(folder), f"{folder}/whole", f"{folder}/peft",
-            ],
-        }  # fmt: skip
+            "peft": [*theirs, str(folder), f"{folder}/whole", f"{folder}/peft"],
+        }
         if tool := shutil.which("mergekit-extract-lora"):
             jobs["mergekit"] = [
                 tool, "--model", f"{folder}/tuned", "--base-model", f"{folder}/base", "--out-path",
@@ -129,14 +109,14 @@ def main() -> None:
         for name, command in jobs.items():
             try:
                 seconds, peak = measured(command)
-                found = errors_of(folder / name, updates)
-            except (RuntimeError, KeyError, OSError) as error:
-                rows.append({"extractor": name, "rank": rank, "note": str(error)})
-                print(f"{name}: {error}")
+                errors = errors_of(folder / name, updates)
+            except (RuntimeError, KeyError, OSError) as failure:
+                rows.append({"extractor": name, "rank": rank, "note": str(failure)})
+                print(f"{name}: {failure}")
                 continue
-            best = best or found
-            worst = max(found[key] / best[key] for key in found)
-            error = sum(found.values()) / sum(float((M**2).sum()) for M in updates.values())
+            best = best or errors
+            worst = max(errors[key] / best[key] for key in errors)
+            error = sum(errors.values()) / sum(float((M**2).sum()) for M in updates.values())
             rows.append(
                 {
                     "extractor": name, "rank": rank, "error": error, "worst_layer_over_ours": worst,
@@ -146,10 +126,7 @@ def main() -> None:
             print(
                 f"{name:12} error / ||M||^2 {error:.7f}, worst layer {worst:.6f} ours, {seconds:.1f} s, {peak:.0f} MiB"
             )
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
-"""How far every certified floor comes up to the best found error, and what it costs.
+"""The gap between each certified floor and the best error of the solver, and the cost of each floor.
 
-    python experiments/floors.py
+    python -m experiments.floors
 
-On the bundled updates; for every stack and k one row of floors.csv in --out, errors squared and in units of e_lora,
-and the same as floors.png:
+On the bundled updates, one row of floors.csv in --out for every stack and k, errors squared and in units of e_lora.
+floors.png shows the same:
 
     best_found, allocation       the solver's error and the allocation bound, both above e_rasa(k)
-    closed, closed_name          the best closed form, and which it was
+    closed, closed_name          the best closed form, and its name
     dual, two_sided              the floors with a search, each at least the one before; with their seconds
-    gap                          best_found - two_sided: what is not known
+    gap                          best_found - two_sided, the interval that holds e_rasa(k)
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments import tables
+from experiments.support.rows import Row, append_rows, read_rows, write_rows
 from rasa_theory.plotting import style
+
+if TYPE_CHECKING:
+    Bar = tqdm[Any]
 
 COLUMNS = (
     "stack", "k", "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
@@ -32,8 +34,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: tqdm) -> dict[str, Any]:
-    """One row of the table. A floor's seconds are those of its own search, both orientations."""
+def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: Bar) -> Row:
+    """One row of the table. The seconds of a floor are spent in its own search, in both orientations."""
 
     def watch(progress: rt.SearchProgress) -> None:
         at = f"{progress.search} {progress.iteration}: {progress.value / e_lora:.4f}"
@@ -62,8 +64,8 @@ LOOKS = {
 }  # fmt: skip
 
 
-def plot(rows: list[tables.Row]) -> Figure:
-    """Floors and best found error of every stack and k; the line between them holds e_rasa(k)."""
+def plot(rows: list[Row]) -> Figure:
+    """Floors and best error of every stack and k; the line between them holds e_rasa(k)."""
     heights, y = [], 0.0
     for before, row in zip([None, *rows], rows, strict=False):
         y += 1.0 if before is None or before["stack"] == row["stack"] else 1.8
@@ -76,7 +78,9 @@ def plot(rows: list[tables.Row]) -> Figure:
         shown = [
             (row[key], y) for row, y in zip(rows, heights, strict=True) if key == "closed" or row[key] > row["closed"]
         ]
-        ax.plot(*zip(*shown, strict=True), marker, color=color, ms=6, label=label)  # no search where it found no more
+        ax.plot(
+            *zip(*shown, strict=True), marker, color=color, ms=6, label=label
+        )  # no marker for a search that gained nothing
     ax.axvline(1, color=style.INK, linewidth=1.2, zorder=0)
     ax.set_yticks(heights, [f"{row['stack']}, k = {row['k']}" for row in rows])
     ax.invert_yaxis()
@@ -98,28 +102,23 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"--stacks: {min(unknown)!r} is none of {', '.join(bundled)}")
     stacks = [bundled[name] for name in options.stacks or bundled]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (
-        tqdm(total=len(stacks) * len(options.ks)) as bar,
-        open(options.out / "floors.csv", "w", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    table = options.out / "floors.csv"
+    write_rows(table, COLUMNS, [])
+    with tqdm(total=len(stacks) * len(options.ks)) as bar:
         for stack in stacks:
             e_lora = rt.solve_lora(stack, options.rank).error
             bar.set_description(f"{stack.name}, solving")
             for k, solution in rt.solve_path(stack, options.rank, options.ks).items():
-                found = row(stack, rt.RankBudget(options.rank, k), e_lora, solution.error, bar)
-                writer.writerow(found)
-                file.flush()
+                line = row(stack, rt.RankBudget(options.rank, k), e_lora, solution.error, bar)
+                append_rows(table, [line], COLUMNS)
                 bar.update()
                 tqdm.write(
-                    f"{stack.name:18} k = {k}  best found {found['best_found']:.5f}"
-                    f"  closed {found['closed']:.5f} {found['closed_name']:8}"
-                    f"  dual {found['dual']:.5f} ({found['dual_seconds']:.0f} s)"
-                    f"  two-sided {found['two_sided']:.5f} ({found['two_sided_seconds']:.0f} s)  gap {found['gap']:.5f}"
+                    f"{stack.name:18} k = {k}  best found {line['best_found']:.5f}"
+                    f"  closed {line['closed']:.5f} {line['closed_name']:8}"
+                    f"  dual {line['dual']:.5f} ({line['dual_seconds']:.0f} s)"
+                    f"  two-sided {line['two_sided']:.5f} ({line['two_sided_seconds']:.0f} s)  gap {line['gap']:.5f}"
                 )
-    style.save(plot(tables.read(options.out / "floors.csv")), options.out / "floors.png")
+    style.save(plot(read_rows(table)), options.out / "floors.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What sweeps cost, and where the solver ends, at the size of an 8B model's layers: made for one large GPU.
 
-    python experiments/gpu_scale.py                      # figures/gpu_scale.json; minutes for each configuration
-    python experiments/gpu_scale.py --configs 32x4096x4096:8:1 --repeats 5
-    python experiments/gpu_scale.py --smoke --out FILE   # tiny stacks on the CPU, for function
+    python -m experiments.gpu_scale                      # figures/gpu_scale.json; minutes for each configuration
+    python -m experiments.gpu_scale --configs 32x4096x4096:8:1 --repeats 5
+    python -m experiments.gpu_scale --smoke --out FILE   # tiny stacks on the CPU, for function
 
 Needs torch, numpy, scipy and safetensors, and the package, from the checkout if it is not installed. For every stack,
 r and k it writes a record, again after each of its stages, so that a run that stops loses nothing; a stage that fails,
@@ -24,13 +24,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
-import json
 import math
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if importlib.util.find_spec("rasa_theory") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import rasa_theory as rt
+from experiments.support.rows import Row, put_record, read_rows
+from experiments.support.timing import one_sweep, timed
 from rasa_theory.bounds import allocate_pool
 from rasa_theory.linalg import thin_qr
 from rasa_theory.plotting import style
@@ -68,18 +63,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of each job, least and median, in alternating order, after one call to warm up."""
-    clock: dict[str, list[float]] = {name: [] for name in jobs}
-    for n in range(repeats + 1):
-        for name, job in jobs.items() if n % 2 else reversed(jobs.items()):
-            started = now(device)
-            job()
-            if n > 0:
-                clock[name].append(now(device) - started)
-    return {name: spread(seconds) for name, seconds in clock.items()}
-
-
 def spread(seconds: list[float]) -> dict[str, float]:
     return {"min": min(seconds), "median": statistics.median(seconds)}
 
@@ -100,8 +83,8 @@ def copy_speed(size: int, repeats: int, device: torch.device) -> float:
     """Bytes read and written in a second by a copy of `size` bytes on the device, at its fastest."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    best = timed({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]["min"]
-    return 2 * source.numel() * 4 / best
+    seconds = timed({"copy": lambda: target.copy_(source)}, repeats, lambda: now(device))["copy"]
+    return 2 * source.numel() * 4 / min(seconds)
 
 
 def made_stack(layers: int, b: int, a: int, device: torch.device, tf32: bool = False) -> rt.LayerStack:
@@ -163,6 +146,11 @@ class Run:
         if options.default:
             self.stages.append(self.default)
 
+    def clocked(self, jobs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+        """Least and median seconds of each job on the device."""
+        clock = timed(jobs, self.options.repeats, lambda: now(self.device))
+        return {name: spread(seconds) for name, seconds in clock.items()}
+
     def start(self) -> None:
         """Factors to start from."""
         width = min(*self.unit.shape, self.budget.rank + max(8, 3 * self.budget.shared_rank))
@@ -188,7 +176,7 @@ class Run:
             "joint_sweep": lambda: one_sweep(run),
             "two_products": lambda: (self.unit.right(X), self.unit.left(Y)),
         }
-        clock = timed(jobs, self.options.repeats, self.device)
+        clock = self.clocked(jobs)
         products, copied = clock["two_products"]["min"], copy_speed(min(self.size, 2**31), 5, self.device)
         self.record |= {f"{name}_seconds": seconds for name, seconds in clock.items()}
         self.record |= {
@@ -252,7 +240,7 @@ class Run:
             "thin_qr": lambda: thin_qr(thin),
             "householder_qr": lambda: torch.linalg.qr(thin),
         }
-        clock = timed(jobs, self.options.repeats, self.device)
+        clock = self.clocked(jobs)
         self.record["pieces"] = {"core": n, **{f"{name}_seconds": seconds for name, seconds in clock.items()}}
 
     def default(self) -> None:
@@ -287,13 +275,6 @@ class Run:
                 return
 
 
-def one_sweep(run: Descent) -> None:
-    """One sweep more; an error if it was not taken, since then there is nothing to time."""
-    before = run.sweeps
-    if run.run(before + 1, 0.0).sweeps == before:
-        raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
-
-
 def free(device: torch.device) -> None:
     """Give memory that nobody holds back to the device."""
     gc.collect()
@@ -306,25 +287,6 @@ def title(record: dict[str, Any]) -> str:
     return "{layers}x{b}x{a}:{rank}:{k}".format(**record) + (" tf32" if record["tf32"] else "")
 
 
-def saver(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Puts a record into the file in the place of an earlier one of its configuration; never leaves half a file."""
-
-    def save(record: dict[str, Any]) -> None:
-        records = read(path) if path.exists() else []
-        records = [*(r for r in records if title(r) != title(record)), record]
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-
-    return save
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file."""
-    records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["records"]
-    return records
-
-
 KINDS = {
     "two_products_seconds": ("two products", style.ORANGE, "s"),
     "joint_sweep_seconds": ("joint sweep", style.BLUE, "o"),
@@ -332,7 +294,7 @@ KINDS = {
 }
 
 
-def plot(records: list[dict[str, Any]]) -> Figure:
+def plot(records: list[Row]) -> Figure:
     """Above: error against seconds of every solve. Below: a sweep's time beside its two products'."""
     done = [r for r in records if "e_rasa_over_e_lora" in r]
     colours = dict(zip(sorted({(r["rank"], r["k"]) for r in done}), style.COLOURS, strict=False))
@@ -392,13 +354,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures/gpu_scale.json"))
     options = parser.parse_args(arguments)
     if options.figure:
-        style.save(plot(read(options.out)), options.out.with_suffix(".png"))
+        style.save(plot(read_rows(options.out)), options.out.with_suffix(".png"))
         return
     if options.smoke:
         options.repeats, options.max_sweeps = 2, 4
     device = compute_device("cpu" if options.smoke else options.device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    save = saver(options.out)
     made, stack = None, None
     for *shape, rank, k in parsed(options.configs or (SMOKE if options.smoke else FULL)):
         if made != shape:
@@ -406,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
             free(device)
             made, stack = shape, made_stack(*shape, device, options.tf32)
         assert stack is not None
-        Run(stack, rt.RankBudget(rank, k), options).go(save)
+        Run(stack, rt.RankBudget(rank, k), options).go(lambda record: put_record(options.out, record, title))
         free(device)
 
 

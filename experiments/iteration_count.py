@@ -1,16 +1,16 @@
-"""After how many iterations is RaSA below LoRA's minimum? When are "about 10" right, when not, and why?
+"""Iterations until RaSA is below LoRA's minimum: when "about 10" is right, when it is not, and why.
 
-    python experiments/iteration_count.py --jobs 2         all of it, a row of the table at a time; goes on where it was
-    python experiments/iteration_count.py --figure         from the table that is there
-    python experiments/iteration_count.py --smoke
+    python -m experiments.iteration_count --jobs 2         all of it; an interrupted run goes on from the last row
+    python -m experiments.iteration_count --figure         the figure alone, from the table
+    python -m experiments.iteration_count --smoke
 
-One attempt is the paper's: a random pool, then cycles of private SVDs, D, B_S, A_S until ten cycles after the first
-error below e_lora, at most 200. Parts:
+One attempt is the paper's: a random pool, then cycles of private SVDs, D, B_S, A_S. It ends ten cycles after the first
+error below e_lora, or after 200. Parts:
 
     real        the bundled updates, r = 4, 8, 16, k = 1, 2, 4, r
-    synthetic   spectra j^-p, p = 0.3, 0.7, 1.2, flat to steep, by how much of their bases the layers share
-    pool        how large the random pool is at the start, and of what kind: dyads of random units, of the layers' own
-                singular vectors, or Gaussian matrices (rows and columns of unequal length)
+    synthetic   spectra j^-p, p = 0.3, 0.7, 1.2, flat to steep, by the share of common bases
+    pool        size and kind of the random pool at the start: dyads of random unit vectors, of the layers' own singular
+                vectors, or Gaussian matrices (rows and columns of unequal length)
     layers      the first 2, 3, 4, 6 of the bundled layers, and 2 to 32 synthetic ones
 
 Written to --out: iteration_count.csv, one row per attempt: the first iteration below e_lora (empty: none), errors after
@@ -20,12 +20,11 @@ Written to --out: iteration_count.csv, one row per attempt: the first iteration 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments import tables
+from experiments.support.rows import Row, Table
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_attempt, random_start
 from rasa_theory.sources import synthetic_stack
@@ -66,7 +65,7 @@ COLUMNS = (*Case.__dataclass_fields__, *MEASURES)
 
 
 def cases(seeds: int) -> Iterator[Case]:
-    """All attempts, the cheap and telling ones first."""
+    """Yield all attempts, the cheap and telling ones first."""
     real = ("query", "key", "value", "attention_output")
     for seed in range(seeds):
         for stack in real:
@@ -108,9 +107,9 @@ def closed_forms(name: str, layers: int, overlap: float, rank: int, k: int) -> d
 
 
 def start_of(stack: rt.LayerStack, case: Case) -> rt.RasaFactors:
-    """The random pool: its terms have size^2 ||M||^2 in all, or D = 0.
+    """Draw the random pool, whose terms have size^2 ||M||^2 in all; size 0 is D = 0.
 
-    units: random unit columns and rows; own: singular vectors of layers, at random; gaussian: of random length.
+    units: random unit columns and rows; own: random singular vectors of layers; gaussian: random lengths.
     """
     budget = rt.RankBudget(case.rank, case.k)
     factors = random_start(stack, budget, case.seed, case.size)
@@ -131,44 +130,36 @@ def start_of(stack: rt.LayerStack, case: Case) -> rt.RasaFactors:
     return rt.RasaFactors(factors.private_B, factors.private_A, B_S, A_S, D)
 
 
-def attempt(case: Case) -> dict[str, Any]:
-    """One row."""
+def attempt(case: Case) -> Row:
+    """One row of the table."""
     torch.set_num_threads(1)
     stack, budget = stack_of(case.stack, case.layers, case.overlap), rt.RankBudget(case.rank, case.k)
-    known = closed_forms(case.stack, case.layers, case.overlap, case.rank, case.k)
-    e_lora = known["e_lora"]
-    found = random_attempt(stack, budget, e_lora, case.seed, start=start_of(stack, case), iterations=ITERATIONS)
-    history = [error / e_lora for error in found.history]
+    bounds = closed_forms(case.stack, case.layers, case.overlap, case.rank, case.k)
+    e_lora = bounds["e_lora"]
+    run = random_attempt(stack, budget, e_lora, case.seed, start=start_of(stack, case), iterations=ITERATIONS)
+    history = [error / e_lora for error in run.history]
     reached = {f"at_{n}": history[n] if n < len(history) else None for n in (10, 30, 60)}
-    return (
-        asdict(case) | {"iterations": found.iterations, "end": history[-1], "steps": len(history) - 1} | reached | known
-    )
+    ends = {"iterations": run.iterations, "end": history[-1], "steps": len(history) - 1}
+    return asdict(case) | ends | reached | bounds
 
 
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def case_of(row: dict[str, Any]) -> Case:
+def case_of(row: Row) -> Case:
     return Case(**{key: row[key] for key in Case.__dataclass_fields__})
 
 
-def perform(missing: Sequence[Case], path: Path, jobs: int) -> None:
-    """Append a row per attempt as it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            for row in tqdm(pool.imap_unordered(attempt, missing), total=len(missing), mininterval=10):
-                writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
-                file.flush()
+def perform(missing: Sequence[Case], table: Table, jobs: int) -> None:
+    """Run attempts over `jobs` processes, and add each to the table as it ends."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for row in tqdm(pool.imap_unordered(attempt, missing), total=len(missing), mininterval=10):
+            table.add([{key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}])
 
 
-def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """By the values of `keys`: lower median of the iterations, range of those that crossed, and the share that did."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def summary(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """Group rows by the values of `keys`: lower median and range of the iterations, and the number that crossed."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     lines = []
@@ -187,12 +178,12 @@ def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[st
 # ----------------------------------------------------------------------------------------------- the figure
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+def plot(rows: Sequence[Row]) -> Figure:
     """Crossings by stack and k, by spectrum and overlap, by the pool at the start, by the number of layers."""
     of = {part: [row for row in rows if row["part"] == part] for part in ("real", "synthetic", "pool", "layers")}
     eight = [row for row in of["real"] if row["rank"] == 8]
     one = [row for row in [*of["layers"], *eight] if row["k"] == 1 and row["stack"] in NAMES]
-    found = [
+    groups = [
         (eight, "stack", "k", "shared ranks k (bundled updates, r = 8)"),
         ([row for row in of["synthetic"] if row["k"] == 1], "stack", "overlap",
          "share of common bases (synthetic, r = 8, k = 1)"),
@@ -200,10 +191,10 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
          "size of the pool at the start / $\\|M\\|$ (attention output, k = 1)"),
         (one, "stack", "layers", "number of layers L (r = 8, k = 1)"),
     ]  # fmt: skip
-    found = [panel for panel in found if panel[0]]
-    figure = style.new_figure(2.3 * max(len(found), 1))
-    if found:
-        for axes, (group, outer, inner, label) in zip(style.panels(figure, len(found))[:, 0], found, strict=True):
+    groups = [group for group in groups if group[0]]
+    figure = style.new_figure(2.3 * max(len(groups), 1))
+    if groups:
+        for axes, (group, outer, inner, label) in zip(style.panels(figure, len(groups))[:, 0], groups, strict=True):
             _columns(axes, group, outer, inner)
             style.name(axes, label, "first iteration\nbelow LoRA")
     return figure
@@ -213,11 +204,11 @@ NAMES = {
     "attention_output": "attention output", "power:0.3": "$j^{-0.3}$", "power:0.7": "$j^{-0.7}$",
     "power:1.2": "$j^{-1.2}$", "query": "query", "units": "units", "own": "own", "gaussian": "Gaussian",
 }  # fmt: skip
-"""What the figure calls stacks and pools."""
+"""Names of stacks and pools in the figure."""
 
 
-def _columns(axes: Any, rows: Sequence[dict[str, Any]], outer: str, inner: str) -> None:
-    """A column of attempts per value of `inner`, grouped by `outer`; those that never cross stand on top."""
+def _columns(axes: Any, rows: Sequence[Row], outer: str, inner: str) -> None:
+    """Draw a column of attempts per value of `inner`, grouped by `outer`; attempts that never cross stand on top."""
     never, ticks, x = ITERATIONS * 1.6, [], 0.0
     for name, color in zip(dict.fromkeys(row[outer] for row in rows), style.COLOURS, strict=False):
         begin = x
@@ -246,19 +237,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    parser.add_argument("--figure", action="store_true", help="draw what is there, run nothing")
+    parser.add_argument("--figure", action="store_true", help="draw the table, run nothing")
     parser.add_argument("--smoke", action="store_true", help="a few attempts of each part")
     args = parser.parse_args(arguments)
-    table = args.out / "iteration_count.csv"
+    table = Table(args.out / "iteration_count.csv", COLUMNS, tuple(Case.__dataclass_fields__))
     if not args.figure:
-        known = {astuple(case_of(row)) for row in tables.read(table)}
-        wanted = list(cases(1 if args.smoke else args.seeds))
+        selected = list(cases(1 if args.smoke else args.seeds))
         if args.smoke:
-            wanted = [case for case in wanted if case.stack.startswith("power") and case.layers <= 6][::5]
-        perform([case for case in wanted if astuple(case) not in known], table, args.jobs)
-    rows = tables.read(table)
-    style.save(plot(rows), args.out / "iteration_count.png")
-    for line in summary(rows, ("part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
+            selected = [case for case in selected if case.stack.startswith("power") and case.layers <= 6][::5]
+        perform([case for case in selected if asdict(case) not in table], table, args.jobs)
+    style.save(plot(table.rows), args.out / "iteration_count.png")
+    for line in summary(table.rows, ("part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
         print({key: round(x, 4) if isinstance(x, float) and math.isfinite(x) else x for key, x in line.items()})
 
 

@@ -1,14 +1,14 @@
-"""Where "about 10 iterations to beat LoRA" comes from: the size that the random pool has at the start.
+"""The origin of "about 10 iterations to beat LoRA": the size of the random pool at the start.
 
-    python experiments/pool_start.py
+    python -m experiments.pool_start
 
-Paper sweeps from random pools whose terms have size^2 ||M||^2 in all, size 0 being D = 0 (a pool that nobody uses yet,
-so that the first private SVD is that of M_i itself), on bundled stacks and on a synthetic one; then joint sweeps from
-where each ended, to see in which minimum it lies. Written to --out:
+Paper sweeps start from random pools whose terms have size^2 ||M||^2 in all. Size 0 is D = 0: no layer uses the pool
+yet, so that the first private SVD is the SVD of M_i itself. The stacks are bundled ones and a synthetic one. Joint
+sweeps from the last factors then find the minimum in whose basin they lie. Written to --out:
 
     pool_start.csv    one row per stack, size and seed: the first iteration below e_lora (empty: none), the error after
                       the iterations and after the joint sweeps, both squared and in units of e_lora
-    pool_start.png    medians and ranges of the two
+    pool_start.png    medians and ranges of both
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments import tables
+from experiments.support.rows import Row, write_rows
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_start
 from rasa_theory.sources import synthetic_stack
@@ -34,7 +33,7 @@ ITERATIONS = 60
 
 
 def stacks_by_name(names: list[str]) -> Iterator[rt.LayerStack]:
-    """The bundled stacks of those names; `synthetic` stands for sigma_j = j^-0.7 with half-common bases."""
+    """The bundled stacks of these names; `synthetic` is a stack with sigma_j = j^-0.7 and half-common bases."""
     bundled = {stack.name: stack for stack in rt.load("minilm-code")[0]}
     for name in names:
         yield synthetic_stack(spectrum="power:0.7", overlap=0.5) if name == "synthetic" else bundled[name]
@@ -42,7 +41,7 @@ def stacks_by_name(names: list[str]) -> Iterator[rt.LayerStack]:
 
 def attempt(
     stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, size: float, seed: int, iterations: int, joint: int
-) -> dict[str, Any]:
+) -> Row:
     """One row of the table."""
     start = random_start(stack, budget, seed, size)
     paper = rt.solve_rasa(
@@ -58,8 +57,8 @@ def attempt(
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def plot(rows: list[dict[str, Any]], iterations: int = ITERATIONS) -> Figure:
-    """Above: first iteration below LoRA against the pool's size, `never` on top. Below: the errors that follow."""
+def plot(rows: list[Row], iterations: int = ITERATIONS) -> Figure:
+    """Above: first iteration below LoRA against the size of the pool, `never` on top. Below: the final errors."""
     names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stack", "size"))
     figure = style.new_figure(6.4)
     ((above,), (below,)) = style.panels(figure, 2, 1, sharex=True)
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     budget = rt.RankBudget(options.rank, options.k)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with tqdm(total=len(options.stacks) * len(options.sizes) * options.seeds) as bar:
         for stack in stacks_by_name(options.stacks):
             e_lora = rt.solve_lora(stack, options.rank).error
@@ -114,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
                     bar.set_description(f"{stack.name}, size {size:g}")
                     rows.append(attempt(stack, budget, e_lora, size, seed, options.iterations, options.joint_sweeps))
                     bar.update()
-    tables.write(options.out / "pool_start.csv", COLUMNS, rows)
+    write_rows(options.out / "pool_start.csv", COLUMNS, rows)
     style.save(plot(rows, options.iterations), options.out / "pool_start.png")
     for name in options.stacks:
         for size in options.sizes:

@@ -1,18 +1,18 @@
-"""Are planted factors found again? Recovery against noise, from the default race and from a random pool.
+"""Do solves recover planted factors? Recovery against noise, from the default race and from a random pool.
 
-    python experiments/recovery.py
+    python -m experiments.recovery
 
-Stacks made of normal factors of the budget, plus normal noise of a given share of their norm, for every shape
-(L, b, a, r, k). Written to --out:
+Stacks of normal factors of the budget, plus normal noise of a given share of their norm, for every shape
+(L, b, a, r, k). The fit of dof free parameters takes up dof / (L b a) of the noise's energy on average, and leaves the
+rest as its error. Written to --out:
 
-    recovery.csv    one row per shape, noise, seed and start: the squared error in units of what statistics leave of the
-                    noise, 1 - dof / (L b a) of its energy (without noise: of ||M||^2); the squared distance of the
-                    solution from the planted updates in units of what the free parameters take up of the noise,
-                    dof / (L b a) of its energy (likewise); and the error in units of the certified floor
+    recovery.csv    one row per shape, noise, seed and start: the squared error over the expected one, and the squared
+                    distance of the solution from the planted updates over the energy that the parameters take up
+                    (without noise both over ||M||^2); and the error over the certified floor
     recovery.png    above: share of the seeds that recover; below: median and range of the distance
 
-A run recovers if its error is at most 1.02 of what statistics leave and its distance at most 1.5 times what
-the free parameters take up; without noise, if the error is at most 1e-18 ||M||^2.
+A run recovers if its error is at most 1.02 and its distance at most 1.5 in these units; without noise, if the error is
+at most 1e-18 ||M||^2.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments import tables
+from experiments.support.rows import Row, write_rows
 from rasa_theory.plotting import style
 
 Shape = tuple[int, int, int, int, int]
@@ -41,19 +41,21 @@ SHAPES: tuple[Shape, ...] = (
     (16, 160, 160, 8, 1),
     (32, 320, 300, 8, 1),
 )
-COLUMNS = ("layers", "b", "a", "rank", "k", "noise", "seed", "start", "winner", "stop_reason", "sweeps", "seconds")
-COLUMNS += ("error", "distance", "error_over_floor", "recovered")
+COLUMNS = (
+    "layers", "b", "a", "rank", "k", "noise", "seed", "start", "winner", "stop_reason", "sweeps", "seconds",
+    "error", "distance", "error_over_floor", "recovered",
+)  # fmt: skip
 
 
 def degrees_of_freedom(shape: Shape) -> int:
-    """Free numbers in the factors: L rank-q matrices, R pool terms up to the scale of b_j and a_j, and the mixing."""
+    """Free parameters: L rank-q matrices, R pool terms up to the scale of b_j and a_j, and the mixing."""
     L, b, a, r, k = shape
     q, R = r - k, L * k
     return L * q * (a + b - q) + R * (a + b - 2) + L * R
 
 
 def planted(shape: Shape, noise: float, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The planted updates, and the noise to be added: (L, b, a) each."""
+    """Draw the planted updates and the noise, (L, b, a) each."""
     L, b, a, r, k = shape
     rng, q, R = np.random.default_rng(seed), r - k, L * k
     B_S, D, A_S = (rng.standard_normal(s) for s in ((b, R), (L, R), (R, a)))
@@ -62,7 +64,7 @@ def planted(shape: Shape, noise: float, seed: int) -> tuple[NDArray[np.float64],
     return M, noise * np.linalg.norm(M) / np.linalg.norm(N) * N
 
 
-def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) -> dict[str, Any]:
+def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) -> Row:
     """One row of the table."""
     M, N = planted(shape, noise, seed)
     L, b, a, r, k = shape
@@ -80,17 +82,19 @@ def attempt(shape: Shape, noise: float, seed: int, start: str, max_sweeps: int) 
     distance = rt.reconstruction_error(rt.LayerStack(M), solution.factors) / taken
     floor = rt.lower_bound(stack, budget).value
     recovered = (error <= 1.02 and distance <= 1.5) if noise else error <= 1e-18
-    values = (*shape, noise, seed, start, solution.start, solution.stop_reason.name, solution.sweeps, round(seconds, 2))
-    values += (error, distance, solution.error / floor if floor > 0 else None, int(recovered))
+    values = (
+        *shape, noise, seed, start, solution.start, solution.stop_reason.name, solution.sweeps, round(seconds, 2),
+        error, distance, solution.error / floor if floor > 0 else None, int(recovered),
+    )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def shape_of(row: dict[str, Any]) -> Shape:
+def shape_of(row: Row) -> Shape:
     return row["layers"], row["b"], row["a"], row["rank"], row["k"]
 
 
-def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Recovery rate and distance against the noise, which lies at equal steps; open symbols: from a random pool."""
+def plot(rows: list[Row]) -> Figure:
+    """Recovery rate and distance against the noise, at equal steps; open symbols: from a random pool."""
     figure = style.new_figure(7.6)
     axes = style.panels(figure, 2, 1, sharex=True)[:, 0]
     noises = sorted({row["noise"] for row in rows})
@@ -117,7 +121,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 def _draw(
     axes: NDArray[Any],
     noises: list[float],
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     shift: float,
     marked: list[str],
     full: bool,
@@ -146,9 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noises", nargs="+", type=float, default=[0, 1e-3, 0.1, 0.3, 1, 2])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--largest-seeds", type=int, default=3, help="of the largest shape (%(default)s)")
-    parser.add_argument("--random-seeds", type=int, default=3, help="of the runs from a random pool (%(default)s)")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many of the shapes")
+    parser.add_argument("--largest-seeds", type=int, default=3, help="seeds of the largest shape (%(default)s)")
+    parser.add_argument(
+        "--random-seeds", type=int, default=3, help="seeds of the runs from a random pool (%(default)s)"
+    )
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="number of shapes (%(default)s)")
     parser.add_argument("--sweeps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
@@ -160,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs += [(shape, noise, seed, "best") for seed in range(seeds[shape])]
             runs += [(shape, noise, seed, "random") for seed in range(min(options.random_seeds, seeds[shape]))]
     rows = [attempt(*run, options.sweeps) for run in tqdm(runs)]
-    tables.write(options.out / "recovery.csv", COLUMNS, rows)
+    write_rows(options.out / "recovery.csv", COLUMNS, rows)
     style.save(plot(rows), options.out / "recovery.png")
     for shape in dict.fromkeys(shape for shape, *_ in runs):
         for noise in options.noises:

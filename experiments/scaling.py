@@ -1,16 +1,21 @@
-"""How the solver scales over processes: measured here, and a model for machines that are not here.
+"""Seconds of a sweep over several processes: measured on this machine, and modelled for machines with GPUs.
 
-    python experiments/scaling.py --out DIR             a minute; 1, 2 and 4 processes that share the cores
-    python experiments/scaling.py --smoke --out DIR     seconds, for function only
+    python -m experiments.scaling --out DIR             a minute; 1, 2 and 4 processes that share the cores
+    python -m experiments.scaling --smoke --out DIR     seconds, for function only
 
 Every row of scaling.csv is one of three kinds. `strong` (L layers in all) and `weak` (L per process) are measured:
-seconds of a joint sweep, and the bytes that a process put into reductions, counted, beside the formula
-    8 ((b + a) R + 2 (R^2 + 2 R) + 8),    R = L k:
-per side one reduction of a right-hand side, a Gram matrix and two vectors, and one of four numbers. `model` is:
+seconds of a joint sweep, and the counted bytes that a process put into reductions, beside the formula
+
+    8 ((b + a) R + 2 (R^2 + 2 R) + 8),    R = L k.
+
+Each side has one reduction of a right-hand side, a Gram matrix and two vectors, and one of four scalars. `model` is
+
     seconds = products / speed + rest + reductions latency + 2 (P - 1) / P bytes / bandwidth
-with products of 4 L_p b a (R + q) flops, L_p = ceil(L / P). For this machine all are measured, the rest by the sweep
-of one process (so its own prediction says nothing); `predicted` stands beside `seconds`. Processes that outnumber the
-cores share them. For GPUs they are makers' figures and those of one GPU, stated in `MACHINES`: several were not here.
+
+with products of 4 L_p b a (R + q) flops, L_p = ceil(L / P). For this machine all its constants are measured; `rest`
+comes from the sweep of one process, which is therefore no test of the model. `predicted` stands beside `seconds`.
+Processes that outnumber the cores share them. For several GPUs the constants are the makers' figures and the
+measurements of one GPU, see `MACHINES`.
 """
 
 from __future__ import annotations
@@ -20,20 +25,17 @@ import math
 import multiprocessing
 import os
 import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if str(Path(__file__).resolve().parent) not in sys.path:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
 import torch.distributed as dist
 
-from experiments import tables
+from experiments.support.rows import Row, read_rows, write_rows
+from experiments.support.timing import timed
 from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.plotting import style
@@ -42,6 +44,9 @@ from rasa_theory.solvers import updates
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Task = tuple[Callable[..., dict[str, float]], tuple[Any, ...]]
+"""A function of the processes and more arguments, and these."""
+
 RANK, K = 8, 1
 SIZES = {"measured": (16, 1024, 1024), "smoke": (4, 48, 40)}
 TARGETS = {"32 x 4096 x 4096": (32, 4096, 4096), "80 x 8192 x 28672": (80, 8192, 28672)}
@@ -49,21 +54,19 @@ TARGETS = {"32 x 4096 x 4096": (32, 4096, 4096), "80 x 8192 x 28672": (80, 8192,
 
 @dataclass(frozen=True)
 class Machine:
-    """flops a second of thin products in one process, seconds of a reduction, bytes a second between processes.
+    """The constants of the model."""
 
-    And what a sweep takes beside its products.
-    """
-
-    speed: float
-    latency: float
-    bandwidth: float
-    fixed: float = 0.0  # seconds of a sweep beside its products, whatever the layers
-    each: float = 0.0  # for each layer held
+    speed: float  # flops a second of thin products in one process
+    latency: float  # seconds of a reduction
+    bandwidth: float  # bytes a second between processes
+    fixed: float = 0.0  # seconds of a sweep beside its products, for any number of layers
+    each: float = 0.0  # seconds of a sweep beside its products, for each layer of the process
 
 
-# Products and the rest of a sweep as measured on one H200 (figures/gpu_scale.json: 24.8 Tflop/s, and 7.2 ms beside them
-# for 32 layers, mostly launches of kernels, taken to be the same for fewer). Not measured, but makers' figures at 60 %:
-# NVLink of 450 GB/s each way, 400 Gb/s of InfiniBand for each GPU; and latencies as are usual over 8 and over 32.
+# Products and the rest of a sweep are measured on one H200 (figures/gpu_scale.json): 24.8 Tflop/s, and 7.2 ms for 32
+# layers, mostly launches of kernels, assumed to be the same for fewer layers. Not measured are the links, at 60 % of
+# the makers' figures (NVLink 450 GB/s each way, InfiniBand 400 Gb/s for each GPU), and the latencies, which are usual
+# values over 8 and over 32 GPUs.
 MACHINES = {
     "8 GPUs": (8, Machine(24.8e12, 30e-6, 270e9, 7.2e-3)),
     "4 nodes x 8 GPUs": (32, Machine(24.8e12, 80e-6, 30e9, 7.2e-3)),
@@ -71,13 +74,13 @@ MACHINES = {
 
 
 def bytes_of_sweep(layers: int, b: int, a: int, width: int = 8) -> int:
-    """What a process puts into the reductions of one joint sweep."""
+    """Bytes that a process puts into the reductions of one joint sweep."""
     R = layers * K
     return width * ((b + a) * R + 2 * (R * R + 2 * R) + 8)
 
 
 def flops_of_sweep(held: int, layers: int, b: int, a: int) -> float:
-    """Of the two products with M."""
+    """Flops of the two products with M."""
     return 4.0 * held * b * a * (layers * K + RANK - K)
 
 
@@ -92,7 +95,7 @@ def predicted(machine: Machine, layers: int, b: int, a: int, world_size: int, wi
 
 
 def bytes_held(layers: int, b: int, a: int, world_size: int) -> float:
-    """Of one process in float32, in a joint sweep: M, its products of both sides, and factors."""
+    """Bytes of one process in float32, in a joint sweep: M, its products of both sides, and factors."""
     held, R = math.ceil(layers / world_size), layers * K
     return 4.0 * (held * b * a + held * (b + a) * (R + 2 * RANK) + (b + a) * R)
 
@@ -101,7 +104,7 @@ def bytes_held(layers: int, b: int, a: int, world_size: int) -> float:
 
 
 def sweeps(processes: Processes, layers: int, b: int, a: int, count: int) -> dict[str, float]:
-    """Seconds of a joint sweep, the least, and what it put into reductions."""
+    """Least seconds of a joint sweep, and the bytes of its reductions."""
     sharding = LayerSharding.of(layers, processes)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(layers, b, a, generator=generator, dtype=torch.float64)[sharding.local]
@@ -111,9 +114,9 @@ def sweeps(processes: Processes, layers: int, b: int, a: int, count: int) -> dic
     factors, norms = RasaFactors.from_lora(lora.factors, RankBudget(RANK, K)), unit.layer_norms()
     taken = []
     for _ in range(count + 1):
-        before, begun = processes.communication.reduced_bytes, time.perf_counter()
+        before, began = processes.communication.reduced_bytes, time.perf_counter()
         factors, _ = updates.joint_sweep((unit.right, unit.left), norms, factors)
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.perf_counter() - began)
         counted = processes.communication.reduced_bytes - before
     return {"seconds": min(taken[1:]), "bytes": counted}
 
@@ -124,38 +127,33 @@ def machine_here(processes: Processes, b: int, a: int, layers: int) -> dict[str,
     X = torch.randn(a, layers * K + RANK - K, dtype=torch.float64)
     stack = LayerStack(M)
     seconds = _least(lambda: stack.right(X))
-    found = {"speed": 2.0 * layers * b * a * X.shape[1] / seconds}
+    facts = {"speed": 2.0 * layers * b * a * X.shape[1] / seconds}
     if not processes.alone:
         small, large = torch.ones(4, dtype=torch.float64), torch.ones(1 << 20, dtype=torch.float64)
-        found["latency"] = _least(lambda: processes.all_reduce(small), 40)
+        facts["latency"] = _least(lambda: processes.all_reduce(small), 40)
         wire = 2 * (processes.world_size - 1) / processes.world_size * large.numel() * 8
-        found["bandwidth"] = wire / max(_least(lambda: processes.all_reduce(large), 10) - found["latency"], 1e-9)
-    return found
+        facts["bandwidth"] = wire / max(_least(lambda: processes.all_reduce(large), 10) - facts["latency"], 1e-9)
+    return facts
 
 
 def _least(action: Any, count: int = 5) -> float:
-    taken = []
-    for _ in range(count + 1):
-        begun = time.perf_counter()
-        action()
-        taken.append(time.perf_counter() - begun)
-    return min(taken[1:])  # others use these cores too
+    return min(timed({"action": action}, count)["action"])  # others use these cores too
 
 
-def _work(process: int, world_size: int, port: int, tasks: list[tuple[Any, tuple[Any, ...]]], pipe: Any) -> None:
+def _work(process: int, world_size: int, port: int, tasks: list[Task], pipe: Any) -> None:
     torch.set_num_threads(1)
     meeting = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=meeting, rank=process, world_size=world_size)
     processes = Processes(dist.group.WORLD)
-    found = [function(processes, *arguments) for function, arguments in tasks]
+    results = [function(processes, *arguments) for function, arguments in tasks]
     if process == 0:
-        pipe.send(found)
+        pipe.send(results)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def over(world_size: int, *tasks: tuple[Any, tuple[Any, ...]]) -> list[dict[str, float]]:
-    """What process 0 of so many finds, for each task."""
+def over(world_size: int, *tasks: Task) -> list[dict[str, float]]:
+    """Run tasks in `world_size` processes; returns the result of process 0 for each task."""
     if world_size == 1:
         torch.set_num_threads(1)
         return [function(ALONE, *arguments) for function, arguments in tasks]
@@ -167,31 +165,31 @@ def over(world_size: int, *tasks: tuple[Any, tuple[Any, ...]]) -> list[dict[str,
     workers = [context.Process(target=_work, args=(p, world_size, port, list(tasks), there)) for p in range(world_size)]
     for worker in workers:
         worker.start()
-    found: list[dict[str, float]] = here.recv()
+    results: list[dict[str, float]] = here.recv()
     for worker in workers:
         worker.join()
-    return found
+    return results
 
 
-def measured(size: tuple[int, int, int], worlds: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """Rows of the two measured kinds."""
+def measured(size: tuple[int, int, int], worlds: Sequence[int], count: int) -> list[Row]:
+    """Return the rows of the two measured kinds."""
     layers, b, a = size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     each = 0.0
     for world_size in worlds:
         weak = layers // max(worlds) * world_size
         shares = {"strong": layers, "weak": weak}
-        tasks = [(machine_here, (b, a, math.ceil(layers / world_size)))]
+        tasks: list[Task] = [(machine_here, (b, a, math.ceil(layers / world_size)))]
         tasks += [(sweeps, (share, b, a, count)) for share in shares.values()]
         rounds = [over(world_size, *tasks) for _ in range(1 if count < 5 else 3)]
         facts = {key: (min if key == "latency" else max)(one[0][key] for one in rounds) for key in rounds[0][0]}
-        found = [min((one[n] for one in rounds), key=lambda x: x["seconds"]) for n in (1, 2)]
+        results = [min((one[n] for one in rounds), key=lambda x: x["seconds"]) for n in (1, 2)]
         if world_size == 1:
-            each = max(found[0]["seconds"] - flops_of_sweep(layers, layers, b, a) / facts["speed"], 0.0) / layers
+            each = max(results[0]["seconds"] - flops_of_sweep(layers, layers, b, a) / facts["speed"], 0.0) / layers
         between = facts.get("latency", 0.0), facts.get("bandwidth", math.inf)
         machine = Machine(facts["speed"], *between, each=each * max(1.0, world_size / cores))
-        for (kind, share), one in zip(shares.items(), found, strict=True):
+        for (kind, share), one in zip(shares.items(), results, strict=True):
             rows.append(
                 {
                     "kind": kind, "where": f"{cores} cores", "layers": share, "b": b, "a": a, "processes": world_size,
@@ -206,8 +204,8 @@ def measured(size: tuple[int, int, int], worlds: Sequence[int], count: int) -> l
     return rows
 
 
-def modelled() -> list[dict[str, Any]]:
-    """Rows of the model, float32."""
+def modelled() -> list[Row]:
+    """Return the rows of the model, in float32."""
     rows = []
     for layers, b, a in TARGETS.values():
         cases = [("1 GPU", 1, MACHINES["8 GPUs"][1])] + [(name, n, machine) for name, (n, machine) in MACHINES.items()]
@@ -223,11 +221,11 @@ def modelled() -> list[dict[str, Any]]:
     return rows
 
 
-# ---- the picture
+# ---- the figure
 
 
-def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Left: seconds of a sweep here, measured and by the model. Right: seconds on GPUs, by the model alone."""
+def plot(rows: list[Row]) -> Figure:
+    """Left: seconds of a sweep on this machine, measured and modelled. Right: seconds on GPUs, modelled."""
     figure = style.new_figure(3.0)
     ((left, right),) = style.panels(figure, 1, 2)
     for n, kind in enumerate(("strong", "weak")):
@@ -239,12 +237,12 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     style.name(left, "processes", "seconds of a joint sweep", f"measured on {rows[0]['where']}")
     style.legend(left, loc="upper right")
     for n, (name, (layers, b, a)) in enumerate(TARGETS.items()):
-        points = sorted(
+        pairs = sorted(
             (row["processes"], row["predicted"])
             for row in rows
             if row["kind"] == "model" and (row["layers"], row["b"], row["a"]) == (layers, b, a)
         )
-        x, model = zip(*points, strict=True)
+        x, model = zip(*pairs, strict=True)
         right.loglog(x, model, style.MARKERS[n + 2] + "--", color=style.COLOURS[n + 2], label=name)
     right.set_xticks(x, [str(number) for number in x])
     right.minorticks_off()
@@ -260,8 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     worlds = (1, 2) if args.smoke else (1, 2, 4)
     rows = measured(SIZES["smoke" if args.smoke else "measured"], worlds, 2 if args.smoke else 5) + modelled()
-    tables.write(args.out / "scaling.csv", list(rows[0]), rows)
-    style.save(plot(tables.read(args.out / "scaling.csv")), args.out / "scaling.png")
+    write_rows(args.out / "scaling.csv", list(rows[0]), rows)
+    style.save(plot(read_rows(args.out / "scaling.csv")), args.out / "scaling.png")
 
 
 if __name__ == "__main__":

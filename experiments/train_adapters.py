@@ -1,15 +1,15 @@
 """Does RaSA learn more and faster than LoRA at equal parameters, and does it forget less? all-MiniLM-L6-v2, trained.
 
-    python experiments/train_adapters.py --float32 --rank 2                       the full protocol
-    python experiments/train_adapters.py --float32 --rank 2 --only 'rasa(2,1)' 'lora(2)' --at-rate 1e-3
-    python experiments/train_adapters.py --float32 --rank 8 --rates 3e-4 1e-3 3e-3
-    python experiments/train_adapters.py --device cpu --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 \\
+    python -m experiments.train_adapters --float32 --rank 2                       the full protocol
+    python -m experiments.train_adapters --float32 --rank 2 --only 'rasa(2,1)' 'lora(2)' --at-rate 1e-3
+    python -m experiments.train_adapters --float32 --rank 8 --rates 3e-4 1e-3 3e-3
+    python -m experiments.train_adapters --device cpu --rank 2 --data-starts --rates 3e-4 1e-3 3e-3 \\
         --out figures/train_adapters_cpu.jsonl                                    starts from data
-    python experiments/train_adapters.py --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3 \\
+    python -m experiments.train_adapters --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3 \\
         --out figures/train_adapters_cpu.jsonl
-    python experiments/train_adapters.py --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
+    python -m experiments.train_adapters --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
         --keep experiments/trained --out figures/train_adapters_prose.jsonl       adapters of a second task
-    python experiments/train_adapters.py --smoke                      three steps of each method, for function only
+    python -m experiments.train_adapters --smoke                      three steps of each method, for function only
 
 Runs on a GPU and on CPUs draw other dropout masks, so that those of one file are to be from one kind of machine:
 `train_adapters.jsonl` is from a GPU in float32, `train_adapters_cpu.jsonl` from CPUs with bfloat16 in training.
@@ -52,22 +52,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
-from experiments.finetune_minilm import (
-    TASKS,
-    Encoder,
-    Pair,
-    bundled_checkpoint,
-    info_nce,
-    kept,
-    machine,
-    pairs_of,
-    ranks,
-    rate_at,
-    shuffled_batches,
-    split_by_module,
-)
-from experiments.finetune_minilm import Settings as Split
-from experiments.sentences import neighbours
+from experiments.minilm.data import TASKS, Pair, Split, cached, pairs_of, split_by_module
+from experiments.minilm.encoder import Encoder, bundled_checkpoint, machine
+from experiments.minilm.sentences import consecutive
+from experiments.minilm.training import info_nce, ranks, rate_at, shuffled_batches
 from rasa_theory import adapter as adapters
 from rasa_theory.problem import compute_device
 
@@ -141,16 +129,16 @@ class Data:
     def collected(cls, settings: Settings, folder: Path | None) -> Data:
         """From what is installed here, or was where `folder` was filled, see `finetune_minilm.kept`."""
         held = settings.test_pairs + settings.validation_pairs
-        split = replace(Split(), train_pairs=settings.train_pairs, test_pairs=held)
+        split = Split(settings.train_pairs, held)
         train, held_out = split_by_module(pairs_of(settings.task, folder), split)
         test = held_out[: settings.test_pairs]
         tested = {pair.module for pair in test}
         validation = [pair for pair in held_out[settings.test_pairs :] if pair.module not in tested]
         prose = {
-            kind: _some(kept(folder, f"prose-{kind}", collect), settings.prose_pairs)
+            kind: _some(cached(folder, f"prose-{kind}", collect), settings.prose_pairs)
             for kind, collect in (("reference", _reference), ("packages", _package_texts))
         }
-        return cls(train, validation, test, prose, kept(folder, "python", platform.python_version))
+        return cls(train, validation, test, prose, cached(folder, "python", platform.python_version))
 
 
 @dataclass(frozen=True)
@@ -169,7 +157,7 @@ def _some(pairs: Sequence[tuple[str, str]], number: int) -> list[tuple[str, str]
 def _reference() -> list[tuple[str, str]]:
     from pydoc_data.topics import topics
 
-    return sorted({pair for text in topics.values() for pair in neighbours(text)})
+    return sorted({pair for text in topics.values() for pair in consecutive(text)})
 
 
 def _package_texts() -> list[tuple[str, str]]:
@@ -178,7 +166,7 @@ def _package_texts() -> list[tuple[str, str]]:
         for file in importlib.metadata.distribution(package).files or []:
             if re.search(r"METADATA|LICEN[CS]E|NOTICE|COPYING|\.md$|\.rst$", file.name):
                 try:
-                    found.update(neighbours(Path(str(file.locate())).read_text(encoding="utf-8")))
+                    found.update(consecutive(Path(str(file.locate())).read_text(encoding="utf-8")))
                 except (OSError, UnicodeDecodeError):
                     continue
     return sorted(found)

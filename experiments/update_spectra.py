@@ -1,12 +1,12 @@
-"""What the bundled updates are like: the premise that full fine-tuning has a large effective rank.
+"""Spectra of the bundled updates: the premise that full fine-tuning has a large effective rank.
 
-    python experiments/update_spectra.py
+    python -m experiments.update_spectra
 
 Written to --out, for every layer of every kind:
 
-    updates.csv    norm of the update over that of the weights (from the provenance of the run, since the weights are
-                   not shipped), stable rank ||M||_F^2 / sigma_1^2, entropy rank exp(-sum_j p_j log p_j) with
-                   p_j = sigma_j^2 / ||M||_F^2, and the share of ||M||_F^2 that a rank-8 approximation keeps
+    updates.csv    norm of the update over the norm of the weights (from the provenance of the run, since the weights
+                   are not shipped), stable rank, entropy rank (`rt.spectral_ranks`), and the share of ||M||_F^2 in the
+                   best approximation of rank 8
     updates.png    the same, and the spectra sigma_j / sigma_1 of all layers
 """
 
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
-from experiments import tables
+from experiments.support.rows import Row, write_rows
 from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 
@@ -29,19 +28,19 @@ COLUMNS = ("stack", "layer", "relative_norm", "stable_rank", "entropy_rank", "en
 
 
 def describe(S: torch.Tensor) -> tuple[float, float, float]:
-    """Stable rank, entropy rank and the share of the energy in rank 8, of one layer's singular values (m,)."""
+    """Stable rank, entropy rank and the share of the energy in rank 8, from one layer's singular values (m,)."""
     p = S**2 / (S**2).sum()
     entropy = -(p[p > 0] * p[p > 0].log()).sum()
     return float(1 / p[0]), float(entropy.exp()), float(p[:8].sum())
 
 
-def spectra_of_bundled() -> dict[str, torch.Tensor]:
+def bundled_spectra() -> dict[str, torch.Tensor]:
     """Singular values of every layer, (L, m), by stack; they need no file, since the updates come with the package."""
     return {stack.name: stack.spectra.svd().S for stack in rt.load("minilm-code")[0]}
 
 
-def described(spectra: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """The rows of the table."""
+def table(spectra: dict[str, torch.Tensor]) -> list[Row]:
+    """One row per stack and layer."""
     facts = provenance("minilm-code")
     shipped = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
     return [
@@ -51,8 +50,8 @@ def described(spectra: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def plot(rows: list[dict[str, Any]], spectra: dict[str, torch.Tensor]) -> Figure:
-    """Spectra above, one panel per number below."""
+def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
+    """Spectra above, one panel per measure below."""
     figure = style.new_figure(8.0)
     grid = figure.add_gridspec(3, 2, height_ratios=[1.7, 1, 1])
     above = figure.add_subplot(grid[0, :])
@@ -63,7 +62,7 @@ def plot(rows: list[dict[str, Any]], spectra: dict[str, torch.Tensor]) -> Figure
     for (name, S), color, marker in zip(spectra.items(), style.COLOURS, style.MARKERS, strict=False):
         for sigma in S:
             above.loglog(range(1, len(sigma) + 1), sigma / sigma[0], color=color, linewidth=1, alpha=0.7)
-        own = [row for row in rows if row["stack"] == name]
+        own = [row for row in lines if row["stack"] == name]
         for ax, column in zip(below, COLUMNS[2:], strict=True):
             values = [row[column] for row in own]
             ax.plot([row["layer"] for row in own], values, marker + "-", color=color, ms=5, label=name)
@@ -84,13 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    spectra = spectra_of_bundled()
-    rows = described(spectra)
-    tables.write(options.out / "updates.csv", COLUMNS, rows)
-    style.save(plot(rows, spectra), options.out / "updates.png")
+    spectra = bundled_spectra()
+    lines = table(spectra)
+    write_rows(options.out / "updates.csv", COLUMNS, lines)
+    style.save(plot(lines, spectra), options.out / "updates.png")
     for column in COLUMNS[2:]:
         for name in spectra:
-            values = [row[column] for row in rows if row["stack"] == name]
+            values = [row[column] for row in lines if row["stack"] == name]
             print(f"{column:17} {name:17} {min(values):8.3f} .. {max(values):8.3f}")
 
 

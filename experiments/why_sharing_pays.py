@@ -1,7 +1,7 @@
 """Is RaSA's pool shared, or is it a way to give layers unequal ranks? The gain taken apart, and who owns the pool.
 
-    python experiments/why_sharing_pays.py
-    python experiments/why_sharing_pays.py --figure      the picture alone, from the data
+    python -m experiments.why_sharing_pays
+    python -m experiments.why_sharing_pays --figure      the picture alone, from the data
 
 Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; an interrupted run goes on from there:
 
@@ -45,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.tables import Row, read
+from experiments.support.rows import Row, read_rows
 from rasa_theory import methods
 from rasa_theory.plotting import style
 from rasa_theory.problem import participation_ratio
@@ -385,7 +385,7 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[Unit]:
 
 def known_floors(path: Path) -> dict[tuple[str, int], float]:
     """The two-sided floors of the bundled updates, r = 8, where they have been computed."""
-    return {(row["stack"], row["k"]): row["two_sided"] for row in read(path)}
+    return {(row["stack"], row["k"]): row["two_sided"] for row in read_rows(path)}
 
 
 class Table:
@@ -666,7 +666,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "why_sharing_pays.csv"
-    rows = read(path)
+    rows = read_rows(path)
     if not options.figure:
         plan = SMOKE if options.smoke else Plan()
         floors = {} if options.smoke else known_floors(options.floors)
@@ -684,7 +684,7 @@ def main(arguments: list[str] | None = None) -> None:
                 new = [dict(zip(COLUMNS, map(str, (*key, *item)), strict=True)) for item in items]
                 writer.writerows(new)
                 file.flush()
-        rows = read(path)
+        rows = read_rows(path)
     print(*summary(Table(rows)), sep="\n")
     style.save(plot(rows), options.out / "why_sharing_pays.png")
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import rasa_theory as rt
-from experiments import compression, tables
+from experiments import compression
+from experiments.support.rows import read_rows
 from rasa_theory import methods
 from tests.helpers.problems import noise
 
@@ -186,7 +187,7 @@ def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
     arguments = ["--adapters", *map(str, folders[:2]), "--shares", "0.1", "0.5", "--draws", "1", "--out", str(tmp_path)]
     compression.main(arguments)
     path = tmp_path / "compression.csv"
-    whole = tables.read(path)
+    whole = read_rows(path)
     assert "kept by one column space" in capsys.readouterr().out
     assert {row["share"] for row in whole if row["method"] == "lora"} == {0.5}
     assert all(row["used"] <= row["share"] for row in whole if row["share"] is not None)
@@ -194,7 +195,7 @@ def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[: len(lines) // 2]))
     compression.main(arguments)
-    again = tables.read(path)
+    again = read_rows(path)
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in whole]
     assert (tmp_path / "compression.png").exists()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
 import math
-import re
 import shlex
 import statistics
 from functools import cache
@@ -21,57 +21,48 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import rasa_theory as rt
-from experiments import adapter_claims, compression, figures, iteration_count, tables
+from experiments import adapter_claims, compression, figures, iteration_count, registry
+from experiments.support.rows import read_rows, write_rows
 from rasa_theory.plotting import style
 from tests.experiments.test_train_adapters import row as adapter_row
 
-ROOT = Path(__file__).parents[2]
-FIGURES = ROOT / "figures"
+FIGURES = figures.ROOT / "figures"
 
 
-# ------------------------------------------------------------------------------------ what stands in the README
+# -------------------------------------------------------------------------------------- the registry of pictures
 
 
-def lines_of_readme() -> dict[str, tuple[str, str, str]]:
-    """Picture -> what it shows, data, command."""
-    text = (FIGURES / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| `(\w+)\.png` \| (.+) \| `([^`]+)` \| `([^`]+)` \|$", text, re.MULTILINE)
-    return {name: (shows, data, command) for name, shows, data, command in found}
-
-
-def test_every_picture_has_a_line_with_its_data_and_its_command() -> None:
-    lines = lines_of_readme()
-    assert {path.stem for path in FIGURES.glob("*.png")} <= lines.keys()
-    assert lines.keys() == figures.PICTURES.keys()
-    for name, (_, data, command) in lines.items():
-        assert data == figures.PICTURES[name][0]
+def test_every_picture_has_an_entry_and_its_data() -> None:
+    assert {path.stem for path in FIGURES.glob("*.png")} <= figures.PICTURES.keys()
+    for name, picture in figures.PICTURES.items():
         if (FIGURES / f"{name}.png").exists():
-            assert (FIGURES / data).exists(), f"{name}.png is there without {data}"
-        python, script, *_ = shlex.split(command)
-        assert python == "python"
-        assert script == "-m" or (ROOT / script).exists(), command
+            assert (FIGURES / picture.data).exists(), f"{name}.png is there without {picture.data}"
 
 
-def test_commands_are_those_of_the_list() -> None:
+def test_commands_are_modules_and_make_the_data_of_the_pictures() -> None:
     for experiment in figures.EXPERIMENTS.values():
-        run = [re.sub(r" --(out|rows) \S+", "", command) for command in experiment.commands]
-        for name in experiment.pictures:
-            command = lines_of_readme()[name][2].removeprefix("python ")
-            assert command in run
-        assert {data for data, _ in experiment.pictures.values()} <= {
-            file if isinstance(file, str) else file[1] for file in experiment.data
-        }
+        for command in experiment.commands:
+            flag, module, *_ = shlex.split(command)
+            assert flag == "-m"
+            assert importlib.util.find_spec(module) is not None, command
+        made = {file if isinstance(file, str) else file[1] for file in experiment.data}
+        for picture in experiment.pictures.values():
+            assert picture.data in made
+            assert 0 <= picture.command < len(experiment.commands)
+
+
+def test_the_table_beside_the_pictures_is_the_one_that_the_command_writes(tmp_path: Path) -> None:
+    text = (FIGURES / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text.replace("`iterations.png`", "`another.png`"), encoding="utf-8")
+    assert figures.main(["--readme", "--figures", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert [path.name for path in FIGURES.iterdir() if path.name not in text and path.name != "README.md"] == []
 
 
 def test_the_attempts_in_the_folder_are_those_that_the_command_makes() -> None:
-    made = [iteration_count.case_of(row) for row in tables.read(FIGURES / "iteration_count.csv")]
+    made = [iteration_count.case_of(row) for row in read_rows(FIGURES / "iteration_count.csv")]
     assert len(made) == len(set(made))
     assert set(made) == set(iteration_count.cases(iteration_count.SEEDS))
-
-
-def test_all_that_lies_in_the_folder_is_named() -> None:
-    text = (FIGURES / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in FIGURES.iterdir() if path.name not in text and path.name != "README.md"] == []
 
 
 # ------------------------------------------------------------------------------------------- all of the figures
@@ -92,7 +83,7 @@ def adapter_runs() -> dict[str, dict[int, Any]]:
 
 def made_up(name: str, folder: Path) -> Path:
     """Data of the kind that a figure is drawn from, where those of a run are not there yet."""
-    data = folder / figures.PICTURES[name][0]
+    data = folder / figures.PICTURES[name].data
     if name == "iteration_count":
         counts = itertools.cycle((3, 12, None, 40, 9))
         made = [
@@ -100,7 +91,7 @@ def made_up(name: str, folder: Path) -> Path:
             | {"iterations": count, "e_alloc": 0.99}
             for case, count in zip(iteration_count.cases(3), counts, strict=False)
         ]
-        tables.write(data, iteration_count.COLUMNS, made)
+        write_rows(data, iteration_count.COLUMNS, made)
     elif name == "passes":
         made = [
             {"k": k, "method": method, "passes": 2 * 3**n * (n > 0), "seconds": 0.01 * 4**n, "error": 1 - 0.001 * n / k}
@@ -108,7 +99,7 @@ def made_up(name: str, folder: Path) -> Path:
             for method in ("joint sweeps", "core sweeps", *(["pyttb cp_als"] if k == 8 else []))
             for n in range(7)
         ]
-        tables.write(data, ("k", "method", "passes", "seconds", "error"), made)
+        write_rows(data, ("k", "method", "passes", "seconds", "error"), made)
     else:
         rows = [run for of in adapter_runs().values() for run in of.values()]
         data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -122,12 +113,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def draw(name: str) -> tuple[Path, Figure]:
-        data, function = figures.PICTURES[name]
-        path = FIGURES / data if (FIGURES / data).exists() else made_up(name, folder)
-        figure = function(path)
+        picture = figures.PICTURES[name]
+        path = FIGURES / picture.data if (FIGURES / picture.data).exists() else made_up(name, folder)
+        figure = picture.draw(path)
         if figure is None:  # the file is there, but none of its runs is of this kind yet
             path = made_up(name, folder)
-            figure = function(path)
+            figure = picture.draw(path)
         assert figure is not None
         figure.draw_without_rendering()
         return path, figure
@@ -230,7 +221,7 @@ def expected_heights(name: str, path: Path) -> list[float]:
         starts = [run for run in runs if run.startswith(("lora(2)", "rasa(2,")) and " at " not in run]
         shown = starts if name == "adapter_starts" else [run for run in runs if adapter_claims.is_plain(run)]
         return [statistics.fmean(map(adapter_claims.validation, runs[run].values())) for run in shown]
-    rows = tables.read(path)
+    rows = read_rows(path)
     if name == "updates":
         return [
             row[key] for row in rows for key in ("relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
@@ -296,7 +287,7 @@ def test_the_data_are_what_is_drawn(name: str, drawn: Any) -> None:
 def test_floors_lie_across(drawn: Any) -> None:
     path, figure = drawn("floors")
     found = {float(x) for ax in axes_of(figure) for line in ax.get_lines() for x in line.get_xdata()}
-    for row in tables.read(path):
+    for row in read_rows(path):
         assert {row[key] for key in ("closed", "dual", "two_sided", "best_found")} <= found
 
 
@@ -304,9 +295,7 @@ def test_median_and_range_are_those_of_the_seeds(drawn: Any) -> None:
     path, figure = drawn("pool_start")
     middle = axes_of(figure)[1].get_lines()[0].get_ydata()
     bars = axes_of(figure)[1].collections[0].get_segments()
-    group = sorted(
-        r["error_after_joint_sweeps"] for r in tables.read(path) if (r["stack"], r["size"]) == ("query", 0.3)
-    )
+    group = sorted(r["error_after_joint_sweeps"] for r in read_rows(path) if (r["stack"], r["size"]) == ("query", 0.3))
     assert middle[4] == group[2]
     assert bars[4][:, 1] == pytest.approx([group[0], group[-1]])
 
@@ -340,24 +329,23 @@ def test_from_scratch_runs_the_commands_and_keeps_the_seconds(
 
     def call(words: list[str], **more: Any) -> int:
         calls.append(words[1:])
-        tables.write(Path(words[-1]) / "recovery.csv", ["x"], [{"x": len(calls)}])
+        write_rows(Path(words[-1]) / "recovery.csv", ["x"], [{"x": len(calls)}])
         return 0 if len(calls) == 1 else 3
 
     folder, options = tmp_path / "figures", ["--scratch", str(tmp_path / "scratch"), "--from-scratch", "recovery"]
     folder.mkdir()
     monkeypatch.setattr(figures.subprocess, "call", call)
-    monkeypatch.setitem(figures.PICTURES, "recovery", ("recovery.csv", lambda data: Figure()))
+    monkeypatch.setitem(figures.PICTURES, "recovery", registry.Picture("recovery.csv", lambda data: Figure(), ""))
     assert figures.main([*options, "--figures", str(folder)]) == 0
-    assert calls == [["experiments/recovery.py", "--out", str(tmp_path / "scratch" / "recovery")]]
+    assert calls == [["-m", "experiments.recovery", "--out", str(tmp_path / "scratch" / "recovery")]]
     assert (folder / "recovery.png").exists()
     assert "last time: no record" in capsys.readouterr().out
     assert json.loads((folder / "seconds.json").read_text())["recovery"]["seconds"] == 0
     assert not (tmp_path / "scratch" / "recovery").exists()
     assert figures.main([*options, "--figures", str(folder)]) == 1
     assert "last time: 0 s in all" in capsys.readouterr().out
-    assert tables.read(folder / "recovery.csv") == [{"x": 1}]
-    monkeypatch.setattr(figures, "has_gpu", lambda: False)
-    needy = figures.Experiment((), (), {"recovery": figures.PICTURES["recovery"]}, "a moon", lambda: False)
+    assert read_rows(folder / "recovery.csv") == [{"x": 1}]
+    needy = registry.Experiment((), (), {"recovery": figures.PICTURES["recovery"]}, "a moon", lambda: False)
     monkeypatch.setitem(figures.EXPERIMENTS, "recovery", needy)
     assert figures.main([*options, "--figures", str(folder)]) == 0
     assert "recovery: not run, it needs a moon" in capsys.readouterr().out
@@ -367,12 +355,13 @@ def test_from_scratch_runs_the_commands_and_keeps_the_seconds(
 def test_names_in_quotes_reach_a_command_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(figures.subprocess, "call", lambda words, **more: calls.append(words[1:]) or 1)
-    command = "experiments/train_adapters.py --only 'rasa(2,1)' 'lora(2)' --out {out}"
-    monkeypatch.setitem(figures.EXPERIMENTS, "recovery", figures.Experiment((command,), (), {}))
+    command = "-m experiments.train_adapters --only 'rasa(2,1)' 'lora(2)' --out {out}"
+    monkeypatch.setitem(figures.EXPERIMENTS, "recovery", registry.Experiment((command,), (), {}))
     scratch = tmp_path / "with space"
     assert not figures.perform("recovery", tmp_path, scratch)
-    script = "experiments/train_adapters.py"
-    assert calls == [[script, "--only", "rasa(2,1)", "lora(2)", "--out", str(scratch / "recovery")]]
+    assert calls == [
+        ["-m", "experiments.train_adapters", "--only", "rasa(2,1)", "lora(2)", "--out", str(scratch / "recovery")]
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- the style

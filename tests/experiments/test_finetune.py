@@ -11,6 +11,8 @@ from safetensors import safe_open
 from transformers import BertConfig, BertModel
 
 from experiments import finetune_minilm as experiment
+from experiments.minilm.data import split_by_module, standard_library_pairs
+from experiments.minilm.encoder import Encoder
 
 
 def letters(texts: list[str], max_length: int, **_: object) -> dict[str, torch.Tensor]:
@@ -21,17 +23,17 @@ def letters(texts: list[str], max_length: int, **_: object) -> dict[str, torch.T
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def tiny() -> experiment.Encoder:
+def tiny() -> Encoder:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=256, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    return experiment.Encoder(BertModel(config, add_pooling_layer=False), letters)
+    return Encoder(BertModel(config, add_pooling_layer=False), letters)
 
 
 def test_two_steps_change_every_kind_and_are_shipped_to_half_precision(tmp_path: Path) -> None:
     settings = replace(experiment.Settings(), train_pairs=40, test_pairs=20, steps=2, batch=4, warmup=1)
-    train, test = experiment.split_by_module(experiment.standard_library_pairs(), settings)
+    train, test = split_by_module(standard_library_pairs(), settings.split)
     assert (len(train), len(test)) == (40, 20)
     assert {pair.module for pair in train}.isdisjoint(pair.module for pair in test)
     base = tiny()
@@ -53,6 +55,6 @@ def test_two_steps_change_every_kind_and_are_shipped_to_half_precision(tmp_path:
 
 def test_the_same_seed_gives_the_same_losses() -> None:
     settings = replace(experiment.Settings(), train_pairs=40, test_pairs=20, steps=2, batch=4, warmup=1)
-    train, _ = experiment.split_by_module(experiment.standard_library_pairs(), settings)
+    train, _ = split_by_module(standard_library_pairs(), settings.split)
     first, second = (experiment.finetune(tiny(), train, settings, seed=3) for _ in range(2))
     assert first == second

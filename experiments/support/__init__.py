@@ -1,0 +1,1 @@
+"""What several experiments use: rows of results, timing, and the looks of methods in pictures."""

@@ -1,0 +1,54 @@
+"""One look for each method, sweep and code in all pictures: its name, colour, marker and dashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rasa_theory.plotting import style
+
+
+@dataclass(frozen=True)
+class Look:
+    """`line` is matplotlib's format: a marker, then dashes."""
+
+    name: str
+    color: str
+    line: str
+
+    @property
+    def marker(self) -> str:
+        return self.line[0]
+
+
+# Methods of one idea have one colour: joint bases purple, shared bases of trained factors blue, one side shared orange.
+METHODS = {
+    "lora": Look("LoRA", style.INK, "o-"),
+    "allocated": Look("allocated", style.GREY, "s-"),
+    "rasa": Look("RaSA", style.VERMILION, "D-"),
+    "joint_diagonal": Look("joint, CP", style.PURPLE, "v-"),
+    "joint_full": Look("joint, full", style.PURPLE, "^--"),
+    "share_columns": Look("SHARE, lorashare", style.BLUE, "h-"),
+    "share_whole": Look("SHARE, vlora", style.BLUE, "p--"),
+    "share_basis": Look("SHARE", style.BLUE, "h:"),
+    "tied_lora": Look("Tied-LoRA", style.SKY, "P-"),
+    "vb_lora": Look("VB-LoRA", style.GREEN, "X-"),
+    "one_sided": Look("one-sided", style.ORANGE, "<-"),
+    "share_lora": Look("ShareLoRA", style.ORANGE, ">--"),
+    "vera": Look("VeRA", style.GREY, "*:"),
+}
+"""The methods of `rasa_theory.methods`, and SHARE as the packages of others compute it."""
+
+SWEEPS = {
+    "joint": Look("joint sweep", style.BLUE, "o-"),
+    "core": Look("core sweep", style.GREEN, "^-"),
+    "paper": Look("paper sweep", style.SKY, "P-"),
+    "products": Look("two products", style.ORANGE, "s--"),
+}
+"""The sweeps of the solver; `products` are the two products with M of a joint sweep, and nothing else."""
+
+CODES = {
+    "tensorly parafac": Look("tensorly", style.VERMILION, "x--"),
+    "pyttb cp_als": Look("pyttb", style.PURPLE, "+--"),
+    "pygenten cp_als": Look("pygenten", style.GREY, "v--"),
+}
+"""The CP codes of others."""
