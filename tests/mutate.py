@@ -34,16 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutations.toml"
-COPIED = (
-    "rasa_theory",
-    "tests",
-    "experiments",
-    "figures",
-    "notebooks",
-    "pyproject.toml",
-    "README.md",
-    "CONTRIBUTING.md",
-)
+COPIED = ("rasa_theory", "tests", "experiments", "figures", "pyproject.toml", "README.md")
 PRELOADED = (
     "torch", "numpy", "scipy.linalg", "scipy.optimize", "scipy.special", "safetensors.torch", "pytest", "hypothesis",
     "jsonschema", "matplotlib.pyplot", "transformers", "peft",
@@ -134,7 +125,7 @@ def mutated(root: Path, mutation: Mutation) -> str:
 
 
 def faults(root: Path, mutation: Mutation) -> list[str]:
-    """All that is wrong with an entry and can be seen without running it."""
+    """The faults of an entry that show without running it, each as a sentence."""
     wrong = []
     try:
         if mutated(root, mutation) == (root / mutation.file).read_text(encoding="utf-8"):
@@ -242,50 +233,50 @@ def _wait(child: int, deadline: float) -> int | None:
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-def _prepare(folder: str) -> None:
-    """What each worker does once: its own copy of the project, and the imports that its forks share."""
-    global _copy
-    _copy = Path(tempfile.mkdtemp(dir=folder)).resolve()
+@functools.cache
+def _own_copy(folder: Path) -> Path:
+    """The copy of the project that belongs to this worker, made at the first call, with the imports its forks share."""
+    copy = Path(tempfile.mkdtemp(dir=folder)).resolve()
     for name in COPIED:
         source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__", ".*")
         if source.is_dir():
-            shutil.copytree(source, _copy / name, ignore=ignored)
+            shutil.copytree(source, copy / name, ignore=ignored)
         elif source.exists():
-            shutil.copy2(source, _copy / name)
+            shutil.copy2(source, copy / name)
     hashed = py_compile.PycInvalidationMode.CHECKED_HASH  # a mutation may keep the size of a file and its time
     for name in ("rasa_theory", "experiments", "tests"):
-        compileall.compile_dir(_copy / name, quiet=2, invalidation_mode=hashed)
+        compileall.compile_dir(copy / name, quiet=2, invalidation_mode=hashed)
     os.environ.update(MPLBACKEND="Agg", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    sources = [path.read_text(encoding="utf-8") for path in _copy.rglob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in copy.rglob("*.py")]
     for module in PRELOADED:
         top = module.partition(".")[0]
-        if any(f"import {top}" in text or f"from {top}" in text for text in sources):
+        if any(f"import {top}" in text or f"from {top}" in text for text in texts):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
+    return copy
 
 
-_copy = Path()
-
-
-def _try_all(test: str, mutations: list[Mutation], patience: float) -> list[Result]:
+def _try_all(folder: Path, test: str, mutations: list[Mutation], patience: float) -> list[Result]:
     """Run one test without any mutation, then with each."""
-    baseline = run_test(_copy, test, patience, cached=True)
+    copy = _own_copy(folder)
+    baseline = run_test(copy, test, patience, cached=True)
     if baseline.status != 0:
         detail = f"exit status {baseline.status}\n{baseline.output[-2000:]}"
         return [Result(m, Outcome.NO_BASELINE, detail, baseline.seconds) for m in mutations]
-    return [_try(m, min(patience, 60 + 20 * baseline.seconds)) for m in mutations]
+    return [_try(copy, m, min(patience, 60 + 20 * baseline.seconds)) for m in mutations]
 
 
-def _try(mutation: Mutation, patience: float) -> Result:
-    path = _copy / mutation.file
+def _try(copy: Path, mutation: Mutation, patience: float) -> Result:
+    """Run the test with the mutation in the copy, which is as before afterwards."""
+    path = copy / mutation.file
     try:
-        text = mutated(_copy, mutation)
+        text = mutated(copy, mutation)
     except TableError as error:
         return Result(mutation, Outcome.STALE, str(error), 0.0)
     original = path.read_bytes()
     try:
         path.write_text(text, encoding="utf-8")
-        run = run_test(_copy, mutation.test, patience, cached=False)
+        run = run_test(copy, mutation.test, patience, cached=False)
     finally:
         path.write_bytes(original)
     outcome, detail = judged(mutation, run)
@@ -318,11 +309,9 @@ def results(mutations: Sequence[Mutation], jobs: int, patience: float) -> Iterat
     """Apply each mutation in a temporary copy, and yield the results as they come, in `jobs` processes."""
     groups = by_test(mutations)
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        pool = ProcessPoolExecutor(
-            min(jobs, len(groups)), mp_context=get_context("fork"), initializer=_prepare, initargs=(folder,)
-        )
+        pool = ProcessPoolExecutor(min(jobs, len(groups)), mp_context=get_context("fork"))
         try:
-            futures = [pool.submit(_try_all, test, group, patience) for test, group in groups.items()]
+            futures = [pool.submit(_try_all, Path(folder), test, group, patience) for test, group in groups.items()]
             for future in as_completed(futures):
                 yield from future.result()
         finally:

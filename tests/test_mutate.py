@@ -57,7 +57,7 @@ def project(tmp_path: Path) -> Path:
 def run(project: Path, table: str, *arguments: str) -> tuple[int, str, str]:
     (project / "tests" / "mutations.toml").write_text(table)
     command = [sys.executable, "-m", "tests.mutate", *arguments]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -77,7 +77,7 @@ def test_killed_and_not_are_told_apart_in_a_copy(project: Path) -> None:
         + entry("stale", "7 * x", "2", "test_double")
         + entry("hangs", "x / 2", "x", "test_half")
     )
-    status, out, _ = run(project, table, "--patience", "3")
+    status, out, _ = run(project, table, "--patience", "8")
     for outcome, what in (
         ("KILLED", "killed"), ("SURVIVED", "survived"), ("NO BASELINE", "red"), ("INVALID", "no name"),
         ("STALE", "stale"), ("TIMEOUT", "hangs"),
