@@ -90,3 +90,11 @@ def test_columns_that_nearly_depend_are_kept(dtype, gap):
     X = torch.stack([Q[:, 0], Q[:, 0] + gap * Q[:, 1]], 1)
     for P in (orthogonal.orthonormal_columns(X), torch.cat([Q[:, 2:], orthogonal.orthonormal_beside(Q[:, 2:], X)], 1)):
         assert float((P @ (P.mT @ X) - X).abs().max()) <= 4 * torch.finfo(dtype).eps
+
+
+def test_orthonormal_columns_are_extended_by_orthonormal_ones():
+    C = torch.linalg.qr(torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    for n in (3, 4, 9):
+        Q = orthogonal.extended(C, n)
+        assert torch.equal(Q[..., :3], C)
+        torch.testing.assert_close(Q.mT @ Q, torch.eye(n).double().expand(2, n, n), rtol=0, atol=1e-14)

@@ -1,12 +1,13 @@
 """Factor types: shapes, updates, the embedding of LoRA, and how much they hold."""
 
+import numpy as np
 import pytest
 import torch
 
 from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, reconstruction_error, solve_lora
-from rasa_theory.problem import lora_parameters
+from rasa_theory.problem import balanced, lora_parameters
 from rasa_theory.solvers import move_to_pool
-from tests.helpers.problems import noise
+from tests.helpers.problems import noise, random_factors
 
 L, b, a, r, k = 3, 6, 5, 4, 1
 
@@ -115,3 +116,21 @@ def test_named_is_the_constructor():
     again = RasaFactors(**rasa().named())
     assert list(again.named()) == ["private_B", "private_A", "shared_B", "shared_A", "mixing"]
     assert all(torch.equal(x, rasa().named()[name]) for name, x in again.named().items())
+
+
+def test_factors_of_rasa_as_those_of_a_lora():
+    """B = [B~_i, B_S D_i], A = [A~_i; A_S]: the same updates, of rank q + R."""
+    f = random_factors(3, 7, 6, 3, 1)
+    lora = f.as_lora()
+    assert lora.B.shape == (3, 7, 2 + 3)
+    for i in range(3):
+        assert torch.allclose(lora.update(i), f.update(i), rtol=0, atol=1e-14)
+
+
+def test_balanced_terms():
+    B, A = (torch.as_tensor(x) for x in (noise(2, 7, 3) * np.array([1e6, 1.0, 0.0]), noise(2, 3, 5, 1)))
+    b, a = balanced(B, A)
+    assert torch.allclose(b @ a, B @ A, rtol=1e-12)
+    sizes = torch.linalg.vector_norm(b, dim=1), torch.linalg.vector_norm(a, dim=2)
+    assert torch.allclose(sizes[0][:, :2], sizes[1][:, :2], rtol=1e-12)
+    assert not b[:, :, 2].any()
