@@ -192,7 +192,7 @@ EXPERIMENTS = {
         {
             "why_sharing_pays": Picture(
                 "why_sharing_pays.csv",
-                from_rows("why_sharing_pays"),
+                from_rows("why_sharing_pays.figure"),
                 "the gain over LoRA split into unequal allocation and sharing; owners of the pool; depth; one pool "
                 "over kinds and over tasks",
             )

@@ -1,15 +1,18 @@
-"""Why sharing pays: the controls keep what they say they keep, and the counts are those of planted pools."""
+"""Overlaps, counts and ranks in the experiment on sharing, on stacks with planted pools."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 import rasa_theory as rt
-from experiments import why_sharing_pays as experiment
-from tests.helpers.problems import decaying, noise, orthogonal
+from experiments.why_sharing_pays import figure, run
+from experiments.why_sharing_pays.stacks import Plan
+from tests.helpers.problems import noise, orthogonal
 
-PLAN = experiment.Plan(rank=2, kinds_ks=(1,), task_ks=(1,), sweeps=30)
+PLAN = Plan(rank=2, kinds_ks=(1,), task_ks=(1,), sweeps=30)
 L, B, A = 3, 14, 12
 
 
@@ -24,52 +27,11 @@ def alike(first: int, count: int, scale: float = 1.0) -> rt.LayerStack:
     return stack((U * sizes[:, None]) @ V.mT)
 
 
-def items(found: object) -> dict[str, list[float | str]]:
+def items(rows: Iterable[run.Item]) -> dict[str, list[float | str]]:
     values: dict[str, list[float | str]] = {}
-    for _, item, _, value in found:  # type: ignore[attr-defined]
+    for _, item, _, value in rows:
         values.setdefault(item, []).append(value)
     return values
-
-
-def test_turned_apart_layers_keep_their_spectra_and_nothing_that_they_share() -> None:
-    whole = alike(0, 2)
-    turned = experiment.turned_apart(whole)
-    torch.testing.assert_close(turned.spectra.svd().S, whole.spectra.svd().S)
-    for one, other in ((whole, turned), (whole.transpose(), turned.transpose())):
-        together, apart = (torch.linalg.matrix_rank(s.values.mT.flatten(0, 1), rtol=1e-9) for s in (one, other))
-        assert (int(together), int(apart)) == (2, 6)
-
-
-def test_hidden_dyads_are_in_every_layer_and_as_large_as_is_said() -> None:
-    whole = stack(decaying(L, B, A))
-    added = experiment.with_hidden_dyads(whole, PLAN).values - whole.values
-    sizes = torch.linalg.svdvals(added)
-    unit = 0.8 * float(whole.spectra.svd().S[:, PLAN.rank].mean())
-    assert int((sizes > 1e-9 * unit).sum()) == 3 * L
-    assert 0.3 * unit < float(sizes[:, :3].min()) <= float(sizes[:, :3].max()) < 2 * unit
-    for side in (added.flatten(0, 1), added.mT.flatten(0, 1)):
-        assert int(torch.linalg.matrix_rank(side, rtol=1e-9)) == 3
-
-
-def test_in_shared_bases_the_spectra_stay_and_every_dyad_is_in_all_layers() -> None:
-    whole = stack(decaying(L, B, A))
-    shared = experiment.with_shared_bases(whole)
-    torch.testing.assert_close(shared.spectra.svd().S, whole.spectra.svd().S)
-    first = shared.values[0]
-    for other in shared.values:  # of common singular vectors: products commute
-        torch.testing.assert_close(first @ other.mT, other @ first.mT)
-        torch.testing.assert_close(first.mT @ other, other.mT @ first)
-
-
-def test_deeper_stacks_have_the_spectra_of_the_stack_between_its_layers() -> None:
-    whole = stack(decaying(L, B, A))
-    deep = experiment.deeper(whole, 2 * L - 1, "independent", 5, 20)
-    S = whole.spectra.svd().S[:, :5]
-    torch.testing.assert_close(deep.spectra.svd().S[::2, :5], S)
-    torch.testing.assert_close(deep.spectra.svd().S[1, :5], (S[0] * S[1]).sqrt())
-    equal = experiment.deeper(whole, L, "one side equal", 5, 20)
-    ranks = [int(torch.linalg.matrix_rank(s.flatten(0, 1), rtol=1e-9)) for s in (equal.values, equal.values.mT)]
-    assert ranks == [5, 15]
 
 
 def test_overlap_is_one_of_a_space_and_itself_and_of_others_the_mean_of_squared_cosines() -> None:
@@ -79,9 +41,9 @@ def test_overlap_is_one_of_a_space_and_itself_and_of_others_the_mean_of_squared_
     tilted = torch.stack([U[:, 0], cosine * U[:, 1] + 0.8 * U[:, 2]], 1)
     first = torch.stack([U[:, :2]] * 3)
     second = torch.stack([U[:, :2] @ turn, U[:, 2:4], tilted])
-    each = [experiment.overlap(first[i : i + 1], second[i : i + 1]) for i in range(3)]
+    each = [run.overlap(first[i : i + 1], second[i : i + 1]) for i in range(3)]
     assert each == pytest.approx([1, 0, (1 + cosine**2) / 2])
-    assert experiment.overlap(first, second) == pytest.approx(sum(each) / 3)
+    assert run.overlap(first, second) == pytest.approx(sum(each) / 3)
 
 
 def test_overlaps_are_of_the_same_layer_after_two_tasks_and_of_two_layers_after_one() -> None:
@@ -92,7 +54,7 @@ def test_overlaps_are_of_the_same_layer_after_two_tasks_and_of_two_layers_after_
     sizes = torch.tensor([2.0, 1.0], dtype=torch.float64)
     first = stack(columns * sizes @ V[:, -2:].mT)
     second = stack(columns * sizes @ rows.mT)
-    found = {(item, side): value for _, item, side, value in experiment.overlaps(first, second, PLAN)}
+    found = {(item, side): value for _, item, side, value in run.overlaps(first, second, PLAN)}
     expected = {"chance": (2 / B, 2 / A), "tasks": (1, 0), "layers_first": (0, 1), "layers_second": (0, 0)}
     for item, (left, right) in expected.items():
         assert found[f"overlap_{item}", "columns"] == pytest.approx(left, abs=1e-12)
@@ -100,29 +62,29 @@ def test_overlaps_are_of_the_same_layer_after_two_tasks_and_of_two_layers_after_
 
 
 def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
-    plan = experiment.Plan(rank=1, task_ks=(1,), sweeps=30)
-    apart = items(experiment.over_tasks(alike(0, 3), alike(3, 3, 0.9), plan, experiment.HOW[0]))
+    plan = Plan(rank=1, task_ks=(1,), sweeps=30)
+    apart = items(run.over_tasks(alike(0, 3), alike(3, 3, 0.9), plan, figure.HOW[0]))
     assert apart["by_loss_of_tasks"] == pytest.approx([1] * 6)  # three dyads of either task, six terms
     assert min(map(float, apart["by_loss"])) > 2
     one, other = alike(0, 6), alike(0, 6, 1.1)
-    both = items(experiment.over_tasks(one, other, plan, experiment.HOW[0]))
+    both = items(run.over_tasks(one, other, plan, figure.HOW[0]))
     assert min(map(float, both["by_loss_of_tasks"])) > 1.9
     assert float(both["e_lora"][0]) == pytest.approx(sum(rt.solve_lora(s, 1).error for s in (one, other)))
-    turned = items(experiment.over_tasks(one, other, plan, experiment.HOW[2]))
+    turned = items(run.over_tasks(one, other, plan, figure.HOW[2]))
     assert turned["allocation"] == pytest.approx(both["allocation"])
     assert float(turned["best_found"][0]) > 0.1 > float(both["best_found"][0])
 
 
 def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
-    plan = experiment.Plan(rank=1, kinds_ks=(1,), sweeps=30)
+    plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
     found = {"query": alike(0, 3), "key": alike(3, 3, 0.9)}
-    row = items(experiment.over_kinds(found, experiment.HOW[0], plan))
+    row = items(run.over_kinds(found, figure.HOW[0], plan))
     assert row["by_loss_of_kinds"] == pytest.approx([1] * 6)
     assert row["parameters"] == [2 * L * (A + B) + (2 * L) ** 2]
     square = stack(noise(L, B, B))
     flipped = {"query": square, "attention_output": square.transpose()}
-    row = items(experiment.over_kinds(flipped, experiment.HOW[1], plan))  # transposed again, the two are one
-    plain = items(experiment.over_kinds({"query": square, "key": square}, experiment.HOW[0], plan))
+    row = items(run.over_kinds(flipped, figure.HOW[1], plan))  # transposed again, the two are one
+    plain = items(run.over_kinds({"query": square, "key": square}, figure.HOW[0], plan))
     assert row["best_found"] == pytest.approx(plain["best_found"])
 
 
@@ -134,17 +96,17 @@ def test_separate_pools_are_weighed_by_the_errors_of_lora() -> None:
                 base | {"k": 1, "item": "best_found", "value": best},
                 base | {"k": 4, "item": "best_found", "value": 0.1}]  # fmt: skip
 
-    table = experiment.Table([*rows("updates", "query", 3.0, 0.9, 0.8), *rows("second task", "query", 1.0, 0.7, 0.4)])
-    found = experiment.separate_pools(table, [("updates", "query"), ("second task", "query")], 1)
+    table = figure.Results([*rows("updates", "query", 3.0, 0.9, 0.8), *rows("second task", "query", 1.0, 0.7, 0.4)])
+    found = figure.separate_pools(table, [("updates", "query"), ("second task", "query")], 1)
     assert found == pytest.approx(((3 * 0.9 + 0.7) / 4, (3 * 0.8 + 0.4) / 4))
-    assert experiment.separate_pools(table, [("updates", "query")], 1) == pytest.approx((0.9, 0.8))
+    assert figure.separate_pools(table, [("updates", "query")], 1) == pytest.approx((0.9, 0.8))
 
 
 def test_ranks_of_layers_are_those_of_equal_values() -> None:
     sigma = torch.zeros(2, 10, dtype=torch.float64)
     sigma[0, :4], sigma[1, 0] = 2.0, 3.0
     U, V = torch.as_tensor(orthogonal(B, 1))[:, :10], torch.as_tensor(orthogonal(A, 2))[:, :10]
-    row = items(experiment.sides(stack((U * sigma[:, None]) @ V.mT), PLAN))
+    row = items(run.sides(stack((U * sigma[:, None]) @ V.mT), PLAN))
     assert row["entropy_rank"] == pytest.approx([4, 1])
     assert row["stable_rank"] == pytest.approx([4, 1])
     assert row["rank_90"] == [4, 1]

@@ -1,0 +1,238 @@
+"""The work of the experiment, unit by unit, and its command."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rasa_theory as rt
+from experiments.support.rows import Table, read_rows
+from experiments.why_sharing_pays import __doc__ as description
+from experiments.why_sharing_pays.figure import HOW, Results, plot, summary
+from experiments.why_sharing_pays.stacks import SMOKE, Plan, second_task, updates, weights
+from rasa_theory import methods, null_models
+from rasa_theory.plotting import style
+from rasa_theory.problem import participation_ratio
+
+COLUMNS = ("part", "source", "stack", "k", "item", "index", "value")
+Item = tuple[int | str, str, str, float | str]  # k, item, index, value
+Key = tuple[str, str, str]  # part, source, stack
+
+
+# --------------------------------------------------------------------------------------------- what is measured
+
+
+def split_gain(stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...], floors: dict[int, float]) -> Iterator[Item]:
+    """The parts of the gain and the participation of every pool term, for each k; one path over all k."""
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    yield "", "e_lora", "", e_lora
+    yield "", "e_lora_share", "", e_lora / stack.norm_squared
+    options = rt.SolverOptions(max_sweeps=plan.sweeps)
+    for k, solution in rt.solve_path(stack, plan.rank, ks, options).items():
+        yield from point(stack, rt.RankBudget(plan.rank, k), solution, floors.get(k))
+
+
+def split_changed(
+    change: Callable[[rt.LayerStack], rt.LayerStack], stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...]
+) -> Iterator[Item]:
+    """The same for a control, which `change` makes of the stack."""
+    yield from split_gain(change(stack), plan, ks, {})
+
+
+def point(
+    stack: rt.LayerStack, budget: rt.RankBudget, solution: rt.RasaSolution, floor: float | None
+) -> Iterator[Item]:
+    """All items of one solution. `floor`: a two-sided floor over e_lora, in place of the closed forms."""
+    k, parts = budget.shared_rank, rt.gain(stack, budget, solution=solution)
+    yield k, "allocation", "", parts.e_allocation / parts.e_lora
+    yield k, "best_found", "", parts.e_rasa / parts.e_lora
+    yield k, "floor", "", parts.floor.value / parts.e_lora if floor is None else floor
+    yield k, "floor_name", "", parts.floor.name if floor is None else "two-sided"
+    yield k, "stop", "", f"{solution.stop_reason.name} after {solution.sweeps} from {solution.start}"
+    yield k, "cancellation", "", solution.cancellation
+    terms = rt.pool_participation(solution.factors)
+    shares = terms.losses / terms.losses.sum(0)
+    for j, (by_weight, by_loss, share) in enumerate(zip(terms.by_weight, terms.by_loss, shares.mT, strict=True)):
+        yield k, "by_weight", str(j), float(by_weight)
+        yield k, "by_loss", str(j), float(by_loss)
+        yield k, "owner_share", str(j), float(share.max())
+        if k == 1 and stack.layers <= 6:
+            for i, part in enumerate(share.tolist()):
+                yield k, "loss_share", f"{j} {i}", part
+
+
+def at_size(stack: rt.LayerStack, plan: Plan, layers: int, width: int, count: int, bases: str) -> Iterator[Item]:
+    """Parts of the gain and participation in a resized stack, and the directions that its layers share."""
+    resized = null_models.resized(stack, layers, width, count, bases, seed=1)
+    spectrum = rt.shared_subspace_spectrum(resized, plan.rank)
+    for side, values in (("columns", spectrum.columns), ("rows", spectrum.rows)):
+        yield "", f"projector_{side}", "0", float(values[0])
+    e_lora = rt.solve_lora(resized, plan.rank).error
+    yield "", "e_lora_share", "", e_lora / resized.norm_squared
+    for k in plan.depth_ks:
+        budget = rt.RankBudget(plan.rank, k)
+        solution = rt.solve_rasa(resized, budget, rt.SolverOptions(max_sweeps=plan.depth_sweeps))
+        yield from point(resized, budget, solution, None)
+
+
+def one_sided(stack: rt.LayerStack, plan: Plan, layers: int, bases: str) -> Iterator[Item]:
+    """Pools that share one side alone, at the parameters of RaSA of k = 1: LoRA's and L^2 for the mixing."""
+    stack = null_models.resized(stack, layers, plan.size, plan.size, bases, seed=1)
+    e_lora = rt.solve_lora(stack, plan.rank).error
+    cost = methods.lora_parameters(stack.layers, stack.shape, 1)
+    (b, a), L = stack.shape, stack.layers
+    for side, each in (("columns", b + L * a), ("rows", a + L * b)):
+        for q in (plan.rank - 1, plan.rank // 2):
+            p = ((plan.rank - q) * cost + L**2) // each
+            if p > 0:
+                fit = methods.fit_one_sided(stack, q, p, side, plan.one_sided_sweeps)
+                yield "", "one_sided", f"{side} q={q} p={p}", fit.error / e_lora
+
+
+def over_kinds(stacks: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterator[Item]:
+    """One pool over all kinds; `how` is one of HOW."""
+    own = [s.values.mT if how == HOW[1] and name == "attention_output" else s.values for name, s in stacks.items()]
+    stack = rt.LayerStack(torch.cat(own), "all kinds")
+    if how == HOW[2]:
+        stack = null_models.turned_apart(stack, seed=2)
+    yield "", "e_lora", "", rt.solve_lora(stack, plan.rank).error
+    for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, rt.SolverOptions(max_sweeps=plan.sweeps)).items():
+        yield from point(stack, rt.RankBudget(plan.rank, k), solution, None)
+        for j, kinds in enumerate(groups_served(solution.factors, len(own))):
+            yield k, "by_loss_of_kinds", str(j), kinds
+        parameters = methods.lora_parameters(stack.layers, stack.shape, plan.rank) + solution.factors.mixing.numel()
+        yield k, "parameters", "", parameters
+
+
+def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str) -> Iterator[Item]:
+    """One pool over the layers of both tasks, as they are or turned apart."""
+    stack = rt.LayerStack(torch.cat([first.values, second.values]), "both tasks")
+    if how == HOW[2]:
+        stack = null_models.turned_apart(stack, seed=2)
+    yield "", "e_lora", "", rt.solve_lora(stack, plan.rank).error
+    for k in plan.task_ks:
+        budget = rt.RankBudget(plan.rank, k)
+        solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=plan.sweeps))
+        yield from point(stack, budget, solution, None)
+        for j, tasks in enumerate(groups_served(solution.factors, 2)):
+            yield k, "by_loss_of_tasks", str(j), tasks
+
+
+def groups_served(factors: rt.RasaFactors, groups: int) -> list[float]:
+    """Number of layer groups that every pool term serves, by loss; the groups are equal, one after another."""
+    losses = rt.pool_participation(factors).losses
+    served: list[float] = participation_ratio(losses.reshape(groups, -1, losses.shape[1]).sum(1)).tolist()
+    return served
+
+
+def overlaps(first: rt.LayerStack, second: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """||U_i^T U'_j||_F^2 / r of leading singular vectors: 1 for the same subspace, r / b for unrelated ones."""
+    pairs = list(itertools.combinations(range(first.layers), 2))
+    for side in ("columns", "rows"):
+        U, W = (leading(stack, side, plan.rank) for stack in (first, second))
+        yield "", "overlap_chance", side, plan.rank / U.shape[1]
+        yield "", "overlap_tasks", side, overlap(U, W)
+        for name, X in (("first", U), ("second", W)):
+            yield "", f"overlap_layers_{name}", side, overlap(X[[i for i, _ in pairs]], X[[j for _, j in pairs]])
+
+
+def leading(stack: rt.LayerStack, side: str, rank: int) -> Tensor:
+    """Leading left (columns) or right (rows) singular vectors of every layer, (L, n, r)."""
+    svd = stack.spectra.svd()
+    return (svd.U if side == "columns" else svd.Vh.mT)[:, :, :rank]
+
+
+def overlap(U: Tensor, W: Tensor) -> float:
+    """Mean over i of ||U_i^T W_i||_F^2 / r, for orthonormal columns (n, b, r), (n, b, r)."""
+    return float((U.mT @ W).square().sum((1, 2)).mean()) / U.shape[2]
+
+
+def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
+    """The mean projectors of both sides, and the ranks of every layer."""
+    spectrum = rt.shared_subspace_spectrum(stack, plan.rank)
+    for side, values, level in zip(
+        ("columns", "rows"), (spectrum.columns, spectrum.rows), spectrum.unrelated, strict=True
+    ):
+        yield "", f"unrelated_{side}", "", level
+        for j, value in enumerate(values[: 2 * plan.rank].tolist()):
+            yield "", f"projector_{side}", str(j), value
+    ranks = rt.spectral_ranks(stack, [0.9])
+    for i in range(stack.layers):
+        yield "", "entropy_rank", str(i), float(ranks.entropy[i])
+        yield "", "stable_rank", str(i), float(ranks.stable[i])
+        yield "", "rank_90", str(i), int(ranks.energy[i, 0])
+
+
+# ------------------------------------------------------------------------------------------------ units of work
+
+
+def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
+    """Yield (part, source, stack) and the work that gives its rows, the cheap ones first."""
+    tuned, base, other = updates(plan), weights(plan), second_task(plan)
+    query = tuned["query"]
+    for source, stacks in (("updates", tuned), ("weights", base), ("second task", other)):
+        for name, stack in stacks.items():
+            yield ("side", source, name), partial(sides, stack, plan)
+    for name, stack in tuned.items():
+        own = {k: floors[name, k] for k in plan.ks if (name, k) in floors}
+        yield ("pool", "updates", name), partial(split_gain, stack, plan, plan.ks, own)
+    for control, change, ks in (
+        ("hidden dyads", partial(null_models.with_hidden_dyads, rank=plan.rank), plan.control_ks[:1]),
+        ("turned apart", partial(null_models.turned_apart, seed=2), plan.control_ks),
+        ("shared bases", null_models.with_common_bases, plan.control_ks[:1]),
+    ):
+        for name, stack in tuned.items():
+            yield ("pool", control, name), partial(split_changed, change, stack, plan, ks)
+    for source, stacks in (("weights", base), ("second task", other)):
+        for name, stack in stacks.items():
+            yield ("pool", source, name), partial(split_gain, stack, plan, plan.control_ks, {})
+    for name, stack in tuned.items():
+        yield ("tasks", "overlap", name), partial(overlaps, stack, other[name], plan)
+        for how in (HOW[0], HOW[2]):
+            yield ("tasks", how, name), partial(over_tasks, stack, other[name], plan, how)
+    for layers, bases in itertools.product(plan.depths, null_models.BASES):
+        resize = partial(at_size, query, plan, layers, plan.size, plan.size, bases)
+        yield ("depth", bases, f"L = {layers}"), resize
+        yield ("one-sided", bases, f"L = {layers}"), partial(one_sided, query, plan, layers, bases)
+    for width in plan.widths:
+        resize = partial(at_size, query, plan, query.layers, width, plan.widths[0], "independent")
+        yield ("width", "independent", f"width {width}"), resize
+    for how in HOW:
+        yield ("kinds", how, "all kinds"), partial(over_kinds, tuned, how, plan)
+
+
+def two_sided_floors(path: Path) -> dict[tuple[str, int], float]:
+    """The two-sided floors of the bundled updates, r = 8, where they have been computed: (stack, k) -> value."""
+    return {(row["stack"], row["k"]): row["two_sided"] for row in read_rows(path)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="corners of the stacks, in seconds")
+    parser.add_argument("--figure", action="store_true", help="the picture alone")
+    parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="floors of the bundled updates")
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    options = parser.parse_args(arguments)
+
+    table = Table(options.out / "why_sharing_pays.csv", COLUMNS, COLUMNS[:3])
+    if not options.figure:
+        plan = SMOKE if options.smoke else Plan()
+        floors = {} if options.smoke else two_sided_floors(options.floors)
+        with tqdm(list(units(plan, floors))) as bar:
+            for key, work in bar:
+                bar.set_description(", ".join(key))
+                if dict(zip(COLUMNS, key, strict=False)) in table:
+                    continue
+                began = time.perf_counter()
+                items = [*work(), ("", "seconds", "", round(time.perf_counter() - began, 1))]
+                table.add([dict(zip(COLUMNS, (*key, *item), strict=True)) for item in items])
+    print(*summary(Results(table.rows)), sep="\n")
+    style.save(plot(table.rows), options.out / "why_sharing_pays.png")
