@@ -82,10 +82,19 @@ def _rank(unit: LayerStack, budget: RankBudget) -> Bound:
 
 
 def _stack(unit: LayerStack, budget: RankBudget) -> Bound:
-    """sum_{j>Lr} sigma_j([M_1 .. M_L])^2, from the eigenvalues of sum_i Gamma_i."""
-    rest = max(unit.shape[0] - unit.layers * budget.rank, 0)
+    """sum_{j>Lr} sigma_j([M_1 .. M_L])^2."""
+    return Bound(common_space_floor(unit, unit.layers * budget.rank), "stack")
+
+
+def common_space_floor(unit: LayerStack, rank: int) -> float:
+    """sum_{j>rank} sigma_j([M_1 .. M_L])^2, less its rounding, so it can be negative: in units of the view `unit`.
+
+    By Eckart-Young, a floor below the error of all updates whose columns lie in one space of `rank` dimensions. It is
+    read from the eigenvalues of sum_i Gamma_i.
+    """
+    rest = max(unit.shape[0] - rank, 0)
     eigenvalues = linalg.symmetric_eigenvalues(unit.spectra.gram()).clamp_min(0)
-    return Bound(float(eigenvalues[:rest].sum()) - _gram_allowance(unit, rest), "stack")
+    return float(eigenvalues[:rest].sum()) - _gram_allowance(unit, rest)
 
 
 def _clipped(unit: LayerStack, budget: RankBudget) -> Bound:

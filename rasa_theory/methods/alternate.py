@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
-from rasa_theory import linalg
 from rasa_theory.problem import LayerStack
 
 RTOL = 1e-6  # a sweep that lowers the error by less than this share of it is the last
@@ -87,14 +85,3 @@ class _Run(Generic[S]):
             self._stride = 1.0
         found = steps.sweep(self.state)
         return found, steps.error(found)
-
-
-def increment(gram: Tensor, g: Tensor, sizes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The step x that minimises x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m).
-
-    `sizes` (..., 1) is the norm of what the residual behind g is the difference of, M_i and its update.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    eps = torch.finfo(gram.dtype).eps
-    noise = 4 * math.sqrt(max(shape)) * eps * sizes * diagonal.clamp_min(0).sqrt()
-    return linalg.solve_increment(gram, g, diagonal, noise)

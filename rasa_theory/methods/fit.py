@@ -1,20 +1,22 @@
-"""What every method of this room returns, how its error is measured, and what it needs to be listed in METHODS."""
+"""The result of a method: its updates, and their error, which is measured in the same way for all methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
-from rasa_theory.methods.settings import Settings
 from rasa_theory.problem import LayerStack
+
+Settings = Mapping[str, int | str]
+"""The settings of one configuration of a method, as keyword arguments of its function."""
 
 
 class Evidence(Enum):
-    """What is known of an error, as a sentence."""
+    """How an error was obtained, and whether it is a minimum, as a sentence."""
 
     CLOSED_FORM = "The minimum, in closed form."
     BEST_FOUND = "The best found, an upper bound on the minimum: the problem is not convex."
@@ -24,12 +26,21 @@ class Evidence(Enum):
 
 @dataclass(frozen=True)
 class Fit:
-    """Updates of one method in one configuration, and how far they are from the stack.
+    """The updates of one method in one configuration, and their distance from the stack.
 
-    error: sum_i ||M_i - update(i)||_F^2, the direct residual in float64, in units of the input; parameters: the numbers
-    that have to be stored for all layers, by the rule of `rasa_theory.methods`; update_rank: the largest rank that an
-    update can have; update: layer -> its update (b, a) in float64; floor: what no updates of this method and
-    configuration can be below (None: nothing is known); history: the squared error after every sweep (empty: none).
+    All errors are squared, summed over the layers, and in the units of the input.
+
+    **Fields:**
+
+    - method: the name of the method in `METHODS`.
+    - settings: the configuration, as keyword arguments of the method.
+    - error: sum_i ||M_i - update(i)||_F^2, the direct residual in float64.
+    - parameters: the number of parameters stored for all layers, counted by the rule of `rasa_theory.methods.compare`.
+    - evidence: how the error was obtained.
+    - update_rank: the largest rank that an update can have.
+    - update: layer i -> its update (b, a) in float64.
+    - floor: a proved lower bound on the error of any fit with these settings, or None.
+    - history: the error at the initial guess and after every sweep; empty for closed forms.
     """
 
     method: str
@@ -44,10 +55,10 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a method found on `stack.unit()`, in units of that view.
+class UnitFit:
+    """The solution of a method on `stack.unit()`, in units of that view, before its error is measured.
 
-    `stored` are the tensors that have to be stored, `indices` how many whole numbers there are beside them.
+    `stored` holds the tensors that have to be stored, and `indices` counts the whole numbers stored beside them.
     """
 
     update: Callable[[int], Tensor]
@@ -58,35 +69,31 @@ class Found:
     floor: float | None = None
 
 
-def fitted(stack: LayerStack, method: str, settings: Settings, evidence: Evidence, found: Found) -> Fit:
-    """The Fit of what was found, in units of the stack: the error measured, the parameters counted."""
+def measured(stack: LayerStack, method: str, settings: Settings, evidence: Evidence, solution: UnitFit) -> Fit:
+    """The `Fit` of a solution, in units of the stack: its error is measured and its parameters are counted."""
     c, (b, a) = stack.scale, stack.shape
     return Fit(
         method=method,
         settings=dict(settings),
-        error=residual(stack.unit(), found.update) * c**2,
-        parameters=sum(t.numel() for t in found.stored) + found.indices,
+        error=residual(stack.unit(), solution.update) * c**2,
+        parameters=sum(t.numel() for t in solution.stored) + solution.indices,
         evidence=evidence,
-        update_rank=min(found.update_rank, b, a),
-        update=lambda i: found.update(i) * c,
-        floor=None if found.floor is None else found.floor * c**2,
-        history=tuple(e * c**2 for e in found.history),
+        update_rank=min(solution.update_rank, b, a),
+        update=lambda i: solution.update(i) * c,
+        floor=None if solution.floor is None else solution.floor * c**2,
+        history=tuple(e * c**2 for e in solution.history),
     )
 
 
 def residual(stack: LayerStack, update: Callable[[int], Tensor]) -> float:
-    """sum_i ||M_i - update(i)||_F^2, direct, in float64; one pass."""
+    """The squared error sum_i ||M_i - update(i)||_F^2, formed directly in float64.
+
+    **Arguments:**
+
+    - stack: the layers M_i, read once.
+    - update: layer i -> its update (b, a).
+
+    **Returns:** the error, in the units of the stack.
+    """
     layers = (tile.values.double() - update(tile.layer) for tile in stack.tiles(rows=stack.shape[0]))
     return math.fsum(float((E * E).sum()) for E in layers)
-
-
-@dataclass(frozen=True)
-class Method:
-    """An entry of METHODS: solve(stack, **settings) -> Fit, and which settings to try within a number of parameters.
-
-    configurations(stack, parameters): settings of at most so many parameters, each as large as fits along its own
-    direction (more layers' own ranks, more shared ones, ..); none where not even the smallest one fits.
-    """
-
-    solve: Callable[..., Fit]
-    configurations: Callable[[LayerStack, int], list[Settings]]

@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rasa_theory.bounds import lower_bound
-from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, largest
+from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
+from rasa_theory.methods.method import Method, largest
 from rasa_theory.problem import LayerStack, RankBudget, lora_parameters
 from rasa_theory.solvers import SolverOptions, solve_rasa
 
 
 def fit_rasa(stack: LayerStack, rank: int, shared_rank: int, seed: int = 0) -> Fit:
-    """min sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2, D_i diagonal (He et al., ICLR 2025): `solve_rasa`.
+    """min sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 with diagonal D_i, by `solve_rasa`. He et al., ICLR 2025.
 
-    B~_i (b, q), A~_i (q, a), B_S (b, R), A_S (R, a), D_i R numbers, q = r - k, R = L k: L r (a + b) + L R parameters.
-    Best found, with the closed certified floor. Raises InputError unless 1 <= rank <= min(b, a) and
-    0 <= shared_rank <= rank.
+    With q = r - k and R = L k, stored are B~_i (b, q), A~_i (q, a), B_S (b, R), A_S (R, a) and the R entries of every
+    D_i, so L r (a + b) + L R parameters.
+
+    **Arguments:**
+
+    - stack: the layers M_i, (L, b, a).
+    - rank: r, from 1 to min(b, a).
+    - shared_rank: k, from 0 to r.
+    - seed: seed of the random starts.
+
+    **Returns:** a `Fit` with the best solution of several starts, and the closed certified floor.
+
+    **Raises:** InputError if a rank is out of its range.
     """
     budget, unit = RankBudget(rank, shared_rank), stack.unit()
     factors = solve_rasa(unit, budget, SolverOptions(seed=seed)).factors.to(torch.float64)
-    found = Found(
+    solution = UnitFit(
         factors.update,
         tuple(factors.named().values()),
         factors.update_rank,
         floor=lower_bound(unit, budget).value,
     )
     settings = {"rank": rank, "shared_rank": shared_rank}
-    return fitted(stack, "rasa", settings, Evidence.BEST_FOUND_WITH_FLOOR, found)
+    return measured(stack, "rasa", settings, Evidence.BEST_FOUND_WITH_FLOOR, solution)
 
 
-def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    """k = 1, and half of the ranks shared."""
-    L, most = stack.layers, min(stack.shape)
-
-    def count(r: int, k: int) -> int:
-        return lora_parameters(L, stack.shape, r) + L * L * k
-
-    found: list[Settings] = []
-    for halves in (False, True):
-        rank = largest(lambda r: count(r, max(1, r // 2) if halves else 1), parameters, most)  # noqa: B023
-        settings = {"rank": rank, "shared_rank": max(1, rank // 2) if halves else 1}
-        if rank and settings not in found:
-            found.append(settings)
-    return found
+def _parameters(layers: int, shape: tuple[int, int], rank: int, shared_rank: int) -> int:
+    return lora_parameters(layers, shape, rank) + layers * layers * shared_rank
 
 
-RASA = Method(fit_rasa, _configurations)
+def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
+    """The largest r with k = 1, and the largest r with half of the ranks shared."""
+
+    def rank_within(shared_rank: Callable[[int], int]) -> int:
+        return largest(lambda r: _parameters(stack.layers, stack.shape, r, shared_rank(r)), limit, min(stack.shape))
+
+    configurations: list[Settings] = []
+    for shared_rank in (_one, _half):
+        rank = rank_within(shared_rank)
+        settings = {"rank": rank, "shared_rank": shared_rank(rank)}
+        if rank and settings not in configurations:
+            configurations.append(settings)
+    return configurations
+
+
+def _one(rank: int) -> int:
+    return 1
+
+
+def _half(rank: int) -> int:
+    return max(1, rank // 2)
+
+
+RASA = Method("rasa", "RaSA", fit_rasa, _parameters, _configurations)

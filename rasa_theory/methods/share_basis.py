@@ -1,14 +1,16 @@
-"""Shared bases for the factors of given LoRAs, as of SHARE (arXiv 2602.06043), lorashare and vlora."""
+"""Shared bases for the factors of LoRAs that exist already: SHARE (arXiv 2602.06043), lorashare and vlora."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least, one_of
-from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
+from rasa_theory.methods.method import Method, at_most, largest
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, balanced, lora_parameters
 from rasa_theory.solvers import solve_lora
 
@@ -18,43 +20,56 @@ BASES = ("columns", "whole")
 def fit_share_basis(
     stack: LayerStack, rank: int, components: int, basis: str = "columns", factors: LoraFactors | None = None
 ) -> Fit:
-    """Updates B^_i A^_i: the factors B_i (b, r), A_i (r, a) of LoRAs, each side projected on a basis of its own.
+    """Updates B^_i A^_i: the factors B_i (b, r) and A_i (r, a) of L LoRAs, each side projected on a basis of its own.
 
-    The L LoRAs are `factors`, or else the optimum of rank r on the stack with b_j and a_j of equal norm. No side knows
-    of the other: the error of the factors is minimised, not that of their product, which is what is reported here.
+    Each side is projected without regard to the other. The methods minimise the error of the factors; the error that
+    is measured here is that of their product.
 
-    - basis "columns" (SHARE, Kaushik et al., 2026; package lorashare 0.1.3): B^_i = U U^T B_i, U (b, p) the top p
-      eigenvectors of the covariance of all columns of the B_i, their mean taken off; A_i likewise by rows.
-      The mean is not stored, and is lost where the basis does not hold it. p (a + b) + 2 L r p parameters.
-    - basis "whole" (package vlora-dev 1.0.0): every B_i is one vector of b r numbers, B^_i = mean + sum_j c_ij C_j, C_j
-      (b, r) the top p principal components; A_i likewise. (p + 1) r (a + b) + 2 L p parameters.
+    - basis "columns" (SHARE, Kaushik et al., 2026; package lorashare 0.1.3): B^_i = U U^T B_i. U (b, p) holds the top p
+      eigenvectors of the covariance of all columns of the B_i, with their mean taken off; A_i likewise, by rows. The
+      mean is not stored, and is lost where the basis does not hold it. p (a + b) + 2 L r p parameters.
+    - basis "whole" (package vlora-dev 1.0.0): every B_i is one vector with b r entries, and
+      B^_i = mean + sum_j c_ij C_j. The C_j (b, r) are the top p principal components; A_i likewise.
+      (p + 1) r (a + b) + 2 L p parameters.
 
-    Raises InputError unless 1 <= rank <= min(b, a), 1 <= p, p at most b and a ("columns") or L ("whole"), and where
-    `factors` are of another shape than stack and rank.
+    **Arguments:**
+
+    - stack: the layers M_i, (L, b, a), from which the error is measured.
+    - rank: r, from 1 to min(b, a).
+    - components: p, from 1 to min(b, a) for "columns", and to L for "whole".
+    - basis: "columns" or "whole".
+    - factors: the LoRAs, in units of the stack. None: the optimum of rank r on the stack, with b_j and a_j of equal
+      norm.
+
+    **Returns:** a `Fit`, whose error is an upper bound on the minimum over all bases.
+
+    **Raises:** InputError if an argument is out of its range, or the factors have another shape than stack and rank.
     """
     L, (b, a), p = stack.layers, stack.shape, at_least("components", components, 1)
     RankBudget(at_least("rank", rank, 1), 0).check_fits(stack)
     one_of("basis", basis, BASES)
     at_most("components", p, min(b, a) if basis == "columns" else L, stack)
-    given = _own(stack, rank) if factors is None else _checked(stack, rank, factors)
-    project = _columns if basis == "columns" else _whole
-    (B, stored_B), (A, stored_A) = project(given.B, p), project(given.A.mT, p)
-    found = Found(lambda i: B[i] @ A[i].mT, (*stored_B, *stored_A), min(rank, p) if basis == "columns" else rank)
+    loras = _optimum(stack, rank) if factors is None else _in_units(stack, rank, factors)
+    project = _project_columns if basis == "columns" else _project_whole
+    B, stored_B = project(loras.B, p)
+    A, stored_A = project(loras.A.mT, p)
+    solution = UnitFit(lambda i: B[i] @ A[i].mT, (*stored_B, *stored_A), min(rank, p) if basis == "columns" else rank)
     settings: Settings = {"rank": rank, "components": p, "basis": basis}
-    return fitted(stack, "share_basis", settings, Evidence.OF_FACTORS, found)
+    return measured(stack, "share_basis", settings, Evidence.OF_FACTORS, solution)
 
 
-def _own(stack: LayerStack, rank: int) -> LoraFactors:
+def _optimum(stack: LayerStack, rank: int) -> LoraFactors:
     lora = solve_lora(stack.unit(), rank).factors.to(torch.float64)
     return LoraFactors(*balanced(lora.B, lora.A))
 
 
-def _checked(stack: LayerStack, rank: int, factors: LoraFactors) -> LoraFactors:
+def _in_units(stack: LayerStack, rank: int, factors: LoraFactors) -> LoraFactors:
+    """The factors in units of `stack.unit()`, half of the scale taken from each side; raises for other shapes."""
     L, (b, a) = stack.layers, stack.shape
-    found = tuple(factors.B.shape), tuple(factors.A.shape)
-    if found != ((L, b, rank), (L, rank, a)):
+    shapes = tuple(factors.B.shape), tuple(factors.A.shape)
+    if shapes != ((L, b, rank), (L, rank, a)):
         raise InputError(
-            f"the LoRA factors have shapes {found[0]} and {found[1]}, stack {stack.name!r} and rank {rank} need "
+            f"the LoRA factors have shapes {shapes[0]} and {shapes[1]}, stack {stack.name!r} and rank {rank} need "
             f"{(L, b, rank)} and {(L, rank, a)}"
         )
     root = stack.scale**0.5
@@ -62,8 +77,8 @@ def _checked(stack: LayerStack, rank: int, factors: LoraFactors) -> LoraFactors:
     return LoraFactors(f.B / root, f.A / root)
 
 
-def _columns(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """X_i (L, n, r) -> U U^T X_i, and what is stored of it: U (n, p) and U^T X_i (L, p, r)."""
+def _project_columns(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """X_i (L, n, r) -> U U^T X_i, and the tensors stored for it: U (n, p) and U^T X_i (L, p, r)."""
     columns = X.transpose(0, 1).flatten(1)  # (n, L r)
     centred = columns - columns.mean(1, keepdim=True)
     U = linalg.leading_eigenpairs(centred @ centred.mT, p)[1]
@@ -71,8 +86,8 @@ def _columns(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     return U @ loadings, (U, loadings)
 
 
-def _whole(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """X_i (L, n, r) -> mean + sum_j c_ij C_j, and what is stored of it: the mean, C (p, n r) and c (L, p)."""
+def _project_whole(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """X_i (L, n, r) -> mean + sum_j c_ij C_j, and the tensors stored for it: the mean, C (p, n r) and c (L, p)."""
     vectors = X.flatten(1)
     mean = vectors.mean(0)
     C = linalg.svd(vectors - mean)[2][:p]
@@ -80,17 +95,27 @@ def _whole(X: Tensor, p: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     return (mean + loadings @ C).reshape(X.shape), (mean, C, loadings)
 
 
-def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    """LoRAs of the rank that costs as much, and of twice that, compressed by half; no bases that hold all of them."""
+def _parameters(layers: int, shape: tuple[int, int], rank: int, components: int, basis: str) -> int:
+    if basis == "columns":
+        return components * (sum(shape) + 2 * layers * rank)
+    return (components + 1) * rank * sum(shape) + 2 * layers * components
+
+
+def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
+    """LoRAs of the rank that costs as much, kept whole, and of twice that rank, compressed by half.
+
+    Bases that hold all factors are left out, since they store the LoRAs and compress nothing: L r columns, and L - 1
+    components beside the mean.
+    """
     L, (b, a) = stack.layers, stack.shape
-    own = largest(lambda r: lora_parameters(L, (b, a), r), parameters, min(b, a))
-    found: list[Settings] = []
+    own = largest(functools.partial(lora_parameters, L, (b, a)), limit, min(b, a))
+    configurations: list[Settings] = []
     for rank in sorted({max(own, 1), min(max(2 * own, 1), b, a)}):
-        p = largest(lambda p, r=rank: p * (a + b + 2 * L * r), parameters, min(b, a, L * rank - 1))  # type: ignore[misc]
-        whole = largest(lambda p, r=rank: (p + 1) * r * (a + b) + 2 * L * p, parameters, L - 2)  # type: ignore[misc]
-        found += [{"rank": rank, "components": p, "basis": "columns"}] if p else []
-        found += [{"rank": rank, "components": whole, "basis": "whole"}] if whole else []
-    return found
+        for basis, most in (("columns", min(b, a, L * rank - 1)), ("whole", L - 2)):
+            p = largest(functools.partial(_parameters, L, (b, a), rank, basis=basis), limit, most)
+            if p:
+                configurations.append({"rank": rank, "components": p, "basis": basis})
+    return configurations
 
 
-SHARE_BASIS = Method(fit_share_basis, _configurations)
+SHARE_BASIS = Method("share_basis", "SHARE", fit_share_basis, _parameters, _configurations)

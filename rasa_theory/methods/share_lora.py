@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from rasa_theory import linalg
 from rasa_theory.common import at_least, one_of
-from rasa_theory.methods.access import right
-from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings, at_most, largest
+from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
+from rasa_theory.methods.method import Method, at_most, largest
+from rasa_theory.methods.products import right
 from rasa_theory.problem import LayerStack
 
 SHARED = ("A", "B", "both")
@@ -17,47 +19,63 @@ SHARED = ("A", "B", "both")
 def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
     """min sum_i ||M_i - B_i A||_F^2, or B A_i, or B A: ShareLoRA (Song et al., 2024).
 
-    - shared "A": A (r, a) holds the top r eigenvectors of sum_i M_i^T M_i, B_i = M_i A^T (b, r): the truncated SVD of
-      the layers below each other. r a + L b r parameters.
-    - "B": the same of the transposed layers. r b + L a r.
-    - "both": sum_i ||M_i - X||^2 = L ||mean - X||^2 + sum_i ||M_i - mean||^2, so X = B A is the truncated SVD of the
-      mean. r (a + b).
+    - shared "A": A (r, a) holds the top r eigenvectors of sum_i M_i^T M_i, and B_i = M_i A^T (b, r). This is the
+      truncated SVD of the layers stacked below each other. r a + L b r parameters.
+    - shared "B": the same for the transposed layers. r b + L a r parameters.
+    - shared "both": sum_i ||M_i - X||^2 = L ||mean - X||^2 + sum_i ||M_i - mean||^2, so X = B A is the truncated SVD of
+      the mean. r (a + b) parameters.
 
-    All closed forms. Raises InputError unless 1 <= rank <= min(b, a), with shared "A" min(L b, a), "B" min(b, L a).
+    **Arguments:**
+
+    - stack: the layers M_i, (L, b, a).
+    - rank: r, from 1 to min(L b, a) for "A", min(b, L a) for "B", and min(b, a) for "both".
+    - shared: the factor that all layers share, "A", "B" or "both".
+
+    **Returns:** a `Fit` with the minimum, in closed form.
+
+    **Raises:** InputError if an argument is out of its range.
     """
     at_least("rank", rank, 1)
     one_of("shared", shared, SHARED)
-    at_most("rank", rank, _most(stack, shared), stack)
-    found = _both(stack.unit(), rank) if shared == "both" else _one(stack.unit(), rank, shared)
-    return fitted(stack, "share_lora", {"rank": rank, "shared": shared}, Evidence.CLOSED_FORM, found)
+    at_most("rank", rank, _largest_rank(stack, shared), stack)
+    solution = _with_both(stack.unit(), rank) if shared == "both" else _with_one(stack.unit(), rank, shared)
+    return measured(stack, "share_lora", {"rank": rank, "shared": shared}, Evidence.CLOSED_FORM, solution)
 
 
-def _one(unit: LayerStack, rank: int, shared: str) -> Found:
+def _with_one(unit: LayerStack, rank: int, shared: str) -> UnitFit:
     view = unit if shared == "A" else unit.transpose()
     A = linalg.leading_eigenpairs(view.transpose().spectra.gram(), rank)[1].mT  # (r, a)
     B = right(view, A.mT)  # (L, b, r)
-    return Found(lambda i: B[i] @ A if shared == "A" else (B[i] @ A).mT, (B, A), rank)
+    return UnitFit(lambda i: B[i] @ A if shared == "A" else (B[i] @ A).mT, (B, A), rank)
 
 
-def _both(unit: LayerStack, rank: int) -> Found:
+def _with_both(unit: LayerStack, rank: int) -> UnitFit:
     mean = torch.zeros(unit.shape, dtype=torch.float64, device=unit.device)
     for tile in unit.tiles():
         mean[tile.rows] += tile.values.double() / unit.layers
     U, S, Vh = linalg.svd(mean)
     B, A = U[:, :rank] * S[:rank], Vh[:rank]
-    return Found(lambda i: B @ A, (B, A), rank)
+    return UnitFit(lambda i: B @ A, (B, A), rank)
 
 
-def _most(stack: LayerStack, shared: str) -> int:
+def _largest_rank(stack: LayerStack, shared: str) -> int:
     L, (b, a) = stack.layers, stack.shape
     return {"A": min(L * b, a), "B": min(b, L * a), "both": min(b, a)}[shared]
 
 
-def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    L, (b, a) = stack.layers, stack.shape
-    costs = {"A": a + L * b, "B": b + L * a, "both": a + b}
-    ranks = {s: largest(lambda r, s=s: r * costs[s], parameters, _most(stack, s)) for s in SHARED}  # type: ignore[misc]
-    return [{"rank": rank, "shared": s} for s, rank in ranks.items() if rank]
+def _parameters(layers: int, shape: tuple[int, int], rank: int, shared: str) -> int:
+    b, a = shape
+    return rank * {"A": a + layers * b, "B": b + layers * a, "both": a + b}[shared]
 
 
-SHARE_LORA = Method(fit_share_lora, _configurations)
+def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
+    configurations: list[Settings] = []
+    for shared in SHARED:
+        count = functools.partial(_parameters, stack.layers, stack.shape, shared=shared)
+        rank = largest(count, limit, _largest_rank(stack, shared))
+        if rank:
+            configurations.append({"rank": rank, "shared": shared})
+    return configurations
+
+
+SHARE_LORA = Method("share_lora", "ShareLoRA", fit_share_lora, _parameters, _configurations)

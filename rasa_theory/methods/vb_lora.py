@@ -2,71 +2,96 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from rasa_theory.common import InputError, at_least
-from rasa_theory.methods.access import left, right, seeded
-from rasa_theory.methods.fit import Evidence, Fit, Found, Method, fitted
-from rasa_theory.methods.settings import Settings
+from rasa_theory.methods.bank import Bank, choose_vectors, cluster_means
+from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
+from rasa_theory.methods.method import Method, largest
+from rasa_theory.methods.products import left, right, seeded
 from rasa_theory.problem import LayerStack, balanced
 from rasa_theory.solvers import solve_lora
 
-LENGTH = 32  # sub-vectors of about this length, where the configuration is chosen
-MOST_PAIRS = 1 << 24  # distances that are looked at where a bank is begun
-
-_KMEANS = 10
+LENGTH = 32  # the longest sub-vectors of the configurations that are tried
 
 
-class _Bank(NamedTuple):
-    """vectors (h, s), their indices (n, K) in each of the n sub-vectors, and logits (n, K) of their weights."""
+@dataclass(frozen=True)
+class _Sizes:
+    """The rank r, the bank of h vectors of length s, and the K vectors that a sub-vector mixes."""
 
-    vectors: Tensor
-    indices: Tensor
-    logits: Tensor
+    rank: int
+    bank: int
+    length: int
+    topk: int
 
-    def sub_vectors(self) -> Tensor:
-        """(n, s): softmax(logits) times the vectors chosen."""
-        return (self.logits.softmax(1)[..., None] * self.vectors[self.indices]).sum(1)
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise InputError if these sizes do not fit layers of this shape."""
+        for name in ("rank", "bank", "length", "topk"):
+            at_least(name, getattr(self, name), 1)
+        b, a = shape
+        if b % self.length or a % self.length:
+            raise InputError(
+                f"length {self.length} does not divide the layers of {b} x {a}; give a divisor of {math.gcd(b, a)}",
+                "length",
+            )
+        if self.bank < self.topk:
+            raise InputError(f"topk {self.topk} exceeds the {self.bank} vectors of the bank", "topk")
 
 
 def fit_vb_lora(
     stack: LayerStack, rank: int, bank: int, length: int, topk: int = 2, seed: int = 0, max_iterations: int = 150
 ) -> Fit:
-    """min sum_i ||M_i - B_i A_i||_F^2, all sub-vectors of the factors from a bank: VB-LoRA (Li et al., NeurIPS 2024).
+    """min sum_i ||M_i - B_i A_i||_F^2 with all sub-vectors of the factors from one bank. Li et al., NeurIPS 2024.
 
-    As the paper has it: the rows of A_i (r, a) and the columns of B_i (b, r) are cut into sub-vectors of `length` = s,
-    each the softmax-weighted sum of `topk` = K of the h = `bank` vectors, which all layers share. Stored are the bank,
-    h s numbers, and for each of the n = L r (a + b) / s sub-vectors K indices and K - 1 weights (they add up to one).
+    As in the paper, the rows of A_i (r, a) and the columns of B_i (b, r) are cut into sub-vectors of length s. Each is
+    the softmax-weighted sum of K of the h vectors of the bank, which all layers share. Stored are the bank, h s
+    parameters, and for each of the n = L r (a + b) / s sub-vectors K indices and K - 1 weights, which add up to one.
 
-    Not as the paper has it is the search: which K vectors a sub-vector uses is settled once, where the bank is fitted
-    to LoRA's optimum (k-means, then K vectors one after the other, each with the weight that is best beside those
-    before); bank and weights are then lowered together by L-BFGS on the error of the updates, which never rises. Best
-    found. Raises InputError unless 1 <= rank <= min(b, a), s divides b and a, and 1 <= K <= h.
+    Unlike in the paper, the choice of vectors is made once. LoRA's optimum is clustered by k-means, and every
+    sub-vector gets K of the means one after the other, each with its best weight beside those before. Then L-BFGS
+    lowers the error of the updates over bank and weights together; it never rises.
+
+    **Arguments:**
+
+    - stack: the layers M_i, (L, b, a).
+    - rank: r, from 1 to min(b, a).
+    - bank: h, the number of vectors.
+    - length: s, a divisor of b and a.
+    - topk: K, from 1 to h.
+    - seed: seed of the k-means.
+    - max_iterations: the largest number of L-BFGS iterations, at least 1.
+
+    **Returns:** a `Fit` with the best solution.
+
+    **Raises:** InputError if an argument is out of its range.
     """
-    b, a = stack.shape
-    named = {"rank": rank, "bank": bank, "length": length, "topk": topk, "max_iterations": max_iterations}
-    r, h, s, K, iterations = (at_least(name, value, 1) for name, value in named.items())
-    if b % s or a % s:
-        raise InputError(f"length {s} does not divide the layers of {b} x {a}; give a divisor of {math.gcd(b, a)}")
-    if h < K:
-        raise InputError(f"topk {K} exceeds the {h} vectors of the bank")
+    sizes = _Sizes(rank, bank, length, topk)
+    sizes.check(stack.shape)
+    at_least("max_iterations", max_iterations, 1)
     unit = stack.unit()
-    start = _begun(unit, r, h, s, K, seed)
-    found, history = _lowered(unit, start, r, iterations)
-    B, A = _factors(found.sub_vectors(), unit, r)
-    weights = found.logits.softmax(1)[:, : K - 1]
-    return fitted(
+    solution, history = _lowered(unit, _initial_bank(unit, sizes, seed), rank, max_iterations)
+    B, A = _factors(solution.sub_vectors(), unit, rank)
+    weights = solution.logits.softmax(1)[:, : topk - 1]
+    return measured(
         stack,
         "vb_lora",
-        {"rank": r, "bank": h, "length": s, "topk": K},
+        {"rank": rank, "bank": bank, "length": length, "topk": topk},
         Evidence.BEST_FOUND,
-        Found(lambda i: B[i] @ A[i], (found.vectors, weights), r, indices=found.indices.numel(), history=history),
+        UnitFit(
+            lambda i: B[i] @ A[i],
+            (solution.vectors, weights),
+            rank,
+            indices=solution.indices.numel(),
+            history=history,
+        ),
     )
 
 
@@ -77,111 +102,93 @@ def _factors(sub_vectors: Tensor, unit: LayerStack, r: int) -> tuple[Tensor, Ten
     return flat[: L * r * b].reshape(L, r, b).mT, flat[L * r * b :].reshape(L, r, a)
 
 
-def _begun(unit: LayerStack, r: int, h: int, s: int, K: int, seed: int) -> _Bank:
-    """A bank fitted to LoRA's optimum with b_j and a_j of equal norm."""
-    lora = solve_lora(unit, r).factors.to(torch.float64)
+def _initial_bank(unit: LayerStack, sizes: _Sizes, seed: int) -> Bank:
+    """A bank fitted to the sub-vectors of LoRA's optimum, with b_j and a_j of equal norm."""
+    lora = solve_lora(unit, sizes.rank).factors.to(torch.float64)
     B, A = balanced(lora.B, lora.A)
-    wanted = torch.cat([B.mT.flatten(), A.flatten()]).reshape(-1, s)
-    vectors = _kmeans(wanted, h, unit, seed)
-    reached, weights = torch.zeros_like(wanted), wanted.new_zeros(len(wanted), 0)
-    indices = torch.zeros(len(wanted), 0, dtype=torch.long, device=wanted.device)
-    for n in range(K):  # add the vector that brings nearest, by a step t from what is reached: (1 - t) x + t v
-        index, t = _nearest(wanted, reached, vectors, indices, whole=n == 0)
-        reached = (1 - t[:, None]) * reached + t[:, None] * vectors[index]
-        weights = torch.cat([weights * (1 - t[:, None]), t[:, None]], 1)
-        indices = torch.cat([indices, index[:, None]], 1)
-    return _Bank(vectors, indices, weights.clamp_min(1e-3).log())
-
-
-def _kmeans(points: Tensor, h: int, unit: LayerStack, seed: int) -> Tensor:
-    """h centres of the points (n, s), from random ones of them; a centre without points moves to the worst point."""
+    points = torch.cat([B.mT.flatten(), A.flatten()]).reshape(-1, sizes.length)
     order = seeded(unit, seed, len(points)).argsort()
-    centres = points[order[torch.arange(h, device=points.device) % len(points)]]
-    for _ in range(_KMEANS):
-        distance, own = _distances(points, centres).min(1)
-        count = torch.zeros(h, dtype=points.dtype, device=points.device).index_add(0, own, torch.ones_like(distance))
-        sums = torch.zeros_like(centres).index_add(0, own, points)
-        empty = (count == 0).nonzero()[:, 0][: len(points)]
-        centres = sums / count.clamp_min(1)[:, None]
-        centres[empty] = points[distance.argsort(descending=True)[: len(empty)]]
-    return centres
+    centres = points[order[torch.arange(sizes.bank, device=points.device) % len(points)]]
+    return choose_vectors(points, cluster_means(points, centres), sizes.topk)
 
 
-def _distances(X: Tensor, Y: Tensor) -> Tensor:
-    """Squared distances, (n, m)."""
-    return ((X * X).sum(1)[:, None] - 2 * X @ Y.mT + (Y * Y).sum(1)).clamp_min(0)
-
-
-def _nearest(wanted: Tensor, reached: Tensor, vectors: Tensor, taken: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-    """For every sub-vector the vector v and the t in [0, 1] with the least ||wanted - (1 - t) reached - t v||.
-
-    `whole`: t = 1. Vectors that are taken are left out. A block of sub-vectors at a time.
-    """
-    block, found, steps = max(1, MOST_PAIRS // len(vectors)), [], []
-    for x, y, used in zip(*(torch.split(t, block) for t in (wanted, reached, taken)), strict=True):
-        if whole:
-            t, loss = wanted.new_ones(len(x), len(vectors)), _distances(x, vectors)
-        else:  # g = x - y, d = v - y: t = <g, d> / ||d||^2, ||g - t d||^2 = ||g||^2 - 2 t <g, d> + t^2 ||d||^2
-            g = x - y
-            gd, dd = g @ vectors.mT - (g * y).sum(1)[:, None], _distances(y, vectors)
-            t = (gd / torch.where(dd > 0, dd, 1)).clamp(0, 1)
-            loss = (g * g).sum(1)[:, None] - 2 * t * gd + t * t * dd
-        loss.scatter_(1, used, math.inf)
-        index = loss.argmin(1)
-        found.append(index)
-        steps.append(t.gather(1, index[:, None])[:, 0])
-    return torch.cat(found), torch.cat(steps)
-
-
-def _lowered(unit: LayerStack, start: _Bank, r: int, iterations: int) -> tuple[_Bank, tuple[float, ...]]:
-    """L-BFGS on bank and logits together, the choice of vectors fixed, and the error of every iterate."""
-    norm, (h, s), indices = unit.norm_squared, start.vectors.shape, start.indices
+def _lowered(unit: LayerStack, start: Bank, r: int, iterations: int) -> tuple[Bank, tuple[float, ...]]:
+    """The bank after L-BFGS on vectors and logits together, their choice fixed, and the error of every iterate."""
+    norm = unit.norm_squared
     if norm == 0:
         return start._replace(vectors=torch.zeros_like(start.vectors)), (0.0,)
-    size = float(start.vectors.square().mean().sqrt())  # vectors are looked for in its units, beside logits of order 1
+    objective = _Objective(unit, start, r)
+    x0 = objective.pack(start)
+    history = [max(objective(x0)[0], 0.0) * norm]
 
-    def unpacked(x: np.ndarray) -> tuple[Tensor, Tensor]:
-        flat = torch.from_numpy(x).to(unit.device)
-        return flat[: h * s].reshape(h, s) * size, flat[h * s :].reshape(start.logits.shape)
+    def record(intermediate_result: OptimizeResult) -> None:  # scipy goes by the name of this argument
+        history.append(max(float(intermediate_result.fun), 0.0) * norm)
 
-    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
-        """||M - B A||^2 and its slopes by the factors, 2 (B A - M) A^T and 2 B^T (B A - M), all over ||M||^2."""
-        vectors, logits = (t.clone().requires_grad_() for t in unpacked(x))
-        B, A = _factors(_Bank(vectors, indices, logits).sub_vectors(), unit, r)
+    # ftol: a step that gains less than 1e-8 of ||M||^2 is the last.
+    options = {"maxiter": iterations, "maxcor": 20, "ftol": 1e-8, "gtol": 1e-10}
+    result = minimize(objective, x0, jac=True, method="L-BFGS-B", options=options, callback=record)
+    return objective.unpack(result.x), tuple(history)
+
+
+class _Objective:
+    """||M - B A||^2 / ||M||^2 and its gradient, as a function of one flat array of vectors and logits.
+
+    L-BFGS has one scale for all variables at first. The logits are of order 1, so the vectors are given in units of the
+    root mean square of the initial ones.
+    """
+
+    def __init__(self, unit: LayerStack, start: Bank, rank: int) -> None:
+        self._unit, self._start, self._rank = unit, start, rank
+        self._scale = float(start.vectors.square().mean().sqrt())
+
+    def pack(self, bank: Bank) -> NDArray[np.float64]:
+        """Vectors and logits as one flat array."""
+        flat = torch.cat([bank.vectors.flatten() / self._scale, bank.logits.flatten()])
+        return flat.cpu().numpy()
+
+    def unpack(self, x: NDArray[np.float64]) -> Bank:
+        """The bank of a flat array."""
+        vectors, indices, logits = self._start
+        flat, n = torch.from_numpy(x).to(self._unit.device), vectors.numel()
+        return Bank(flat[:n].reshape(vectors.shape) * self._scale, indices, flat[n:].reshape(logits.shape))
+
+    def __call__(self, x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Value and gradient.
+
+        The gradient with respect to the factors is written out, 2 (B A - M) A^T and 2 B^T (B A - M), since M is only
+        read through thin products. From the factors to vectors and logits it is autograd's.
+        """
+        unit, norm = self._unit, self._unit.norm_squared
+        bank = self.unpack(x)
+        vectors, logits = bank.vectors.clone().requires_grad_(), bank.logits.clone().requires_grad_()
+        B, A = _factors(Bank(vectors, bank.indices, logits).sub_vectors(), unit, self._rank)
         with torch.no_grad():
             MA, MB = right(unit, A.mT), left(unit, B)
             AA, BB = A @ A.mT, B.mT @ B
             error = norm - 2 * float((B * MA).sum()) + float((BB * AA).sum())
-            slopes = 2 * (B @ AA - MA) / norm, 2 * (BB @ A - MB.mT) / norm
-        torch.autograd.backward([B, A], slopes)
-        return error / norm, torch.cat([vectors.grad.flatten() * size, logits.grad.flatten()]).cpu().numpy()  # type: ignore[union-attr]
-
-    x = torch.cat([start.vectors.flatten() / size, start.logits.flatten()]).cpu().numpy()
-    history = [max(value_and_slope(x)[0], 0.0) * norm]
-    found = minimize(
-        value_and_slope,
-        x,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-8, "gtol": 1e-10},
-        callback=lambda intermediate_result: history.append(max(float(intermediate_result.fun), 0.0) * norm),
-    )
-    vectors, logits = unpacked(found.x)
-    return _Bank(vectors, indices, logits), tuple(history)
+            gradients = 2 * (B @ AA - MA) / norm, 2 * (BB @ A - MB.mT) / norm
+        by_vectors, by_logits = torch.autograd.grad([B, A], [vectors, logits], gradients)
+        gradient = torch.cat([by_vectors.flatten() * self._scale, by_logits.flatten()])
+        return error / norm, gradient.cpu().numpy()
 
 
-def _configurations(stack: LayerStack, parameters: int) -> list[Settings]:
-    """The rank of LoRA of as many parameters, and twice that; K = 2, and as large a bank as the rest pays."""
+def _parameters(layers: int, shape: tuple[int, int], rank: int, bank: int, length: int, topk: int) -> int:
+    sub_vectors = layers * rank * sum(shape) // length
+    return bank * length + sub_vectors * (2 * topk - 1)
+
+
+def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
+    """The rank that LoRA has within `limit`, and twice that; K = 2, and the largest bank that the rest pays for."""
     L, (b, a) = stack.layers, stack.shape
-    s = max(n for n in range(1, LENGTH + 1) if b % n == 0 and a % n == 0)
-    found: list[Settings] = []
-    own = parameters // (L * (a + b))
-    for rank in sorted({min(max(own, 1), b, a), min(max(2 * own, 1), b, a)}):
-        n = L * rank * (a + b) // s
-        h = min((parameters - 3 * n) // s, n)
-        if h >= 2:
-            found.append({"rank": rank, "bank": h, "length": s, "topk": 2})
-    return found
+    length = max(n for n in range(1, LENGTH + 1) if b % n == 0 and a % n == 0)
+    lora_rank = limit // (L * (a + b))
+    configurations: list[Settings] = []
+    for rank in sorted({min(max(lora_rank, 1), b, a), min(max(2 * lora_rank, 1), b, a)}):
+        count = functools.partial(_parameters, L, (b, a), rank, length=length, topk=2)
+        bank = largest(count, limit, L * rank * (a + b) // length)
+        if bank >= 2:
+            configurations.append({"rank": rank, "bank": bank, "length": length, "topk": 2})
+    return configurations
 
 
-VB_LORA = Method(fit_vb_lora, _configurations)
+VB_LORA = Method("vb_lora", "VB-LoRA", fit_vb_lora, _parameters, _configurations)

@@ -1,4 +1,4 @@
-"""Products with M in float64, random numbers, and the leading terms that methods start from."""
+"""Products with M in float64, seeded random numbers, and the leading terms that several methods start from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def left(stack: LayerStack, Y: Tensor) -> Tensor:
 
 
 def seeded(stack: LayerStack, seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers in float64 on the device of the stack, the same on every device."""
+    """Standard normal numbers in float64 on the device of the stack. They do not depend on the device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(stack.device)
 
@@ -28,7 +28,7 @@ def seeded(stack: LayerStack, seed: int, *shape: int) -> Tensor:
 def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest singular terms of all layers, each used by its own layer alone: B (b, n), A (n, a), D (L, n).
 
-    Where there are fewer, the rest are random, and no layer uses them.
+    If all layers together have fewer terms, random ones that no layer uses fill up the rest.
     """
     U, S, Vh = unit.spectra.svd()
     layer, index = largest_terms(S, count)
