@@ -30,6 +30,7 @@ from enum import Enum
 from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,6 +195,7 @@ def _in_child(copy: Path, test: str, cached: bool, output: Path, errors: Path) -
         sys.dont_write_bytecode = not cached
         for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "rasa_theory", "experiments")]:
             del sys.modules[name]
+        sys.modules["__main__"] = ModuleType("__main__")  # else processes that a test spawns import this module again
         sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, copy))]
         os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="" if cached else "1")
         import pytest
