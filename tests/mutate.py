@@ -332,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the entries, run nothing")
     parser.add_argument("--check", action="store_true", help="check the table against the code, run nothing")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary copies go
     try:
         mutations = [m for m in read_table() if args.only is None or _matches(m, args.only)]
     except TableError as error:
