@@ -14,7 +14,7 @@ from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.formats import ModuleNames, dense_tensor, lora_factors, lora_tensors, rasa_factors, rasa_tensors
-from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, spectral_ranks
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, spectral_ranks, squared_errors
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
 _SHARES = (50, 90, 99)
@@ -54,7 +54,7 @@ def extract_stack(
     exact = settings.exact(stack.shape)
     lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
     best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
-    lora_errors = lora.layer_errors if ranks is None else layer_errors(stack, best)
+    lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, best)
     k, errors, floor = 0, lora_errors, Bound(0.0, "none")
     if settings.k != 0:
         found, k = _solved(stack, given[0], settings, callback)
@@ -141,7 +141,7 @@ def _stored(
     kept = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
     is_rasa = settings.format == "rasa"
     written = rasa_factors(modules, kept) if is_rasa else lora_factors(modules, kept, stack.shape)
-    return kept, layer_errors(stack, written.to(device=stack.device))
+    return kept, squared_errors(stack, written.to(device=stack.device))
 
 
 def _stored_dense(

@@ -7,9 +7,10 @@ from rasa_theory.problem.factors import LoraFactors, RasaFactors, balanced, lora
 from rasa_theory.problem.inputs import compute_device, compute_dtype
 from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
-from rasa_theory.problem.residual import layer_errors, reconstruction_error
+from rasa_theory.problem.residual import layer_errors, layer_residuals, reconstruction_error
 from rasa_theory.problem.spectra import SVD, StackSpectra
 from rasa_theory.problem.spectrum import SpectralRanks, spectral_ranks
+from rasa_theory.problem.squared_error import squared_error, squared_errors
 from rasa_theory.problem.stack import LayerStack
 from rasa_theory.problem.storage import Difference, Divided, Factored, FileRows, InMemory, OnDisk, Part, native
 from rasa_theory.problem.subspaces import (
@@ -47,6 +48,7 @@ __all__ = [
     "compute_dtype",
     "layer_errors",
     "layer_losses",
+    "layer_residuals",
     "leading_of_all",
     "lora_parameters",
     "mean_projector",
@@ -59,6 +61,8 @@ __all__ = [
     "scale_into_mixing",
     "shared_subspace_spectrum",
     "spectral_ranks",
+    "squared_error",
+    "squared_errors",
     "subspaces",
     "unrelated_level",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.linalg import batched
-from rasa_theory.problem import LayerStack, RasaFactors, reconstruction_error
+from rasa_theory.problem import LayerStack, RasaFactors, squared_error
 
 
 def _pool_term_norms(factors: RasaFactors) -> Tensor:
@@ -70,7 +70,7 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
     size = norm**2 + float(factors.sharding.all_reduce(batched.total(term_norms(factors) ** 2)))
     if size <= 4 * max(unit.shape) * norm * math.sqrt(max(error, 0.0)):
         return error
-    return reconstruction_error(unit, factors)
+    return squared_error(unit, factors)
 
 
 def residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:

@@ -10,7 +10,7 @@ from enum import Enum
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError
-from rasa_theory.problem import LayerStack, RasaFactors, reconstruction_error
+from rasa_theory.problem import LayerStack, RasaFactors, squared_error
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.sweeps.core import CoreSweep
@@ -67,7 +67,7 @@ class Descent:
         self.unit, self.start = unit, start
         self._sweep = SWEEPS[sweep](unit)
         self.factors = factors.normalised()
-        error = reconstruction_error(unit, factors)
+        error = squared_error(unit, factors)
         if not math.isfinite(error):
             raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
         self.best, self.best_error, self.history = self.factors, error, [error]

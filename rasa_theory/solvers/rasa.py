@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rasa_theory.bounds import allocation_bound
 from rasa_theory.common import InputError, at_least, fraction, one_of
-from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, layer_errors
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, squared_errors
 from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.descent import SWEEPS, Callback, Descent, StopReason
 from rasa_theory.solvers.exchange import Exchanges
@@ -164,7 +164,7 @@ def _race(
         go_on(run, options.max_sweeps)
     best = min((*runs, *alive), key=lambda run: run.best_error)
     factors = best.best.scaled(stack.scale)
-    errors = layer_errors(stack, factors)
+    errors = squared_errors(stack, factors)
     return RasaSolution(
         error=math.fsum(errors),
         layer_errors=errors,

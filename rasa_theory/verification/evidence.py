@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
 from rasa_theory.common import InputError, at_least
-from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors
+from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_residuals
 from rasa_theory.solvers import (
     Attempt,
     LoraSolution,
@@ -169,19 +168,6 @@ class Evidence:
     def _mixing_step(self, factors: RasaFactors) -> MixingStep:
         solved, drop = self.subject.resolve_mixing(self.stack, factors)
         return MixingStep(factors, residual(self.values, factors), solved, residual(self.values, solved), drop)
-
-
-def layer_residuals(values: Tensor, factors: RasaFactors | LoraFactors) -> list[float]:
-    """||M_i - update_i||_F^2 of each layer in float64, read literally; shares no code with the package's."""
-    M = values.double()
-    scale = float(M.abs().max()) or 1.0  # squares of 1e-300 and 1e300 leave the range
-    named = {name: t.double() for name, t in vars(factors).items() if isinstance(t, torch.Tensor)}
-    if isinstance(factors, LoraFactors):
-        X = named["B"] @ named["A"]
-    else:
-        pool = torch.einsum("bj,ij,ja->iba", named["shared_B"], named["mixing"], named["shared_A"])
-        X = named["private_B"] @ named["private_A"] + pool
-    return [float(e) * scale**2 for e in (((M - X) / scale) ** 2).sum((1, 2))]
 
 
 def residual(values: Tensor, factors: RasaFactors | LoraFactors) -> float:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds import floor_slack
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem import LayerStack, layer_residuals
 from rasa_theory.solvers import RasaSolution, SolverOptions, StopReason, drop_allowance, measurable
-from rasa_theory.verification.evidence import BenchSettings, Evidence, MixingStep, layer_residuals, residual
+from rasa_theory.verification.evidence import BenchSettings, Evidence, MixingStep, residual
 
 Margin = float | None
 

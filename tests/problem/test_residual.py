@@ -1,11 +1,20 @@
-"""The residual itself."""
+"""The squared error: of the solvers and of the public checker, against the equation and each other."""
 
 import numpy as np
 import pytest
 import torch
 
-from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, layer_errors, reconstruction_error
-from rasa_theory.problem import StackEntries
+from rasa_theory import (
+    InputError,
+    LayerStack,
+    LoraFactors,
+    RankBudget,
+    RasaFactors,
+    layer_errors,
+    reconstruction_error,
+    solve_lora,
+)
+from rasa_theory.problem import StackEntries, layer_residuals, squared_error, squared_errors
 from rasa_theory.solvers import STARTS, random_start
 from tests.helpers import reference
 from tests.helpers.problems import SHAPES, noise, planted
@@ -65,3 +74,20 @@ def test_factors_of_another_stack_are_refused(shape, start):
     factors = STARTS[start](LayerStack(noise(*shape)), RankBudget(2, 1), 0)
     with pytest.raises(InputError, match=f"{shape[0]} layers of {shape[1]} x {shape[2]}, stack 'mine' has 3 of 6 x 5"):
         reconstruction_error(LayerStack(noise(3, 6, 5), "mine"), factors)
+
+
+@pytest.mark.parametrize(("L", "b", "a", "r", "k", "seed"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_solvers_report_is_what_the_independent_checker_measures(L, b, a, r, k, seed, dtype):
+    stack = LayerStack(torch.as_tensor(noise(L, b, a, seed)).to(dtype))
+    for factors in (factors_for(L, b, a, r, k, seed)[0].to(dtype), solve_lora(stack, r).factors):
+        assert squared_errors(stack, factors) == pytest.approx(layer_errors(stack, factors), rel=1e-12)
+        assert squared_error(stack, factors) == pytest.approx(reconstruction_error(stack, factors), rel=1e-12)
+        assert layer_residuals(stack.values, factors) == pytest.approx(layer_errors(stack, factors), rel=1e-12)
+
+
+def test_the_checker_uses_no_product_and_no_update_of_the_package(monkeypatch):
+    M, (factors, plain) = noise(3, 6, 5), factors_for(3, 6, 5, 2, 1, 0)
+    for owner, name in ((RasaFactors, "update"), (LayerStack, "right"), (LayerStack, "left")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("code of the solvers is called"))
+    assert reconstruction_error(LayerStack(M), factors) == pytest.approx(reference.error(M, *plain), rel=1e-13)

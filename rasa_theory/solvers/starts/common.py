@@ -15,8 +15,8 @@ from rasa_theory.problem import (
     RasaFactors,
     mean_projector,
     projected,
-    reconstruction_error,
     shared_subspace_spectrum,
+    squared_error,
 )
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.starts.pencil import Pool, beside_pool, pencil_pool
@@ -133,6 +133,6 @@ def _sweeps(unit: LayerStack, norms: Tensor, factors: RasaFactors) -> tuple[Rasa
             products = side.right(factors.shared_A.mT)
             factors = updates.update_mixing(products, norms, factors)
             factors = updates.update_shared_B(products, norms, factors).transpose()
-        if (error := reconstruction_error(unit, factors)) ** 0.5 <= unit.rounding:
+        if (error := squared_error(unit, factors)) ** 0.5 <= unit.rounding:
             break
     return factors, error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory.problem import LayerStack, RasaFactors, reconstruction_error
+from rasa_theory.problem import LayerStack, RasaFactors, squared_error
 from rasa_theory.solvers import updates
 
 
@@ -19,4 +19,4 @@ def paper_sweep(unit: LayerStack, layer_norms: torch.Tensor, factors: RasaFactor
     factors = updates.update_shared_B(MA, layer_norms, factors)
     MB = unit.left(factors.shared_B)
     factors = updates.update_shared_B(MB, layer_norms, factors.transpose()).transpose()
-    return factors, reconstruction_error(unit, factors)
+    return factors, squared_error(unit, factors)
