@@ -1,4 +1,4 @@
-"""RaSA and LoRA as adapters in a torch model: injected, trained, merged, saved (He et al., ICLR 2025, section 3)."""
+"""RaSA and LoRA as adapters in a torch model: inject, train, merge, save (He et al., ICLR 2025, section 3)."""
 
 from rasa_theory.adapter.layer import AdaptedLinear
 from rasa_theory.adapter.model import Adapter, adapters, from_factors, inject

@@ -9,12 +9,12 @@ from rasa_theory.adapter.terms import Terms
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the Conv1D of transformers, y = x W + bias with W (in, out); told by name, not imported."""
+    """True for the Conv1D of transformers, y = x W + bias with W (in, out). Recognised by name, without an import."""
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """Why no adapter can stand beside this module; None if one can."""
+    """The reason that no adapter can stand beside this module; None if one can."""
     if isinstance(module, AdaptedLinear):
         return None
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
@@ -30,9 +30,10 @@ def why_not_linear(module: nn.Module) -> str | None:
 
 
 class AdaptedLinear(nn.Module):
-    """`base` with the active adapter's update of this layer added: W x + [B~_i, B_S] (d_i * ([A~_i; A_S] x)).
+    """`base` plus the active adapter's update of this layer: W x + [B~_i, B_S] (d_i * ([A~_i; A_S] x)).
 
-    The terms belong to the `Adapter`, which is registered once, at the root of the model; here they are only looked at.
+    The layer only refers to the terms. They belong to the `Adapter`, which is registered once, at the root of the
+    model.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -51,40 +52,40 @@ class AdaptedLinear(nn.Module):
         return y + delta.to(y.dtype)
 
     def shows(self, terms: Terms) -> bool:
-        """Whether these are the active terms."""
+        """True if these are the active terms."""
         return self.active is not None and self.active[0] is terms
 
     @property
     def weight(self) -> Tensor:
-        """That of the base layer: some models read it."""
+        """Weight of the base layer, since some models read it."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the base layer."""
+        """Bias of the base layer."""
         return self.base.bias  # type: ignore[return-value]
 
     @property
     def in_features(self) -> int:
-        """a."""
+        """The length a of an input."""
         return self.weight.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        """b."""
+        """The length b of an output."""
         return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is (in, out)."""
+        """True if the weight is (in, out)."""
         return is_conv1d(self.base)
 
     def delta_weight(self, terms: Terms, i: int) -> Tensor:
-        """Update i in the orientation of the weight."""
+        """The update of layer i, in the orientation of the weight."""
         return terms.update(i).mT if self.transposed else terms.update(i)
 
     @torch.no_grad()
     def add(self, delta: Tensor, sign: int) -> None:
-        """Add sign * delta to the weight, rounded once to its dtype."""
+        """Add sign * delta to the weight. The sum is rounded once, to the dtype of the weight."""
         W = self.weight
         W.copy_(W.to(torch.promote_types(W.dtype, delta.dtype)) + sign * delta.to(W.device))

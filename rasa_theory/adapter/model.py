@@ -1,4 +1,4 @@
-"""Adapters in a model: injected, switched, merged, taken out."""
+"""Adapters in a model: inject them, switch between them, merge and unload them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from rasa_theory.adapter.layer import AdaptedLinear
 from rasa_theory.adapter.targets import PLACE, kinds_of, named, some
-from rasa_theory.adapter.terms import Kind, Settings, Terms
+from rasa_theory.adapter.terms import AdapterSettings, ModuleKind, Terms
 from rasa_theory.common import InputError
 from rasa_theory.problem import RankBudget, RasaFactors, lora_parameters
 
 
 class Adapter(nn.Module):
-    """One named adapter in a model, made by `inject`, `from_factors` or `load`.
+    """One named adapter in a model, returned by `inject`, `from_factors` or `load`.
 
-    As a module it holds its parameters and nothing else, once: `adapter.parameters()` is what an optimiser trains,
-    `adapter.state_dict()` is the adapter. Of the adapters in a model at most one is active; only the parameters of that
-    one require gradients.
+    As a module it holds every parameter of the adapter once, and nothing else. An optimiser trains
+    `adapter.parameters()`, and `adapter.state_dict()` is the adapter. At most one adapter of a model is active. Only
+    the parameters of the active one require gradients.
     """
 
     def __init__(self, model: nn.Module, name: str, alpha: float, kinds: Sequence[Terms]) -> None:
@@ -31,13 +31,13 @@ class Adapter(nn.Module):
             key = terms.kind.replace(".", "__")
             if key in self.kinds:
                 raise InputError(f"two kinds of module are called {key!r} if a dot is `__`; give each its own adapter")
-            self.kinds[key + "_" * _kept_by_torch(key)] = terms
+            self.kinds[key + "_" * _is_reserved(key)] = terms
         self._model = (model,)  # in a tuple, so that torch does not register it here
 
-    # ---- what it is
+    # ---- contents
 
     def check_finite(self) -> None:
-        """Raise InputError if one of its values is infinite or NaN, naming the parameter."""
+        """Raise InputError, naming the parameter, if a value is infinite or NaN."""
         for key, value in self.named_parameters():
             if not value.is_meta and not bool(value.isfinite().all()):
                 raise InputError(f"adapter {self.name!r}: {key} has values that are not finite")
@@ -49,25 +49,25 @@ class Adapter(nn.Module):
 
     @property
     def targets(self) -> dict[str, tuple[Terms, int]]:
-        """The modules that it changes, by name, each with its terms and its number among the layers of its kind."""
+        """The modules with an update, by name: their terms, and their index among the layers of their kind."""
         return {name: (terms, i) for terms in self.terms.values() for i, name in enumerate(terms.targets.names)}
 
     def factors(self) -> dict[str, RasaFactors]:
-        """By kind of module, the updates as factors of a reconstruction; copies."""
+        """The updates as factors of a reconstruction, by kind of module; copies."""
         return {kind: terms.factors() for kind, terms in self.terms.items()}
 
     def delta_weight(self, name: str) -> Tensor:
-        """What is added to the weight of a module, in its orientation. Raises InputError if it changes no such one."""
+        """The update of a module, in the orientation of its weight. Raises InputError if the module has none."""
         if name not in self.targets:
             raise InputError(f"adapter {self.name!r} changes no module {name!r}; it has {some(list(self.targets))}")
         terms, i = self.targets[name]
         return self._layer(name).delta_weight(terms, i)
 
     def parameter_counts(self) -> dict[str, float]:
-        """How many numbers it has, and LoRA of the same rank: private, shared, mixing, rasa, lora, extra_percent.
+        """Number of parameters: private, shared, mixing, rasa (their sum), lora of the same rank, extra_percent.
 
-        RaSA of rank r has L r (a + b) as LoRA, and L (q + R) for the mixing; the mixing of k = 0 is not trained, and
-        does not count.
+        RaSA of rank r has L r (a + b) parameters like LoRA, and L (q + R) for the mixing. The mixing of k = 0 is not
+        trained and is not counted.
         """
         private = shared = mixing = lora = 0
         for terms in self.terms.values():
@@ -83,37 +83,37 @@ class Adapter(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether its updates are applied."""
+        """True if the updates are applied."""
         return any(self._layer(name).shows(terms) for name, (terms, _) in self.targets.items())
 
     @property
     def merged(self) -> bool:
-        """Whether its updates are in the weights themselves."""
+        """True if the updates are in the weights themselves."""
         return self.active and any(self._layer(name).merged for name in self.targets)
 
     def enable(self) -> None:
-        """Apply its updates, and no other adapter's; its parameters alone require gradients.
+        """Apply the updates of this adapter and of no other. Its parameters alone require gradients.
 
-        Raises InputError, and changes nothing, while another one is merged, or if it is not in the model any more.
+        Raises InputError, and changes nothing, while another adapter is merged, or if this one has been unloaded.
         """
         layers = {name: self._layer(name) for name in self.targets}
         for other in adapters(self._model[0]).values():
             if other is not self:
-                other._stop()
+                other._deactivate()
         for name, at in self.targets.items():
             layers[name].active = at
         for terms in self.terms.values():
             terms.set_trained(True)
 
     def disable(self) -> None:
-        """Apply its updates no more, and train nothing of it; if merged, it is taken out of the weights first."""
+        """Stop applying and training the updates. A merged adapter is taken out of the weights first."""
         if self.merged:
             self.unmerge()
-        self._stop()
+        self._deactivate()
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model without it for a while, such as for the answers of the base; then as before, merged or not."""
+        """Context manager: the model without this adapter, e.g. for answers of the base. Its state returns at the end."""
         active, merged = self.active, self.merged
         self.disable()
         try:
@@ -124,7 +124,7 @@ class Adapter(nn.Module):
             if merged:
                 self.merge()
 
-    def _stop(self) -> None:
+    def _deactivate(self) -> None:
         if self.merged:
             raise InputError(f"adapter {self.name!r} is merged into the weights; unmerge it first")
         for name, (terms, _) in self.targets.items():
@@ -137,11 +137,11 @@ class Adapter(nn.Module):
     # ---- merging
 
     def merge(self) -> None:
-        """Add its updates to the weights, each rounded once; the forward pass then costs nothing more.
+        """Add the updates to the weights, each rounded once. The forward pass then has no extra cost.
 
-        Until `unmerge` its parameters must stay as they are: what is taken out again is the update that they give then.
-        A state dict of the model has the merged weights meanwhile. Raises InputError if it is not active, is merged
-        already, or has values that are not finite.
+        The parameters must not change until `unmerge`, which subtracts the update computed from them at that time.
+        Meanwhile a state dict of the model has the merged weights. Raises InputError if the adapter is not active, is
+        merged already, or has values that are not finite.
         """
         if not self.active or self.merged:
             state = "merged already" if self.merged else "not active; enable it first"
@@ -150,7 +150,7 @@ class Adapter(nn.Module):
         self._add(1)
 
     def unmerge(self) -> None:
-        """Take its updates out of the weights again, to their rounding. Raises InputError if it is not merged."""
+        """Subtract the updates from the weights again, up to rounding. Raises InputError if they are not merged."""
         if not self.merged:
             raise InputError(f"adapter {self.name!r} is not merged")
         self._add(-1)
@@ -162,13 +162,13 @@ class Adapter(nn.Module):
             layer.merged = sign > 0
 
     def unload(self) -> None:
-        """Take it out of the model; where no other adapter stands beside a layer, the layer itself comes back.
+        """Remove the adapter from the model. A layer that no other adapter uses is unwrapped.
 
-        What is merged stays in the weights: `merge` and `unload` leave a plain model that computes what this one did.
-        The weights of the model stay frozen. Raises InputError if it is not in the model any more.
+        Merged updates stay in the weights: `merge` and `unload` leave a plain model with the same outputs. The weights
+        of the model stay frozen. Raises InputError if the adapter has been unloaded already.
         """
         if not self.merged:
-            self._stop()
+            self._deactivate()
         model, place = self._model[0], getattr(self._model[0], PLACE)
         others = {name for other in place.values() if other is not self for name in other.targets}
         for name, (terms, _) in self.targets.items():
@@ -196,14 +196,14 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def put(model: nn.Module, name: str, alpha: float, kinds: Sequence[Terms]) -> Adapter:
-    """Put terms, made for layers of the model, beside these layers, and enable them; all else is frozen.
+    """Put an adapter with these terms beside the layers they were built for, and enable it. All else is frozen.
 
-    Raises InputError, and changes nothing, if the name is taken or none, an adapter in the model is merged, or the
-    terms have values that are not finite.
+    Raises InputError, and changes nothing, if the name is taken or not valid, an adapter in the model is merged, or
+    the terms have values that are not finite.
     """
     if not name or "." in name:
         raise InputError(f"the name of an adapter has no dot and is not empty, got {name!r}")
-    if _kept_by_torch(name):
+    if _is_reserved(name):
         raise InputError(f"torch keeps the name {name!r} to itself; call the adapter otherwise")
     if name in adapters(model):
         raise InputError(f"the model has an adapter {name!r} already; unload it first, or take another name")
@@ -223,8 +223,8 @@ def put(model: nn.Module, name: str, alpha: float, kinds: Sequence[Terms]) -> Ad
     return adapter
 
 
-def _kept_by_torch(key: str) -> bool:
-    """Whether no module can have this name in a ModuleDict: its methods have such names."""
+def _is_reserved(key: str) -> bool:
+    """True if no module can have this name in a ModuleDict, since one of its attributes has it."""
     return hasattr(nn.ModuleDict(), key)
 
 
@@ -243,17 +243,28 @@ def inject(
     seed: int = 0,
     name: str = "default",
 ) -> Adapter:
-    """Put a RaSA adapter beside the Linear and Conv1D layers that `targets` name, and enable it.
+    """Put a RaSA adapter beside the Linear and Conv1D layers that `targets` select, and enable it.
 
-    A target is the end of a module's name, from a dot on (`query`, `attention.self.query`), or a pattern with `*` for
-    the whole name. Every kind of module (the name without its layer) and shape has a pool of its own. With k = 0 it is
-    LoRA of rank r. `alpha` (2 r) is the scale of the updates, as in LoRA; `dropout` acts on the adapter's input.
-    Everything else in the model is frozen; the update is zero until it is trained.
+    Every kind of module (the name without its layer) and shape has a pool of its own. With k = 0 it is LoRA of rank r.
+    Everything else in the model is frozen. The update is zero until it is trained.
 
-    Raises InputError if a target names nothing or something that is no such layer, a rank exceeds a layer, a weight is
-    shared with another module, or the model has an adapter of this name.
+    **Arguments:**
+
+    - model: the model, which is changed.
+    - targets: each the end of a module's name, from a dot on (`query`, `attention.self.query`), or a pattern with `*`
+      for the whole name.
+    - budget: the ranks r and k.
+    - alpha: the scale of the updates, as in LoRA. None: 2 r.
+    - dropout: probability that an entry of the adapter's input is dropped in training.
+    - seed: seed of the initial A factors.
+    - name: name of the adapter in the model.
+
+    **Returns:** the adapter.
+
+    **Raises:** InputError if a target selects nothing, or a module that is no such layer. Also if a rank exceeds a
+    layer, a weight is shared with another module, or the model has an adapter of this name.
     """
-    settings = Settings(budget, 2.0 * budget.rank if alpha is None else alpha, dropout)
+    settings = AdapterSettings(budget, 2.0 * budget.rank if alpha is None else alpha, dropout)
     kinds = kinds_of(model, named(model, targets))
     for kind in kinds:
         kind.check_fits(budget)
@@ -262,10 +273,20 @@ def inject(
 
 
 def from_factors(model: nn.Module, factors: Mapping[str, RasaFactors], *, name: str = "default") -> Adapter:
-    """Put reconstructed updates into a model: by target as for `inject`, factors of its layers in their order.
+    """Put reconstructed updates into a model, as an adapter that can be trained further.
 
-    A target must name modules of one kind and shape. Private terms get the mixing 1; every term is scaled so that its
-    two factors are of equal norm. Raises InputError as `inject` does, and if the factors are of other sizes.
+    Private terms get the mixing 1. Every term is scaled so that its two factors have equal norm.
+
+    **Arguments:**
+
+    - model: the model, which is changed.
+    - factors: target, as for `inject` -> the factors of its layers, in the order of the model. A target must select
+      modules of one kind and shape.
+    - name: name of the adapter in the model.
+
+    **Returns:** the adapter.
+
+    **Raises:** InputError as `inject` does, and if the factors have other sizes than the layers.
     """
     if not factors:
         raise InputError("there are no factors; give those of one target at least")
@@ -273,26 +294,27 @@ def from_factors(model: nn.Module, factors: Mapping[str, RasaFactors], *, name: 
     for target, one in factors.items():
         kinds = kinds_of(model, named(model, [target]))
         if len(kinds) > 1:
-            found = some([kind.name for kind in kinds])
-            raise InputError(f"{target!r} names modules of {len(kinds)} kinds, {found}; give factors for each")
+            names = some([kind.name for kind in kinds])
+            raise InputError(f"{target!r} names modules of {len(kinds)} kinds, {names}; give factors for each")
         if kinds[0].name in terms:
             raise InputError(
                 f"{target!r} names modules of the kind {kinds[0].name!r}, and so does another target; all layers of a "
                 "kind have one pool, so give their factors together, by one target"
             )
-        terms[kinds[0].name] = _reconstructed(kinds[0], one)
+        terms[kinds[0].name] = _terms_of(kinds[0], one)
     return put(model, name, 1.0, list(terms.values()))
 
 
-def _reconstructed(kind: Kind, factors: RasaFactors) -> Terms:
+def _terms_of(kind: ModuleKind, factors: RasaFactors) -> Terms:
     L, q, R = len(kind.weights), factors.private_B.shape[2], factors.shared_B.shape[1]
     if factors.layers != L or R % L:
         raise InputError(
             f"{kind.name}: the factors are of {factors.layers} layers and {R} pool terms, the model has {L} layers, "
             "each of which gives as many terms to the pool"
         )
-    terms = Terms(kind, Settings(RankBudget(q + R // L, R // L), 1.0), torch.Generator())
-    if terms.shape != (found := (factors.shared_B.shape[0], factors.shared_A.shape[1])):
-        raise InputError(f"{kind.name}: the factors are of shape {found}, the layers of {terms.shape}")
+    terms = Terms(kind, AdapterSettings(RankBudget(q + R // L, R // L), 1.0), torch.Generator())
+    shape = factors.shared_B.shape[0], factors.shared_A.shape[1]
+    if terms.shape != shape:
+        raise InputError(f"{kind.name}: the factors are of shape {shape}, the layers of {terms.shape}")
     terms.assign(factors)
     return terms

@@ -1,4 +1,4 @@
-"""Adapters as files: the layout of RaSA's authors, every parameter as it is, and PEFT's LoRA of the same updates."""
+"""Save and load adapters: all parameters in the layout of RaSA's authors, or the same updates as PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from rasa_theory.adapter.model import Adapter, put
 from rasa_theory.adapter.targets import kinds_of
-from rasa_theory.adapter.terms import Settings, Terms
+from rasa_theory.adapter.terms import AdapterSettings, Terms
 from rasa_theory.common import InputError, writable_folder, write_file
 from rasa_theory.formats import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     LoraFolder,
     RasaConfig,
+    adapter_type,
     lora_config,
     lora_tensors,
     rasa_layout,
@@ -33,11 +34,19 @@ _FORMATS = ("rasa", "lora-exact-rasa")
 
 
 def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: str | None = None) -> Path:
-    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; what it returns.
+    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder.
 
-    `rasa`: the layout of RaSA's authors, every parameter as it is, so that training goes on from it. `lora-exact-rasa`:
-    the same updates as LoRA of rank q + R for each kind, for PEFT. `base`: the model that it belongs to, as the
-    configuration shall name it. Raises InputError if the folder cannot be written or the layout cannot hold it.
+    **Arguments:**
+
+    - adapter: the adapter to save.
+    - folder: the folder, which is made if it does not exist.
+    - format: "rasa" is the layout of RaSA's authors with every parameter, from which training can continue.
+      "lora-exact-rasa" holds the same updates as LoRA of rank q + R for each kind, for PEFT.
+    - base: name of the base model, for the configuration file.
+
+    **Returns:** the folder.
+
+    **Raises:** InputError if the folder cannot be written, or the layout cannot hold this adapter.
     """
     if format not in _FORMATS:
         raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
@@ -50,25 +59,34 @@ def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: st
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Adapter:
-    """Put the adapter of a folder into a model and enable it: one in the authors' layout, or PEFT's LoRA of one rank.
+    """Put the adapter of a folder into a model and enable it.
 
-    The parameters take the dtype of the model. Raises InputError, and changes nothing, if there is none, the files are
-    not sound or hold what is no update of a linear layer, or the model has no such modules.
+    **Arguments:**
+
+    - model: the model, whose dtype the parameters take.
+    - folder: a folder in the authors' layout, or of a PEFT LoRA with one rank for all modules.
+    - name: name of the adapter in the model.
+
+    **Returns:** the adapter.
+
+    **Raises:** InputError, and leaves the model unchanged, if the folder holds no adapter, its files are not sound, a
+    tensor is not the update of a linear layer, or the model does not have its modules.
     """
     path = Path(folder)
     config = read_json(path / CONFIG_FILE)
-    if config.get("peft_type") == "RASA":
+    kind = adapter_type(config)
+    if kind == "RASA":
         return _rasa(model, path, config, name)
-    if config.get("peft_type") == "LORA":
+    if kind == "LORA":
         return _lora(model, path, name)
-    raise InputError(f"{path / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}, expected RASA or LORA")
+    raise InputError(f"{path / CONFIG_FILE}: peft_type is {kind!r}, expected RASA or LORA")
 
 
 # ---- the authors' layout
 
 
 def _layout(terms: Terms) -> dict[str, Tensor]:
-    """The parameters themselves, by the keys of the authors' layout."""
+    """The parameters of one kind, by their keys in the authors' layout."""
     if terms.kind != terms.targets.kind:
         raise InputError(
             f"layers of {terms.targets.kind!r} have several shapes, for which the authors' layout has one pool only; "
@@ -109,10 +127,10 @@ def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Ad
     return put(model, name, settings.alpha, kinds)
 
 
-def _settings(file: Path, config: dict[str, Any]) -> Settings:
+def _settings(file: Path, config: dict[str, Any]) -> AdapterSettings:
     fields = RasaConfig.of(config)
     try:
-        return Settings(RankBudget(fields.rank, fields.shared_rank), fields.alpha, fields.dropout)
+        return AdapterSettings(RankBudget(fields.rank, fields.shared_rank), fields.alpha, fields.dropout)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -123,8 +141,8 @@ def _assign(parameters: dict[str, Tensor], tensors: dict[str, Tensor], file: Pat
         if key not in tensors:
             raise InputError(f"{file} has no tensor {key!r}; the model has other layers, or the file is not whole")
         if parameter.shape != tensors[key].shape:
-            found, expected = tuple(tensors[key].shape), tuple(parameter.shape)
-            raise InputError(f"{file}: {key!r} has shape {found}, the model and {CONFIG_FILE} need {expected}")
+            stored, expected = tuple(tensors[key].shape), tuple(parameter.shape)
+            raise InputError(f"{file}: {key!r} has shape {stored}, the model and {CONFIG_FILE} need {expected}")
         parameter.copy_(tensors[key])
 
 
@@ -151,15 +169,15 @@ def _lora(model: nn.Module, path: Path, name: str) -> Adapter:
     if len(ranks) != 1:
         raise InputError(f"{path}: {'ranks differ over modules' if ranks else 'it has no factors'}; load it with PEFT")
     rank = ranks.pop()
-    settings = Settings(RankBudget(rank, 0), float(rank))
+    settings = AdapterSettings(RankBudget(rank, 0), float(rank))
 
     kinds = []
     for kind in kinds_of(model, lora.pairs):
         terms = Terms(kind, settings, torch.Generator())
         for i, module in enumerate(kind.modules.names):
             B, A = lora.factors(module)
-            if (found := (B.shape[0], A.shape[1])) != terms.shape:
-                raise InputError(f"{path}: {module!r} has an update of shape {found}, in the model {terms.shape}")
+            if (shape := (B.shape[0], A.shape[1])) != terms.shape:
+                raise InputError(f"{path}: {module!r} has an update of shape {shape}, in the model {terms.shape}")
             terms.private_B[i].copy_(B)
             terms.private_A[i].copy_(A)
         kinds.append(terms)

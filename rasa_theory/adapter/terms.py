@@ -1,4 +1,4 @@
-"""The terms of an adapter for all layers of one kind: private factors, one pool, and how every layer mixes them."""
+"""The terms of an adapter for all layers of one kind: private factors, one pool, and the mixing of every layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, fraction, real_number
 from rasa_theory.formats import ModuleNames
 from rasa_theory.problem import RankBudget, RasaFactors
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class Kind(NamedTuple):
-    """The layers of a model of one kind and shape: name, modules, and their weights, (out, in) or transposed."""
+class ModuleKind(NamedTuple):
+    """The layers of one kind and shape: its name, the modules, and their weights, (out, in) or transposed."""
 
     name: str
     modules: ModuleNames
@@ -37,8 +37,8 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What new terms are made with: ranks, alpha (the scale of the updates, as in LoRA), dropout on their input.
+class AdapterSettings:
+    """Settings of new terms: ranks, alpha (the scale of the updates, as in LoRA), and dropout on their input.
 
     Raises InputError unless alpha is a finite number above 0 and 0 <= dropout < 1.
     """
@@ -48,35 +48,40 @@ class Settings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{name} must be a number, got {value!r}")
-        if not 0 < self.alpha <= _LARGEST:
-            raise InputError(f"alpha must be finite and above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if not 0 < real_number("alpha", self.alpha) <= _LARGEST:
+            raise InputError(f"alpha must be finite and above 0, got {self.alpha}", "alpha")
+        fraction("dropout", self.dropout)
 
 
 def initial_mixing(q: int, R: int, alpha: float) -> Tensor:
-    """The mixing (q + R,) at the start (He et al., ICLR 2025, section 3.2): alpha / (2 q), then alpha / (2 R).
+    """The initial mixing (q + R,): alpha / (2 q) for private terms, alpha / (2 R) for the pool.
 
-    Private terms and pool carry half of alpha each; where one of them is empty, the other carries all of it, so that
-    k = 0 is LoRA with its scaling alpha / r.
+    He et al., ICLR 2025, section 3.2. Private terms and pool carry half of alpha each. If one of them is empty, the
+    other carries all of it, so that k = 0 is LoRA with its scaling alpha / r.
+
+    **Arguments:**
+
+    - q: number of private terms of a layer.
+    - R: number of terms of the pool.
+    - alpha: the scale of the updates.
+
+    **Returns:** the mixing in float64, private terms first.
     """
     half = alpha / 2 if q and R else alpha
     return torch.cat([torch.full((n,), half / max(n, 1), dtype=torch.float64) for n in (q, R)])
 
 
 class Terms(nn.Module):
-    """What is added to L weights of one shape (b, a): update i is [B~_i, B_S] diag(d_i) [A~_i; A_S].
+    """The updates of L weights of one shape (b, a): update i is [B~_i, B_S] diag(d_i) [A~_i; A_S].
 
-    private_B[i] (b, q) and shared_B (b, R) start at zero, private_A[i] (q, a) and shared_A (R, a) by Kaiming's rule as
-    in PEFT, uniform in +-1/sqrt(a); mixing[i] (q + R,) by `initial_mixing`. The mixing is trained if there is a pool.
-    Every layer's own terms have the dtype and device of its weight, the pool those of the first.
+    - private_B[i] (b, q) and shared_B (b, R) start at zero.
+    - private_A[i] (q, a) and shared_A (R, a) start by Kaiming's rule as in PEFT, uniform in +-1/sqrt(a).
+    - mixing[i] (q + R,) starts at `initial_mixing`. It is trained if there is a pool.
+
+    The terms of a layer have the dtype and device of its weight. The pool has dtype and device of the first weight.
     """
 
-    def __init__(self, kind: Kind, settings: Settings, generator: torch.Generator) -> None:
+    def __init__(self, kind: ModuleKind, settings: AdapterSettings, generator: torch.Generator) -> None:
         super().__init__()
         weights, budget, (b, a) = kind.weights, settings.budget, kind.shape
         q, R = budget.private_rank, budget.pool_rank(len(weights))
@@ -94,7 +99,7 @@ class Terms(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def set_trained(self, trained: bool) -> None:
-        """Whether its parameters require gradients: all of them, but for the mixing where there is no pool."""
+        """Set whether the parameters require gradients. The mixing never does if there is no pool."""
         self.requires_grad_(trained)
         self.mixing.requires_grad_(trained and self.budget.shared_rank > 0)
 
@@ -108,18 +113,18 @@ class Terms(nn.Module):
         )
 
     def forward(self, x: Tensor, i: int) -> Tensor:
-        """Update i applied to x (.., a) -> (.., b), by thin products; nothing of size (b, a) is formed."""
+        """The update of layer i applied to x: (.., a) -> (.., b). Only thin products, nothing of size (b, a) is formed."""
         B, d, A = self.factors_of(i)
         return F.linear(F.linear(self.dropout(x).to(A.dtype), A) * d, B)
 
     def update(self, i: int) -> Tensor:
-        """Update i itself, (b, a), at least in float32."""
+        """The update of layer i, (b, a), at least in float32."""
         B, d, A = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.factors_of(i))
         return (B * d) @ A
 
     @torch.no_grad()
     def assign(self, factors: RasaFactors) -> None:
-        """Take over reconstructed updates: private terms get the mixing 1, pool terms at most 1."""
+        """Set the parameters to reconstructed updates. Private terms get the mixing 1, pool terms at most 1."""
         even = factors.evened()
         for i in range(even.layers):
             self.private_B[i].copy_(even.private_B[i])
@@ -130,7 +135,7 @@ class Terms(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> RasaFactors:
-        """The same updates as factors of a reconstruction, at least in float32, on the device of the pool; copies.
+        """The same updates as factors of a reconstruction: copies, at least in float32, on the device of the pool.
 
         The mixing of the private terms goes into B~_i.
         """

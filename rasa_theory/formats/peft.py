@@ -161,6 +161,11 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def adapter_type(config: dict[str, Any]) -> Any:
+    """The type of adapter that a configuration names, "LORA" or "RASA"; None if it names none."""
+    return config.get("peft_type")
+
+
 def base_of(folder: Path) -> str | None:
     """The base model that an adapter's configuration names, or None. Raises InputError if the file is not sound."""
     name = _read_config(folder).get("base_model_name_or_path")
