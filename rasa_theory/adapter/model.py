@@ -113,7 +113,7 @@ class Adapter(nn.Module):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager: the model without this adapter, e.g. for answers of the base. Its state returns at the end."""
+        """Context manager: the model without this adapter, for answers of the base. Its state returns at the end."""
         active, merged = self.active, self.merged
         self.disable()
         try:

@@ -113,7 +113,7 @@ class Terms(nn.Module):
         )
 
     def forward(self, x: Tensor, i: int) -> Tensor:
-        """The update of layer i applied to x: (.., a) -> (.., b). Only thin products, nothing of size (b, a) is formed."""
+        """The update of layer i applied to x: (.., a) -> (.., b). Nothing of size (b, a) is formed."""
         B, d, A = self.factors_of(i)
         return F.linear(F.linear(self.dropout(x).to(A.dtype), A) * d, B)
 
