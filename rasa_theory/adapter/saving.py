@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from rasa_theory.adapter.model import Adapter, put
@@ -25,8 +23,9 @@ from rasa_theory.formats import (
     lora_tensors,
     rasa_layout,
     rasa_modules,
-    read_header,
     read_json,
+    read_tensors,
+    safetensors_bytes,
 )
 from rasa_theory.problem import RankBudget
 
@@ -52,7 +51,7 @@ def save(adapter: Adapter, folder: str | Path, *, format: str = "rasa", base: st
         raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
     out = writable_folder(Path(folder))
     tensors, config = _as_rasa(adapter, base) if format == "rasa" else _as_lora(adapter, base)
-    content = serialised({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"format": "pt"})
+    content = safetensors_bytes(tensors, {"format": "pt"})
     write_file(out / WEIGHTS_FILE, lambda f: f.write(content))
     write_file(out / CONFIG_FILE, lambda f: f.write(json.dumps(config, indent=1).encode()))
     return out
@@ -109,8 +108,7 @@ def _as_rasa(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
 
 
 def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Adapter:
-    read_header(path / WEIGHTS_FILE)
-    tensors = load_file(path / WEIGHTS_FILE)
+    tensors = read_tensors(path / WEIGHTS_FILE)
     modules = rasa_modules(tensors, path / WEIGHTS_FILE)
     settings = _settings(path / CONFIG_FILE, config)
     kinds: list[Terms] = []

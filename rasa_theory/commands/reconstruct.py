@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
 from rasa_theory.common import InputError, identity, write_file
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
+from rasa_theory.formats import read_tensors, safetensors_bytes
 from rasa_theory.plotting import plot_iterations, style
 from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_dtype
 from rasa_theory.reconstruction import (
@@ -240,8 +239,8 @@ def _begun(out: Path | None, plan: dict[str, Any], settings: StudySettings) -> S
             return None
         rows = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(settings.ks)]
         names = [f"{row['name']}/{run['k']}/" for row in rows for run in row["runs"]]
-        tensors = load_file(out / "factors.safetensors") if rows else {}
-    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        tensors = read_tensors(out / "factors.safetensors") if rows else {}
+    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     kept = {key: tensor for key, tensor in tensors.items() if any(map(key.startswith, names))}
     if not rows or len(kept) != 5 * len(names):
@@ -299,11 +298,10 @@ def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable
 def write_results(state: StudyState, out: Path) -> None:
     """Write all files of a run into the folder `out`, each whole or not at all. Raises InputError if that fails."""
     figure = plot_iterations(state.results)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in state.factors.items()}
     write_file(
         out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode())
     )
     write_file(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
-    write_file(out / "factors.safetensors", lambda f: f.write(save(tensors)))
+    write_file(out / "factors.safetensors", lambda f: f.write(safetensors_bytes(state.factors)))
     write_file(out / "iterations.png", lambda f: style.save(figure, f))
     write_file(out / "iterations.svg", lambda f: style.save(figure, f, "svg"))

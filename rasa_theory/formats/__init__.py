@@ -17,7 +17,15 @@ from rasa_theory.formats.peft import (
     lora_tensors,
 )
 from rasa_theory.formats.rasa import RasaConfig, rasa_factors, rasa_layout, rasa_modules, rasa_tensors
-from rasa_theory.formats.safetensors import join_safetensors, opened, read_header, read_json, write_safetensors
+from rasa_theory.formats.safetensors import (
+    join_safetensors,
+    opened,
+    read_header,
+    read_json,
+    read_tensors,
+    safetensors_bytes,
+    write_safetensors,
+)
 from rasa_theory.formats.shards import PICKLES
 
 __all__ = [
@@ -54,5 +62,7 @@ __all__ = [
     "rasa_tensors",
     "read_header",
     "read_json",
+    "read_tensors",
+    "safetensors_bytes",
     "write_safetensors",
 ]

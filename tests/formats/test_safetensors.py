@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rasa_theory import InputError
-from rasa_theory.formats import join_safetensors, read_header, write_safetensors
+from rasa_theory.formats import join_safetensors, read_header, read_tensors, safetensors_bytes, write_safetensors
 
 
 def test_joined_files_hold_the_same_tensors(tmp_path):
@@ -73,3 +73,19 @@ def test_tensors_are_written_one_by_one(tmp_path):
     for key, tensor in tensors.items():
         assert found[key].dtype == tensor.dtype
         assert torch.equal(found[key], tensor)
+
+
+def test_small_files_as_bytes_hold_the_same_tensors(tmp_path):
+    tensors = {
+        "turned": torch.randn(3, 5).mT,
+        "half": torch.randn(4, 3).half(),
+        "trained": torch.nn.Parameter(torch.ones(2)),
+    }
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
+    found = read_tensors(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"x.safetensors: not a sound safetensors file \("):
+        read_tensors(file)
