@@ -1,34 +1,54 @@
 """Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
 from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms
-from rasa_theory.bounds.closed import Bound, allocation_bound, cappings, closed_floors, common_space_floor, floor_slack
+from rasa_theory.bounds.bound import Bound, BoundName
+from rasa_theory.bounds.closed import (
+    allocation_bound,
+    cappings,
+    clipped_floor,
+    closed_floors,
+    common_space_floor,
+    floor_slack,
+    rank_floor,
+    split_floor,
+    stack_floor,
+)
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
 from rasa_theory.bounds.floor import CERTIFICATES, lower_bound
-from rasa_theory.bounds.search import FloorOptions, Search, SearchProgress, capped_weights, smoothed_ky_fan
-from rasa_theory.bounds.two_sided import Division, search_two_sided, two_sided_value
+from rasa_theory.bounds.search import Evaluation, FloorOptions, Search, SearchProgress, SearchScale
+from rasa_theory.bounds.smoothing import capped_weights, smoothed_ky_fan
+from rasa_theory.bounds.two_sided import Division, ProjectedProblem, search_two_sided, two_sided_value
 
 __all__ = [
     "CERTIFICATES",
     "Bound",
+    "BoundName",
     "Division",
+    "Evaluation",
     "FloorOptions",
+    "ProjectedProblem",
     "RankTarget",
     "Search",
     "SearchProgress",
+    "SearchScale",
     "allocate_pool",
     "allocate_ranks",
     "allocation_bound",
     "capped_weights",
     "cappings",
+    "clipped_floor",
     "closed_floors",
     "common_space_floor",
     "dual_value",
     "floor_slack",
     "largest_terms",
     "lower_bound",
+    "rank_floor",
     "rounding_allowance",
     "search_dual",
     "search_two_sided",
     "smoothed_ky_fan",
+    "split_floor",
+    "stack_floor",
     "two_sided_value",
 ]

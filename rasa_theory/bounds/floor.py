@@ -1,10 +1,11 @@
-"""The certified floor: the best of all lower bounds on e_rasa(k) that one is willing to pay for."""
+"""The certified floor: the highest of all lower bounds on e_rasa(k) of one kind of certificate."""
 
 from __future__ import annotations
 
 import torch
 
-from rasa_theory.bounds.closed import Bound, closed_floors
+from rasa_theory.bounds.bound import Bound, BoundName
+from rasa_theory.bounds.closed import closed_floors
 from rasa_theory.bounds.dual import search_dual
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
 from rasa_theory.bounds.two_sided import search_two_sided
@@ -12,7 +13,7 @@ from rasa_theory.common import InputError, one_of
 from rasa_theory.problem import LayerStack, RankBudget
 
 CERTIFICATES = ("closed", "dual", "two-sided")
-"""Each includes those before it."""
+"""Kinds of certificate. Each includes those before it, and takes longer."""
 
 
 def lower_bound(
@@ -22,19 +23,36 @@ def lower_bound(
     options: FloorOptions | None = None,
     watch: SearchWatch | None = None,
 ) -> Bound:
-    """A certified floor below e_rasa(k): the largest of its kind, and the name of the argument that gave it.
+    """A certified floor below e_rasa(k): no factors of this budget have a lower error.
 
-    - closed: `closed_floors`, immediately; those of k = r too, since e_rasa(r) <= e_rasa(k) (move private terms into
-      the pool), and the split form of plain CP can be the higher one.
-    - dual: also the best found of `dual_value`, per orientation at most `options.max_seconds`.
-    - two-sided: also the best found of `two_sided_value`, at most twice that.
+    It is the highest of these floors. Each is proved in the docstring of the function that computes it.
 
-    However a search ends, its value is a formula that holds at every point, with exact spectra in float64, less its
-    rounding; where nothing is left to search for the closed forms stand alone: k = 0, one layer, or sigma_{i,r+1}^2 so
-    small that e_lora <= sum_i (m - r) sigma_{i,r+1}^2, m = min(b, a), is less than the rounding of a search, whose
-    value would be negative.
-    `watch` is told of every step, a `SearchProgress` with the floor in units of the stack. Raises InputError if
-    r > min(b, a) or `certificate` is unknown.
+    - closed: the forms of `closed_floors`, for k, and for r in place of k. The latter hold too, as
+      e_rasa(r) <= e_rasa(k): a pool term can do the work of a private term of one layer, so RaSA factors with k < r
+      are special ones with k = r. They can be the higher ones.
+    - dual: also the value of `dual_value` for columns and for rows, where a search ends.
+    - two-sided: also the value of `two_sided_value`, where a search ends.
+
+    A floor holds wherever its search ends: it is a formula that holds at every point, with exact spectra in float64,
+    less its rounding. There is no search where nothing is left to decide: for k = 0, and for one layer. Nor is there
+    one where rounding would take off more than e_lora, see `_is_resolved`. Plain CP, k = r, has no dual floor above the
+    closed ones.
+
+    **Arguments:**
+
+    - stack: the updates M_i, (L, b, a).
+    - budget: r and k.
+    - certificate: "closed" (immediate), "dual" (up to 2 `options.max_seconds`) or "two-sided" (up to 2 more).
+    - options: limits of the searches. None: `FloorOptions()`.
+    - watch: called after every iteration of a search with its `SearchProgress`.
+
+    **Returns:**
+
+    - Bound: the value squared, summed over layers, in the units of the stack, with the name of its proof.
+
+    **Raises:**
+
+    - InputError: r > min(b, a), an unknown certificate, or one with a search for a stack of several processes.
     """
     budget.check_fits(stack)
     one_of("certificate", certificate, CERTIFICATES)
@@ -43,28 +61,49 @@ def lower_bound(
             f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "
             "certificate closed, or run one process"
         )
-    unit, options = stack.unit(), options or FloorOptions()
-    resolved = (
-        level_of(unit.spectra.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
-    )
-    open_question = unit.layers > 1 and budget.shared_rank > 0 and resolved
-    told = None if watch is None else _in_units(stack, watch)
+    unit = stack.unit()
     with stack.suitable_threads():
-        bounds = closed_floors(unit, budget)
+        floors = closed_floors(unit, budget)
         if budget.private_rank > 0:
-            bounds += closed_floors(unit, RankBudget(budget.rank, budget.rank))
-        if open_question and certificate != "closed" and budget.private_rank > 0:
-            bounds += [Bound(search_dual(v, budget, options, told), "dual") for v in (unit, unit.transpose())]
-        if open_question and certificate == "two-sided":
-            bounds.append(Bound(search_two_sided(unit, budget, options, told), "two-sided"))
-    best = max(bounds, key=lambda bound: bound.value)  # the first of equals, so "zero" if nothing is above it
+            floors += closed_floors(unit, RankBudget(budget.rank, budget.rank))
+        if certificate != "closed" and _is_open(unit, budget):
+            unit_watch = None if watch is None else _in_units(stack, watch)
+            floors += _searched_floors(unit, budget, certificate, options or FloorOptions(), unit_watch)
+    best = max(floors, key=lambda floor: floor.value)  # the first of equals, so "zero" if nothing is above it
     return Bound(best.value * stack.scale**2, best.name)
 
 
-def _in_units(stack: LayerStack, watch: SearchWatch) -> SearchWatch:
-    """The watch of a search on `stack.unit()`, told in the units of `stack`."""
+def _searched_floors(
+    unit: LayerStack, budget: RankBudget, certificate: str, options: FloorOptions, watch: SearchWatch | None
+) -> list[Bound]:
+    """The floors of a search that `certificate` includes."""
+    floors = []
+    if budget.private_rank > 0:
+        for view in (unit, unit.transpose()):
+            floors.append(Bound(search_dual(view, budget, options, watch), BoundName.DUAL))
+    if certificate == "two-sided":
+        floors.append(Bound(search_two_sided(unit, budget, options, watch), BoundName.TWO_SIDED))
+    return floors
 
-    def told(progress: SearchProgress) -> None:
+
+def _is_open(unit: LayerStack, budget: RankBudget) -> bool:
+    """Whether a search can raise the floor: layers share a pool, and their tails are above the rounding of a search."""
+    return unit.layers > 1 and budget.shared_rank > 0 and _is_resolved(unit, budget)
+
+
+def _is_resolved(unit: LayerStack, budget: RankBudget) -> bool:
+    """Whether the mean of sigma_{i,r+1}^2 exceeds eps ||M||^2.
+
+    With m = min(b, a), e_lora <= sum_i (m - r) sigma_{i,r+1}^2. Where the mean is lower, that is less than the rounding
+    of a search, whose value would be negative.
+    """
+    return level_of(unit.spectra.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+
+
+def _in_units(stack: LayerStack, watch: SearchWatch) -> SearchWatch:
+    """The watch of a search on `stack.unit()`, which passes values on in the units of `stack`."""
+
+    def watch_unit(progress: SearchProgress) -> None:
         watch(progress._replace(value=progress.value * stack.scale**2))
 
-    return told
+    return watch_unit

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rasa_theory.bounds.closed import cappings
 from rasa_theory.bounds.dual import CapturedEnergy, rounding_allowance
-from rasa_theory.bounds.search import FloorOptions, Search, SearchWatch, captured_smoothly, clip_factors, leading_basis
+from rasa_theory.bounds.search import (
+    Blocks,
+    Evaluation,
+    FloorOptions,
+    Search,
+    SearchScale,
+    SearchWatch,
+    clipped_factors,
+    leading_basis,
+)
+from rasa_theory.bounds.smoothing import smoothed_energy
 from rasa_theory.problem import LayerStack, RankBudget
 
 
 @dataclass(frozen=True)
 class Division:
-    """T (a, a) with T T^T <= I; U_i (b, a) as a function of i and A_i = M_i T; s (L,) in (0, 1); factors of Y_i, Y'_i.
+    """A point of the two-sided floor: A_i = M_i T is divided into U_i + V_i.
 
-    F (L, b, p) and H (L, a, p), Y_i = F_i F_i^T and Y'_i = H_i H_i^T.
+    - T: (a, a) with T T^T <= I, the part of M_i that counts on both sides.
+    - U: the function (i, A_i) -> U_i (b, a).
+    - s: weights (L,) in (0, 1), s_i for U_i and 1 - s_i for V_i.
+    - F: (L, b, p), factors of Y_i = F_i F_i^T.
+    - H: (L, a, p), factors of Y'_i = H_i H_i^T.
     """
 
     T: Tensor
@@ -36,8 +50,9 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
         A_i = M_i T = U_i + V_i,  g_i = M_i M_i^T - A_i A_i^T + U_i U_i^T / s_i,  h_i = V_i^T V_i / (1 - s_i).
 
     Proof: let X_i be any updates of the budget, E_i = M_i - X_i, and K K^T = I - T T^T, so that
-    ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. The columns of X_i K and X_i T lie in the range of Z_i, a projector on R
-    shared and q private directions; so do the rows of X_i T for such a W_i (they are those of A_S T and of A~_i T).
+    ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. The columns of X_i lie in the range of Z_i, a projector on R shared and q
+    private directions, and so do the columns of X_i K and X_i T. The rows of X_i T are combinations of rows of A_S T
+    and A~_i T, so they lie in the range of such a projector, W_i.
     - ||E_i K||^2 >= ||(I - Z_i) M_i K||^2 = ||M_i K||^2 - tr Z_i M_i (I - T T^T) M_i^T.
     - X_i T = Z_i X_i T W_i, and Z_i A_i W_i is the nearest such matrix: ||E_i T||^2 >= ||A_i||^2 - ||Z_i A_i W_i||^2.
     - ||Z_i A_i W_i|| <= ||Z_i U_i W_i|| + ||Z_i V_i W_i|| <= ||Z_i U_i|| + ||V_i W_i||, and
@@ -46,16 +61,16 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
     Together sum_i ||E_i||^2 >= ||M||^2 - sum_i tr Z_i g_i - sum_i tr W_i h_i, and `CapturedEnergy` bounds each sum.
 
     Rounding: as for `dual_value`, with Omega = sum_i ((||M_i||^2 + ||U_i||^2) / s_i + tr Y_i
-    + (||M_i||^2 + ||V_i||^2) / (1 - s_i) + tr Y'_i), and with sqrt(a) times as many roundings, since M_i T is computed
-    to a eps ||M_i|| ||T||_F, and ||T||_F <= sqrt(a). T is divided by its largest singular value, if that exceeds 1, and
-    shrunk by the rounding of both. Needs 0 < s_i < 1; -inf if anything is not finite.
+    + (||M_i||^2 + ||V_i||^2) / (1 - s_i) + tr Y'_i). There are sqrt(a) times more roundings, since M_i T is computed
+    to a eps ||M_i|| ||T||_F, and ||T||_F <= sqrt(a). T is divided by its largest singular value if that exceeds 1, and
+    shrunk by the rounding of both. The value is -inf unless 0 < s_i < 1 and everything is finite.
     """
     L, (b, a) = view.layers, view.shape
     T, s, F, H = (x.double() for x in (division.T, division.s, division.F, division.H))
     if not all(bool(torch.isfinite(x).all()) for x in (T, s, F, H)) or not bool(((s > 0) & (s < 1)).all()):
         return -math.inf
     T = T * (1 - 100 * a * torch.finfo(torch.float64).eps) / max(1.0, float(torch.linalg.matrix_norm(T, 2)))
-    energy = float((F * F).sum() + (H * H).sum())
+    Omega = float((F * F).sum() + (H * H).sum())
     columns, rows = CapturedEnergy(budget, L), CapturedEnergy(budget, L)
     for i, tile in enumerate(view.tiles(rows=b)):
         M = tile.values.double()
@@ -63,123 +78,123 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
         U = division.U(i, A)
         V = A - U
         size = float((M * M).sum())
-        energy += (size + float((U * U).sum())) / float(s[i]) + (size + float((V * V).sum())) / float(1 - s[i])
-        if not math.isfinite(energy):
+        Omega += (size + float((U * U).sum())) / float(s[i]) + (size + float((V * V).sum())) / float(1 - s[i])
+        if not math.isfinite(Omega):
             return -math.inf
         columns.add(M @ M.mT - A @ A.mT + U @ U.mT / s[i], F[i])
         rows.add(V.mT @ V / (1 - s[i]), H[i])
     captured = columns.total() + rows.total()
     terms = 4 * math.sqrt(a) * (L * (a + b + F.shape[2] + H.shape[2]))
-    return view.norm_squared - captured - rounding_allowance(int(terms), L * budget.rank, energy)
+    return view.norm_squared - captured - rounding_allowance(int(terms), L * budget.rank, Omega)
 
 
-class _Problem(NamedTuple):
-    """The two-sided problem in the leading directions Vb (b, n), Va (a, n') of both sides, in units of the level.
+class ProjectedProblem:
+    """The two-sided problem in the leading directions of both sides, in units of the level.
 
-    G (L, n, n) of M_i (I - T T^T) M_i^T, A (L, n, n') of A_i; `beside` (L, n, n) is what A_i A_i^T has beyond A A^T,
-    from row directions outside Va, `below` (L, n', n') the same for A_i^T A_i.
+    - Vb, Va: these directions, orthonormal (b, n) and (a, n').
+    - G: Vb^T M_i (I - T T^T) M_i^T Vb, (L, n, n).
+    - A: Vb^T A_i Va, (L, n, n').
+    - beside: (L, n, n), the part of Vb^T A_i A_i^T Vb from row directions outside Va.
+    - below: (L, n', n'), the part of Va^T A_i^T A_i Va from column directions outside Vb.
     """
 
-    Vb: Tensor
-    Va: Tensor
-    T: Tensor
-    G: Tensor
-    A: Tensor
-    beside: Tensor
-    below: Tensor
+    def __init__(self, view: LayerStack, budget: RankBudget, T: Tensor, width: int, level: float) -> None:
+        self.budget, self.T, self.level = budget, T, level
+        self.Vb, self.Va = (leading_basis(side, budget, width) for side in (view, view.transpose()))
+        left = view.left(self.Vb.to(view.dtype)).double().mT / math.sqrt(level)  # Vb^T M_i (L, n, a)
+        right = view.right((T @ self.Va).to(view.dtype)).double() / math.sqrt(level)  # A_i Va (L, b, n')
+        left_T = left @ T
+        self.A = self.Vb.mT @ right
+        self.G = left @ left.mT - left_T @ left_T.mT
+        self.beside = left_T @ left_T.mT - self.A @ self.A.mT
+        self.below = right.mT @ right - self.A.mT @ self.A
 
-    @classmethod
-    def of(cls, view: LayerStack, budget: RankBudget, T: Tensor, width: int, level: float) -> _Problem:
-        Vb, Va = leading_basis(view, budget, width), leading_basis(view.transpose(), budget, width)
-        left = view.left(Vb.to(view.dtype)).double().mT / math.sqrt(level)  # Vb^T M_i (L, n, a)
-        right = view.right((T @ Va).to(view.dtype)).double() / math.sqrt(level)  # A_i Va (L, b, n')
-        A, left_T = Vb.mT @ right, left @ T
-        G = left @ left.mT - left_T @ left_T.mT
-        return cls(Vb, Va, T, G, A, left_T @ left_T.mT - A @ A.mT, right.mT @ right - A.mT @ A)
-
-    def objective(self, budget: RankBudget, search: Search) -> Callable[..., tuple[float, float, list[Tensor]]]:
-        """Of U (L, n, n'), x with s = 1 / (1 + exp(-x)) (L,), F and H."""
-
-        def evaluate(U: Tensor, x: Tensor, F: Tensor, H: Tensor) -> tuple[float, float, list[Tensor]]:
-            s, V = torch.sigmoid(x)[:, None, None], self.A - U
-            excess, lack = (2 * s - 1).clamp_min(0), (1 - 2 * s).clamp_min(0)  # `complete` puts so much where it costs
-            UU, VV = U @ U.mT, V.mT @ V
-            g = self.G + (UU + excess**2 * self.beside) / s
-            h = (VV + lack**2 * self.below) / (1 - s)
-            columns = captured_smoothly(g, F, budget, search.mu)
-            rows = captured_smoothly(h, H, budget, search.mu)
-            slope_U = 2 * (columns.Z @ U / s - V @ rows.Z / (1 - s))
-            slope_g = -(UU + excess**2 * self.beside) / s**2 + 4 * excess * self.beside / s
-            slope_h = (VV + lack**2 * self.below) / (1 - s) ** 2 - 4 * lack * self.below / (1 - s)
-            slope_s = ((columns.Z * slope_g).sum((1, 2)) + (rows.Z * slope_h).sum((1, 2))) * (s * (1 - s)).reshape(-1)
-            gradients = [slope_U, slope_s, columns.slope_F, rows.slope_F]
-            return columns.smooth + rows.smooth, columns.exact + rows.exact, gradients
-
-        return evaluate
-
-    def start(self, budget: RankBudget) -> list[Tensor]:
-        """Half of A on each side."""
+    def initial_guess(self) -> Blocks:
+        """U_i = V_i = A_i / 2 and s_i = 1/2, with the Y_i and Y'_i of the clipped floors."""
         U = self.A / 2
-        F = clip_factors(self.G + 2 * U @ U.mT, budget)
-        return [U, torch.zeros_like(U[:, 0, 0]), F, clip_factors(2 * U.mT @ U, budget)]
+        x = torch.zeros_like(U[:, 0, 0])
+        return [U, x, clipped_factors(self.G + 2 * U @ U.mT, self.budget), clipped_factors(2 * U.mT @ U, self.budget)]
 
-    def complete(self, level: float, U: Tensor, x: Tensor, F: Tensor, H: Tensor) -> Division:
-        """The whole division: outside the directions looked at, a rule.
+    def captured(self, blocks: Blocks, mu: float) -> Evaluation:
+        """The captured energy of columns and rows at U (L, n, n'), x (L,) with s = 1 / (1 + exp(-x)), F and H.
 
-        Of A_i, the block of leading columns with other rows costs nothing on the row side, so V_i gets it, and U_i the
-        block of other columns with leading rows. But with s_i far from 1/2 the weight 1 / s_i would lift it above the
-        level: at most 2 s_i and 2 (1 - s_i) of them. The rest is divided as s_i and 1 - s_i: s_i A_i weighs s_i.
+        `complete` adds shares of `beside` and `below`, so they are counted here.
         """
-        root, s = math.sqrt(level), torch.sigmoid(x)
+        U, x, F, H = blocks
+        s, V = torch.sigmoid(x)[:, None, None], self.A - U
+        excess, lack = (2 * s - 1).clamp_min(0), (1 - 2 * s).clamp_min(0)  # the shares that `complete` adds
+        UU, VV = U @ U.mT, V.mT @ V
+        g = self.G + (UU + excess**2 * self.beside) / s
+        h = (VV + lack**2 * self.below) / (1 - s)
+        columns = smoothed_energy(g, F, self.budget, mu)
+        rows = smoothed_energy(h, H, self.budget, mu)
+        slope_U = 2 * (columns.Z @ U / s - V @ rows.Z / (1 - s))
+        slope_g = -(UU + excess**2 * self.beside) / s**2 + 4 * excess * self.beside / s
+        slope_h = (VV + lack**2 * self.below) / (1 - s) ** 2 - 4 * lack * self.below / (1 - s)
+        slope_x = ((columns.Z * slope_g).sum((1, 2)) + (rows.Z * slope_h).sum((1, 2))) * (s * (1 - s)).reshape(-1)
+        gradients = [slope_U, slope_x, columns.slope_F, rows.slope_F]
+        return Evaluation(columns.smooth + rows.smooth, columns.exact + rows.exact, gradients)
+
+    def complete(self, blocks: Blocks) -> Division:
+        """The division of the whole A_i: U_i in the leading directions is a block, outside them it follows a rule.
+
+        The block of A_i of leading columns with other rows costs nothing on the row side, so V_i gets it. Likewise U_i
+        gets the block of other columns with leading rows. But with s_i far from 1/2 the weights 1 / s_i and
+        1 / (1 - s_i) would lift a block above the level. So U_i gets at most the share 2 s_i of its block, and V_i at
+        most 2 (1 - s_i). The rest of A_i is divided as s_i and 1 - s_i, where s_i A_i weighs no more than its share.
+        """
+        U, x, F, H = blocks
+        root, s = math.sqrt(self.level), torch.sigmoid(x)
         Vb, Va = self.Vb, self.Va
 
         def whole(i: int, A: Tensor) -> Tensor:
-            beside, below = (2 * s[i] - 1).clamp_min(0), (2 * s[i]).clamp_max(1)
+            beside, below = (2 * s[i] - 1).clamp_min(0), (2 * s[i]).clamp_max(1)  # shares of U_i in the two blocks
             AV, VA = A @ Va, Vb.mT @ A
-            core = VA @ Va
-            inner = root * U[i] + (s[i] - beside - below) * core
+            inner = root * U[i] + (s[i] - beside - below) * (VA @ Va)
             return s[i] * A + Vb @ (inner @ Va.mT + (beside - s[i]) * VA) + (below - s[i]) * AV @ Va.mT
 
         return Division(self.T, whole, s, root * Vb @ F, root * Va @ H)
 
 
-def search_two_sided(view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> float:
-    """The best `two_sided_value` at the divisions that a search in the leading `options.width` directions comes to.
+class _SideSearch:
+    """The search for a division of one orientation of a stack."""
 
-    Given T, the bound is convex in U, s, Y and Y' together. T brings the row directions that layers share down to their
-    L r-th; on which side, the first stage of the search decides. As the smoothing falls, the search relies on ever
-    less beside the directions it looks at, so the formula is evaluated after every stage, until it gives less.
+    def __init__(self, view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> None:
+        self.view, self.budget = view, budget
+        scale = SearchScale.of(view, budget)
+        identity = torch.eye(view.shape[1], dtype=torch.float64, device=view.device)
+        T = (cappings(view, (view.layers * budget.rank,)) or [identity])[0]
+        self.problem = ProjectedProblem(view, budget, T, options.width_of(view, budget), scale.level)
+        x0 = self.problem.initial_guess()
+        self.search = Search("two-sided", self.problem.captured, x0, scale, options, watch)
+
+    def value(self) -> float:
+        """The floor at the solution so far."""
+        return two_sided_value(self.view, self.budget, self.problem.complete(self.search.solution))
+
+
+def search_two_sided(view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> float:
+    """The highest `two_sided_value` at the ends of the stages of a search in the leading `options.width` directions.
+
+    Given T, the bound is convex in U, s, Y and Y' together. T brings the row directions that layers share down to
+    their L r-th. Which orientation takes T can only be seen by searching: both run one stage, and the one with the
+    lower captured energy goes on, in the time that is left of 2 `options.max_seconds`.
+
+    The search sees the leading directions only, and with less smoothing it relies on them more. So the whole formula
+    is evaluated after every stage, and the search ends at the first stage that lowers it.
     """
-    begun = [_begin(side, budget, options, watch) for side in (view, view.transpose())]
-    searching = min(begun, key=lambda one: one.search.best)
-    searching.search.deadline = begun[0].search.deadline + options.max_seconds  # what both sides may take together
-    best = searching.value(budget, searching.found)
-    for found in searching.rest:
-        value = searching.value(budget, found)
+    deadline = time.perf_counter() + 2 * options.max_seconds
+    sides = []
+    for orientation in (view, view.transpose()):
+        side = _SideSearch(orientation, budget, options, watch)
+        side.search.run_stage(time.perf_counter() + options.max_seconds)
+        sides.append(side)
+    better = min(sides, key=lambda side: side.search.best)
+    best = better.value()
+    while better.search.can_improve(deadline):
+        better.search.run_stage(deadline)
+        value = better.value()
         if value <= best:
             break
         best = value
     return best
-
-
-class _Searching(NamedTuple):
-    """A search after its first stage, and the stages that follow."""
-
-    side: LayerStack
-    search: Search
-    problem: _Problem
-    found: list[Tensor]
-    rest: Iterator[list[Tensor]]
-
-    def value(self, budget: RankBudget, found: list[Tensor]) -> float:
-        U, x, F, H = found
-        return two_sided_value(self.side, budget, self.problem.complete(self.search.level, U, x, F, H))
-
-
-def _begin(side: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> _Searching:
-    identity = torch.eye(side.shape[1], dtype=torch.float64, device=side.device)
-    T = (cappings(side, (side.layers * budget.rank,)) or [identity])[0]
-    search = Search.of("two-sided", side, budget, options, watch)
-    problem = _Problem.of(side, budget, T, options.width_of(side, budget), search.level)
-    stages = search.stages(problem.objective(budget, search), problem.start(budget))
-    return _Searching(side, search, problem, next(stages), stages)

@@ -16,7 +16,7 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.bounds import closed, closed_floors, floor_slack
+from rasa_theory.bounds import clipped_floor, closed_floors, floor_slack, rank_floor, stack_floor
 from rasa_theory.linalg import not_above
 from tests.helpers import reference
 from tests.helpers.problems import KNOWN, SHAPES, noise, orthogonal, planted, shared_bases
@@ -76,11 +76,12 @@ def test_each_floor_by_itself(L, b, a, r, k, seed, flip):
     stack, budget = LayerStack(M), RankBudget(r, k)
     clipped = reference.dual_bound(M, reference.clipped_Y(M, r - k), r, k)
     gamma = reference.dual_bound(M, M @ M.transpose(0, 2, 1), r, k)
-    found = {f.__name__: f(stack.unit(), budget).value * stack.scale**2 for f in (closed._clipped, closed._stack)}
-    rank = closed._rank(stack.unit(), budget).value * stack.scale**2
-    assert found["_clipped"] == pytest.approx(clipped, abs=floor_slack(stack, "stack"))
-    assert found["_stack"] == pytest.approx(reference.stack_bound(M, r), abs=floor_slack(stack, "stack"))
-    assert found["_stack"] == pytest.approx(gamma, abs=floor_slack(stack, "stack"))
+    floors = [floor(stack.unit(), budget) for floor in (clipped_floor, stack_floor, rank_floor)]
+    assert [floor.name for floor in floors] == ["clipped", "stack", "rank"]
+    of_clipped, of_stack, rank = (floor.value * stack.scale**2 for floor in floors)
+    assert of_clipped == pytest.approx(clipped, abs=floor_slack(stack, "stack"))
+    assert of_stack == pytest.approx(reference.stack_bound(M, r), abs=floor_slack(stack, "stack"))
+    assert of_stack == pytest.approx(gamma, abs=floor_slack(stack, "stack"))
     literal = reference.rank_bound(M, r, k)
     assert rank <= literal
     assert not_above(literal, rank, 2 * stack.rounding)  # one for the allowance that is taken off, one for comparing

@@ -1,5 +1,6 @@
 """The search behind the dual and the two-sided floor: what both owe, and what it stands on."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rasa_theory import FloorOptions, InputError, LayerStack, RankBudget, linalg, lower_bound
-from rasa_theory.bounds import Search, capped_weights, smoothed_ky_fan
+from rasa_theory.bounds import Evaluation, Search, SearchScale, capped_weights, smoothed_ky_fan
 from rasa_theory.linalg import not_above
 from tests.helpers import reference
 from tests.helpers.problems import KNOWN, decaying, noise, shared_bases
@@ -127,12 +128,49 @@ def test_an_eigenvalue_problem_that_fails_ends_the_search_at_what_it_has():
     stack, budget = LayerStack(decaying()).unit(), RankBudget(3, 1)
     calls = []
 
-    def objective(x):
-        calls.append(1)
+    def objective(blocks, mu):
+        (x,) = blocks
+        calls.append(mu)
         if len(calls) == 3:
             raise linalg.LinAlgError
-        return float((x**2).sum()), float((x**2).sum()), [2 * x]
+        return Evaluation(float((x**2).sum()), float((x**2).sum()), [2 * x])
 
-    search = Search.of("dual", stack, budget, FloorOptions(), None)
-    (found,) = list(search.stages(objective, [torch.full((2,), 3.0, dtype=torch.float64)]))
-    assert float((found[0] ** 2).sum()) == search.best <= 18
+    x0 = [torch.full((2,), 3.0, dtype=torch.float64)]
+    search = Search("dual", objective, x0, SearchScale.of(stack, budget), FloorOptions())
+    search.run(math.inf)
+    assert len(calls) == 3
+    assert not search.can_improve(math.inf)
+    assert float((search.solution[0] ** 2).sum()) == search.best <= 18
+
+
+def test_stages_smooth_less_and_less_each_from_where_the_last_one_ended():
+    """The objective sees the point and the smoothing; a deadline that has passed leaves one iteration."""
+    stack, budget = LayerStack(decaying()).unit(), RankBudget(3, 1)
+    seen = []
+
+    def objective(blocks, mu):
+        (x,) = blocks
+        seen.append((mu, x))
+        smooth = float(((x - mu) ** 4).sum())
+        return Evaluation(smooth, smooth + 1e3, [4 * (x - mu) ** 3])
+
+    def search():
+        return Search(
+            "dual",
+            objective,
+            [torch.full((2,), 3.0, dtype=torch.float64)],
+            SearchScale.of(stack, budget),
+            FloorOptions(),
+        )
+
+    search().run(math.inf)
+    smoothing = list(dict.fromkeys(mu for mu, _ in seen))
+    assert smoothing == sorted(smoothing, reverse=True)
+    assert len(smoothing) > 1
+    for mu, next_mu in itertools.pairwise(smoothing):
+        ends = [x for at, x in seen if at == mu], [x for at, x in seen if at == next_mu]
+        assert float((ends[0][-1] - mu).abs().max()) < 0.1 > float((ends[1][0] - mu).abs().max())
+    one = search()
+    one.run(-math.inf)
+    assert not one.can_improve(-math.inf)
+    assert one.can_improve(math.inf)

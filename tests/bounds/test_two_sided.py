@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rasa_theory import FloorOptions, LayerStack, RankBudget, SolverOptions, lower_bound, solve_lora, solve_rasa
-from rasa_theory.bounds import Division, Search, cappings, search_two_sided, two_sided_value
-from rasa_theory.bounds.two_sided import _Problem
+from rasa_theory.bounds import (
+    Division,
+    ProjectedProblem,
+    SearchScale,
+    cappings,
+    search_two_sided,
+    two_sided_value,
+)
 from rasa_theory.linalg import not_above
 from tests.helpers import reference
 from tests.helpers.problems import SHAPES, decaying, noise, planted
@@ -157,16 +163,15 @@ def test_what_is_no_division_gives_no_floor():
 def test_gradients(k):
     """Of U, x, F and H, against differences along random directions."""
     stack, budget = LayerStack(decaying(2, 9, 10)).unit(), RankBudget(3, k)
-    search = Search.of("two-sided", stack, budget, QUICK, None)
-    problem = _Problem.of(stack, budget, cappings(stack, (4,))[0], 7, search.level)
-    objective = problem.objective(budget, search)
+    problem = ProjectedProblem(stack, budget, cappings(stack, (4,))[0], 7, SearchScale.of(stack, budget).level)
     rng = np.random.default_rng(0)
-    point = [p + 0.1 * torch.tensor(rng.standard_normal(p.shape)) for p in problem.start(budget)]
-    gradients, h = objective(*point)[2], 1e-6
+    point = [p + 0.1 * torch.tensor(rng.standard_normal(p.shape)) for p in problem.initial_guess()]
+    gradients, h = problem.captured(point, 0.3).gradients, 1e-6
     for j, gradient in enumerate(gradients):
         direction = torch.tensor(rng.standard_normal(gradient.shape))
         ends = [
-            objective(*(p + sign * h * direction if i == j else p for i, p in enumerate(point)))[0] for sign in (1, -1)
+            problem.captured([p + sign * h * direction if i == j else p for i, p in enumerate(point)], 0.3).smooth
+            for sign in (1, -1)
         ]
         assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-7)
 
