@@ -24,13 +24,13 @@ from rasa_theory.distributed import Processes
 from rasa_theory.solvers import SolverOptions
 from rasa_theory.verification import (
     FAMILIES,
-    BenchSettings,
     Drawn,
     Instance,
     Replay,
     Subject,
     Tally,
     Trial,
+    VerificationSettings,
     describe,
     load_replay,
     results,
@@ -69,7 +69,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--instances", type=int, metavar="N", help=f"so many, of the families in turn ({_INSTANCES})")
     add("--seed", type=int, metavar="S", help="of everything random (0)")
     add("--families", metavar="A,B", help="only these (all); --list names them")
-    add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({BenchSettings().sweeps})")
+    add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({VerificationSettings().sweeps})")
     add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
     add("--jobs", type=int, metavar="N", help="so many processes (one per processor if that is worth it)")
     add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
     flags = {"sweeps": args.sweeps, "certificate": args.certificate}
     chosen = {name: value for name, value in flags.items() if value is not None}
     with naming_flags({}):
-        settings = BenchSettings(**chosen)
+        settings = VerificationSettings(**chosen)
         SolverOptions(seed=args.seed)
     if args.replay is not None:
         if not processes.alone:
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
 
 
 def _trials(
-    args: argparse.Namespace, settings: BenchSettings, subject: Subject | None, processes: Processes
+    args: argparse.Namespace, settings: VerificationSettings, subject: Subject | None, processes: Processes
 ) -> Iterator[Trial]:
     """All laws on the instances asked for, of the families in turn; a `subject` of its own is tried in this process.
 
@@ -168,7 +168,7 @@ def _done(instance: Instance, tally: Tally) -> str:
     return f"{instance.family}, {L} x {b} x {a}, r = {budget.rank}, k = {budget.shared_rank}{failed}"
 
 
-def _keep(trial: Trial, settings: BenchSettings, out: Path | None) -> str | None:
+def _keep(trial: Trial, settings: VerificationSettings, out: Path | None) -> str | None:
     """Write the file that reproduces a failing trial; returns its name, or None where there is none.
 
     If it cannot be written, that is said, and the run goes on: a violation that was found is not lost.

@@ -1,6 +1,6 @@
 """Random instances, the laws that hold on every one of them, and the tally."""
 
-from rasa_theory.verification.evidence import BenchSettings, Subject
+from rasa_theory.verification.evidence import Subject, VerificationSettings
 from rasa_theory.verification.instances import FAMILIES, Instance, draw_instance
 from rasa_theory.verification.laws import LAWS
 from rasa_theory.verification.replay import Replay, load_replay, save_replay
@@ -12,13 +12,13 @@ from rasa_theory.verification.workers import Drawn, shared_trials, suitable_jobs
 __all__ = [
     "FAMILIES",
     "LAWS",
-    "BenchSettings",
     "Drawn",
     "Instance",
     "Replay",
     "Subject",
     "Tally",
     "Trial",
+    "VerificationSettings",
     "describe",
     "draw_instance",
     "load_replay",

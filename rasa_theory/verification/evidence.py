@@ -48,7 +48,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class VerificationSettings:
     """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
 
     certificate: str = "closed"
@@ -81,7 +81,7 @@ class Forms(NamedTuple):
 class Evidence:
     """What `subject` says about `instance`."""
 
-    def __init__(self, instance: Instance, subject: Subject, settings: BenchSettings) -> None:
+    def __init__(self, instance: Instance, subject: Subject, settings: VerificationSettings) -> None:
         self.instance, self.subject, self.settings = instance, subject, settings
         self.stack = LayerStack(instance.draw.values, instance.family)
         self.budget = instance.draw.budget

@@ -19,7 +19,7 @@ from torch import Tensor
 from rasa_theory.bounds import floor_slack
 from rasa_theory.problem import LayerStack, layer_residuals
 from rasa_theory.solvers import RasaSolution, SolverOptions, StopReason, drop_allowance, measurable
-from rasa_theory.verification.evidence import BenchSettings, Evidence, MixingStep, residual
+from rasa_theory.verification.evidence import Evidence, MixingStep, VerificationSettings, residual
 
 Margin = float | None
 
@@ -212,7 +212,7 @@ def _answer_meets_optimum(e: Evidence) -> Margin:
     """
     if e.known is None or "solver" not in e.known.met_by:
         return None
-    ended = e.answer.stop_reason is not StopReason.SWEEP_LIMIT and e.settings.sweeps >= BenchSettings().sweeps
+    ended = e.answer.stop_reason is not StopReason.SWEEP_LIMIT and e.settings.sweeps >= VerificationSettings().sweeps
     if "allocation" not in e.known.met_by and not ended:
         return None
     optimum, rtol = e.known.e_rasa, SolverOptions().rtol

@@ -13,7 +13,7 @@ import numpy as np
 from rasa_theory.common import InputError, whole_number
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.solvers import SolverOptions
-from rasa_theory.verification.evidence import BenchSettings
+from rasa_theory.verification.evidence import VerificationSettings
 from rasa_theory.verification.instances import MET_BY_ALL, Draw, Instance, Known
 from rasa_theory.verification.laws import LAWS
 
@@ -26,7 +26,7 @@ class Replay(NamedTuple):
 
     instance: Instance
     laws: list[str]
-    settings: BenchSettings
+    settings: VerificationSettings
 
 
 def save_replay(replay: Replay, file: IO[bytes]) -> None:
@@ -79,7 +79,7 @@ def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
     draw = Draw(stack.values, budget, _known(held))
     seed = SolverOptions(seed=_whole(held, "seed")).seed
     instance = Instance(str(held.get("family", "replay")), _whole(held, "number"), seed, draw)
-    return Replay(instance, laws, BenchSettings(**settings))
+    return Replay(instance, laws, VerificationSettings(**settings))
 
 
 def _whole(held: dict[str, Any], name: str) -> int:

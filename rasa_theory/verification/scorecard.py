@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from rasa_theory.common import aligned
 from rasa_theory.verification.instances import FAMILIES
 from rasa_theory.verification.laws import LAWS
 
@@ -34,14 +35,14 @@ def table(results: dict[str, Any]) -> str:
     """A line per family, then a line per law that was tried with its worst margin in every family."""
     families = results["families"]
     rows = [_HEAD, *(_family_row(n, family) for n, family in enumerate(families, 1))]
-    lines = _aligned(rows, left=(1, 7))
+    lines = aligned(rows, left=(1, 7))
     lines += [*textwrap.wrap(_EXPLANATION, 120), ""]
     lines += textwrap.wrap(_LEGEND, 120)
     margins = [{law["name"]: law for law in family["laws"]} for family in families]
     grid = [("law", *(str(n) for n in range(1, len(families) + 1)))]
     tried = [law for law in results["statements"] if any(law in held for held in margins)]
     grid += [(law, *(_cell(held.get(law)) for held in margins)) for law in tried]
-    return "\n".join([*lines, *_aligned(grid, left=(0,), gap=" ")])
+    return "\n".join([*lines, *aligned(grid, left=(0,), gap=" ")])
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
@@ -86,11 +87,3 @@ def _cell(law: dict[str, Any] | None) -> str:
     if margin < 0.005:
         return "<0" if margin < 0 else "0"
     return f"{margin:.2f}" if margin < 10 else f"{margin:.0e}"
-
-
-def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...], gap: str = "  ") -> list[str]:
-    """Columns of equal width, those in `left` flush left, the others flush right; a rule below the first row."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    sides = [str.ljust if i in left else str.rjust for i in range(len(widths))]
-    lines = [gap.join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rasa_theory.verification.evidence import BenchSettings
+from rasa_theory.verification.evidence import VerificationSettings
 from rasa_theory.verification.laws import LAWS
 from rasa_theory.verification.trial import Outcome, Trial
 
@@ -72,7 +72,7 @@ def replay_command(file: str) -> str:
 
 def results(
     tally: Tally,
-    settings: BenchSettings,
+    settings: VerificationSettings,
     *,
     seed: int,
     asked: int,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rasa_theory.linalg import not_above
-from rasa_theory.verification.evidence import BenchSettings, Evidence, Subject
+from rasa_theory.verification.evidence import Evidence, Subject, VerificationSettings
 from rasa_theory.verification.instances import Instance
 from rasa_theory.verification.laws import LAWS, Law
 
@@ -45,7 +45,7 @@ class Trial:
 
 
 def run_trial(
-    instance: Instance, subject: Subject, settings: BenchSettings, laws: Iterable[str] = tuple(LAWS)
+    instance: Instance, subject: Subject, settings: VerificationSettings, laws: Iterable[str] = tuple(LAWS)
 ) -> Trial:
     """Try `laws` on `instance`. An exception inside the subject breaks the law that asked for it."""
     evidence = Evidence(instance, subject, settings)

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from rasa_theory.distributed import Processes
-from rasa_theory.verification.evidence import BenchSettings, Subject
+from rasa_theory.verification.evidence import Subject, VerificationSettings
 from rasa_theory.verification.instances import draw_instance
 from rasa_theory.verification.trial import Outcome, Trial, run_trial
 
@@ -35,7 +35,7 @@ def suitable_jobs(instances: int) -> int:
 
 
 def trials(
-    drawn: Iterator[Drawn], settings: BenchSettings, jobs: int, subject: Subject | None = None
+    drawn: Iterator[Drawn], settings: VerificationSettings, jobs: int, subject: Subject | None = None
 ) -> Iterator[Trial]:
     """All laws on every instance, in order, by `jobs` processes; a `subject` in place of the package by this one alone.
 
@@ -59,7 +59,7 @@ def trials(
         pool.shutdown(cancel_futures=True)
 
 
-def shared_trials(drawn: Iterator[Drawn], settings: BenchSettings, processes: Processes) -> Iterator[Trial]:
+def shared_trials(drawn: Iterator[Drawn], settings: VerificationSettings, processes: Processes) -> Iterator[Trial]:
     """All laws on every instance, in order, in all processes alike; each tries one of every round."""
     while turn := list(islice(drawn, processes.world_size)):
         mine = turn[processes.process : processes.process + 1]
@@ -70,7 +70,7 @@ def shared_trials(drawn: Iterator[Drawn], settings: BenchSettings, processes: Pr
             yield Trial(draw_instance(*one), outcomes, strict, crossed)
 
 
-def _findings(one: Drawn, settings: BenchSettings) -> _Findings:
+def _findings(one: Drawn, settings: VerificationSettings) -> _Findings:
     """A trial without its instance, whose tensors would have to be sent."""
     trial = run_trial(draw_instance(*one), Subject(), settings)
     return trial.outcomes, trial.strict, trial.crossed

@@ -21,9 +21,9 @@ from rasa_theory.commands import verify
 from rasa_theory.verification import (
     FAMILIES,
     LAWS,
-    BenchSettings,
     Subject,
     Trial,
+    VerificationSettings,
     draw_instance,
     run_trial,
     suitable_jobs,
@@ -31,7 +31,7 @@ from rasa_theory.verification import (
 
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "verify.schema.json").read_text(encoding="utf-8"))
 HONEST = Subject()
-FEW = BenchSettings(sweeps=2)
+FEW = VerificationSettings(sweeps=2)
 
 
 # ---- subjects with one thing wrong each
