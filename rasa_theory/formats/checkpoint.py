@@ -44,5 +44,5 @@ class Checkpoint:
         return tensor
 
     def part(self, key: str) -> FileRows:
-        """The same tensor, read in blocks of rows when asked for. Raises InputError as `read` does."""
+        """The rows of a tensor, read in blocks on demand. Raises InputError as `read` does."""
         return self._header_of[key].rows(key)

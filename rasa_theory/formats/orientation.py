@@ -29,10 +29,10 @@ def model_types(checkpoint: Path) -> frozenset[str]:
 
 
 def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
-    """The same entries, with the shape of Conv1D matrices flipped to (out, in) = (b, a) and `transposed` set.
+    """Entries with the shape of Conv1D matrices flipped to (out, in) = (b, a) and `transposed` set.
 
-    Conv1D matrices are those called c_attn, q_attn, c_fc or c_proj, in models of a type that has Conv1D. Without a
-    known type the names alone decide, unless a c_attn or c_fc has more rows than columns: its rows are then its
+    Conv1D matrices are those called c_attn, q_attn, c_fc or c_proj, in models of a type that has Conv1D. If the
+    type is missing, the names alone decide, unless a c_attn or c_fc has more rows than columns: its rows are then its
     outputs, so the model has Linear modules of these names.
     """
     entries = list(entries)

@@ -1,7 +1,8 @@
 """The adapter layout of RaSA's authors (zwhe99/RaSA): keys, tensors and configuration, written and read.
 
-A module with B~_i (b, q), A~_i (q, a), the pool B_S (b, R), A_S (R, a) and its mixing (q + R,) computes
-x -> [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)), at scaling 1. The mixing is first that of the private terms.
+Every module has B~_i (b, q), A~_i (q, a) and a mixing (q + R,), first of the private terms, then of the pool. The pool
+of its kind is B_S (b, R), A_S (R, a). At scaling 1 the module adds, for an input x,
+[rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def rasa_layout(
     shared_B: Tensor,
     shared_A: Tensor,
 ) -> dict[str, Tensor]:
-    """The given tensors themselves, by key: B~_i, A~_i and the mixing (q + R,) of every module, and the pool."""
+    """The same tensors by key, uncopied: B~_i, A~_i and the mixing (q + R,) of every module, and the pool."""
     tensors = {_pool_key(modules.kind, "A"): shared_A, _pool_key(modules.kind, "B"): shared_B}
     for name, Bt, At, d in zip(modules.names, private_B, private_A, mixing, strict=True):
         tensors[_module_key(name, "A")] = At

@@ -83,7 +83,7 @@ class Header:
                 raise ValueError("it has changed since it was opened")
 
     def rows(self, key: str) -> FileRows:
-        """The rows of a floating tensor, read in blocks when asked for. Raises InputError as `check_unchanged` does."""
+        """The rows of a floating tensor, read in blocks on demand. Raises InputError as `check_unchanged` does."""
         self.check_unchanged()
         code, shape, offset, _ = self.tensors[key]
         return FileRows(self.file, offset, shape[-1], np.dtype(_DTYPES[code].numpy), code == "BF16")
@@ -141,8 +141,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def parse_json(content: bytes) -> Any:
     """The value of UTF-8 JSON.
 
-    Raises ValueError if it is not JSON, is nested deeper than Python can follow, or an object has a key twice or a key
-    that is not Unicode.
+    Raises ValueError if it is not JSON, or is nested deeper than Python can follow. An object that has a key twice,
+    or a key that is not Unicode, is refused too.
     """
     try:
         return json.loads(content.decode(), object_pairs_hook=_with_unique_keys)
@@ -192,7 +192,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], out: IO[bytes], metadata: dict[str, str]) -> None:
-    """Write tensors as a safetensors file, one by one, so that no second copy of all of them is made."""
+    """Write tensors as a safetensors file, one by one, without a second copy of all of them."""
     header = _HeaderToWrite(metadata)
     for key, tensor in tensors.items():
         header.add(key, _CODES[tensor.dtype], list(tensor.shape), tensor.nbytes)
@@ -203,7 +203,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], out: IO[bytes], metadata: d
 
 
 def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str], task: int | None = None) -> None:
-    """Write the tensors of several files, or those of one task, as one safetensors file, copied piece by piece.
+    """Join safetensors files into one, or only their tensors of one task, copied piece by piece.
 
     Raises InputError if two parts hold a tensor of the same name.
     """

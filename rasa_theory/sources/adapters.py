@@ -33,7 +33,7 @@ def open_adapter(path: Path, memory: int | None = None, alone: bool = False) -> 
 
 
 def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue:
-    """The stacks of several adapters of one base, over tasks: one stack per module, whose layer t is that of paths[t].
+    """The stacks of several adapters of one base, over tasks: one stack per module, with paths[t] as layer t.
 
     Modules that an adapter lacks, or that differ in shape, are left out; weights are (in, out) if one adapter says so.
     Raises InputError as LoraFolder does, for fewer than two adapters, and if no stack remains.

@@ -1,4 +1,4 @@
-"""The contents of a source: stacks that are read one at a time, when asked for, and the tensors left out."""
+"""The contents of a source: stacks that are read one at a time, on demand, and the tensors left out."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ class Catalogue:
         """
         if not globs:
             return self
-        wanted = ", ".join(map(repr, globs))
+        patterns = ", ".join(map(repr, globs))
         selected = [s for s in self.stacks if any(g == s.name or fnmatchcase(s.name, g) for g in globs)]
         if not selected:
             names = ", ".join(repr(s.name) for s in self.stacks)
-            raise InputError(f"{self.source}: no stack matches --modules {wanted}; there are {names}")
+            raise InputError(f"{self.source}: no stack matches --modules {patterns}; there are {names}")
         dropped = [
-            LeftOut(s.name, f"does not match --modules {wanted}", Exclusion.UNSELECTED)
+            LeftOut(s.name, f"does not match --modules {patterns}", Exclusion.UNSELECTED)
             for s in self.stacks
             if s not in selected
         ]

@@ -44,8 +44,8 @@ def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], l
 
     1. A tensor with three axes is a stack, named by its key.
     2. Matrices are grouped by name. The layer is the number after the first component `layers`, `layer`, `h`, `block`
-       or `blocks` that a number follows. Without such a word it is the only number that varies among names that are
-       alike but for their numbers. All other numbers (of experts, say) stay in the name.
+       or `blocks` that a number follows. Without such a word it is the only number that varies among names that
+       differ in nothing but numbers. All other numbers (of experts, say) stay in the name.
     3. The stack is named with `*` in place of the layer's number; its layers are in numeric order.
     4. Layers of unequal shape form separate stacks, with `[BxA]` at the end of the name.
     5. A matrix that is alone is left out; with `alone` it is a stack of one layer, named by its key.

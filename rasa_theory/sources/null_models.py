@@ -1,4 +1,4 @@
-"""Null models of sharing: stacks with the singular values of a given one, and a known amount in common between layers.
+"""Null models of sharing: stacks with prescribed singular values, and a prescribed amount in common between layers.
 
 A gain of RaSA on real updates means that the layers share directions only if it disappears in `turned_apart`.
 `with_common_bases` and `with_hidden_dyads` are the opposite controls: the sharing is there, so a solver must find it.
@@ -32,7 +32,7 @@ def turned_apart(stack: LayerStack, seed: int = 0) -> LayerStack:
     """Turn the singular bases of every layer at random: U_i M_i V_i, with U_i and V_i independent and orthogonal.
 
     This is the permutation test of sharing. Singular values stay, and with them e_lora and the allocation bound; the
-    directions that layers have in common are lost, but for chance. A gain that stays comes from unequal ranks alone.
+    directions that layers have in common are lost, except by chance. A gain that stays comes from unequal ranks alone.
 
     **Arguments:**
 
@@ -110,7 +110,7 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
 def resized(
     stack: LayerStack, layers: int, width: int, count: int, bases: str = "independent", seed: int = 0
 ) -> LayerStack:
-    """Make a stack of any depth and width whose singular values are like those of `stack`.
+    """Make a stack of any depth and width with the singular values of `stack`.
 
     log sigma_ij is interpolated linearly between the layers of `stack`, norms included, so that first and last layers
     agree. Use it to see how a result depends on L, b and a at a fixed spectrum and a known overlap.
@@ -153,7 +153,7 @@ def resized(
 
 
 def random_loras(factors: LoraFactors, seed: int = 0) -> LoraFactors:
-    """Draw LoRAs with the singular values of given ones, each in singular vectors of its own.
+    """Draw LoRAs with the same singular values as `factors`, each in singular vectors of its own.
 
     They have nothing in common but by chance: the control for methods that compress several LoRAs together.
 

@@ -44,8 +44,8 @@ class Prefix(NamedTuple):
 def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
-    Names are those of `base`. Where no layer has the same name in both, they may differ by a prefix (`find_prefix`),
-    which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
+    Tensors are named as in `base`. If no layer has the same name in both, they may differ by a prefix
+    (`find_prefix`), which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
     `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do, and
     if both hold matrices but none in common.
     """
@@ -115,11 +115,11 @@ class _Differences:
 def find_prefix(before: Checkpoint, after: Checkpoint) -> Prefix | None:
     """Find the prefix by which the names of two checkpoints differ; None if a layer has the same name in both.
 
-    A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name. A
-    prefix is a run of components that the names of one have and those of the other lack, at their beginning or after
-    their first component, and before the number: `bert.`, or `language_model.` in `model.language_model.layers.0` for
-    `model.layers.0`. It fits if with it a layer of the one has the name and shape of a layer of the other. None is
-    returned if none fits. Raises InputError if several fit: nothing is guessed.
+    A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name.
+    A prefix is a run of components that one checkpoint has in its names and the other lacks. It stands at their
+    beginning or after their first component, and before the number: `bert.`, or `language_model.` in
+    `model.language_model.layers.0` for `model.layers.0`. It fits if with it a layer of one checkpoint has the name and
+    shape of a layer of the other. Returns None if no prefix fits. Raises InputError if several fit: nothing is guessed.
     """
     old, new = _layers(before.entries), _layers(after.entries)
     if not old.keys().isdisjoint(new):
@@ -147,9 +147,10 @@ def _is_matrix(entry: Entry) -> bool:
 
 
 def _beginnings(longer: Mapping[str, Entry], shorter: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
-    """Beginnings of names of `longer`, each with what is left of it when a run of components before the number goes.
+    """Shorten names of `longer` by a run of components before the number, until they are names in `shorter`.
 
-    Only those are yielded for which `shorter` has a layer of the shortened name and the same shape.
+    Yields the beginning of the name up to the end of that run, and the same without the run. In `shorter` the
+    shortened name has the same shape.
     """
     for name, entry in longer.items():
         parts = name.split(".")

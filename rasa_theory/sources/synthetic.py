@@ -49,7 +49,7 @@ def power_law_stack(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> LayerStack:
-    """A large float32 stack, made on its device without an SVD or QR of a full matrix.
+    """Draw a large float32 stack on its device, without an SVD or QR of a full matrix.
 
     M_i = c_i (U_i diag(s) V_i^T + G_i). The norms c_i rise from 0.5 in the first layer to 1.5 in the last. The spectrum
     is s_j = j^-decay for j <= p = min(512, min(b, a) / 4). U_i and V_i overlap as in `synthetic_stack`. G_i is Gaussian
