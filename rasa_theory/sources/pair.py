@@ -45,9 +45,9 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
     Tensors are named as in `base`. If no layer has the same name in both, they may differ by a prefix
-    (`find_prefix`), which the source then mentions. Tensors that only one has, or whose shapes differ, are left out. The config.json of
-    `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and `find_prefix` do, and
-    if both hold matrices but none in common.
+    (`find_prefix`), which the source then mentions. Tensors that only one has, or whose shapes differ, are left out.
+    The config.json of `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and
+    `find_prefix` do, and if both hold matrices but none in common.
     """
     before, after = Checkpoint(base), Checkpoint(tuned)
     prefix = find_prefix(before, after)
