@@ -38,7 +38,7 @@ from matplotlib.ticker import NullFormatter
 import rasa_theory as rt
 from experiments.support.rows import Row, read_rows, write_rows
 from rasa_theory.plotting import style
-from rasa_theory.solvers import Descent, allocation_start, random_start
+from rasa_theory.solvers import RasaDescent, allocation_start, random_start
 from rasa_theory.sources import synthetic_stack
 
 COLUMNS = (
@@ -62,7 +62,7 @@ def facts(stack: rt.LayerStack, budget: rt.RankBudget, **more: Any) -> dict[str,
 def traced(stack: rt.LayerStack, budget: rt.RankBudget, sweep: str, sweeps: int, target: float = 0.0) -> dict[str, Any]:
     """Passes, seconds and error after every sweep from the allocation start, until `sweeps` or `target`."""
     unit = stack.unit()
-    run = Descent(unit, allocation_start(unit, budget), sweep, "allocation")
+    run = RasaDescent(unit, allocation_start(unit, budget), sweep, "allocation")
     begun, passes, clock, trace = unit.data_passes, [0], [0.0], [run.history[0]]
     while run.sweeps < sweeps and run.stop_reason is None and run.best_error > target:
         started = time.perf_counter()
@@ -154,7 +154,7 @@ def gaussian(shape: tuple[int, int, int], dtype: str) -> rt.LayerStack:
     return rt.LayerStack(M, f"gaussian {'x'.join(map(str, shape))}")
 
 
-def one_sweep(run: Descent) -> None:
+def one_sweep(run: RasaDescent) -> None:
     """One sweep more; an error if it was not taken, since then there is nothing to time."""
     before = run.sweeps
     if run.run(before + 1, 0.0).sweeps == before:
@@ -164,7 +164,7 @@ def one_sweep(run: Descent) -> None:
 def our_jobs(stack: rt.LayerStack, budget: rt.RankBudget) -> dict[str, Callable[[], Any]]:
     """One joint sweep, and its two products alone, with thin factors that lie as those of a sweep do."""
     unit, L, (b, a) = stack.unit(), stack.layers, stack.shape
-    run = Descent(unit, random_start(unit, budget, 0, size=0.1), "joint", "random")
+    run = RasaDescent(unit, random_start(unit, budget, 0, size=0.1), "joint", "random")
     one_sweep(run)
     width = budget.pool_rank(L) + budget.private_rank
     X, Y = (torch.randn(L, width, n, dtype=stack.dtype).mT for n in (a, b))

@@ -41,7 +41,7 @@ from rasa_theory.bounds import allocate_pool
 from rasa_theory.linalg import thin_qr
 from rasa_theory.plotting import style
 from rasa_theory.problem import SVD, compute_device
-from rasa_theory.solvers import Descent, random_start, sweeps_on
+from rasa_theory.solvers import RasaDescent, random_start, sweeps_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ class Run:
         """A joint sweep beside its two products, and the speed at which they read M."""
         L, (b, a) = self.unit.layers, self.unit.shape
         X, Y = (torch.randn(L, self.ranks, n, device=self.device).mT for n in (a, b))
-        run = Descent(self.unit, self.given, "joint", "given")
+        run = RasaDescent(self.unit, self.given, "joint", "given")
         jobs = {
             "joint_sweep": lambda: one_sweep(run),
             "two_products": lambda: (self.unit.right(X), self.unit.left(Y)),
@@ -190,7 +190,7 @@ class Run:
 
     def core(self) -> None:
         """Core sweeps after one to warm up, which makes the bases: they grow, so that later ones cost more."""
-        run = Descent(self.unit, self.given, "core", "given")
+        run = RasaDescent(self.unit, self.given, "core", "given")
         clock = []
         for _ in range(self.options.repeats + 1):
             began = now(self.device)

@@ -18,7 +18,7 @@ from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, 
 from rasa_theory.methods.method import Method, at_most, largest
 from rasa_theory.methods.products import leading_terms, left, right, seeded
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
-from rasa_theory.solvers import Descent, SolverOptions, solve_rasa
+from rasa_theory.solvers import RasaDescent, SolverOptions, solve_rasa
 
 CORES = ("full", "diagonal")
 RANDOM_STARTS = 2  # of a diagonal core, beside the leading singular terms
@@ -131,7 +131,7 @@ def _best_pool(unit: LayerStack, R: int, options: SolverOptions) -> tuple[RasaFa
     """The lowest of several runs without private terms, for any R: its factors and the errors of its sweeps."""
     runs = []
     for terms in (leading_terms(unit, R, options.seed), *_random_terms(unit, R, options.seed)):
-        run = Descent(unit, _without_private(unit, *terms), options.sweep, "given", options.max_cancellation)
+        run = RasaDescent(unit, _without_private(unit, *terms), options.sweep, "given", options.max_cancellation)
         runs.append(run.run(options.max_sweeps, options.rtol))
     best = min(runs, key=lambda run: run.best_error)
     return best.best, tuple(best.history)

@@ -21,6 +21,7 @@ from rasa_theory.problem.subspaces import (
     shared_subspace_spectrum,
     unrelated_level,
 )
+from rasa_theory.problem.terms import RankOneTerms
 from rasa_theory.problem.weighting import normalised_layers
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PassCounts",
     "PoolParticipation",
     "RankBudget",
+    "RankOneTerms",
     "RasaFactors",
     "SharedSubspaceSpectrum",
     "SpectralRanks",

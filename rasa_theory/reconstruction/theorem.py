@@ -7,7 +7,7 @@ from typing import Any
 from rasa_theory import linalg
 from rasa_theory.bounds import Bound
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors, reconstruction_error
-from rasa_theory.solvers import LoraSolution, RasaSolution, drop_allowance, resolve_mixing
+from rasa_theory.solvers import LoraSolution, RasaSolution, drop_allowance, is_at_most_lora, resolve_mixing
 
 
 def check_theorem(
@@ -40,7 +40,7 @@ def check_theorem(
 
 def verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:
     failed = {law for law, holds in checks.items() if not holds}
-    unaided = start not in ("best", "allocation", "lora")
+    unaided = not is_at_most_lora(start)
     if unaided and failed == {"answer_is_not_above_e_lora"}:
         return "undecided"  # a local minimum above e_lora says nothing against the theorem
     return "violated" if failed else "holds"

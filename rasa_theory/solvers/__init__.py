@@ -3,51 +3,86 @@
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.accuracy import cancellation, measurable, term_norms, term_size
 from rasa_theory.solvers.attempts import Attempt, median_iterations, random_attempt
-from rasa_theory.solvers.descent import DEGENERATE, Callback, Descent, Progress, StopReason
-from rasa_theory.solvers.exchange import Exchanges, leading_terms, losses, sign_patterns
+from rasa_theory.solvers.descent import (
+    BestSoFar,
+    Descent,
+    Extrapolated,
+    Guarded,
+    Memoryless,
+    StopReason,
+    Sweep,
+    SweepFailed,
+    decreases_less,
+)
+from rasa_theory.solvers.exchange import Exchanges, leading_terms, pool_losses, sign_patterns
 from rasa_theory.solvers.lora import LoraSolution, solve_lora
 from rasa_theory.solvers.mixing_drop import drop_allowance, mixing_drop, resolve_mixing
-from rasa_theory.solvers.rasa import RasaSolution, SolverOptions, iterate_path, solve_path, solve_rasa
-from rasa_theory.solvers.starts import PROMISES, STARTS
-from rasa_theory.solvers.starts.allocation import allocation_start
-from rasa_theory.solvers.starts.common import common_start
-from rasa_theory.solvers.starts.lora import lora_start
-from rasa_theory.solvers.starts.pencil import pencil_start
-from rasa_theory.solvers.starts.previous import move_to_pool
-from rasa_theory.solvers.starts.random import random_start
-from rasa_theory.solvers.sweeps.accelerated import core_sweeps, sweeps_on
-from rasa_theory.solvers.sweeps.core import CoreSweep
+from rasa_theory.solvers.options import SolverOptions, is_at_most_lora
+from rasa_theory.solvers.race import ahead, with_exchanges
+from rasa_theory.solvers.rasa import RasaSolution, iterate_path, move_to_pool, solve_path, solve_rasa
+from rasa_theory.solvers.rasa_descent import DIVERGED, Callback, Progress, RasaDescent
+from rasa_theory.solvers.starts import (
+    STARTS,
+    Start,
+    allocation_start,
+    common_start,
+    lora_start,
+    pencil_start,
+    random_start,
+)
+from rasa_theory.solvers.sweeps import SWEEPS, CoreSweep, JointSweep, PaperSweep, RasaSweep
+from rasa_theory.solvers.sweeps.accelerated import ReplayedSweep, SweepOnCore, core_sweeps, sweeps_on
+from rasa_theory.solvers.sweeps.bases import Side
+from rasa_theory.solvers.sweeps.core import gradient
 from rasa_theory.solvers.updates import joint_sweep, update_private
 
 __all__ = [
-    "DEGENERATE",
-    "PROMISES",
+    "DIVERGED",
     "STARTS",
+    "SWEEPS",
     "Attempt",
+    "BestSoFar",
     "Callback",
     "CoreSweep",
     "Descent",
     "Exchanges",
+    "Extrapolated",
+    "Guarded",
+    "JointSweep",
     "LoraSolution",
+    "Memoryless",
+    "PaperSweep",
     "Progress",
+    "RasaDescent",
     "RasaSolution",
+    "RasaSweep",
+    "ReplayedSweep",
+    "Side",
     "SolverOptions",
+    "Start",
     "StopReason",
+    "Sweep",
+    "SweepFailed",
+    "SweepOnCore",
+    "ahead",
     "allocation_start",
     "cancellation",
     "common_start",
     "core_sweeps",
+    "decreases_less",
     "drop_allowance",
+    "gradient",
+    "is_at_most_lora",
     "iterate_path",
     "joint_sweep",
     "leading_terms",
     "lora_start",
-    "losses",
     "measurable",
     "median_iterations",
     "mixing_drop",
     "move_to_pool",
     "pencil_start",
+    "pool_losses",
     "random_attempt",
     "random_start",
     "resolve_mixing",
@@ -60,4 +95,5 @@ __all__ = [
     "term_size",
     "update_private",
     "updates",
+    "with_exchanges",
 ]

@@ -34,18 +34,19 @@ def layer_term_norms(factors: RasaFactors) -> Tensor:
 def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
     """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i||.
 
-    At most about 1 where nothing cancels. A layer whose norm is within rounding of 0 counts as if it had that norm.
+    At most about 1 where nothing cancels. Norms of layers below rounding are replaced by the rounding level, so that
+    zero layers do not divide by zero.
     """
-    f = factors.scaled(1 / stack.scale)
-    norms = stack.unit().layer_norms(torch.float64).clamp_min(stack.unit().rounding)
-    private = ((f.private_B.mT @ f.private_B) * (f.private_A @ f.private_A.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    terms = torch.cat([private[:, None], _pool_term_norms(f)], 1).amax(1)
+    norms = stack.layer_norms(torch.float64).clamp_min(stack.rounding)
+    Bt, At, *_ = factors.named().values()
+    private = ((Bt.mT @ Bt) * (At @ At.mT)).sum((1, 2)).clamp_min(0).sqrt()
+    terms = torch.cat([private[:, None], _pool_term_norms(factors)], 1).amax(1)
     return factors.sharding.all_reduce_max(terms / torch.where(norms > 0, norms, 1))
 
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:
     """||M|| plus the norms of all terms of the updates: in units of norm, larger than ||M|| where terms cancel."""
-    squares = layer_term_norms(factors.to(dtype=torch.float64).scaled(1 / stack.scale)) ** 2
+    squares = (layer_term_norms(factors.to(dtype=torch.float64)) / stack.scale) ** 2
     terms = factors.sharding.all_reduce(batched.total(squares))
     return (math.sqrt(stack.unit().norm_squared) + math.sqrt(float(terms))) * stack.scale
 

@@ -1,4 +1,4 @@
-"""How many iterations a random start needs to beat LoRA: the paper's empirical analysis."""
+"""The number of iterations that a random start needs to beat LoRA: the paper's empirical analysis."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 
 from rasa_theory import linalg
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
-from rasa_theory.solvers.descent import Callback, Descent
+from rasa_theory.solvers.rasa_descent import Callback, RasaDescent, in_units
 from rasa_theory.solvers.starts import random_start
 
-ITERATIONS, AT_LEAST, AFTER_CROSSING = 60, 30, 10
+ITERATIONS = 60
+AT_LEAST = 30
+AFTER_CROSSING = 10
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One run of paper sweeps from a random start.
 
-    history: the error at the start and after every iteration, squared, in units of the input, each a direct residual;
-    iterations: the first with an error below e_lora, None if none was.
+    - seed: of the start.
+    - iterations: the number of the first iteration with an error below e_lora, None if there was none.
+    - history: the error at the start and after every iteration, squared, in units of the input, each a direct residual.
     """
 
     seed: int
@@ -38,29 +41,48 @@ def random_attempt(
     start: RasaFactors | None = None,
     iterations: int = ITERATIONS,
 ) -> Attempt:
-    """Run at most so many iterations; end 10 after the crossing, but not before the 30th, unless the pool degenerates.
+    """Count the iterations until the error is below e_lora (He et al., 2025, Section 3).
 
-    One iteration is one cycle of private SVDs, D, B_S and A_S (He et al., 2025, Section 3). The start is
-    `random_start`: a random pool that nobody uses yet, unless `start` gives another. An error counts as below e_lora
-    only if it is so beyond the rounding of float64, 10 max(b, a) eps ||M|| in norm.
+    One iteration is one cycle of private SVDs, D, B_S and A_S. The run ends 10 iterations after the crossing, but not
+    before the 30th, unless the pool degenerates. An error counts as below e_lora only if it is so beyond the rounding
+    of float64, 10 max(b, a) eps ||M|| in norm.
+
+    **Arguments:**
+
+    - stack: the L updates M_i (b, a).
+    - budget: r ranks a layer, k of them shared.
+    - e_lora: the squared error of LoRA, in units of the input.
+    - seed: of the start.
+    - callback: called with a `Progress` after every iteration.
+    - start: RasaFactors in units of the input, instead of a random pool that no layer uses yet (`random_start`).
+    - iterations: the largest number of iterations.
+
+    **Returns:**
+
+    - Attempt: the number of iterations and the history.
+
+    **Raises:**
+
+    - InputError: the error of `start` is not finite, or its shapes do not fit the stack.
     """
     unit = stack.unit()
     factors = random_start(unit, budget, seed) if start is None else start.scaled(1 / stack.scale)
-    run = Descent(unit, factors, "paper", "random")
+    callback = in_units(stack, callback)
+    run = RasaDescent(unit, factors, "paper", "random")
     margin = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
-    below = max(math.sqrt(e_lora) / stack.scale - margin, 0.0) ** 2
-    crossed: int | None = None
-    while run.stop_reason is None and run.sweeps < iterations:
-        if crossed is not None and run.sweeps >= max(AT_LEAST, crossed + AFTER_CROSSING):
-            break
-        run.run(run.sweeps + 1, 0.0, callback, stack.scale)
-        if crossed is None and run.history[-1] < below:
-            crossed = run.sweeps
-    return Attempt(seed, crossed, [e * stack.scale**2 for e in run.history])
+    level = max(math.sqrt(e_lora) / stack.scale - margin, 0.0) ** 2
+    crossing: int | None = None
+    end = iterations
+    while run.stop_reason is None and run.sweeps < end:
+        run.run(run.sweeps + 1, 0.0, callback)
+        if crossing is None and run.history[-1] < level:
+            crossing = run.sweeps
+            end = min(iterations, max(AT_LEAST, crossing + AFTER_CROSSING))
+    return Attempt(seed, crossing, [error * stack.scale**2 for error in run.history])
 
 
 def median_iterations(counts: Sequence[int | None]) -> int | None:
-    """Lower median of the counts, None standing for never (infinity); None for no counts at all."""
+    """The lower median of the counts, None standing for never (infinity); None for no counts at all."""
     if not counts:
         return None
     ordered = sorted(math.inf if count is None else count for count in counts)

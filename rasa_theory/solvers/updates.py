@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
+from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import Algebra, Checked, batched
 from rasa_theory.problem import LayerStack, RasaFactors, scale_into_mixing
 from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise
@@ -39,6 +40,12 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
     return dataclasses.replace(factors, private_B=Bt, private_A=At)
 
 
+def with_private_terms(stack: LayerStack, factors: RasaFactors) -> RasaFactors:
+    """The factors themselves, after `update_private` if no layer has private terms: sweeps need their row spaces."""
+    private = factors.private_A.abs().amax((1, 2)) if factors.private_A.shape[1] else factors.mixing.new_zeros(0)
+    return update_private(stack, factors) if factors.sharding.all_reduce_max(private) == 0 else factors
+
+
 def mixing_system(MA: Tensor, factors: RasaFactors) -> tuple[Tensor, Tensor]:
     """G = B_S^T B_S * A_S A_S^T (R, R) and g_i = diag(B_S^T E_i A_S^T) as rows (L, R), from MA_i = M_i A_S^T.
 
@@ -58,8 +65,11 @@ def update_mixing(MA: Tensor, layer_norms: Tensor, factors: RasaFactors) -> Rasa
     """
     G, g = mixing_system(MA, factors)
     noise = residual_noise(layer_norms + layer_term_norms(factors), factors)[:, None]
-    none = noise.new_zeros(())
-    step, _ = linalg.solve_layers(G[None], g[..., None], G.diagonal(), noise, factors.sharding, lambda _: none)
+
+    def no_measure(x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+    step, _ = linalg.solve_layers(G[None], g[..., None], G.diagonal(), noise, factors.sharding, no_measure)
     return dataclasses.replace(factors, mixing=factors.mixing + step[..., 0])
 
 
@@ -90,6 +100,22 @@ class JointHalf(NamedTuple):
     error: Tensor
 
 
+class HalfProducts(NamedTuple):
+    """Products that both problems of a joint half are made of; A~_i (q, a), orthonormal rows, and A_S (R, a) are fixed.
+
+    MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q), W_i = A_S A~_i^T (L, R, q), AA = A_S A_S^T (R, R),
+    C_i = AA - W_i W_i^T (L, R, R), or (1, R, R) if q = 0; `noise` (L, 1) is the rounding error of b^T E_i a.
+    """
+
+    MA: Tensor
+    MAt: Tensor
+    W: Tensor
+    AA: Tensor
+    C: Tensor
+    noise: Tensor
+    sharding: LayerSharding
+
+
 def joint_half(
     MA: Tensor,
     MAt: Tensor,
@@ -100,48 +126,70 @@ def joint_half(
 ) -> JointHalf:
     """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
 
-    With `leading`, only so many rows of B_S move (the least-squares problem falls apart into rows).
-
     The rows of A~_i are orthonormal, pool columns of unit norm; B~_i is not read. MA_i = M_i A_S^T (L, b, R), MAt_i =
-    M_i A~_i^T (L, b, q). With W_i = A_S A~_i^T and C_i = A_S A_S^T - W_i W_i^T, the best B~_i is (M_i - B_S D_i A_S)
-    A~_i^T whatever B_S and D_i are; what it leaves has the residual product E_i A_S^T = P_i - B_S D_i C_i with P_i =
-    M_i A_S^T - (M_i A~_i^T) W_i^T, so that
-        (increment of B_S) sum_i D_i C_i D_i = sum_i P_i D_i - B_S sum_i D_i C_i D_i,
-        (B_S^T B_S * C_i) (increment of d_i) = diag(B_S^T P_i) - (B_S^T B_S * C_i) d_i.
-    No P_i is formed. The error of the result is ||M||^2 - sum_i ||M_i A~_i^T||^2 - 2 sum_i d_i . diag(B_S^T P_i)
-    + sum_i d_i^T (B_S^T B_S * C_i) d_i, exact to a few eps (||M||^2 + the squared norms of the terms).
+    M_i A~_i^T (L, b, q). With `leading`, only that many rows of B_S move: the least-squares problem falls apart into
+    rows.
     """
+    # The block updates of the paper crawl where a pool term and a private one nearly agree, since each can only move
+    # as far as the other lets it. Here the private terms are eliminated. For fixed A~_i the best B~_i is
+    # (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are, and it leaves the residual product
+    #     E_i A_S^T = P_i - B_S D_i C_i,    P_i = M_i A_S^T - (M_i A~_i^T) W_i^T,
+    # so that the rest is two linear problems: `solve_pool_side` and `solve_mixing_side`. No P_i is formed: as an array
+    # of the size of a product it would cost as much time as the product.
     _, At, B_S, A_S, D = factors.named().values()
-    W = A_S @ At.mT  # (L, R, q)
+    W = A_S @ At.mT
     AA = A_S @ A_S.mT
-    C = AA - W @ W.mT if W.shape[2] else AA[None]  # (L, R, R), or the same for all layers
-    noise = residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # (L, 1); ||M_i A~_i^T|| <= ||M_i||
+    C = AA - W @ W.mT if W.shape[2] else AA[None]
+    noise = residual_noise(2 * layer_norms + D.abs().sum(1), factors)[:, None]  # ||M_i A~_i^T|| <= ||M_i||
+    products = HalfProducts(MA, MAt, W, AA, C, noise, factors.sharding)
+    B_S, D = solve_pool_side(products, B_S, D, leading, algebra)
+    D, error = solve_mixing_side(products, B_S, D, layer_norms, algebra)
+    private_B = MAt - batched.each(B_S, D[:, :, None] * W)
+    return JointHalf(dataclasses.replace(factors, private_B=private_B, shared_B=B_S, mixing=D), error)
 
+
+def solve_pool_side(
+    products: HalfProducts, B_S: Tensor, D: Tensor, leading: int | None, algebra: Algebra
+) -> tuple[Tensor, Tensor]:
+    """B_S (b, R) with unit columns and D (L, R), after minimising over the leading rows of B_S and all B~_i.
+
+    Adds to B_S the solution X of X G = sum_i P_i D_i - B_S G, G = sum_i D_i C_i D_i (R, R).
+    """
+    MA, MAt, W, AA, _, noise, sharding = products
     DW = D[:, :, None] * W  # (L, R, q)
-    G, g, size, noise_B = factors.sharding.all_reduce_together(  # (R, R), (b, R), (R,), (R,)
+    G, PD, size, noise_B = sharding.all_reduce_together(  # (R, R), (b, R), (R,), (R,)
         AA * batched.outer(D[..., None], D[..., None]) - batched.outer(DW, DW),
         (batched.weighted(MA, D) - batched.outer(MAt, DW))[:leading],
         batched.total(D * D),
         batched.total(noise * D.abs()),
     )
-    g = g - (B_S @ G)[:leading]
+    g = PD - (B_S @ G)[:leading]  # (b, R)
     X = algebra.solve_increment(G, g.mT, size, math.sqrt(len(g)) * noise_B).mT
-    B_S, D = scale_into_mixing(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
+    return scale_into_mixing(B_S + torch.nn.functional.pad(X, (0, 0, 0, len(B_S) - len(X))), D)
 
+
+def solve_mixing_side(
+    products: HalfProducts, B_S: Tensor, D: Tensor, layer_norms: Tensor, algebra: Algebra
+) -> tuple[Tensor, Tensor]:
+    """D (L, R) after minimising over all d_i and B~_i, and the squared error of the result.
+
+    Adds to d_i the solution of G_i x = p_i - G_i d_i, G_i = B_S^T B_S * C_i (R, R), p_i = diag(B_S^T P_i). The error is
+    sum_i ||M_i||^2 - ||M_i A~_i^T||^2 - 2 d_i . p_i + d_i^T G_i d_i, exact to a few eps (||M||^2 + the squared norms of
+    the terms).
+    """
+    MA, MAt, W, _, C, noise, sharding = products
     G = (B_S.mT @ B_S) * C  # (L, R, R)
-    p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R): diag(B_S^T P_i)
-    g = p - (G @ D[..., None])[..., 0]
-    before, energy = D, (MAt * MAt).sum((1, 2))
+    p = column_products(B_S, MA) - ((B_S.mT @ MAt) * W).sum(2)  # (L, R)
+    g = p - (G @ D[..., None])[..., 0]  # (L, R)
+    private_energy = (MAt * MAt).sum((1, 2))  # (L,)
 
-    def remaining(x: Tensor) -> Tensor:
-        D = before + x[..., 0]
-        explained = energy + (D * (2 * p - (G @ D[..., None])[..., 0])).sum(1)  # (L,)
+    def error_after(x: Tensor) -> Tensor:
+        d = D + x[..., 0]
+        explained = private_energy + (d * (2 * p - (G @ d[..., None])[..., 0])).sum(1)  # (L,)
         return batched.total(layer_norms**2 - explained)
 
-    x, error = algebra.solve_layers(G, g[..., None], torch.ones_like(size), noise, factors.sharding, remaining)
-    D = before + x[..., 0]
-    private_B = MAt - batched.each(B_S, D[:, :, None] * W)
-    return JointHalf(dataclasses.replace(factors, private_B=private_B, shared_B=B_S, mixing=D), error)
+    x, error = algebra.solve_layers(G, g[..., None], D.new_ones(D.shape[1]), noise, sharding, error_after)
+    return D + x[..., 0], error
 
 
 def column_products(B: Tensor, X: Tensor) -> Tensor:
@@ -161,7 +209,7 @@ def joint_sweep(
 ) -> JointHalf:
     """`joint_half` on the B side and then on the A side, each with one product: `sides` are X -> M_i X and M_i^T X.
 
-    `leading` says how many rows of B_S, and columns of A_S, may move.
+    `leading` are the numbers of rows of B_S and of columns of A_S that may move; None: all.
     """
     error = layer_norms.new_zeros(())
     for multiply, rows in zip(sides, leading, strict=True):

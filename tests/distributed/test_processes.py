@@ -27,7 +27,7 @@ from rasa_theory import linalg
 from rasa_theory.commands import extract
 from rasa_theory.common import InputError
 from rasa_theory.distributed import LayerSharding, Processes, balanced_shares
-from rasa_theory.solvers import Descent, cancellation, term_size, updates
+from rasa_theory.solvers import RasaDescent, cancellation, term_size, updates
 from rasa_theory.sources import open_source, planted_stack
 from tests.helpers.problems import decaying, noise
 from tests.helpers.processes import Pool
@@ -176,7 +176,7 @@ def first_without_private_terms(processes: Processes, values: Any) -> list[float
     f = rt.RasaFactors.from_lora(rt.solve_lora(unit, 2).factors, rt.RankBudget(2, 1))
     kept = torch.tensor([0.0, 1.0, 1.0]).double()[unit.sharding.local, None, None]
     f = dataclasses.replace(f, private_A=f.private_A * kept)
-    return Descent(unit, f, "joint", "lora").run(1, 0.0).history
+    return RasaDescent(unit, f, "joint", "lora").run(1, 0.0).history
 
 
 def test_private_terms_lack_only_where_no_layer_has_any(pool: Pool) -> None:

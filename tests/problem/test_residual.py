@@ -71,7 +71,7 @@ def test_it_reads_the_data_once():
 @pytest.mark.parametrize("shape", [(2, 6, 5), (3, 5, 5), (3, 6, 6)])
 @pytest.mark.parametrize("start", ["allocation", "lora", "random"])
 def test_factors_of_another_stack_are_refused(shape, start):
-    factors = STARTS[start](LayerStack(noise(*shape)), RankBudget(2, 1), 0)
+    factors = STARTS[start].make(LayerStack(noise(*shape)), RankBudget(2, 1), 0)
     with pytest.raises(InputError, match=f"{shape[0]} layers of {shape[1]} x {shape[2]}, stack 'mine' has 3 of 6 x 5"):
         reconstruction_error(LayerStack(noise(3, 6, 5), "mine"), factors)
 

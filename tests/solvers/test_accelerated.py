@@ -7,8 +7,7 @@ import torch
 
 from rasa_theory import LayerStack, RankBudget
 from rasa_theory.linalg import Unchecked
-from rasa_theory.solvers import core_sweeps, joint_sweep, random_start, update_private
-from rasa_theory.solvers.sweeps import accelerated as inner
+from rasa_theory.solvers import ReplayedSweep, SweepOnCore, core_sweeps, joint_sweep, random_start, update_private
 from tests.helpers import reference
 from tests.helpers.problems import SHAPES, falling, noise
 
@@ -43,22 +42,22 @@ def test_steps_beyond_the_last_point_never_raise_the_error(L, b, a, r, k, seed):
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_replayed_sweeps_are_the_checked_ones(dead, monkeypatch):
+def test_replayed_sweeps_are_the_checked_ones(dead):
     """As on a GPU, but for the recording: the same numbers, also where the fast way is not sound."""
     soundness = []
 
     def not_recorded(function):
         def called(*tensors):
-            facts, *found = function(*tensors)
+            facts, *factors = function(*tensors)
             soundness.append(bool(facts[1]))
-            return facts, *found
+            return facts, *factors
 
         return called
 
-    monkeypatch.setattr(inner, "Recorded", not_recorded)
     stack, budget = LayerStack(falling(3, 30, 20)), RankBudget(3, 2)
     f = update_private(stack, random_start(stack, budget, 0, size=0.3)).normalised()
-    sweeps = [inner.sweeps_on(stack.values, (30, 20), replayed=replayed) for replayed in (False, True)]
+    sweep = SweepOnCore(stack.values, (30, 20))
+    sweeps = [sweep, ReplayedSweep(sweep, not_recorded)]
     for swept in sweeps:
         swept(f)  # the first is checked in either case
     if dead:

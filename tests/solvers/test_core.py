@@ -1,6 +1,7 @@
 """Sweeps on the core: the plain sweeps where it is all of M, exact errors and sound bases where it is not."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.solvers import CoreSweep, allocation_start, random_start, update_private
-from rasa_theory.solvers.sweeps import core as core_module
+from rasa_theory.solvers import CoreSweep, Side, allocation_start, gradient, random_start, update_private
 from tests.helpers import reference
 from tests.helpers.problems import falling
 
@@ -27,9 +27,10 @@ NARROW += [(2, 14, 14, 3, 1)]  # .. hardly any room
 
 
 def started(stack, budget, start=allocation_start):
-    """A sweep on the unit stack, and factors in its units to begin with."""
-    unit = stack.unit()
-    return unit, CoreSweep(unit), update_private(unit, start(unit, budget, 0)).normalised()
+    """The unit stack, a sweep on it, and the state of factors in its units."""
+    unit, sweep = stack.unit(), CoreSweep(stack.unit())
+    factors = update_private(unit, start(unit, budget, 0)).normalised()
+    return unit, sweep, sweep.begin(factors, reconstruction_error(unit, factors))
 
 
 def plain(factors):
@@ -44,23 +45,24 @@ def largest(x):
 @pytest.mark.parametrize("start", [allocation_start, random_start])
 def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a, r, k, start):
     stack, budget = LayerStack(falling(L, b, a)), RankBudget(r, k)
-    unit, sweep, f = started(stack, budget, start)
+    unit, sweep, state = started(stack, budget, start)
     q, R = budget.private_rank, budget.pool_rank(L)
-    before = reconstruction_error(unit, f)
+    before = reconstruction_error(unit, state.factors)
     for _ in range(12):
-        f, error = sweep(f)
+        state, error = sweep(state)
+        f = state.factors
         assert error <= before * (1 + 1e-12)
         before = error
         assert error == pytest.approx(reconstruction_error(unit, f), rel=1e-12)
-        for side, view, n in ((sweep._columns, unit, b), (sweep._rows, unit.transpose(), a)):
+        for side, view, n in ((state.columns, unit, b), (state.rows, unit.transpose(), a)):
             U, eye = side.U, torch.eye(side.width, dtype=torch.float64)
             assert side.width <= max(3 * (R + q), n // 2) or side.is_whole
             assert largest(U.mT @ U - eye) <= 1e-13
             assert torch.equal(U[:, :, : side.common.shape[1]], side.common.expand(L, -1, -1))
             before_fresh = torch.cat([side.Z, view.values.mT @ side.fresh], 2)
             assert largest(side.turned(before_fresh) - view.values.mT @ U) <= 1e-13
-        inside = sweep._columns.common
-        assert largest(inside @ (inside.mT @ f.shared_B) - f.shared_B) <= 1e-12
+        common = state.columns.common
+        assert largest(common @ (common.mT @ f.shared_B) - f.shared_B) <= 1e-12
 
 
 def test_private_columns_after_one_that_the_pool_has_too_keep_their_place():
@@ -69,13 +71,12 @@ def test_private_columns_after_one_that_the_pool_has_too_keep_their_place():
     f = random_start(unit, budget, 0, size=0.3)
     own = torch.randn(2, 14, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     f = dataclasses.replace(f, private_B=torch.cat([f.shared_B[:, :1].expand(2, 14, 1), own], 2))
-    side = core_module._Side.of(unit, f)
+    side = Side.of(unit, f)
     for _ in range(6):
         assert largest(side.U @ (side.U.mT @ f.private_B) - f.private_B) <= 1e-12
         assert largest(side.common @ (side.common.mT @ f.shared_B) - f.shared_B) <= 1e-12
-        side.product(unit)
-        side.make_room(f)
-        side.take_up(f.shared_B, torch.zeros_like(f.private_B))  # nothing new, twice
+        side, _ = side.multiplied(unit).cut_down(f)
+        side = side.with_directions(f.shared_B, torch.zeros_like(f.private_B))  # nothing new, twice
 
 
 @pytest.mark.parametrize("gap", [1e-3, 3e-4])
@@ -89,7 +90,9 @@ def test_nearly_parallel_pool_terms_are_not_lost_in_float32(gap):
     M = torch.stack([f.update(i) for i in range(2)]) + 1e-3 * torch.as_tensor(falling(2, 80, 70))
     stack = LayerStack(M.float())
     unit, given = stack.unit(), f.to(torch.float32).scaled(1 / stack.scale)
-    assert CoreSweep(unit)(given)[1] <= reconstruction_error(unit, given) * (1 + 1e-6)
+    sweep = CoreSweep(unit)
+    _, error = sweep(sweep.begin(given, math.nan))
+    assert error <= reconstruction_error(unit, given) * (1 + 1e-6)
 
 
 def test_a_basis_that_is_cut_down_keeps_the_pool():
@@ -97,12 +100,10 @@ def test_a_basis_that_is_cut_down_keeps_the_pool():
     unit, budget = LayerStack(falling(3, 60, 50)).unit(), RankBudget(3, 2)
     f = random_start(unit, budget, 0, size=0.3)
     f = dataclasses.replace(f, private_B=torch.as_tensor(falling(3, 60, 1)))
-    side = core_module._Side.of(unit, f)
+    side = Side.of(unit, f)
     own = torch.as_tensor(falling(3, 60, 30, seed=1))
-    side.product(unit)
-    side.take_up(f.shared_B[:, :0], own)
-    side.product(unit)
-    side._keep(f, 10)
+    side = side.multiplied(unit).with_directions(f.shared_B[:, :0], own).multiplied(unit)
+    side, _ = side.restricted(f, 10)
     assert side.width == 10
     assert largest(side.common @ (side.common.mT @ f.shared_B) - f.shared_B) <= 1e-12
     assert largest(side.U @ (side.U.mT @ f.private_B) - f.private_B) <= 1e-12
@@ -111,9 +112,9 @@ def test_a_basis_that_is_cut_down_keeps_the_pool():
 def test_a_layer_that_owns_no_pool_term_keeps_its_private_ones():
     """Allocation gives the pool to two layers; the third is not lost from the common basis for it."""
     stack, budget = LayerStack(falling(3, 60, 50) * np.array([1, 1, 0.1])[:, None, None]), RankBudget(3, 1)
-    unit, _, f = started(stack, budget)
+    _, _, state = started(stack, budget)
+    f, common = state.factors, state.columns.common
     assert not f.mixing[2].any()
-    common = core_module._Side.of(unit, f).common
     assert largest(common @ (common.mT @ f.private_B) - f.private_B) <= 1e-12
 
 
@@ -121,10 +122,11 @@ def test_a_layer_that_owns_no_pool_term_keeps_its_private_ones():
 def test_new_directions_are_the_gradient_outside_the_basis(L, b, a, r, k):
     """By differences of the error: -1/2 its gradient with respect to A_S, and to A~_i for orthonormal B~_i."""
     stack, budget = LayerStack(falling(L, b, a)), RankBudget(r, k)
-    unit, sweep, f = started(stack, budget)
-    f, _ = sweep(f)
-    common, own = core_module._directions(sweep._columns.product(unit), sweep._columns, f, unit.layer_norms())
-    p, M = plain(f), unit.values.numpy()
+    unit, sweep, state = started(stack, budget)
+    state, _ = sweep(state)
+    side = state.columns.multiplied(unit)
+    common, own = gradient(side.Z, side, state.factors, unit.layer_norms())
+    p, M = plain(state.factors), unit.values.numpy()
     E = reference.residuals(M, *p)
     literal = sum(E[i].T @ p.B_S @ np.diag(p.D[i]) for i in range(L))
     if np.abs(literal).max(initial=0) > 1e-12:
@@ -141,10 +143,11 @@ def test_directions_that_are_rounding_noise_give_place_to_what_the_residual_show
     stack, budget = LayerStack(falling(3, 60, 50)), RankBudget(3, 1)
     unit = stack.unit()
     f = allocation_start(unit, budget).normalised()
-    side = core_module._Side.of(unit, f)
+    side = Side.of(unit, f)
     E = reference.residuals(unit.values.numpy(), *plain(f))
     assert max(np.abs(E[i].T @ f.private_B[i].numpy()).max() for i in range(3)) <= 1e-12
-    found = [core_module._directions(side.product(unit) + shift, side, f, unit.layer_norms()) for shift in (0, 1e-16)]
+    Z = side.multiplied(unit).Z
+    found = [gradient(Z + shift, side, f, unit.layer_norms()) for shift in (0, 1e-16)]
     for first, second in zip(*found, strict=True):
         assert float(torch.linalg.vector_norm(first, dim=-2).min()) >= 1e-3
         assert largest(first - second) <= 1e-12
@@ -152,23 +155,24 @@ def test_directions_that_are_rounding_noise_give_place_to_what_the_residual_show
 
 def test_a_small_stack_is_read_once():
     stack, budget = LayerStack(falling(3, 6, 6)), RankBudget(2, 0)  # without a pool nothing cancels: no residuals
-    _, sweep, f = started(stack, budget)
+    _, sweep, state = started(stack, budget)
     passes = stack.data_passes
     for _ in range(5):
-        f, _ = sweep(f)
+        state, _ = sweep(state)
     assert stack.data_passes == passes + 1  # M^T I
 
 
-def test_other_factors_begin_anew():
-    """Factors that the sweep did not return itself are taken as they come, with the same numbers as by a new sweep."""
+def test_a_sweep_remembers_nothing_but_its_state():
+    """A state begun with the same factors gives the same numbers, whatever the sweep did before."""
     stack, budget = LayerStack(falling(3, 60, 50)), RankBudget(3, 1)
-    _, sweep, f = started(stack, budget)
-    sweep(sweep(f)[0])
-    again, error = sweep(f)
-    _, fresh, _ = started(stack, budget)
-    expected, expected_error = fresh(f)
+    _, sweep, state = started(stack, budget)
+    f = state.factors
+    sweep(sweep(state)[0])
+    again, error = sweep(sweep.begin(f, math.nan))
+    _, fresh, expected = started(stack, budget)
+    expected, expected_error = fresh(expected)
     assert error == expected_error
-    assert torch.equal(again.mixing, expected.mixing)
+    assert torch.equal(again.factors.mixing, expected.factors.mixing)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8])

@@ -16,7 +16,7 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.solvers import Exchanges, allocation_start, leading_terms, losses, sign_patterns
+from rasa_theory.solvers import Exchanges, allocation_start, leading_terms, pool_losses, sign_patterns
 from tests.helpers.problems import SHAPES, noise, random_factors
 
 
@@ -29,7 +29,7 @@ def test_losses_are_singular_values_of_the_literal_sums(L, b, a, r, k, seed):
     f = random_factors(L, b, a, r, k, seed).normalised()
     Bt, At, B_S, A_S, D = (t.numpy() for t in f.named().values())
     q = Bt.shape[2]
-    for j, loss in enumerate(losses(f).tolist()):
+    for j, loss in enumerate(pool_losses(f).tolist()):
         sums = Bt @ At + D[:, j, None, None] * np.outer(B_S[:, j], A_S[j])
         values = np.linalg.svd(sums, compute_uv=False)
         assert loss == pytest.approx(float((values[:, q] ** 2).sum()) if q < values.shape[1] else 0.0, abs=1e-12)
@@ -41,7 +41,7 @@ def test_leading_terms_of_orthogonal_ones_come_in_order():
     E = tensor(np.einsum("nj,ij,pj->inp", U, D, V))
     terms = leading_terms(E, sign_patterns(4, 0), 3)
     assert torch.allclose((terms.D**2).sum(0), tensor((D**2).sum(0)))
-    rebuilt = torch.einsum("nj,ij,pj->inp", terms.B, terms.D, terms.A)
+    rebuilt = torch.einsum("nj,ij,jp->inp", terms.B, terms.D, terms.A)
     assert torch.allclose(rebuilt, E, atol=1e-10)
     assert torch.allclose(terms.B.square().sum(0), torch.ones(3).double())
 
@@ -116,7 +116,7 @@ def test_private_terms_take_up_what_the_pool_gives_up():
     empty = RasaFactors(
         torch.zeros(2, 7, 1).double(), torch.eye(6)[:1].expand(2, 1, 6).double(), f.shared_B, f.shared_A, f.mixing
     )
-    assert torch.allclose(losses(empty), torch.zeros(2).double(), atol=1e-12)
+    assert torch.allclose(pool_losses(empty), torch.zeros(2).double(), atol=1e-12)
     other = Exchanges(unit, budget, 0).exchanged(empty)
     assert other is not None
     assert reconstruction_error(unit, other) < reconstruction_error(unit, empty)

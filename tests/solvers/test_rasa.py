@@ -1,7 +1,6 @@
 """The solver: its trajectory beside the literal one, laws on nasty stacks, known optima, other people's solvers."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -30,8 +29,18 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory.linalg import not_above
-from rasa_theory.solvers import DEGENERATE, STARTS, Descent, Exchanges, descent, lora_start, measurable, random_start
-from rasa_theory.solvers.rasa import _ahead, _with_exchanges
+from rasa_theory.solvers import (
+    DIVERGED,
+    STARTS,
+    SWEEPS,
+    JointSweep,
+    RasaDescent,
+    ahead,
+    lora_start,
+    measurable,
+    random_start,
+    with_exchanges,
+)
 from tests.helpers import reference
 from tests.helpers.problems import KNOWN, SHAPES, noise, planted, shared_bases, zero
 from tests.helpers.strategies import nasty_stacks
@@ -47,7 +56,7 @@ def plain(factors):
 
 def exactly(n, **options):
     """n sweeps, whatever the error does."""
-    return SolverOptions(max_sweeps=n, rtol=0, **{"max_cancellation": DEGENERATE} | options)
+    return SolverOptions(max_sweeps=n, rtol=0, **{"max_cancellation": DIVERGED} | options)
 
 
 # ---- the trajectory
@@ -303,7 +312,7 @@ def test_starts_have_the_errors_that_they_promise(L, b, a, r, k, seed):
     M = noise(L, b, a, seed)
     stack, budget = LayerStack(M), RankBudget(r, k)
     names = ("allocation", "lora", "random")
-    errors = {name: reconstruction_error(stack, STARTS[name](stack, budget, 0)) for name in names}
+    errors = {name: reconstruction_error(stack, STARTS[name].make(stack, budget, 0)) for name in names}
     assert errors["allocation"] == pytest.approx(reference.allocation_bound(M, r, k), rel=1e-12)
     assert errors["lora"] == pytest.approx(reference.e_lora(M, r), rel=1e-12)
     assert errors["random"] == pytest.approx(stack.norm_squared, rel=1e-13)
@@ -381,27 +390,28 @@ def test_factors_in_half_precision_reproduce_the_error(dtype):
 
 
 def broken_after(sweeps, how):
-    """A sweep that works `sweeps` times and then fails in the given way."""
-    calls = 0
+    """A joint sweep that works `sweeps` times and then fails in the given way."""
 
-    def sweep(unit, norms, factors):
-        nonlocal calls
-        calls += 1
-        if calls <= sweeps:
-            return descent.joint_iteration(unit, norms, factors)
-        if how == "raises":
-            raise torch.linalg.LinAlgError
-        nan = dataclasses.replace(factors, mixing=factors.mixing * math.nan)
-        return nan, math.inf if how == "inf" else math.nan
+    class Broken(JointSweep):
+        calls = 0
 
-    return lambda unit: functools.partial(sweep, unit, unit.layer_norms())
+        def __call__(self, factors):
+            self.calls += 1
+            if self.calls <= sweeps:
+                return super().__call__(factors)
+            if how == "raises":
+                raise torch.linalg.LinAlgError
+            nan = dataclasses.replace(factors, mixing=factors.mixing * math.nan)
+            return nan, math.inf if how == "inf" else math.nan
+
+    return Broken
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "raises"])
 def test_after_a_failure_the_best_earlier_iterate_comes_back(monkeypatch, how):
     stack, budget = LayerStack(noise(3, 6, 5)), RankBudget(2, 1)
     expected = solve_rasa(stack, budget, exactly(3, start="allocation", sweep="joint"))
-    monkeypatch.setitem(descent.SWEEPS, "joint", broken_after(3, how))
+    monkeypatch.setitem(SWEEPS, "joint", broken_after(3, how))
     solution = solve_rasa(stack, budget, exactly(50, start="allocation", sweep="joint"))
     assert solution.stop_reason is StopReason.NON_FINITE
     assert solution.history == expected.history
@@ -411,17 +421,18 @@ def test_after_a_failure_the_best_earlier_iterate_comes_back(monkeypatch, how):
 
 def test_if_the_error_rises_the_best_iterate_comes_back(monkeypatch):
     """No sweep of ours does; rounding near zero error can."""
-    stack, budget, good = LayerStack(noise(3, 6, 5)), RankBudget(2, 1), descent.joint_iteration
+    stack, budget = LayerStack(noise(3, 6, 5)), RankBudget(2, 1)
     expected = solve_rasa(stack, budget, exactly(3, start="lora", sweep="joint"))
 
-    def worse(unit, norms, factors):
-        factors, error = good(unit, norms, factors)
-        if error * stack.scale**2 < expected.error * (1 - 1e-12):
-            factors = factors.scaled(2.0)
-            error = reconstruction_error(unit, factors)
-        return factors, error
+    class Worse(JointSweep):
+        def __call__(self, factors):
+            factors, error = super().__call__(factors)
+            if error * stack.scale**2 < expected.error * (1 - 1e-12):
+                factors = factors.scaled(2.0)
+                error = reconstruction_error(stack.unit(), factors)
+            return factors, error
 
-    monkeypatch.setitem(descent.SWEEPS, "joint", lambda unit: functools.partial(worse, unit, unit.layer_norms()))
+    monkeypatch.setitem(SWEEPS, "joint", Worse)
     solution = solve_rasa(stack, budget, exactly(4, start="lora", sweep="joint"))
     assert solution.history[:4] == expected.history
     assert solution.history[4] > solution.history[3] == pytest.approx(solution.error, rel=1e-12)
@@ -447,13 +458,16 @@ def test_the_callback_is_told_of_every_sweep(sweep):
 
 
 def test_the_callback_is_told_of_every_start():
+    """Every start sweeps equally long at first, two random ones among them, and the answer's run to the limit."""
     told = []
     solve_rasa(LayerStack(noise(3, 6, 5)), RankBudget(2, 1), exactly(10), callback=told.append)
-    sweeps = [p.sweep for p in told]
     assert {p.start for p in told} == {"allocation", "lora", "random"}
-    assert len(sweeps) == 4 * 2 + 2 * (6 - 2) + 2 * (10 - 6)  # four starts, the best two, a random one and allocation
-    assert sweeps[-4:] == list(range(7, 11))
     assert len({p.error for p in told if p.start == "random" and p.sweep == 1}) == 2
+    assert told[-1].sweep == 10
+    firsts = [sum(p.sweep == n for p in told) for n in range(1, 11)]
+    assert firsts[0] == 4
+    assert firsts == sorted(firsts, reverse=True)
+    assert 1 <= firsts[-1] < 4
 
 
 @EVERY
@@ -478,15 +492,19 @@ def test_passes_over_the_data(sweep, passes):
 def test_the_race_goes_on_with_its_best(monkeypatch):
     """Sweeps that change nothing but the number: e_alloc < e_lora < ||M||^2, so that allocation comes first."""
 
-    def halving(unit):
-        return lambda factors: (factors, reconstruction_error(unit, factors) / 2)
+    class Halving(JointSweep):
+        def begin(self, factors, error):
+            return factors
 
-    monkeypatch.setitem(descent.SWEEPS, "joint", halving)
-    monkeypatch.setattr(Exchanges, "exchanged", lambda self, factors: None)
+        def __call__(self, factors):
+            return factors, reconstruction_error(self._unit, factors) / 2
+
+    monkeypatch.setitem(SWEEPS, "joint", Halving)
     told, stack, budget = [], LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
-    solution = solve_rasa(stack, budget, exactly(100, sweep="joint"), callback=told.append)
+    first, second = JointSweep.heats
+    solution = solve_rasa(stack, budget, exactly(2 * second - 1, sweep="joint"), callback=told.append)
     swept = {start: max(p.sweep for p in told if p.start == start) for start in {p.start for p in told}}
-    assert swept == {"allocation": 100, "lora": 48, "random": 12}
+    assert swept == {"allocation": 2 * second - 1, "lora": second, "random": first}
     assert solution.start == "allocation"
     assert solution.error == pytest.approx(allocation_bound(stack, budget).value, rel=1e-12)
 
@@ -504,20 +522,24 @@ def test_allocation_stays_in_the_race_unless_another_start_is_more_than_one_per_
         (0.55, 1, ["allocation"]),
         (0.55, 2, ["allocation", "random"]),
     ):
-        alive = _ahead([allocation, lora, run("random", error)], count)
+        alive = ahead([allocation, lora, run("random", error)], count)
         assert [run.start for run in alive] == expected, error
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_an_exchange_is_kept_only_if_sweeps_from_it_end_lower(monkeypatch, pays):
+def test_an_exchange_is_kept_only_if_sweeps_from_it_end_lower(pays):
     """From LoRA to the best point known, or from there to LoRA; one sweep each before they are compared."""
     stack, budget = LayerStack(noise(3, 9, 8)), RankBudget(2, 1)
     best = solve_rasa(stack, budget).factors.scaled(1 / stack.scale)
-    begun, other = (lora_start(stack.unit(), budget), best)[:: 1 if pays else -1]
+    begin, other = (lora_start(stack.unit(), budget), best)[:: 1 if pays else -1]
     offered = iter([other, None])
-    monkeypatch.setattr(Exchanges, "exchanged", lambda self, factors: next(offered))
-    run = Descent(stack.unit(), begun, "joint", "lora")
-    lowest = _with_exchanges(run, Exchanges(stack.unit(), budget, 0), SolverOptions(), lambda run: run.run(1, 0.0))
+    run = RasaDescent(stack.unit(), begin, "joint", "lora")
+    lowest = with_exchanges(
+        run,
+        lambda factors: next(offered),
+        lambda run, factors: RasaDescent(run.unit, factors, "joint", run.start),
+        lambda run: run.run(1, 0.0),
+    )
     assert (lowest is run) != pays
     assert run.sweeps == 1
     assert (next(offered, "asked once") == "asked once") == pays

@@ -26,7 +26,7 @@ from rasa_theory import (
 )
 from rasa_theory.linalg import not_above
 from rasa_theory.problem import subspaces
-from rasa_theory.solvers import PROMISES, common_start, pencil_start
+from rasa_theory.solvers import STARTS, common_start, pencil_start
 from tests.helpers.problems import noise, planted, shared_bases
 from tests.helpers.strategies import nasty_stacks
 
@@ -192,7 +192,11 @@ def test_small_planted_stacks_reach_zero(seed):
 def test_on_bundled_updates_neither_promises_anything():
     for stack in load("minilm-code")[0][::3]:  # one that reads the residual stream, one that writes it
         for k in (1, 4, 8):
-            assert not any(promises(stack, RankBudget(8, k)) for promises in PROMISES.values())
+            assert not any(
+                start.is_worth_racing(stack.unit(), RankBudget(8, k))
+                for start in STARTS.values()
+                if start.is_worth_racing is not None
+            )
 
 
 # ---- where they do not apply
@@ -212,7 +216,7 @@ def test_on_bundled_updates_neither_promises_anything():
 def test_where_the_conditions_fail_allocation_takes_the_place(name, values, r, k):
     stack, budget = LayerStack(values), RankBudget(r, k)
     assert ALGEBRAIC[name](stack, budget) is None
-    assert not PROMISES[name](stack, budget)
+    assert not STARTS[name].is_worth_racing(stack.unit(), budget)
     solution = solve_rasa(stack, budget, SolverOptions(start=name, max_sweeps=3))
     assert solution.start == "allocation"
     assert not_above(solution.error, allocation_bound(stack, budget).value, stack.rounding)
@@ -222,9 +226,9 @@ def test_where_the_conditions_fail_allocation_takes_the_place(name, values, r, k
 @given(problem=nasty_stacks())
 def test_no_stack_makes_them_crash(name, problem):
     stack, budget = problem.stack, problem.budget
-    factors = ALGEBRAIC[name](stack, budget, 0)
+    factors = ALGEBRAIC[name](stack.unit(), budget, 0)
     if factors is not None:
-        assert math.isfinite(reconstruction_error(stack.unit(), factors.scaled(1 / stack.scale)))
+        assert math.isfinite(reconstruction_error(stack.unit(), factors))
     solve_rasa(stack, budget, SolverOptions(start=name, max_sweeps=2))
 
 
@@ -261,9 +265,9 @@ def test_the_same_seed_gives_the_same_factors(name):
 @pytest.mark.parametrize("c", [2.0**-300, 2.0**300])
 def test_a_power_of_two_changes_no_digit(name, c):
     M, budget = planted(0, 3, 12, 11, 3, 1).values, RankBudget(3, 1)
-    one, other = (ALGEBRAIC[name](LayerStack(x), budget) for x in (M, c * M))
-    assert torch.equal(c * one.mixing, other.mixing)
-    assert torch.equal(c * one.private_B, other.private_B)
+    one, other = (ALGEBRAIC[name](LayerStack(x).unit(), budget) for x in (M, c * M))
+    assert torch.equal(one.mixing, other.mixing)
+    assert torch.equal(one.private_B, other.private_B)
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -290,7 +294,7 @@ def test_a_solved_start_ends_the_race():
 
 def test_a_start_that_begins_above_allocation_is_not_raced():
     stack, budget, told = LayerStack(noise(4, 20, 18)), RankBudget(3, 1), []
-    assert PROMISES["pencil"](stack, budget)
+    assert STARTS["pencil"].is_worth_racing(stack.unit(), budget)
     assert reconstruction_error(stack, pencil_start(stack, budget)) > allocation_bound(stack, budget).value
     solve_rasa(stack, budget, SolverOptions(max_sweeps=12), callback=told.append)
     assert {progress.start for progress in told} == {"allocation", "lora", "random"}

@@ -1,4 +1,4 @@
-"""The pool handed to the layers that need it most."""
+"""The start in which every pool term serves the one layer that needs it most."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from rasa_theory.bounds import allocate_pool
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers.starts.entry import Start
 
 
 def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:
@@ -14,16 +15,17 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """
     U, S, Vh = stack.spectra.svd()
-    q, sharding = budget.private_rank, stack.sharding
+    (b, a), sharding = stack.shape, stack.sharding
+    q, R = budget.private_rank, budget.pool_rank(stack.layers)
     layer, index = allocate_pool(stack.spectra.singular_values(), budget)
-    terms = torch.nonzero((layer >= sharding.first) & (layer < sharding.first + sharding.local_layers))[
-        :, 0
-    ]  # of the layers held
+    is_local = (layer >= sharding.first) & (layer < sharding.first + sharding.local_layers)
+    terms = torch.nonzero(is_local)[:, 0]
     layer, index = layer[terms] - sharding.first, index[terms]
-    (b, a), R = stack.shape, budget.pool_rank(stack.layers)
-    mixing, B_S, A_S = S.new_zeros(sharding.local_layers, R), S.new_zeros(b, R), S.new_zeros(R, a)
-    mixing[layer, terms], B_S[:, terms], A_S[terms] = S[layer, index], U[layer, :, index].mT, Vh[layer, index]
-    B_S, A_S = sharding.all_reduce_together(B_S, A_S)  # every term is that of one layer
+    mixing = S.new_zeros(sharding.local_layers, R)
+    mixing[layer, terms] = S[layer, index]
+    B_S, A_S = S.new_zeros(b, R), S.new_zeros(R, a)
+    B_S[:, terms], A_S[terms] = U[layer, :, index].mT, Vh[layer, index]
+    B_S, A_S = sharding.all_reduce_together(B_S, A_S)  # each term comes from the process that holds its layer
     return RasaFactors(
         private_B=U[:, :, :q] * S[:, None, :q],
         private_A=Vh[:, :q],
@@ -32,3 +34,6 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
         mixing=mixing,
         sharding=sharding,
     ).to(stack.dtype, stack.device)
+
+
+ALLOCATION = Start("allocation", allocation_start, is_at_most_lora=True)

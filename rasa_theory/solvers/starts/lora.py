@@ -1,9 +1,10 @@
-"""LoRA's optimum as RaSA factors."""
+"""The start at the optimum of LoRA."""
 
 from __future__ import annotations
 
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.solvers.starts.entry import Start
 
 
 def lora_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:
@@ -12,3 +13,6 @@ def lora_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFact
     `seed` is not used.
     """
     return RasaFactors.from_lora(solve_lora(stack, budget.rank).factors, budget, pooled="smallest")
+
+
+LORA = Start("lora", lora_start, is_at_most_lora=True)

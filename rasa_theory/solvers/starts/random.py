@@ -1,10 +1,11 @@
-"""A random pool that nobody uses yet."""
+"""The start with a random pool that no layer uses yet."""
 
 from __future__ import annotations
 
 import torch
 
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers.starts.entry import Start
 
 
 def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: float = 0.0) -> RasaFactors:
@@ -34,3 +35,6 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
         mixing=D[stack.sharding.local],
         sharding=stack.sharding,
     ).to(stack.dtype, stack.device)
+
+
+RANDOM = Start("random", random_start, entries=2)

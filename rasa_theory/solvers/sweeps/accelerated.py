@@ -12,70 +12,90 @@ from rasa_theory import linalg
 from rasa_theory.linalg import Recorded, Unchecked
 from rasa_theory.problem import RasaFactors
 from rasa_theory.solvers import updates
+from rasa_theory.solvers.descent import BestSoFar, Descent, Extrapolated
 
-_ENOUGH = 1e-3  # sweeps end where one gains less than this share of what all have gained
+Swept = tuple[RasaFactors, float]
+"""Factors after a sweep, and their squared error."""
+
+_ENOUGH = 1e-3  # sweeps end where one gains less than this share of the gain of all since the first
 
 
 def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count: int) -> tuple[RasaFactors, float]:
-    """A joint sweep on K (L, n, m), float64, and up to `count` - 1 steps more: the factors and their squared error.
+    """The factors after at most `count` joint sweeps on K (L, n, m), float64, and their squared error.
 
-    B_S has its first common[0] rows only, and A_S its first common[1] columns. A step sweeps from
-    beyond the last point, by so much of the last change as grows while this lowers the error and shrinks where it does
-    not; there, and in the first step, it sweeps from the point itself. So the error never rises. Steps end where one
-    gains less than a thousandth of what all have gained.
+    Only the first common[0] rows of B_S move, and the first common[1] columns of A_S. The sweeps after the first are
+    `Extrapolated`, so the error never rises.
     """
-    swept = sweeps_on(K, common, replayed=K.device.type == "cuda" and factors.sharding.alone)
-    before, (point, error) = factors, swept(factors)
-    begun, step = error, 0.0
-    for _ in range(count - 1):
-        found, lower = swept(_beyond(point, before, step)) if step > 0 else swept(point)
-        if step == 0:
-            step = 1.0
-        elif lower < error:
-            step *= 1.3
-        else:
-            step = max(step / 2, 0.5)
-            found, lower = swept(point)
-        if not lower < error:
-            break
-        gain, before, point, error = error - lower, point, found, lower
-        if gain < _ENOUGH * (begun - error):
-            break
-    return point, error
+    # Sweeps on the core cost no pass over M, so it pays to go on until they stall. How far they can go is limited by
+    # the bases, not by the core: the next pass brings new directions and makes the last digits here worthless. Hence
+    # the loose end at a thousandth of the gain since the first sweep. The first sweep itself is left out of that gain,
+    # since it takes up the new directions and would hide all others.
+    sweep = sweeps_on(K, common, replayed=K.device.type == "cuda" and factors.sharding.alone)
+    descent = Descent(BestSoFar(Extrapolated(sweep, _beyond)), *sweep(factors))
+    descent.advance(count - 1, _gains_little)
+    return descent.point, min(descent.history)
 
 
-def sweeps_on(K: Tensor, common: tuple[int, int], replayed: bool) -> Callable[[RasaFactors], tuple[RasaFactors, float]]:
-    """Factors -> the factors after a sweep on K, and their error.
+def _gains_little(history: list[float]) -> bool:
+    before, error = history[-2:]
+    return not error < before or before - error < _ENOUGH * (history[0] - error)
 
-    On a GPU a sweep is some three hundred small kernels, which take less time than their launch: `replayed`, all but
-    the first are played from a recording, unchecked, and only one that was not sound is done again with all checks.
+
+def sweeps_on(K: Tensor, common: tuple[int, int], replayed: bool) -> Callable[[RasaFactors], Swept]:
+    """A function from factors to the factors after a joint sweep on K, and their squared error.
+
+    `replayed` sweeps are played from a recording where that is sound; they need a GPU and a single process.
     """
-    norms, sides = torch.linalg.matrix_norm(K), (partial(linalg.product, K), partial(linalg.product, K.mT))
+    sweep = SweepOnCore(K, common)
+    return ReplayedSweep(sweep) if replayed else sweep
 
-    def checked(factors: RasaFactors) -> tuple[RasaFactors, float]:
-        found, error = updates.joint_sweep(sides, norms, factors, common)
-        return found, float(error)
 
-    def unchecked(*tensors: Tensor) -> tuple[Tensor, ...]:
+class SweepOnCore:
+    """A joint sweep on K (L, n, m) in memory: factors -> (factors, squared error)."""
+
+    def __init__(self, K: Tensor, common: tuple[int, int]) -> None:
+        self._norms = torch.linalg.matrix_norm(K)
+        self._sides = partial(linalg.product, K), partial(linalg.product, K.mT)
+        self._common = common
+
+    def __call__(self, factors: RasaFactors) -> Swept:
+        half = updates.joint_sweep(self._sides, self._norms, factors, self._common)
+        return half.factors, float(half.error)
+
+    def unchecked(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same without a look at rounding: [error, whether all steps were sound], and the five factors."""
         algebra = Unchecked()
-        found, error = updates.joint_sweep(sides, norms, RasaFactors(*tensors), common, algebra)
-        return torch.stack([error, algebra.sound.to(error)]), *found.named().values()
+        half = updates.joint_sweep(self._sides, self._norms, RasaFactors(*tensors), self._common, algebra)
+        return torch.stack([half.error, algebra.sound.to(half.error)]), *half.factors.named().values()
 
-    recorded: Recorded | None = None
 
-    def swept(factors: RasaFactors) -> tuple[RasaFactors, float]:
-        nonlocal recorded
-        if recorded is None:  # the first one sets up what a recording needs
-            recorded = Recorded(unchecked)
-            return checked(factors)
-        facts, *found = recorded(*factors.named().values())
+Function = Callable[..., tuple[Tensor, ...]]
+Record = Callable[[Function], Function]
+
+
+class ReplayedSweep:
+    """A sweep on the core, recorded on a GPU and replayed.
+
+    On a GPU a sweep is some three hundred small kernels, which take less time than their launch. All sweeps but the
+    first are played from a recording, unchecked. One that was not sound is done again with all checks. The first one is
+    checked, since it sets up the libraries that a recording needs.
+    """
+
+    def __init__(self, sweep: SweepOnCore, record: Record = Recorded) -> None:
+        self._sweep = sweep
+        self._record = record
+        self._replay: Function | None = None
+
+    def __call__(self, factors: RasaFactors) -> Swept:
+        if self._replay is None:
+            self._replay = self._record(self._sweep.unchecked)
+            return self._sweep(factors)
+        facts, *tensors = self._replay(*factors.named().values())
         error, sound = facts.tolist()
-        return (RasaFactors(*found), error) if sound else checked(factors)  # replayed in one process only
-
-    return swept if replayed else checked
+        return (RasaFactors(*tensors), error) if sound else self._sweep(factors)
 
 
-def _beyond(point: RasaFactors, before: RasaFactors, step: float) -> RasaFactors:
-    """point + step (point - before), with unit columns in the pool."""
+def _beyond(point: RasaFactors, before: RasaFactors, stride: float) -> RasaFactors:
+    """point + stride (point - before), with unit columns in the pool."""
     pairs = zip(point.named().values(), before.named().values(), strict=True)
-    return RasaFactors(*(x + step * (x - y) for x, y in pairs), sharding=point.sharding).normalised()
+    return RasaFactors(*(x + stride * (x - y) for x, y in pairs), sharding=point.sharding).normalised()

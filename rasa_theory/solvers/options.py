@@ -1,0 +1,62 @@
+"""The options of the solver, validated where they are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rasa_theory.common import InputError, at_least, fraction, one_of
+from rasa_theory.problem import RasaFactors
+from rasa_theory.solvers.starts import STARTS
+from rasa_theory.solvers.sweeps import SWEEPS
+
+_SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts count on from the seed
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Options of `solve_rasa` and `solve_path`.
+
+    **Arguments:**
+
+    - start: "best" for a race of all starts, two of them random, and then exchanges of pool terms. Or the name of one
+      start, or RasaFactors in units of the input. "common" and "pencil" need conditions on the stack. Where they do not
+      hold, "allocation" takes their place, and the solution says so.
+    - sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or "paper".
+    - max_sweeps: the largest number of sweeps for the answer, counted anew after an exchange.
+    - rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
+    - seed: of the random starts, pencils and exchanges, from 0 to 2^62 - 1.
+    - max_cancellation: the solver stops, with the iterate before, where a term exceeds this times the norm of its
+      layer. Often no minimum is attained, and terms that grow and cancel gain ever less. At 8 the factors can be stored
+      in half precision.
+
+    **Raises:**
+
+    - InputError: an option is of the wrong type, unknown or out of range; the sentence names it.
+    """
+
+    start: str | RasaFactors = "best"
+    sweep: str = "core"
+    max_sweeps: int = 100
+    rtol: float = 1e-6
+    seed: int = 0
+    max_cancellation: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
+            name = repr(self.start) if isinstance(self.start, str) else f"of type {type(self.start).__name__}"
+            raise InputError(f"unknown start {name}; known: {', '.join(('best', *STARTS))}, or RasaFactors", "start")
+        one_of("sweep", self.sweep, SWEEPS)
+        object.__setattr__(self, "max_sweeps", at_least("max_sweeps", self.max_sweeps, 1))
+        object.__setattr__(self, "seed", at_least("seed", self.seed, 0))
+        fraction("rtol", self.rtol)
+        if not (isinstance(self.max_cancellation, int | float) and self.max_cancellation >= 1):
+            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}", "max_cancellation")
+        if self.seed >= _SEEDS:
+            raise InputError(f"seed must be below 2^62, got {self.seed}", "seed")
+
+
+def is_at_most_lora(start: str | RasaFactors) -> bool:
+    """True if solutions from this start are promised an error of at most e_lora, up to rounding."""
+    if isinstance(start, RasaFactors):
+        return False
+    return start == "best" or STARTS[start].is_at_most_lora
