@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rasa_theory.solvers import Descent
+from rasa_theory.solvers import RasaDescent
 
 
 def timed(
@@ -32,7 +32,7 @@ def timed(
     return seconds
 
 
-def one_sweep(run: Descent) -> None:
+def one_sweep(run: RasaDescent) -> None:
     """Run one sweep more. Raises ArithmeticError if none was taken, since then there is nothing to time."""
     before = run.sweeps
     if run.run(before + 1, 0.0).sweeps == before:
