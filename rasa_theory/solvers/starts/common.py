@@ -16,8 +16,8 @@ from rasa_theory.problem import (
     RasaFactors,
     mean_projector,
     projected,
-    squared_error,
     shared_subspace_spectrum,
+    squared_error,
 )
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.starts.entry import Start
