@@ -1,4 +1,4 @@
-"""RaSA's neighbours: how well other ways of sharing parameters reconstruct a stack, at equal parameters."""
+"""RaSA's neighbours: the errors of other ways to share parameters, at the same number of parameters."""
 
 from rasa_theory.methods.allocated import fit_allocated
 from rasa_theory.methods.alternate import Steps, alternate

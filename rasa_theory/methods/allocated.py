@@ -1,4 +1,4 @@
-"""LoRA with any number of ranks in all, given to whichever layers gain most by them."""
+"""LoRA with one budget of ranks for all layers, spent on the layers that gain most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RaSA's neighbours: how well other ways of sharing parameters reconstruct a stack, at equal parameters.
+"""RaSA's neighbours: the errors of other ways to share parameters, at the same number of parameters.
 
 Every method is one file: a function (stack, settings) -> `Fit`, and its `Method`. A new one is such a file, and its
 `Method` in the list below.
@@ -7,7 +7,7 @@ Parameters are counted by one rule for all methods:
 
 - Every trained number that has to be stored for the L layers counts: factors, cores, mixings, scalings, the vectors of
   a bank. An index counts as one number.
-- What a seed makes again, such as a frozen random basis, is not counted. Neither are ranks, sizes and seeds.
+- Numbers that a seed reproduces, such as a frozen random basis, are not counted. Neither are ranks, sizes and seeds.
 - Numbers are counted as the method stores them, even if a change of basis could save some.
 - A scale that another number can absorb is not stored a second time, so alpha / r is not counted. Of weights that add
   up to one, the last is not stored.

@@ -16,7 +16,7 @@ Settings = Mapping[str, int | str]
 
 
 class Evidence(Enum):
-    """How an error was obtained, and whether it is a minimum, as a sentence."""
+    """The evidence for an error: a minimum, or an upper bound on it. The value of each member is a sentence."""
 
     CLOSED_FORM = "The minimum, in closed form."
     BEST_FOUND = "The best found, an upper bound on the minimum: the problem is not convex."
@@ -36,7 +36,7 @@ class Fit:
     - settings: the configuration, as keyword arguments of the method.
     - error: sum_i ||M_i - update(i)||_F^2, the direct residual in float64.
     - parameters: the number of parameters stored for all layers, counted by the rule of `rasa_theory.methods.compare`.
-    - evidence: how the error was obtained.
+    - evidence: the evidence for the error.
     - update_rank: the largest rank that an update can have.
     - update: layer i -> its update (b, a) in float64.
     - floor: a proved lower bound on the error of any fit with these settings, or None.

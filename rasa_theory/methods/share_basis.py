@@ -22,8 +22,8 @@ def fit_share_basis(
 ) -> Fit:
     """Updates B^_i A^_i: the factors B_i (b, r) and A_i (r, a) of L LoRAs, each side projected on a basis of its own.
 
-    Each side is projected without regard to the other. The methods minimise the error of the factors; the error that
-    is measured here is that of their product.
+    Each side is projected without regard to the other. The methods minimise the error of the factors; here the error of
+    their product is measured.
 
     - basis "columns" (SHARE, Kaushik et al., 2026; package lorashare 0.1.3): B^_i = U U^T B_i. U (b, p) holds the top p
       eigenvectors of the covariance of all columns of the B_i, with their mean taken off; A_i likewise, by rows. The
@@ -102,7 +102,7 @@ def _parameters(layers: int, shape: tuple[int, int], rank: int, components: int,
 
 
 def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
-    """LoRAs of the rank that costs as much, kept whole, and of twice that rank, compressed by half.
+    """LoRAs of the rank that fits uncompressed, and of twice that rank.
 
     Bases that hold all factors are left out, since they store the LoRAs and compress nothing: L r columns, and L - 1
     components beside the mean.

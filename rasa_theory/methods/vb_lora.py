@@ -133,7 +133,7 @@ def _lowered(unit: LayerStack, start: Bank, r: int, iterations: int) -> tuple[Ba
 class _Objective:
     """||M - B A||^2 / ||M||^2 and its gradient, as a function of one flat array of vectors and logits.
 
-    L-BFGS has one scale for all variables at first. The logits are of order 1, so the vectors are given in units of the
+    L-BFGS has one scale for all variables at first. The logits are of order 1, so the vectors are divided by the
     root mean square of the initial ones.
     """
 
