@@ -14,7 +14,7 @@ from rasa_theory.bounds.closed import (
     stack_floor,
 )
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
-from rasa_theory.bounds.floor import CERTIFICATES, lower_bound
+from rasa_theory.bounds.floor import CERTIFICATES, check_certificate, lower_bound
 from rasa_theory.bounds.search import Evaluation, FloorOptions, Search, SearchProgress, SearchScale
 from rasa_theory.bounds.smoothing import capped_weights, smoothed_ky_fan
 from rasa_theory.bounds.two_sided import Division, ProjectedProblem, search_two_sided, two_sided_value
@@ -36,6 +36,7 @@ __all__ = [
     "allocation_bound",
     "capped_weights",
     "cappings",
+    "check_certificate",
     "clipped_floor",
     "closed_floors",
     "common_space_floor",

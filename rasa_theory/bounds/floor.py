@@ -16,6 +16,17 @@ CERTIFICATES = ("closed", "dual", "two-sided")
 """Kinds of certificate. Each includes those before it, and takes longer."""
 
 
+def check_certificate(certificate: str, is_alone: bool) -> None:
+    """Raise InputError if `certificate` is unknown, or asks several processes for a search that only one can run."""
+    one_of("certificate", certificate, CERTIFICATES)
+    if certificate != "closed" and not is_alone:
+        raise InputError(
+            f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "
+            "certificate closed, or run one process",
+            "certificate",
+        )
+
+
 def lower_bound(
     stack: LayerStack,
     budget: RankBudget,
@@ -55,12 +66,7 @@ def lower_bound(
     - InputError: r > min(b, a), an unknown certificate, or one with a search for a stack of several processes.
     """
     budget.check_fits(stack)
-    one_of("certificate", certificate, CERTIFICATES)
-    if certificate != "closed" and not stack.sharding.alone:
-        raise InputError(
-            f"certificate {certificate} is searched for in all layers of a stack together, by one process; ask for "
-            "certificate closed, or run one process"
-        )
+    check_certificate(certificate, stack.sharding.alone)
     unit = stack.unit()
     with stack.suitable_threads():
         floors = closed_floors(unit, budget)

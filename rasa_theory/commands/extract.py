@@ -6,25 +6,18 @@ Exit status: 0 all well, 2 bad input or usage, 130 interrupted; the same command
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import functools
 import json
-import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rasa_theory.bounds import RankTarget, allocate_ranks
+from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
-from rasa_theory.common import InputError, environment, write_file
-from rasa_theory.distributed import Processes, balanced_shares
+from rasa_theory.common import InputError, environment, read_json
+from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
     FORMATS,
     STORED,
@@ -32,20 +25,18 @@ from rasa_theory.extraction import (
     ExtractSettings,
     Job,
     check,
-    extract_stack,
-    extraction_csv,
+    entered,
+    extract_all,
     extraction_table,
+    finish,
     forecast,
-    model_card,
+    nameable,
 )
-from rasa_theory.formats import CONFIG_FILE, Exclusion, LeftOut, ModuleNames, base_of
-from rasa_theory.plotting import plot_extraction, style
+from rasa_theory.formats import CONFIG_FILE, ModuleNames, base_of
 from rasa_theory.problem import compute_dtype
-from rasa_theory.solvers import Callback
 from rasa_theory.sources import Catalogue, StackSource
 
 _UNSET = object()
-_EMBEDDING = re.compile(r"embed|(?:\A|\.)w[tp]e\.weight\Z")
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
 
 
@@ -140,7 +131,7 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
     catalogue = flags.given_source(args, alone=True).matching(args.modules)
     unnamed: list[StackSource] = []
     if args.adapters is None:
-        catalogue, unnamed = _nameable(catalogue)
+        catalogue, unnamed = nameable(catalogue)
     modules = [_modules(s, args) for s in catalogue.stacks]
     return Job(catalogue, modules, settings, dtype, device, unnamed, _base(args, catalogue), _tasks(args), args.memory)
 
@@ -158,60 +149,55 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
     processes = processes.with_long_timeout()
-    with _entered(out, job, processes) as place:
+    with entered(out, job, processes) as folder:
         if processes.first:
             say_left_out(job.catalogue.left_out, "report.json")
-        if place is None:
-            report = _finished_before(out) if processes.first else {}
-        elif not _extracted(job, place, processes, args.quiet):
+        if folder is None:
+            report = _earlier_report(out) if processes.first else {}
+        elif not _extract(job, folder, processes, args.quiet):
             return 130
         else:
             about = {
                 "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given],
-                "source": job.catalogue.source, "base": job.base, "plan": place.plan,
+                "source": job.catalogue.source, "base": job.base, "plan": folder.plan,
                 "environment": environment(job.device, job.dtype, processes.world_size),
             }  # fmt: skip
-            report = processes.from_first(functools.partial(_written, job, place, about))
-    if not processes.first:
-        return 0
-    print(f"Updates: {report['source']}", file=text)
-    print(extraction_table(report), file=text)
-    print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
-    if args.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
+            report = processes.from_first(functools.partial(finish, job, folder, about))
+    if processes.first:
+        _print(report, out, args.json)
     return 0
 
 
-@contextlib.contextmanager
-def _entered(out: Path, job: Job, processes: Processes) -> Iterator[ExtractionFolder | None]:
-    """The folder, kept for this run by process 0; None if it is finished.
-
-    All processes write their stacks there. Raises InputError as ExtractionFolder does, and if one of them does not see
-    the folder.
-    """
-    with contextlib.ExitStack() as held:
-
-        def enter() -> dict[str, Any] | None:
-            place = ExtractionFolder(out, job.plan())
-            return None if place.finished else held.enter_context(place).plan
-
-        plan = processes.from_first(enter)
-        if plan is None:
-            yield None
-            return
-        with processes.raise_together():
-            place = ExtractionFolder(out, plan)
-            if not place.begun:
-                raise InputError(
-                    f"--out {out} is not the folder that process 0 sees; name one that all processes share"
-                )
-        yield place
+def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bool) -> bool:
+    """Extract all stacks, with bars of progress; return False, and say how to go on, if interrupted."""
+    is_quiet = quiet or not processes.first
+    try:
+        extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
+    except KeyboardInterrupt:
+        processes.tell_interrupted()
+        if processes.first:
+            print(
+                f"interrupted; {folder.finished_parts} of {len(job.catalogue.stacks)} stacks are done, the same "
+                "command goes on from there",
+                file=sys.stderr,
+            )
+        return False
+    return True
 
 
-def _finished_before(out: Path) -> dict[str, Any]:
+def _earlier_report(out: Path) -> dict[str, Any]:
     print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report
+    return read_json(out / "report.json")
+
+
+def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print the source, the table and the names of the files; with `as_json` on standard error, beside the JSON."""
+    text = sys.stderr if as_json else sys.stdout
+    print(f"Updates: {report['source']}", file=text)
+    print(extraction_table(report), file=text)
+    print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
+    if as_json:
+        print(json.dumps(report, indent=1, allow_nan=False))
 
 
 def _modules(source: StackSource, args: argparse.Namespace) -> ModuleNames:
@@ -236,165 +222,3 @@ def _tasks(args: argparse.Namespace) -> list[list[str | None]] | None:
         [f"{task}-{Path(path).resolve().name}", args.base_name or base_of(Path(path))]
         for task, path in enumerate(args.adapters)
     ]
-
-
-def _nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
-    """The stacks whose layers are weights of modules; and the others, which move to `left_out`."""
-    kept: list[StackSource] = []
-    unnamed: list[StackSource] = []
-    left_out = list(catalogue.left_out)
-    for source in catalogue.stacks:
-        reason = None
-        if len(source.keys) != source.layers:
-            reason = "one tensor with three axes, whose layers are no modules"
-        elif strange := [key for key in source.keys if not key.endswith(".weight")]:
-            reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
-        elif _EMBEDDING.search(source.keys[0]):
-            reason = "an embedding, for which adapters have other tensors"
-        if reason is None:
-            kept.append(source)
-        else:
-            unnamed.append(source)
-            left_out.append(LeftOut(source.name, reason, Exclusion.NO_MODULE))
-    if not kept:
-        raise InputError(f"{catalogue.source}: no stack remains ({left_out[-1].name!r}: {left_out[-1].reason})")
-    return dataclasses.replace(catalogue, stacks=kept, left_out=left_out), unnamed
-
-
-def _extracted(job: Job, place: ExtractionFolder, processes: Processes, quiet: bool) -> bool:
-    """Write the part and the row of every stack that is new, and the norms of what is left out; False if interrupted.
-
-    The stacks are dealt over the processes as wholes, by the cost of their SVDs; each reads those that it has, and
-    nothing else. Where one fails, the others end with the stack that they are at.
-    """
-    stacks, mine = job.catalogue.stacks, processes.process
-    try:
-        ranks = _ranks(job, place, processes, quiet or not processes.first)
-        left = processes.from_first(lambda: [n for n in range(len(stacks)) if place.row(n) is None])
-        share = _shares([stacks[n] for n in left], processes)[mine]
-        with (
-            processes.raise_together(),
-            progress_bar(len(stacks), "stacks", quiet or not processes.first) as show,
-        ):
-            for n in (left[i] for i in share):
-                if processes.ending:
-                    break
-                source = stacks[n]
-                show(place.done, f"{source.name}: reading")
-                stack = source.load(job.dtype, job.device)
-                place.add(n, extract_stack(stack, job.modules[n], job.settings, ranks[n], _told(show, place, source)))
-            for n in _shares(job.unnamed, processes)[mine]:
-                if processes.ending:
-                    break
-                show(place.done, f"{job.unnamed[n].name}: norm")
-                place.note(_norm_of(n), functools.partial(_norm, job.unnamed[n]))
-    except KeyboardInterrupt:
-        processes.tell_interrupted()
-        if processes.first:
-            print(
-                f"interrupted; {place.done} of {len(stacks)} stacks are done, the same command goes on from there",
-                file=sys.stderr,
-            )
-        return False
-    except InputError:
-        if processes.first:
-            place.abandon()
-        raise
-    return True
-
-
-def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[int]]:
-    return balanced_shares([s.layers * math.prod(s.shape) * min(s.shape) for s in sources], processes.world_size)
-
-
-def _norm_of(n: int) -> str:
-    return f"norm-{n:05d}.json"
-
-
-def _written(job: Job, place: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:
-    """The report, of rows and norms that lie in the folder, once it is written with all final files.
-
-    Raises InputError if there is nothing to write.
-    """
-    rows = [row for n in range(len(job.catalogue.stacks)) if (row := place.row(n)) is not None]
-    norms = {source.name: place.noted(_norm_of(n)) for n, source in enumerate(job.unnamed)}
-    if not any(row["norm_squared"] for row in rows):
-        place.clear()
-        changed = [name for name, norm in norms.items() if norm]
-        only = f"; only {changed[0]!r} has changed, which no adapter of these formats can hold" if changed else ""
-        raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract{only}")
-    left_out = [
-        {"name": name, "reason": reason} | ({"norm_squared": norm} if (norm := norms.get(name)) is not None else {})
-        for name, reason in job.catalogue.left_out
-    ]
-    report = about | {"stacks": rows, "left_out": left_out}
-    write_adapter(place, report)
-    return report
-
-
-def _norm(source: StackSource) -> float | None:
-    """||M||^2 of a stack of which nothing is written; None if it cannot be read, or holds entries that are not finite.
-
-    In the dtype of the file, so that it takes no more memory than need be.
-    """
-    try:
-        return source.load(None, None).norm_squared
-    except InputError:
-        return None
-
-
-def _told(show: Callable[[int, str], None], place: ExtractionFolder, source: StackSource) -> Callback:
-    return lambda progress: show(place.done, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
-
-
-def _ranks(job: Job, place: ExtractionFolder, processes: Processes, quiet: bool) -> Sequence[Sequence[int] | None]:
-    """The rank of every layer of every stack where the settings have a target, decided once, by all spectra.
-
-    Raises InputError if the target leaves nothing.
-    """
-    name = "ranks.json"
-    found: Sequence[Sequence[int] | None] | None = processes.from_first(lambda: place.noted(name))
-    if found is None:
-        spectra = [] if job.settings.target is None else _spectra(job, processes, quiet)
-        found = processes.from_first(lambda: place.note(name, lambda: _allocated(job, spectra)))
-    assert found is not None
-    return found
-
-
-def _spectra(job: Job, processes: Processes, quiet: bool) -> list[Tensor]:
-    """The singular values of all stacks, (L, min(b, a)) each; every process takes those of its share."""
-    stacks, found = job.catalogue.stacks, {}
-    share = _shares(stacks, processes)[processes.process]
-    with processes.raise_together(), progress_bar(len(share), "spectra", quiet) as show:
-        for done, n in enumerate(share):
-            if processes.ending:
-                break
-            show(done, stacks[n].name)
-            stack = stacks[n].load(job.dtype, job.device)
-            unchanged = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
-            found[n] = stack.spectra.singular_values().cpu() if stack.norm_squared > 0 else unchanged
-    of_all = {n: spectrum for one in processes.all_gather_objects(found) for n, spectrum in one.items()}
-    return [of_all[n] for n in range(len(stacks))]
-
-
-def _allocated(job: Job, spectra: Sequence[Tensor]) -> Sequence[Sequence[int] | None]:
-    stacks, target = job.catalogue.stacks, job.settings.target
-    if target is None:
-        return [None] * len(stacks)
-    ranks = allocate_ranks(spectra, [sum(source.shape) for source in stacks], target)
-    if not any(map(any, ranks)):
-        raise InputError(
-            "the target leaves every layer rank 0: the updates are zero, or one term costs more than allowed"
-        )
-    return ranks
-
-
-def write_adapter(place: ExtractionFolder, report: dict[str, Any]) -> None:
-    """All final files, the report last, which says that the others are there; then the parts go."""
-    out, figure = place.out, plot_extraction(report)
-    place.finish(report["stacks"])
-    write_file(out / "report.csv", lambda f: f.write(extraction_csv(report).encode()))
-    write_file(out / "report.png", lambda f: style.save(figure, f))
-    write_file(out / "README.md", lambda f: f.write(model_card(report).encode()))
-    write_file(out / "report.json", lambda f: f.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode()))
-    place.clear()

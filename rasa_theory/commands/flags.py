@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.commands.console import memory_size
 from rasa_theory.common import InputError
-from rasa_theory.distributed import Processes
+from rasa_theory.distributed import Processes, local_process
 from rasa_theory.problem import compute_device
 from rasa_theory.solvers import STARTS, SolverOptions
 from rasa_theory.sources import Catalogue, open_source
@@ -147,7 +146,7 @@ def device(args: argparse.Namespace, processes: Processes) -> torch.device:
     found = compute_device(args.device)
     if processes.alone or found.type != "cuda":
         return found
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, there = local_process(), torch.cuda.device_count()
     if args.device not in ("auto", "cuda"):
         raise InputError(
             f"device {args.device} is one for all processes; each takes its own with --device cuda or auto", "device"
@@ -157,13 +156,3 @@ def device(args: argparse.Namespace, processes: Processes) -> torch.device:
             f"device cuda: {there} GPUs are here for process {local + 1}; start so many, or --device cpu", "device"
         )
     return torch.device("cuda", local)
-
-
-def check_certificate(args: argparse.Namespace, processes: Processes) -> None:
-    """Raise InputError where several processes are asked for a floor that one alone can search for."""
-    if args.certificate != "closed" and not processes.alone:
-        raise InputError(
-            f"certificate {args.certificate} is searched for in all layers of a stack together, by one process; ask "
-            "for closed, or run one process",
-            "certificate",
-        )

@@ -14,28 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rasa_theory.bounds import check_certificate
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
-from rasa_theory.common import InputError, identity, write_file
-from rasa_theory.distributed import ALONE, LayerSharding, Processes
-from rasa_theory.formats import read_tensors, safetensors_bytes
-from rasa_theory.plotting import plot_iterations, style
-from rasa_theory.problem import LayerStack, RankBudget, check_memory, compute_dtype
+from rasa_theory.common import InputError
+from rasa_theory.distributed import Processes
+from rasa_theory.problem import RankBudget, check_memory, compute_dtype
 from rasa_theory.reconstruction import (
     WEIGHTS,
+    ResultsFolder,
+    StudyJob,
     StudyProgress,
     StudySettings,
-    StudyState,
-    history_csv,
-    new_results,
-    study_steps,
+    run_study,
+    stacks_left,
     table,
+    take_up,
     verdict_lines,
 )
 from rasa_theory.solvers import SolverOptions
-from rasa_theory.sources import DEFAULT, Catalogue, StackSource, check_synthetic, synthetic_stack
+from rasa_theory.sources import DEFAULT, Catalogue, synthetic_catalogue
 
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _ON_NO_MEMORY = (
@@ -122,165 +120,83 @@ def _shape(text: str) -> tuple[int, int]:
     return b, a
 
 
+def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
+    with naming_flags(flags.NAMES):
+        settings = _settings(args, processes)
+        dtype, device = compute_dtype(args.dtype), flags.device(args, processes)
+    with processes.raise_together():
+        whole = _catalogue(args)
+    synthetic = {name: getattr(args, name) for name in _SYNTHETIC} if args.source == "synthetic" else None
+    job = StudyJob(whole.matching(args.modules), settings, dtype, device, args.tf32, synthetic, args.memory)
+    _check_stacks(job)
+    text = sys.stderr if args.json else sys.stdout
+    if args.dry_run:
+        if processes.first:
+            print(job.forecast(processes.world_size), file=text)
+        return 0
+
+    out = processes.from_first(lambda: output_folder(args.out))
+    if processes.first:
+        say_left_out(whole.left_out, "results.json")
+    folder = None if out is None else ResultsFolder(out, job.plan())
+    state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *given], folder, processes)
+    if state.results["stacks"] and processes.first:
+        names = ", ".join(row["name"] for row in state.results["stacks"])
+        print(f"{names}: finished before, taken up from {out}", file=sys.stderr)
+    interrupted = False
+    try:
+        with _bar(len(stacks_left(job, state)), settings, args.quiet or not processes.first) as watch:
+            run_study(job, state, folder, processes, watch)
+    except KeyboardInterrupt:
+        interrupted = True
+    if processes.first:
+        _report(state.results, interrupted, out, args.json)
+    return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
+
+
+def _settings(args: argparse.Namespace, processes: Processes) -> StudySettings:
+    """The settings of the study. Raises InputError for values out of range."""
+    solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
+    settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
+    check_certificate(args.certificate, processes.alone)
+    return settings
+
+
 def _catalogue(args: argparse.Namespace) -> Catalogue:
+    """All stacks of the source. Raises InputError as `flags.given_source` and `synthetic_catalogue` do."""
     if args.source != "synthetic":
         return flags.given_source(args, DEFAULT)
     flags.check_sources(args)
     if args.memory is not None:
         raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
     with naming_flags(flags.NAMES):
-        check_synthetic(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-
-    def make(
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        processes: Processes = ALONE,
-        tf32: bool = False,
-    ) -> LayerStack:
-        sharding = LayerSharding.of(args.layers, processes)
-        with processes.raise_together():  # made as a whole in each
-            stack = synthetic_stack(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-        return LayerStack(stack.values[sharding.local], "synthetic", dtype, device, sharding=sharding, tf32=tf32)
-
-    return Catalogue("synthetic", [StackSource("synthetic", args.layers, args.shape, make)], [])
+        return synthetic_catalogue(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
 
 
-def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
-    with naming_flags(flags.NAMES):
-        solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
-        settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
-        flags.check_certificate(args, processes)
-        dtype, device = compute_dtype(args.dtype), flags.device(args, processes)
-    with processes.raise_together():
-        whole = _catalogue(args)
-    catalogue = whole.matching(args.modules)
-    for source in catalogue.stacks:
-        RankBudget(args.rank, 0).check_fits(source)
-        if args.memory is not None:
+def _check_stacks(job: StudyJob) -> None:
+    """Raise InputError if the rank does not fit a stack, or if a stack needs more memory than --memory allows."""
+    for source in job.catalogue.stacks:
+        RankBudget(job.settings.rank, 0).check_fits(source)
+        if job.memory is not None:
             with naming_flags(flags.NAMES):
-                check_memory(source, args.memory)
-    text = sys.stderr if args.json else sys.stdout
-    if args.dry_run:
-        if processes.first:
-            print(_forecast(catalogue, settings, dtype, device, args.memory, processes.world_size), file=text)
-        return 0
-    out = processes.from_first(lambda: output_folder(args.out))
-    if processes.first:
-        say_left_out(whole.left_out, "results.json")
+                check_memory(source, job.memory)
 
-    command = ["python", "-m", "rasa_theory.reconstruct", *given]
-    plan = _plan(args, catalogue, settings)
-    state = processes.from_first(lambda: _begun(out, plan, settings)) or StudyState(
-        new_results(settings, catalogue.source, command), {}
-    )
-    state.results |= {"command": command, "unfinished": plan, "theorem_3_1": "undecided"}
-    state.results["left_out"] = [{"name": name, "reason": reason} for name, reason in catalogue.left_out]
-    finished = [row["name"] for row in state.results["stacks"]]
-    sources = [source for source in catalogue.stacks if source.name not in finished]
-    writing, interrupted = out is not None and processes.first, False
-    if finished and processes.first:
-        print(f"{', '.join(finished)}: finished before, taken up from {out}", file=sys.stderr)
 
-    def load(source: StackSource) -> LayerStack:
-        return source.load(dtype, device, processes, args.tf32)
-
-    left = len(sources) * len(settings.ks)
-    try:
-        with _bar(len(sources), settings, args.quiet or not processes.first) as watch:
-            for _ in study_steps(map(load, sources), settings, state, watch):
-                left -= 1
-                if left == 0:
-                    del state.results["unfinished"]
-                if writing:
-                    write_results(state, out)
-    except KeyboardInterrupt:
-        processes.tell_interrupted()
-        interrupted = True
-        if state.results["theorem_3_1"] == "holds":
-            state.results["theorem_3_1"] = "undecided"
-        if writing and state.results["stacks"]:
-            write_results(state, out)
-
-    status = 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
-    if not processes.first:
-        return status
-    print(table(state.results), file=text)
-    for line in verdict_lines(state.results, interrupted):
+def _report(results: dict[str, Any], interrupted: bool, out: Path | None, as_json: bool) -> None:
+    """Print the table, the verdict and the names of the files; with `as_json` on standard error, beside the JSON."""
+    text = sys.stderr if as_json else sys.stdout
+    print(table(results), file=text)
+    for line in verdict_lines(results, interrupted):
         print(line, file=text)
-    if writing and state.results["stacks"]:
-        print(
-            f"Files: {out}/ (results.json, history.csv, factors.safetensors, iterations.png, iterations.svg)", file=text
-        )
-    if args.json:
-        print(json.dumps(state.results, indent=1, allow_nan=False))
-    return status
-
-
-def _plan(args: argparse.Namespace, catalogue: Catalogue, settings: StudySettings) -> dict[str, Any]:
-    """What two runs must have in common, for the later one to take up what the other has finished: plain data."""
-    made = {name: getattr(args, name) for name in _SYNTHETIC} if args.source == "synthetic" else None
-    plan = {
-        "inputs": [identity(path) for path in catalogue.files],
-        "source": catalogue.source,
-        "synthetic": made,
-        "settings": f"{settings}, {args.dtype}, tf32={args.tf32}",
-        "stacks": [[source.name, source.layers, *source.shape] for source in catalogue.stacks],
-    }
-    settled: dict[str, Any] = json.loads(json.dumps(plan))
-    return settled
-
-
-def _begun(out: Path | None, plan: dict[str, Any], settings: StudySettings) -> StudyState | None:
-    """What a run of the same plan has finished in the folder `out` before it ended early: whole stacks alone."""
-    try:
-        assert out is not None
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        if results.get("unfinished") != plan:
-            return None
-        rows = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(settings.ks)]
-        names = [f"{row['name']}/{run['k']}/" for row in rows for run in row["runs"]]
-        tensors = read_tensors(out / "factors.safetensors") if rows else {}
-    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    kept = {key: tensor for key, tensor in tensors.items() if any(map(key.startswith, names))}
-    if not rows or len(kept) != 5 * len(names):
-        return None
-    return StudyState(results | {"stacks": rows}, kept)
-
-
-def _forecast(
-    catalogue: Catalogue,
-    settings: StudySettings,
-    dtype: torch.dtype,
-    device: torch.device,
-    limit: int | None,
-    world_size: int,
-) -> str:
-    lines, largest = [f"Source {catalogue.source}, on {device} in {str(dtype).removeprefix('torch.')}. Would solve:"], 0
-    for source in catalogue.stacks:
-        L, (b, a) = source.layers, source.shape
-        size = L * b * a * dtype.itemsize
-        largest = max(largest, dataclasses.replace(source, layers=-(-L // world_size)).memory(dtype))
-        ks = ", ".join(str(k) for k in settings.ks)
-        widest = max(RankBudget(settings.rank, k).private_rank + L * k for k in settings.ks)
-        lines.append(
-            f"  {source.name}: {L} x {b} x {a} ({size / 2**20:.1f} MiB), r = {settings.rank}, k = {ks}, "
-            f"update rank up to {min(widest, b, a)}, {settings.seeds} random attempts each"
-        )
-    of_it = "" if world_size == 1 else f", its layers over {world_size} processes"
-    each = "" if world_size == 1 else " in each"
-    lines.append(
-        f"One stack is in memory at a time{of_it}: about {largest / 2**20:.0f} MiB at most{each}, beside the libraries."
-    )
-    if limit is not None and largest > limit:
-        lines.append(f"At most {limit / 2**20:.4g} MiB of that are in memory, the rest on disk.")
-    lines += [f"  left out: {name}: {reason}" for name, reason in catalogue.left_out]
-    return "\n".join(lines)
+    if out is not None and results["stacks"]:
+        print(f"Files: {out}/ ({', '.join(ResultsFolder.FILES)})", file=text)
+    if as_json:
+        print(json.dumps(results, indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
 def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
-    """Progress on standard error: tasks done (a solve, attempt or floor), stack, start, step, error, time left."""
+    """A progress bar for a study: tasks done, stack, k, task in hand, step, error, and the time left."""
     with progress_bar(stacks * sum(settings.tasks(k) for k in settings.ks), "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:
@@ -290,18 +206,3 @@ def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable
             show(progress.tasks_done, f"{where}, {counted} {progress.sweep}{value}")
 
         yield watch
-
-
-# ---- files
-
-
-def write_results(state: StudyState, out: Path) -> None:
-    """Write all files of a run into the folder `out`, each whole or not at all. Raises InputError if that fails."""
-    figure = plot_iterations(state.results)
-    write_file(
-        out / "results.json", lambda f: f.write((json.dumps(state.results, indent=1, allow_nan=False) + "\n").encode())
-    )
-    write_file(out / "history.csv", lambda f: f.write(history_csv(state.results).encode()))
-    write_file(out / "factors.safetensors", lambda f: f.write(safetensors_bytes(state.factors)))
-    write_file(out / "iterations.png", lambda f: style.save(figure, f))
-    write_file(out / "iterations.svg", lambda f: style.save(figure, f, "svg"))

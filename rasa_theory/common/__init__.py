@@ -3,7 +3,8 @@
 from rasa_theory.common.checks import at_least, fraction, one_of, positive, real_number, whole_number
 from rasa_theory.common.environment import environment
 from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite, ProcessLost, UnsoundFile
-from rasa_theory.common.files import identity, locked, unfinished, writable_folder, write_file
+from rasa_theory.common.files import identity, unfinished, writable_folder, write_file
+from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, plan_of, read_json, write_json
 from rasa_theory.common.tables import aligned, csv_text
 from rasa_theory.common.version import __version__
 
@@ -12,7 +13,10 @@ __all__ = [
     "FailedElsewhere",
     "InputError",
     "NotFinite",
+    "PartsFolder",
+    "Plan",
     "ProcessLost",
+    "RunFolder",
     "UnsoundFile",
     "__version__",
     "aligned",
@@ -23,10 +27,13 @@ __all__ = [
     "identity",
     "locked",
     "one_of",
+    "plan_of",
     "positive",
+    "read_json",
     "real_number",
     "unfinished",
     "whole_number",
     "writable_folder",
     "write_file",
+    "write_json",
 ]

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, what tells one from another, and the lock of a folder."""
+"""Files that are written whole or not at all, folders that can be written to, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,31 +15,22 @@ from typing import IO, Any
 
 from rasa_theory.common.errors import InputError
 
-if sys.platform != "win32":
-    import fcntl
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}")
-
-
-def unfinished(path: Path) -> str | None:
-    """The name of the file that `write_file` has not finished there; None if it is no such one."""
-    found = _UNFINISHED.fullmatch(path.name)
-    return None if found is None else found[1]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}")
+_HEAD = 1 << 20  # bytes at the beginning of a file that its fingerprint covers: headers lie there
 
 
 def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file whole or not at all. Raises InputError if that fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # named before it is there: interrupted, it goes
+    # The name exists before the file does: an interruption at any moment finds it in `finally`, and the file goes.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
             fill(file)
         os.replace(temporary, path)
     except OSError as error:
         advice = "name another folder with --out"
-        if error.errno in _FULL:
+        if error.errno in _NO_ROOM:
             advice = f"make room and give the same command again, or {advice}"
         raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from None
     finally:
@@ -48,8 +38,14 @@ def write_file(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def unfinished(path: Path) -> str | None:
+    """The name of the file whose writing `write_file` began as `path`; None if `path` is no such temporary file."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return None if match is None else match[1]
+
+
 def writable_folder(path: Path) -> Path:
-    """The folder itself, made if need be. Raises InputError if it cannot be written."""
+    """Return the folder, made if need be. Raises InputError if it cannot be written to."""
     verb = "made"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -62,35 +58,13 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-_BEGINNING = 1 << 20  # bytes
-
-
-def locked(path: Path) -> IO[bytes] | None:
-    """The file, locked until it is closed or the process ends, however that may be; None where there are no locks.
-
-    Raises InputError if another process has locked it, or has just removed it with the folder that it was in.
-    """
-    if sys.platform == "win32":
-        return None
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        alone = False
-    except OSError:  # a file system that knows none
-        alone = True
-    if not alone:
-        file.close()
-        raise InputError(
-            f"another process is extracting into {path.parent.parent}; wait for it, or name another folder"
-        )
-    return file
-
-
 def identity(path: Path) -> dict[str, Any]:
-    """What tells whether a file has changed: size, time, and a digest of its beginning, where headers are."""
+    """The fingerprint of a file: its path, size, time of change, and a digest of its first MiB.
+
+    A digest of the whole would mean reading checkpoints of many GiB. The head holds the names, types and offsets of all
+    tensors; a change of entries alone shows in the time.
+    """
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_BEGINNING)).hexdigest()
+        digest = hashlib.sha256(file.read(_HEAD)).hexdigest()
     facts = path.stat()
     return {"file": str(path.resolve()), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest}

@@ -1,6 +1,6 @@
 """Several processes: collectives, layers sharded over them, and how torchrun starts them."""
 
-from rasa_theory.distributed.launch import launched, meeting
+from rasa_theory.distributed.launch import first_launched, launched, local_process, meeting
 from rasa_theory.distributed.processes import ALONE, Processes, lacks_memory
 from rasa_theory.distributed.sharding import LayerSharding, balanced_shares
 
@@ -9,7 +9,9 @@ __all__ = [
     "LayerSharding",
     "Processes",
     "balanced_shares",
+    "first_launched",
     "lacks_memory",
     "launched",
+    "local_process",
     "meeting",
 ]

@@ -21,6 +21,19 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def first_launched() -> bool:
+    """Whether this process is the first of those that torchrun has started, or the only one: RANK says so.
+
+    This is known before the processes have met.
+    """
+    return not launched() or os.environ.get("RANK") == "0"
+
+
+def local_process() -> int:
+    """The number of this process among those on the same machine, which is the number of its GPU: LOCAL_RANK."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextlib.contextmanager
 def meeting() -> Iterator[Processes]:
     """The processes that torchrun has started, or this one alone.
@@ -36,7 +49,7 @@ def meeting() -> Iterator[Processes]:
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local, there = local_process(), torch.cuda.device_count()
         if local < there:
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"

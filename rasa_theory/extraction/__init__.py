@@ -3,8 +3,10 @@
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
 from rasa_theory.extraction.conversion import extract_stack
 from rasa_theory.extraction.extract_settings import FORMATS, STORED, ExtractSettings
-from rasa_theory.extraction.job import Job, check, forecast
+from rasa_theory.extraction.forecast import duration, forecast
+from rasa_theory.extraction.job import Job, check, nameable
 from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
+from rasa_theory.extraction.run import entered, extract_all, finish, norm_squared
 
 __all__ = [
     "FORMATS",
@@ -13,9 +15,15 @@ __all__ = [
     "ExtractionFolder",
     "Job",
     "check",
+    "duration",
+    "entered",
+    "extract_all",
     "extract_stack",
     "extraction_csv",
     "extraction_table",
+    "finish",
     "forecast",
     "model_card",
+    "nameable",
+    "norm_squared",
 ]

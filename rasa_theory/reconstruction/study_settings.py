@@ -1,8 +1,10 @@
-"""What to compute on every stack."""
+"""The settings of a study."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.common import InputError, at_least, one_of
@@ -14,7 +16,7 @@ WEIGHTS = ("none", "layer")
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to compute on every stack.
+    """The settings of a study, the same for every stack; `ks` are sorted, each once.
 
     Raises InputError for an impossible rank, k, certificate, weight or number of seeds.
     """
@@ -34,6 +36,10 @@ class StudySettings:
         one_of("certificate", self.certificate, CERTIFICATES)
         one_of("weight", self.weight, WEIGHTS)
 
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain data; the solver's start must be the name of one."""
+        return dataclasses.asdict(self)
+
     def tasks(self, k: int) -> int:
-        """What progress counts on one stack: the solve, the attempts, and the floor where it is searched for."""
+        """The number of tasks that progress counts for one k: the solve, the attempts, and a search for a floor."""
         return 1 + (self.seeds + (self.certificate != "closed") if k else 0)

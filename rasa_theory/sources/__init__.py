@@ -6,11 +6,13 @@ from rasa_theory.sources.catalogue import Catalogue, StackSource
 from rasa_theory.sources.grouping import Group, group
 from rasa_theory.sources.open import load, open_source
 from rasa_theory.sources.pair import Prefix
+from rasa_theory.sources.sizes import left_out_lines, memory_line, size_line
 from rasa_theory.sources.synthetic import (
     check_synthetic,
     planted_stack,
     power_law_stack,
     singular_values,
+    synthetic_catalogue,
     synthetic_stack,
 )
 
@@ -23,12 +25,16 @@ __all__ = [
     "StackSource",
     "check_synthetic",
     "group",
+    "left_out_lines",
     "load",
+    "memory_line",
     "null_models",
     "open_source",
     "planted_stack",
     "power_law_stack",
     "provenance",
     "singular_values",
+    "size_line",
+    "synthetic_catalogue",
     "synthetic_stack",
 ]

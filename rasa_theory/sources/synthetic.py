@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError, at_least
+from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.sources.catalogue import Catalogue, StackSource
 
 
 def synthetic_stack(
@@ -73,6 +75,27 @@ def power_law_stack(
         M[i].normal_(generator=generator).mul_(s[-1] / (math.sqrt(b) + math.sqrt(a)))
         M[i].addmm_(U * s, V.mT).mul_(0.5 + i / max(layers - 1, 1))
     return LayerStack(M, f"power:{decay} of rank {p} in a Gaussian tail")
+
+
+def synthetic_catalogue(layers: int, shape: tuple[int, int], spectrum: str, overlap: float, seed: int) -> Catalogue:
+    """A source of one stack, `synthetic_stack`, made when it is loaded. Raises InputError as `check_synthetic` does.
+
+    Random bases depend on all of their layers, so every process makes the whole stack and keeps its own layers.
+    """
+    check_synthetic(layers, shape, spectrum, overlap, seed)
+
+    def make(
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        processes: Processes = ALONE,
+        tf32: bool = False,
+    ) -> LayerStack:
+        sharding = LayerSharding.of(layers, processes)
+        with processes.raise_together():
+            stack = synthetic_stack(layers, shape, spectrum, overlap, seed)
+        return LayerStack(stack.values[sharding.local], "synthetic", dtype, device, sharding=sharding, tf32=tf32)
+
+    return Catalogue("synthetic", [StackSource("synthetic", layers, shape, make)], [])
 
 
 def planted_stack(

@@ -1,0 +1,193 @@
+"""The work of an extraction: ranks, stacks and norms, shared by all processes, and the report of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rasa_theory.bounds import allocate_ranks
+from rasa_theory.common import InputError
+from rasa_theory.distributed import Processes, balanced_shares
+from rasa_theory.extraction.adapter_folder import ExtractionFolder
+from rasa_theory.extraction.conversion import extract_stack
+from rasa_theory.extraction.job import Job
+from rasa_theory.solvers import Callback
+from rasa_theory.sources import StackSource
+
+Show = Callable[[int, str], None]
+"""Called with the number of finished steps and the name of the step in hand."""
+Bar = Callable[[int, str], AbstractContextManager[Show]]
+"""Makes a context of progress for a number of steps, which are called by the second argument."""
+
+_RANKS = "ranks.json"
+
+
+@contextlib.contextmanager
+def no_progress(total: int, unit: str) -> Iterator[Show]:
+    """A `Bar` that shows nothing."""
+    yield lambda done, doing: None
+
+
+@contextlib.contextmanager
+def entered(out: Path, job: Job, processes: Processes) -> Iterator[ExtractionFolder | None]:
+    """The folder of the extraction, locked by process 0 for all; None if the extraction is finished.
+
+    All processes write their stacks there. Raises InputError as ExtractionFolder does, and if a process does not see
+    the folder that process 0 sees.
+    """
+    with contextlib.ExitStack() as locks:
+
+        def enter() -> dict[str, Any] | None:
+            folder = ExtractionFolder(out, job.plan())
+            return None if folder.finished else locks.enter_context(folder).plan
+
+        plan = processes.from_first(enter)
+        if plan is None:
+            yield None
+            return
+        with processes.raise_together():
+            folder = ExtractionFolder(out, plan)
+            if not folder.has_begun:
+                raise InputError(
+                    f"--out {out} is not the folder that process 0 sees; name one that all processes share"
+                )
+        yield folder
+
+
+def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: Bar = no_progress) -> None:
+    """Write the part and the row of every stack that is not finished, and the norms of the stacks without names.
+
+    Stacks are dealt to the processes as wholes, by the cost of their SVDs, and each process reads only its own. Where
+    one process fails or is interrupted, the others stop after the stack in hand. A failure before any stack is finished
+    leaves no parts.
+    """
+    stacks, process = job.catalogue.stacks, processes.process
+    try:
+        ranks = _ranks(job, folder, processes, bar)
+        unfinished = processes.from_first(lambda: [n for n in range(len(stacks)) if folder.row(n) is None])
+        share = _shares([stacks[n] for n in unfinished], processes)[process]
+        with processes.raise_together(), bar(len(stacks), "stacks") as show:
+            for n in (unfinished[i] for i in share):
+                if processes.ending:
+                    break
+                source = stacks[n]
+                show(folder.finished_parts, f"{source.name}: reading")
+                stack = source.load(job.dtype, job.device)
+                callback = _solver_progress(show, folder, source)
+                folder.add(n, extract_stack(stack, job.modules[n], job.settings, ranks[n], callback))
+            for n in _shares(job.unnamed, processes)[process]:
+                if processes.ending:
+                    break
+                source = job.unnamed[n]
+                show(folder.finished_parts, f"{source.name}: norm")
+                folder.compute_once(_norm_file(n), functools.partial(norm_squared, source))
+    except InputError:
+        if processes.first:
+            folder.abandon()
+        raise
+
+
+def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[int]]:
+    """Deal the sources to the processes by the cost of their SVDs, L b a min(b, a): their positions, per process."""
+    return balanced_shares([s.layers * math.prod(s.shape) * min(s.shape) for s in sources], processes.world_size)
+
+
+def _solver_progress(show: Show, folder: ExtractionFolder, source: StackSource) -> Callback:
+    return lambda progress: show(folder.finished_parts, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
+
+
+def _norm_file(n: int) -> str:
+    return f"norm-{n:05d}.json"
+
+
+def norm_squared(source: StackSource) -> float | None:
+    """||M||^2 of a stack that is not extracted; None if it cannot be read, or has entries that are not finite.
+
+    It is computed in the dtype of the file, which takes the least memory.
+    """
+    try:
+        return source.load(None, None).norm_squared
+    except InputError:
+        return None
+
+
+# ---- ranks that reach a target
+
+
+def _ranks(job: Job, folder: ExtractionFolder, processes: Processes, bar: Bar) -> Sequence[Sequence[int] | None]:
+    """The rank of every layer of every stack, chosen once from all spectra; None for stacks without a target.
+
+    Raises InputError if the target leaves every layer rank 0.
+    """
+    ranks: Sequence[Sequence[int] | None] | None = processes.from_first(lambda: folder.cached(_RANKS))
+    if ranks is not None:
+        return ranks
+    spectra = [] if job.settings.target is None else _spectra(job, processes, bar)
+    chosen: Sequence[Sequence[int] | None] = processes.from_first(
+        lambda: folder.compute_once(_RANKS, lambda: _allocated(job, spectra))
+    )
+    return chosen
+
+
+def _spectra(job: Job, processes: Processes, bar: Bar) -> list[Tensor]:
+    """The singular values of all stacks, (L, min(b, a)) each; every process takes the stacks of its share."""
+    stacks = job.catalogue.stacks
+    own: dict[int, Tensor] = {}
+    share = _shares(stacks, processes)[processes.process]
+    with processes.raise_together(), bar(len(share), "spectra") as show:
+        for done, n in enumerate(share):
+            if processes.ending:
+                break
+            show(done, stacks[n].name)
+            stack = stacks[n].load(job.dtype, job.device)
+            zeros = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
+            own[n] = stack.spectra.singular_values().cpu() if stack.norm_squared > 0 else zeros
+    spectra = {
+        n: spectrum for share_of_one in processes.all_gather_objects(own) for n, spectrum in share_of_one.items()
+    }
+    return [spectra[n] for n in range(len(stacks))]
+
+
+def _allocated(job: Job, spectra: Sequence[Tensor]) -> Sequence[Sequence[int] | None]:
+    stacks, target = job.catalogue.stacks, job.settings.target
+    if target is None:
+        return [None] * len(stacks)
+    ranks = allocate_ranks(spectra, [sum(source.shape) for source in stacks], target)
+    if not any(map(any, ranks)):
+        raise InputError(
+            "the target leaves every layer rank 0: the updates are zero, or one term costs more than allowed"
+        )
+    return ranks
+
+
+# ---- the end
+
+
+def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the final files from the rows and norms in the folder; return the report, which begins with `about`.
+
+    Raises InputError if every update is zero.
+    """
+    rows = [row for n in range(len(job.catalogue.stacks)) if (row := folder.row(n)) is not None]
+    norms = {source.name: folder.cached(_norm_file(n)) for n, source in enumerate(job.unnamed)}
+    if not any(row["norm_squared"] for row in rows):
+        folder.clear()
+        changed = [name for name, norm in norms.items() if norm]
+        only = f"; only {changed[0]!r} has changed, which no adapter of these formats can hold" if changed else ""
+        raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract{only}")
+    left_out = [
+        {"name": one.name, "reason": one.reason}
+        | ({"norm_squared": norm} if (norm := norms.get(one.name)) is not None else {})
+        for one in job.catalogue.left_out
+    ]
+    report = about | {"stacks": rows, "left_out": left_out}
+    folder.finish(report)
+    return report

@@ -1,0 +1,50 @@
+"""The folder of a study: its files, and the stacks that an earlier run of the same plan has finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rasa_theory.common import InputError, Plan, RunFolder, write_file, write_json
+from rasa_theory.formats import read_tensors, safetensors_bytes
+from rasa_theory.plotting import plot_iterations, style
+from rasa_theory.reconstruction.driver import StudyState
+from rasa_theory.reconstruction.summary import history_csv
+
+_FACTORS = ("private_B", "private_A", "shared_B", "shared_A", "mixing")
+
+
+class ResultsFolder(RunFolder):
+    """The folder of a study. While stacks are left, results.json holds the plan under `unfinished`."""
+
+    FILES = ("results.json", "history.csv", "factors.safetensors", "iterations.png", "iterations.svg")
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        super().__init__(out, plan, out / "results.json", "unfinished")
+
+    def finished_stacks(self, ks: Sequence[int]) -> StudyState | None:
+        """The stacks that an earlier run of the same plan has finished, with all of `ks`; None if there are none.
+
+        A folder that cannot be read, or belongs to another plan, is no error: the run begins anew and overwrites it.
+        """
+        try:
+            results = self.recorded()
+            if results is None or self.difference() is not None:
+                return None
+            rows = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(ks)]
+            tensors = read_tensors(self.out / "factors.safetensors") if rows else {}
+        except (InputError, OSError):
+            return None
+        keys = [f"{row['name']}/{k}/{factor}" for row in rows for k in ks for factor in _FACTORS]
+        if not rows or not tensors.keys() >= set(keys):
+            return None
+        return StudyState(results | {"stacks": rows}, {key: tensors[key] for key in keys})
+
+    def write(self, state: StudyState) -> None:
+        """Write all files of the study, each whole or not at all. Raises InputError if that fails."""
+        figure = plot_iterations(state.results)
+        write_json(self.out / "results.json", state.results)
+        write_file(self.out / "history.csv", lambda file: file.write(history_csv(state.results).encode()))
+        write_file(self.out / "factors.safetensors", lambda file: file.write(safetensors_bytes(state.factors)))
+        write_file(self.out / "iterations.png", lambda file: style.save(figure, file))
+        write_file(self.out / "iterations.svg", lambda file: style.save(figure, file, "svg"))

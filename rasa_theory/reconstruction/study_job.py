@@ -1,0 +1,122 @@
+"""A study of the stacks of a source: its plan, its dry run, and its run, which takes up finished stacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rasa_theory.common import Plan, plan_of
+from rasa_theory.distributed import Processes
+from rasa_theory.problem import RankBudget
+from rasa_theory.reconstruction.driver import StudyState, study_steps
+from rasa_theory.reconstruction.results_folder import ResultsFolder
+from rasa_theory.reconstruction.rows import new_results
+from rasa_theory.reconstruction.study_progress import Watch
+from rasa_theory.reconstruction.study_settings import StudySettings
+from rasa_theory.sources import Catalogue, StackSource, left_out_lines, memory_line, size_line
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """A study of the stacks of `catalogue`.
+
+    `synthetic`: the arguments of a synthetic source, which has no files that tell it from another; None for files.
+    `memory`: the limit in bytes, None for no limit.
+    """
+
+    catalogue: Catalogue
+    settings: StudySettings
+    dtype: torch.dtype
+    device: torch.device
+    tf32: bool = False
+    synthetic: dict[str, Any] | None = None
+    memory: int | None = None
+
+    def plan(self) -> Plan:
+        """All that the results depend on."""
+        numerics = {"dtype": str(self.dtype).removeprefix("torch."), "tf32": self.tf32}
+        return plan_of(
+            self.catalogue.files,
+            source=self.catalogue.source,
+            synthetic=self.synthetic,
+            settings=self.settings.plain() | numerics,
+            stacks=[[source.name, source.layers, *source.shape] for source in self.catalogue.stacks],
+        )
+
+    def forecast(self, world_size: int = 1) -> str:
+        """The stacks to solve, with sizes and memory, as text for --dry-run."""
+        catalogue, settings = self.catalogue, self.settings
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [f"Source {catalogue.source}, on {self.device} in {dtype}. Would solve:"]
+        ks = ", ".join(str(k) for k in settings.ks)
+        for source in catalogue.stacks:
+            lines.append(
+                f"{size_line(source, self.dtype)}, r = {settings.rank}, k = {ks}, "
+                f"update rank up to {self._update_rank(source)}, {settings.seeds} random attempts each"
+            )
+        most = max(self._local(source, world_size).memory(self.dtype) for source in catalogue.stacks)
+        lines.append(memory_line(most, world_size, f", its layers over {world_size} processes"))
+        if self.memory is not None and most > self.memory:
+            lines.append(f"At most {self.memory / 2**20:.4g} MiB of that are in memory, the rest on disk.")
+        return "\n".join(lines + left_out_lines(catalogue))
+
+    def _update_rank(self, source: StackSource) -> int:
+        """The largest r - k + L k of all k, at most min(b, a)."""
+        budgets = [RankBudget(self.settings.rank, k) for k in self.settings.ks]
+        return min(*source.shape, max(b.private_rank + b.pool_rank(source.layers) for b in budgets))
+
+    @staticmethod
+    def _local(source: StackSource, world_size: int) -> StackSource:
+        """The largest share of the stack that one process holds."""
+        return dataclasses.replace(source, layers=-(-source.layers // world_size))
+
+
+def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None, processes: Processes) -> StudyState:
+    """The state to go on from: the finished stacks of an earlier run of the same plan, or nothing.
+
+    Its results carry the plan as `unfinished` until every stack is done. Process 0 reads the folder for all.
+    """
+    earlier = processes.from_first(lambda: None if folder is None else folder.finished_stacks(job.settings.ks))
+    state: StudyState = earlier or StudyState(new_results(job.settings, job.catalogue.source), {})
+    plan = job.plan() if folder is None else folder.plan
+    state.results |= {"command": list(command), "unfinished": plan, "theorem_3_1": "undecided"}
+    state.results["left_out"] = [{"name": one.name, "reason": one.reason} for one in job.catalogue.left_out]
+    return state
+
+
+def stacks_left(job: StudyJob, state: StudyState) -> list[StackSource]:
+    """The stacks that are not finished."""
+    finished = {row["name"] for row in state.results["stacks"]}
+    return [source for source in job.catalogue.stacks if source.name not in finished]
+
+
+def run_study(
+    job: StudyJob, state: StudyState, folder: ResultsFolder | None, processes: Processes, watch: Watch | None = None
+) -> None:
+    """Study the stacks that are left, and write all results after every (stack, k). Only process 0 writes.
+
+    An interruption is raised again, after all finished results are written. Their verdict is then "undecided" at best,
+    since a stack that was not studied could violate the theorem.
+    """
+    output = folder if processes.first else None
+    sources = stacks_left(job, state)
+    points_left = len(sources) * len(job.settings.ks)
+    stacks = (source.load(job.dtype, job.device, processes, job.tf32) for source in sources)
+    try:
+        for _ in study_steps(stacks, job.settings, state, watch):
+            points_left -= 1
+            if points_left == 0:
+                del state.results["unfinished"]
+            if output is not None:
+                output.write(state)
+    except KeyboardInterrupt:
+        processes.tell_interrupted()
+        if state.results["theorem_3_1"] == "holds":
+            state.results["theorem_3_1"] = "undecided"
+        if output is not None and state.results["stacks"]:
+            output.write(state)
+        raise
