@@ -1,8 +1,8 @@
 """From two checkpoints to an adapter: PEFT loads it, the report says what it misses, and nothing is lost on the way."""
 
 import errno
-import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from rasa_theory import InputError, LayerStack
 from rasa_theory.bounds import RankTarget
-from rasa_theory.commands import extract, reconstruct
+from rasa_theory.commands import reconstruct
 from rasa_theory.commands.extract import main
-from rasa_theory.common import files
+from rasa_theory.common import resume
+from rasa_theory.extraction import ExtractSettings, duration, extraction_table, model_card
 from rasa_theory.extraction import adapter_folder as workplace
 from rasa_theory.extraction import conversion as extraction
 from rasa_theory.extraction import extract_settings as extract_settings
-from rasa_theory.extraction import extraction_table, model_card
 from rasa_theory.extraction import job as preflight
+from rasa_theory.extraction import run as extraction_run
 from rasa_theory.formats import ModuleNames
 from rasa_theory.problem import storage
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
@@ -460,7 +461,7 @@ def options(fmt="lora"):
 def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
     assert run(folder, tmp_path / "whole", *options()) == 0
-    done, real = [], extract.extract_stack
+    done, real = [], extraction_run.extract_stack
 
     def stops(stack, *rest):
         if len(done) == 2 and "stopped" not in done:
@@ -469,7 +470,7 @@ def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, caps
         done.append(stack.name)
         return real(stack, *rest)
 
-    monkeypatch.setattr(extract, "extract_stack", stops)
+    monkeypatch.setattr(extraction_run, "extract_stack", stops)
     assert run(folder, tmp_path / "out", *options()) == 130
     assert "2 of 4 stacks are done" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".extract"]
@@ -483,26 +484,24 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
     """Every write in turn is the last that happens; the next run ends with the files of an undisturbed one."""
     folder, _ = llamas
     assert run(folder, tmp_path / "whole", *options(fmt)) == 0
-    real, n = workplace.write_file, 0
+    real, n = os.replace, 0
     while True:
         left, out = n, tmp_path / f"out{n}"
 
-        def dies(path, fill):
+        def dies(source, target):
             nonlocal left
             if left == 0:
                 raise SystemExit(9)
             left -= 1
-            real(path, fill)
+            real(source, target)
 
-        monkeypatch.setattr(workplace, "write_file", dies)
-        monkeypatch.setattr(extract, "write_file", dies)
+        monkeypatch.setattr(os, "replace", dies)
         try:
             assert run(folder, out, *options(fmt)) == 0
             break
         except SystemExit:
             assert not (out / "report.json").exists()
-        monkeypatch.setattr(workplace, "write_file", real)
-        monkeypatch.setattr(extract, "write_file", real)
+        monkeypatch.setattr(os, "replace", real)
         assert run(folder, out, *options(fmt)) == 0
         assert files_of(out) == files_of(tmp_path / "whole")
         n += 1
@@ -537,18 +536,18 @@ def test_two_processes_do_not_share_a_folder_and_a_killed_one_keeps_none_out(lla
 
 def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
     plan = {"settings": {}}
-    real = files.fcntl.flock
+    real = resume.fcntl.flock
 
     def removed(*rest):
         real(*rest)
         shutil.rmtree(tmp_path / ".extract")
 
-    monkeypatch.setattr(files.fcntl, "flock", removed)
+    monkeypatch.setattr(resume.fcntl, "flock", removed)
     with pytest.raises(InputError, match="another process"), workplace.ExtractionFolder(tmp_path, plan):
         pass
-    monkeypatch.setattr(files.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
+    monkeypatch.setattr(resume.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
     with workplace.ExtractionFolder(tmp_path, plan) as place:
-        assert place.note("x", lambda: 1) == 1
+        assert place.compute_once("x", lambda: 1) == 1
 
 
 def test_parts_of_no_known_plan_are_not_gone_on_with(tmp_path):
@@ -584,25 +583,25 @@ def test_what_a_killed_process_left_unfinished_goes(tmp_path):
 
 def test_a_disk_that_becomes_full_is_said_with_what_to_do(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
-    real = extract.plot_extraction
+    real = workplace.plot_extraction
 
     def full(report):
         figure = real(report)
         figure.savefig = lambda *rest, **more: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
         return figure
 
-    monkeypatch.setattr(extract, "plot_extraction", full)
+    monkeypatch.setattr(workplace, "plot_extraction", full)
     assert run(folder, tmp_path / "out", *options()) == 2
     assert "report.png: No space left on device; make room and give the same command again" in capsys.readouterr().err
-    monkeypatch.setattr(extract, "plot_extraction", real)
-    monkeypatch.setattr(extract, "extract_stack", None)  # all of them are done
+    monkeypatch.setattr(workplace, "plot_extraction", real)
+    monkeypatch.setattr(extraction_run, "extract_stack", None)  # all of them are done
     assert run(folder, tmp_path / "out", *options()) == 0
 
 
 def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
     shutil.copytree(folder, tmp_path / "pair")
-    monkeypatch.setattr(extract, "extract_stack", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(extraction_run, "extract_stack", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path / "pair", tmp_path / "out", *options()) == 130
     capsys.readouterr()
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--seed", "1") == 2
@@ -784,7 +783,7 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     save_file(updates, tmp_path / "updates.safetensors")
     arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--quiet"]
     arguments += ["--memory", str(128 * 8 * 6), "--out", str(tmp_path / "out")]
-    real, asked = extract._norm, []
+    real, asked = extraction_run.norm_squared, []
 
     def stops(source):
         asked.append(source.name)
@@ -792,7 +791,7 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(source)
 
-    monkeypatch.setattr(extract, "_norm", stops)
+    monkeypatch.setattr(extraction_run, "norm_squared", stops)
     assert main(arguments) == 130
     assert "1 of 1 stacks are done" in capsys.readouterr().err
     assert main(arguments) == 0
@@ -933,16 +932,14 @@ def test_a_stack_is_read_as_often_as_the_dry_run_says(tmp_path, monkeypatch, cap
     assert least <= sum(rows) / (9 * 120) <= most
 
 
-def test_how_long_a_lora_takes_is_extrapolated_to_all_layers(tmp_path, monkeypatch):
+def test_how_long_a_lora_takes_is_extrapolated_to_all_layers():
     """Half a second for the layer that is timed, whatever it is: as many times that as there are such layers."""
-    times = itertools.count()
-    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(times) / 2)
-    monkeypatch.setattr(preflight, "extract_stack", lambda *rest: None)
 
     def said(shape, rank, k, target=None):
         stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
-        settings = extraction.ExtractSettings(rank, k, target=target)
-        return preflight._duration(preflight.Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu"))
+        settings = ExtractSettings(rank, k, target=target)
+        job = preflight.Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu")
+        return duration(job, sample_seconds=lambda job, shape: 0.5)
 
     assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
     assert said((512, 512), None, 0, RankTarget(0.9)).startswith("LoRA takes up to about 8 s here")  # and the spectra

@@ -447,8 +447,9 @@ def test_what_fails_in_one_process_amid_a_pass_ends_all_with_one_sentence(
 DIES = """
 import os, signal, sys
 from rasa_theory.commands import extract
+from rasa_theory.extraction import run
 
-real, left = extract.extract_stack, 2
+real, left = run.extract_stack, 2
 
 def dies(*arguments):
     global left
@@ -457,7 +458,7 @@ def dies(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
-extract.extract_stack = dies
+run.extract_stack = dies
 sys.exit(extract.main(sys.argv[1:]))
 """
 
