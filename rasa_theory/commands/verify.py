@@ -24,15 +24,17 @@ from rasa_theory.distributed import Processes
 from rasa_theory.solvers import SolverOptions
 from rasa_theory.verification import (
     FAMILIES,
-    Drawn,
     Instance,
     Replay,
+    Run,
     Subject,
     Tally,
     Trial,
     VerificationSettings,
     describe,
+    instances_in_turn,
     load_replay,
+    replay_path,
     results,
     run_trial,
     save_replay,
@@ -49,9 +51,9 @@ _INSTANCES = 300
 
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
     """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
-        _NAME, lambda processes: _run(_parse(given), given, subject, processes), "give --replay a smaller stack"
+        _NAME, lambda processes: _run(_parse(words), words, subject, processes), "give --replay a smaller stack"
     )
 
 
@@ -86,7 +88,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, processes: Processes) -> int:
+def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None, processes: Processes) -> int:
     if args.list:
         if processes.first:
             print(describe())
@@ -101,8 +103,8 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
             raise InputError("--replay tries one instance; run one process")
         replay = load_replay(Path(args.replay), **chosen)
         settings, asked, out = replay.settings, 1, None
-        work: Iterator[Trial] = map(
-            lambda it: run_trial(it.instance, subject or Subject(), settings, it.laws), [replay]
+        work: Iterator[Trial] = (
+            run_trial(one.instance, subject or Subject(), one.settings, one.laws) for one in [replay]
         )
     else:
         work, asked = _trials(args, settings, subject, processes), args.instances
@@ -113,8 +115,8 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
         with progress_bar(asked, "instances", args.quiet or not processes.first) as show:
             show(0, "")
             for trial in work:
-                kept = _keep(trial, settings, out) if args.replay is None and processes.first else args.replay
-                tally.add(trial, kept)
+                file = _write_replay(trial, settings, out) if args.replay is None and processes.first else args.replay
+                tally.add(trial, file)
                 show(tally.instances, _done(trial.instance, tally))
     except KeyboardInterrupt:
         processes.tell_interrupted()
@@ -123,26 +125,25 @@ def _run(args: argparse.Namespace, given: list[str], subject: Subject | None, pr
         print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)
         interrupted = broken = True
 
-    found = results(
-        tally,
-        settings,
+    run = Run(
+        command=["python", "-m", "rasa_theory.verify", *arguments],
+        settings=settings,
         seed=args.seed,
-        asked=asked,
-        command=["python", "-m", "rasa_theory.verify", *given],
+        instances=asked,
         environment=environment(torch.device("cpu"), torch.float64, processes.world_size),
         seconds=time.perf_counter() - started,
     )
     if processes.first:
-        _report(found, args.json, out, interrupted)
+        _report(results(tally, run), args.json, out, interrupted)
     return 2 if broken else 130 if interrupted else 1 if tally.failures else 0
 
 
 def _trials(
     args: argparse.Namespace, settings: VerificationSettings, subject: Subject | None, processes: Processes
 ) -> Iterator[Trial]:
-    """All laws on the instances asked for, of the families in turn; a `subject` of its own is tried in this process.
+    """All laws on the requested instances, of the families in turn.
 
-    Processes that torchrun has started take the instances in turn, in place of --jobs.
+    A `subject` is tested in this process. Processes that torchrun has started share the instances, in place of --jobs.
 
     Raises InputError for an impossible number or family.
     """
@@ -153,13 +154,12 @@ def _trials(
     for name in families:
         if name not in FAMILIES:
             raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
-    turns = ((families[n % len(families)], n // len(families)) for n in range(args.instances))
+    keys = instances_in_turn(families, args.instances, args.seed)
     if not processes.alone:
         if args.jobs is not None:
             raise InputError("--jobs starts processes, as torchrun has; give one of the two")
-        return shared_trials((Drawn(family, number, args.seed) for family, number in turns), settings, processes)
-    drawn = (Drawn(family, number, args.seed) for family, number in turns)
-    return trials(drawn, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
+        return shared_trials(keys, settings, processes)
+    return trials(keys, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
 
 
 def _done(instance: Instance, tally: Tally) -> str:
@@ -168,15 +168,15 @@ def _done(instance: Instance, tally: Tally) -> str:
     return f"{instance.family}, {L} x {b} x {a}, r = {budget.rank}, k = {budget.shared_rank}{failed}"
 
 
-def _keep(trial: Trial, settings: VerificationSettings, out: Path | None) -> str | None:
-    """Write the file that reproduces a failing trial; returns its name, or None where there is none.
+def _write_replay(trial: Trial, settings: VerificationSettings, out: Path | None) -> str | None:
+    """Write the file that reproduces a failing trial. Returns its name, or None if there is none.
 
-    If it cannot be written, that is said, and the run goes on: a violation that was found is not lost.
+    If it cannot be written, a sentence is printed and the run goes on, so that the violation is not lost.
     """
     if out is None or not trial.failed:
         return None
     instance, folder = trial.instance, out / "failures"
-    path = folder / f"{instance.family}-{instance.number}-{instance.seed}.npz"
+    path = replay_path(instance, folder)
     try:
         output_folder(str(folder))
         write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
@@ -186,12 +186,12 @@ def _keep(trial: Trial, settings: VerificationSettings, out: Path | None) -> str
     return str(path)
 
 
-def _report(found: dict[str, Any], as_json: bool, out: Path | None, interrupted: bool) -> None:
+def _report(outcome: dict[str, Any], as_json: bool, out: Path | None, interrupted: bool) -> None:
     text = sys.stderr if as_json else sys.stdout
-    encoded = json.dumps(found, indent=1, allow_nan=False)
-    if found["families"]:
-        print(table(found), file=text)
-    for line in verdict_lines(found, interrupted):
+    encoded = json.dumps(outcome, indent=1, allow_nan=False)
+    if outcome["families"]:
+        print(table(outcome), file=text)
+    for line in verdict_lines(outcome, interrupted):
         print(line, file=text)
     if out is not None:
         write_file(out / "verify.json", lambda file: file.write(f"{encoded}\n".encode()))

@@ -1,4 +1,4 @@
-"""A failing instance as one `.npz` file, and back."""
+"""The `.npz` file of a failing instance, written and read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from rasa_theory.verification.instances import MET_BY_ALL, Draw, Instance, Known
 from rasa_theory.verification.laws import LAWS
 
 _UNSOUND = (OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What numpy raises for damaged archives, for `.npy` files, and for ones with a password."""
+"""Exceptions of numpy for damaged archives, for `.npy` files, and for archives with a password."""
 
 
 class Replay(NamedTuple):
-    """What a file asks for: an instance, the laws to try on it, and how."""
+    """The contents of a file: an instance, the laws to try on it, and the settings."""
 
     instance: Instance
     laws: list[str]
     settings: VerificationSettings
 
 
+def replay_path(instance: Instance, folder: Path) -> Path:
+    """The file in `folder` for a failing instance."""
+    return folder / f"{instance.family}-{instance.number}-{instance.seed}.npz"
+
+
 def save_replay(replay: Replay, file: IO[bytes]) -> None:
-    """Write values, r, k, seed, law and what else the same outcome needs."""
+    """Write values, r, k, seed, laws, and everything else on which the outcome depends."""
     instance, draw, settings = replay.instance, replay.instance.draw, replay.settings
     held: dict[str, Any] = {"values": draw.values.numpy(), "r": draw.budget.rank, "k": draw.budget.shared_rank}
     held |= {"seed": instance.seed, "law": replay.laws, "family": instance.family, "number": instance.number}
@@ -83,7 +88,7 @@ def _replay(held: dict[str, Any], instead: dict[str, Any]) -> Replay:
 
 
 def _whole(held: dict[str, Any], name: str) -> int:
-    """The entry of this name, 0 if there is none."""
+    """The entry of this name as a whole number, 0 if it is missing."""
     return whole_number(name, held[name].item()) if name in held else 0
 
 

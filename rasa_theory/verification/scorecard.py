@@ -1,4 +1,4 @@
-"""The tally -> text: two tables, a verdict, and what the families and laws are."""
+"""The results as text: two tables and a verdict. Also the list of families and laws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEGEND = (
 
 
 def describe() -> str:
-    """Every family and law, in a line each."""
+    """The list of all families and laws, one a line."""
     families = {name: family.what for name, family in FAMILIES.items()}
     laws = {name: law.statement for name, law in LAWS.items()}
     parts = (("Families:", families), ("Laws, each to rounding (10 max(b, a) eps ||M|| in norm):", laws))
@@ -32,7 +32,7 @@ def describe() -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line per family, then a line per law that was tried with its worst margin in every family."""
+    """Two tables: a line per family, then a line per law with its worst margin in every family."""
     families = results["families"]
     rows = [_HEAD, *(_family_row(n, family) for n, family in enumerate(families, 1))]
     lines = aligned(rows, left=(1, 7))
@@ -46,7 +46,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
-    """What failed, with the command that tries it again, and one sentence on the whole."""
+    """The failures, each with the command that tries it again, and one sentence on the whole run."""
     lines = []
     for failure in results["failures"][:_SHOWN]:
         shape = " x ".join(map(str, failure["shape"]))
@@ -64,8 +64,8 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
 
 
 def _broken(law: dict[str, Any]) -> str:
-    found = law["raised"] or ("margin " + ("infinite" if law["margin"] is None else f"{law['margin']:.3g}"))
-    return f"{law['name']} ({found})"
+    reason = law["raised"] or ("margin " + ("infinite" if law["margin"] is None else f"{law['margin']:.3g}"))
+    return f"{law['name']} ({reason})"
 
 
 def _family_row(n: int, family: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Trials -> counts and worst margins per family, as plain data: data/verify.schema.json."""
+"""Counts and worst margins per family, and the results as plain data: data/verify.schema.json."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rasa_theory.verification.trial import Outcome, Trial
 
 @dataclass
 class LawTally:
-    """Of one law: on how many instances it was tried, on how many it failed, and its worst margin."""
+    """Counts of one law: instances on which it was checked, violations, and its worst margin."""
 
     checked: int = 0
     violations: int = 0
     worst: float = -math.inf
 
     def add(self, outcome: Outcome) -> None:
-        """Count one more outcome."""
+        """Count an outcome."""
         self.checked += 1
         self.violations += not outcome.holds
         self.worst = max(self.worst, outcome.margin)
@@ -30,7 +30,7 @@ class LawTally:
 
 @dataclass
 class FamilyTally:
-    """Of one family: instances, those with a strict inequality, those on which the iteration crossed, and its laws."""
+    """Counts of one family: instances, strict inequalities, crossings of e_lora, and its laws by name."""
 
     instances: int = 0
     strict: int = 0
@@ -38,7 +38,7 @@ class FamilyTally:
     laws: dict[str, LawTally] = field(default_factory=dict)
 
     def add(self, trial: Trial) -> None:
-        """Count one more trial."""
+        """Count a trial."""
         self.instances += 1
         self.strict += trial.strict
         self.crossed += trial.crossed
@@ -48,55 +48,66 @@ class FamilyTally:
 
 @dataclass
 class Tally:
-    """Everything tried so far: by family, and the trials that failed with the file that reproduces each, if written."""
+    """Counts by family, and the failed trials, each with the file that reproduces it (None: it was not written)."""
 
     families: dict[str, FamilyTally] = field(default_factory=dict)
     failures: list[tuple[Trial, str | None]] = field(default_factory=list)
 
     def add(self, trial: Trial, file: str | None) -> None:
-        """Count one more trial; `file` reproduces it if it failed."""
+        """Count a trial. `file` reproduces it if it failed."""
         self.families.setdefault(trial.instance.family, FamilyTally()).add(trial)
         if trial.failed:
             self.failures.append((trial, file))
 
     @property
     def instances(self) -> int:
-        """How many were tried."""
+        """Number of instances that were tried."""
         return sum(family.instances for family in self.families.values())
 
 
 def replay_command(file: str) -> str:
-    """The one command that tries a failed instance again."""
+    """The command that tries a failed instance again."""
     return f"python -m rasa_theory.verify --replay {shlex.quote(file)}"
 
 
-def results(
-    tally: Tally,
-    settings: VerificationSettings,
-    *,
-    seed: int,
-    asked: int,
-    command: Sequence[str],
-    environment: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    """The tally as plain data. An infinite margin is null, and so is the worst margin of such a law."""
+@dataclass(frozen=True)
+class Run:
+    """A run of the verification, apart from its tally.
+
+    - command: the words of the command.
+    - settings: certificate and sweeps.
+    - seed: seed of all instances.
+    - instances: number of instances that were to be tried.
+    - environment: versions and hardware.
+    - seconds: duration.
+    """
+
+    command: Sequence[str]
+    settings: VerificationSettings
+    seed: int
+    instances: int
+    environment: dict[str, Any]
+    seconds: float
+
+
+def results(tally: Tally, run: Run) -> dict[str, Any]:
+    """The tally of a run as plain data. Infinite margins are null, and so is the worst margin of such a law."""
     finished = tally.instances
     tried = any(family.laws for family in tally.families.values())  # if no law applied, none held
     return {
         "schema": 1,
-        "command": list(command),
-        "seed": seed,
-        "instances": asked,
+        "command": list(run.command),
+        "seed": run.seed,
+        "instances": run.instances,
         "finished": finished,
-        "sweeps": settings.sweeps,
-        "certificate": settings.certificate,
-        "environment": environment,
-        "seconds": seconds,
+        "sweeps": run.settings.sweeps,
+        "certificate": run.settings.certificate,
+        "environment": run.environment,
+        "seconds": run.seconds,
         "statements": {law: LAWS[law].statement for law in LAWS},
         "families": [_family(name, family) for name, family in tally.families.items()],
         "failures": [_failure(trial, file) for trial, file in tally.failures],
-        "verdict": "violated" if tally.failures else "holds" if tried and finished == asked else "undecided",
+        "verdict": "violated" if tally.failures else "holds" if tried and finished == run.instances else "undecided",
     }
 
 

@@ -14,7 +14,7 @@ from rasa_theory.verification.laws import LAWS, Law
 
 @dataclass(frozen=True)
 class Outcome:
-    """A law's margin in units of its tolerance; infinite if something was raised, and then `raised` says what."""
+    """The margin of a law in units of its tolerance. If an exception was raised, `raised` names it: infinite margin."""
 
     margin: float
     raised: str = ""
@@ -27,10 +27,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of the laws that apply to `instance`, by name.
+    """The outcomes of the laws that apply to `instance`, by name.
 
-    strict: mixing_drop > 0 at the LoRA embedding, so that Theorem 3.1 holds with <; crossed: 30 iterations of the
-    paper from a random start came below e_lora.
+    - strict: mixing_drop > 0 at the LoRA embedding, so that Theorem 3.1 holds with <.
+    - crossed: 30 iterations of the paper from a random start came below e_lora.
     """
 
     instance: Instance

@@ -1,4 +1,4 @@
-"""Trials of many instances, in order, over several processes if asked."""
+"""Trials of many instances, in order, in one process or several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -20,59 +20,64 @@ _Findings = tuple[dict[str, Outcome], bool, bool]
 _WORTH_A_PROCESS = 25  # instances: a process needs some seconds to import torch
 
 
-class Drawn(NamedTuple):
-    """What `draw_instance` draws an instance from."""
+class InstanceKey(NamedTuple):
+    """The arguments of `draw_instance`, on which an instance depends."""
 
     family: str
     number: int
     seed: int
 
 
+def instances_in_turn(families: Sequence[str], count: int, seed: int) -> Iterator[InstanceKey]:
+    """`count` instances, one of each family in turn."""
+    return (InstanceKey(families[n % len(families)], n // len(families), seed) for n in range(count))
+
+
 def suitable_jobs(instances: int) -> int:
-    """A process for each processor at hand, but none for fewer than 25 instances."""
+    """Number of processes: one for each available processor and for each 25 instances, at least 1."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, instances // _WORTH_A_PROCESS))
 
 
 def trials(
-    drawn: Iterator[Drawn], settings: VerificationSettings, jobs: int, subject: Subject | None = None
+    keys: Iterator[InstanceKey], settings: VerificationSettings, jobs: int, subject: Subject | None = None
 ) -> Iterator[Trial]:
-    """All laws on every instance, in order, by `jobs` processes; a `subject` in place of the package by this one alone.
+    """All laws on every instance, in order, in `jobs` processes.
 
-    Raises BrokenProcessPool if a process dies.
+    A `subject` is tested in place of the package, in this process, since it cannot be sent to others. Raises
+    BrokenProcessPool if a process dies.
     """
     if jobs == 1 or subject is not None:
-        for one in drawn:
-            yield run_trial(draw_instance(*one), subject or Subject(), settings)
+        for key in keys:
+            yield run_trial(draw_instance(*key), subject or Subject(), settings)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
     try:
-        waiting: deque[tuple[Drawn, Future[_Findings]]] = deque()
-        for one in islice(drawn, 2 * jobs):
-            waiting.append((one, pool.submit(_findings, one, settings)))
+        waiting: deque[tuple[InstanceKey, Future[_Findings]]] = deque()
+        for key in islice(keys, 2 * jobs):
+            waiting.append((key, pool.submit(_findings, key, settings)))
         while waiting:
-            one, future = waiting.popleft()
+            key, future = waiting.popleft()
             outcomes, strict, crossed = future.result()
-            waiting.extend((more, pool.submit(_findings, more, settings)) for more in islice(drawn, 1))
-            yield Trial(draw_instance(*one), outcomes, strict, crossed)
+            for next_key in islice(keys, 1):
+                waiting.append((next_key, pool.submit(_findings, next_key, settings)))
+            yield Trial(draw_instance(*key), outcomes, strict, crossed)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def shared_trials(drawn: Iterator[Drawn], settings: VerificationSettings, processes: Processes) -> Iterator[Trial]:
-    """All laws on every instance, in order, in all processes alike; each tries one of every round."""
-    while turn := list(islice(drawn, processes.world_size)):
-        mine = turn[processes.process : processes.process + 1]
-        for one, found in zip(
-            turn, processes.all_gather_objects([_findings(own, settings) for own in mine]), strict=False
-        ):
-            ((outcomes, strict, crossed),) = found
-            yield Trial(draw_instance(*one), outcomes, strict, crossed)
+def shared_trials(keys: Iterator[InstanceKey], settings: VerificationSettings, processes: Processes) -> Iterator[Trial]:
+    """All laws on every instance, in order, the same in every process. Each one tries one instance a round."""
+    while turn := list(islice(keys, processes.world_size)):
+        own = [_findings(key, settings) for key in turn[processes.process : processes.process + 1]]
+        for key, gathered in zip(turn, processes.all_gather_objects(own), strict=False):
+            ((outcomes, strict, crossed),) = gathered
+            yield Trial(draw_instance(*key), outcomes, strict, crossed)
 
 
-def _findings(one: Drawn, settings: VerificationSettings) -> _Findings:
+def _findings(key: InstanceKey, settings: VerificationSettings) -> _Findings:
     """A trial without its instance, whose tensors would have to be sent."""
-    trial = run_trial(draw_instance(*one), Subject(), settings)
+    trial = run_trial(draw_instance(*key), Subject(), settings)
     return trial.outcomes, trial.strict, trial.crossed
 
 
