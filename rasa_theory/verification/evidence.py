@@ -1,4 +1,4 @@
-"""What is tested, and what it says about one instance. Each part is computed when a law asks for it, and kept."""
+"""The functions under test, and their results on one instance, each computed once, when a law asks for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RANDOM_SWEEPS = {"joint": 8, "paper": 30}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tested: functions of the package, or others in their place."""
+    """The functions under test: those of the package, or others in their place, so that a test can break a law."""
 
     solve_lora: Callable[[LayerStack, int], LoraSolution] = solve_lora
     solve_rasa: Callable[[LayerStack, RankBudget, SolverOptions], RasaSolution] = solve_rasa
@@ -49,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class VerificationSettings:
-    """Which certificate is asked for, and how many sweeps an answer may take. Raises InputError for impossible ones."""
+    """The certificate to compute, and the greatest number of sweeps of an answer. Raises InputError if invalid."""
 
     certificate: str = "closed"
     sweeps: int = 5
@@ -61,7 +61,7 @@ class VerificationSettings:
 
 
 class MixingStep(NamedTuple):
-    """D re-solved at some factors: their error before and after it, squared, and the drop in closed form."""
+    """D re-solved at some factors: the squared error before and after, and the drop in closed form."""
 
     factors: RasaFactors
     before: float
@@ -71,7 +71,7 @@ class MixingStep(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """Everything that has a closed form; `floors` by name, the better orientation of each, at least 0."""
+    """The values in closed form. `floors` holds the better orientation of each by name, at least 0."""
 
     e_lora: float
     e_allocation: float
@@ -79,7 +79,7 @@ class Forms(NamedTuple):
 
 
 class Evidence:
-    """What `subject` says about `instance`."""
+    """The results of `subject` on `instance`."""
 
     def __init__(self, instance: Instance, subject: Subject, settings: VerificationSettings) -> None:
         self.instance, self.subject, self.settings = instance, subject, settings
@@ -93,11 +93,11 @@ class Evidence:
         return self.instance.draw.values
 
     def rng(self) -> np.random.Generator:
-        """The instance's own source of randomness, from its beginning."""
+        """A new generator with the seed of the instance."""
         return np.random.default_rng(self.instance.seed)
 
     def forms(self, stack: LayerStack) -> Forms:
-        """The closed forms of this stack or a changed one."""
+        """The closed forms of `stack`, which is that of the instance or a changed one."""
         floors: dict[str, float] = {}
         for bound in self.subject.closed_floors(stack, self.budget):
             floors[bound.name] = max(bound.value, floors.get(bound.name, 0.0))
@@ -116,17 +116,17 @@ class Evidence:
 
     @functools.cached_property
     def certificate(self) -> Bound:
-        """The certified floor, of the kind asked for."""
+        """The certified floor of the kind in the settings."""
         return self.subject.lower_bound(self.stack, self.budget, self.settings.certificate)
 
     @functools.cached_property
     def answer(self) -> RasaSolution:
-        """The default solver's."""
+        """The solution of the default solver."""
         return self._solve(max_sweeps=self.settings.sweeps)
 
     @functools.cached_property
     def random_runs(self) -> dict[str, RasaSolution]:
-        """From a random start, by sweep."""
+        """Solutions from a random start, by the name of the sweep."""
         return {s: self._solve(start="random", sweep=s, max_sweeps=n) for s, n in _RANDOM_SWEEPS.items()}
 
     @functools.cached_property
@@ -153,9 +153,9 @@ class Evidence:
 
     @functools.cached_property
     def lowest(self) -> float:
-        """The least error, measured here, of all points of the budget that anything has found."""
-        found = [self.answer, *self.random_runs.values(), self.path[self.budget.shared_rank]]
-        measured = [residual(self.values, solution.factors) for solution in found]
+        """The least measured error of all points of the budget that any solver has reached."""
+        solutions = [self.answer, *self.random_runs.values(), self.path[self.budget.shared_rank]]
+        measured = [residual(self.values, solution.factors) for solution in solutions]
         return min(*measured, *(step.after for step in self.embeddings))
 
     def allocation_at(self, k: int) -> float:

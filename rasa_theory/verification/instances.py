@@ -1,4 +1,4 @@
-"""Families of random stacks, drawn from a seed; with their optimum where mathematics knows it."""
+"""Families of random stacks, drawn from a seed, with the optimum where it is known in closed form."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MET_BY_ALL = frozenset({"solver", "floor", "allocation"})
 
 @dataclass(frozen=True)
 class Known:
-    """The optimum e_rasa(k), squared, and which of "solver", "floor", "allocation" meet it for certain.
+    """The optimum e_rasa(k), squared, and the methods of "solver", "floor", "allocation" that must reach it.
 
-    The solver does where a closed form start is already there, or where nothing but saddles lies in its way.
+    The solver must where a start in closed form is optimal, or where there are saddles but no other local minima.
     """
 
     e_rasa: float
@@ -43,7 +43,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Instance:
-    """The `number`-th draw of a family; `seed` is that of everything random that is done with it."""
+    """The draw `number` of a family. `seed` is the seed of everything random that is computed from it."""
 
     family: str
     number: int
@@ -53,17 +53,17 @@ class Instance:
 
 @dataclass(frozen=True)
 class Family:
-    """What it is, in a few words, and how one is drawn."""
+    """A description in a few words, and the function that draws an instance."""
 
     what: str
     make: Callable[[Random], Draw]
 
 
 def draw_instance(family: str, number: int, seed: int) -> Instance:
-    """The same instance whatever else is drawn: it depends on the three arguments alone."""
+    """Draw an instance, which depends on the three arguments alone."""
     rng = np.random.default_rng((seed, zlib.crc32(family.encode()), number))
-    made = FAMILIES[family].make(rng)
-    return Instance(family, number, int(rng.integers(2**31)), made)
+    draw = FAMILIES[family].make(rng)
+    return Instance(family, number, int(rng.integers(2**31)), draw)
 
 
 # ---- parts
@@ -121,7 +121,7 @@ def _overlapping(rng: Random) -> Draw:
 
 
 def _equal(rng: Random) -> Draw:
-    """M_i = c_i M: every layer may use rank q + R, and none more. The spectrum halves, so that sweeps converge fast."""
+    """M_i = c_i M: every layer can use rank q + R, and no more. The spectrum halves, so that sweeps converge fast."""
     L, b, a = _sizes(rng)
     budget, m = _budget(rng, min(b, a)), min(b, a)
     c = rng.choice([-1.0, 1.0], L) * rng.uniform(0.5, 2.0, L)
@@ -142,7 +142,7 @@ def _near_duplicates(rng: Random) -> Draw:
 
 
 def _shared_bases(rng: Random) -> Draw:
-    """M_i = U diag(s_i) V^T, k = r: all but the R columns with the largest sum_i s_ij^2."""
+    """M_i = U diag(s_i) V^T, k = r: the optimum leaves all but the R columns with the largest sum_i s_ij^2."""
     L, b, a = _sizes(rng, low=6)
     m = min(b, a)
     r = int(rng.integers(1, 3))

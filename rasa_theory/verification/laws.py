@@ -1,7 +1,7 @@
 """The laws: one function each, evidence -> the worst margin of its comparisons, in units of their tolerance.
 
-A law holds where its margin is at most 1, and says None where it does not apply. Errors are squared; x <= y between
-them means sqrt(x) <= sqrt(y) + tolerance, and the tolerance is `stack.rounding`, 10 max(b, a) eps ||M||, or
+A law holds where its margin is at most 1. The margin is None where the law does not apply. Errors are squared, and
+x <= y between them means sqrt(x) <= sqrt(y) + tolerance. The tolerance is `stack.rounding`, 10 max(b, a) eps ||M||, or
 `measurable`, the same with the size of the terms where they cancel.
 """
 
@@ -26,31 +26,31 @@ Margin = float | None
 
 @dataclass(frozen=True)
 class Law:
-    """What it says, in a few words, and how far an instance is from breaking it."""
+    """A statement in a few words, and the function that measures how far an instance is from breaking it."""
 
     statement: str
     margin: Callable[[Evidence], Margin]
 
 
 def excess(x: float, y: float, tolerance: float) -> float:
-    """By how much sqrt(x) exceeds sqrt(y), in units of `tolerance`; NaN exceeds everything."""
+    """sqrt(x) - sqrt(y) in units of `tolerance`. NaN exceeds everything."""
     return _in_units(math.sqrt(max(x, 0.0)) - math.sqrt(max(y, 0.0)), tolerance) if x == x and y == y else math.inf
 
 
 def difference(x: float, y: float, tolerance: float) -> float:
-    """By how much sqrt(x) and sqrt(y) differ, in units of `tolerance`."""
+    """The distance of sqrt(x) and sqrt(y) in units of `tolerance`."""
     return max(excess(x, y, tolerance), excess(y, x, tolerance))
 
 
 def _in_units(amount: float, tolerance: float) -> float:
-    """amount / tolerance, where nothing is in units of nothing 0."""
+    """amount / tolerance, and 0 for 0 / 0."""
     if amount != amount:
         return math.inf
     return amount / tolerance if tolerance > 0 else math.copysign(math.inf, amount) if amount else 0.0
 
 
 def _squared(error: float, tolerance: float) -> float:
-    """What `tolerance`, in units of norm, allows a squared error to be off."""
+    """The tolerance of a squared error for a `tolerance` in units of norm."""
     return 2 * math.sqrt(max(error, 0.0)) * tolerance + tolerance**2
 
 
@@ -158,7 +158,7 @@ def _reporting(e: Evidence, solution: RasaSolution) -> float:
 
 
 def _crossing(e: Evidence) -> Margin:
-    """The count names the first iteration with an error below e_lora. Every fourth instance: it takes its time."""
+    """The count names the first iteration with an error below e_lora. Tried on every fourth instance: it is slow."""
     if e.instance.number % 4:
         return None
     history, count = e.attempt.history, e.attempt.iterations
@@ -224,7 +224,7 @@ def _answer_meets_optimum(e: Evidence) -> Margin:
 
 
 def _unchanged(e: Evidence, values: Tensor, c: float = 1.0) -> float:
-    """How far e_lora, e_alloc and each floor of `values` are from c^2 times those of the instance.
+    """The worst distance of e_lora, e_alloc and each floor of `values` from c^2 times the value of the instance.
 
     Two computed floors of one truth lie at most `floor_slack` below it each, or twice `rounding` in norm.
     """

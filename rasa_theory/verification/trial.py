@@ -47,7 +47,7 @@ class Trial:
 def run_trial(
     instance: Instance, subject: Subject, settings: VerificationSettings, laws: Iterable[str] = tuple(LAWS)
 ) -> Trial:
-    """Try `laws` on `instance`. An exception inside the subject breaks the law that asked for it."""
+    """Try `laws` on `instance`. An exception of the subject breaks the law that called it."""
     evidence = Evidence(instance, subject, settings)
     with evidence.stack.suitable_threads():
         tried = {law: _outcome(LAWS[law], evidence) for law in laws}
