@@ -55,7 +55,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
     met = [ALONE]
     status = _status(name, action, met, on_no_memory, kept)
     if status in (2, 130):
-        met[0].leave(status)
+        met[0].board.leave(status)
     return status
 
 
@@ -69,7 +69,7 @@ def _status(name: str, action: Callable[[Processes], int], met: list[Processes],
         if processes.alone:
             if not launched() or os.environ.get("RANK") == "0":  # they have not met, and all say the same
                 print(f"{name}: {sentence}", file=sys.stderr)
-        elif processes.speaks():
+        elif processes.board.speaks():
             print(f"\n{name}: {sentence}", file=sys.stderr)  # process 0 may be drawing a bar on this line
         return 2
 
@@ -85,10 +85,10 @@ def _status(name: str, action: Callable[[Processes], int], met: list[Processes],
         return say(str(error) if processes.alone else f"{processes}: {error}")
     except ProcessLost:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes when one has gone
-        if processes.has_spoken:
+        if processes.board.has_spoken:
             return 2
-        missing = processes.missing()
-        return 2 if processes.has_spoken else say(f"{missing}{kept}")
+        missing = processes.board.missing()
+        return 2 if processes.board.has_spoken else say(f"{missing}{kept}")
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
@@ -98,9 +98,9 @@ def _status(name: str, action: Callable[[Processes], int], met: list[Processes],
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # before anything was finished
-        if processes.alone or processes.speaks():
+        if processes.alone or processes.board.speaks():
             print("interrupted", file=sys.stderr)
-        processes.tell_interrupted()
+        processes.board.tell_interrupted()
         return 130
 
 

@@ -174,7 +174,7 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bo
     try:
         extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
     except KeyboardInterrupt:
-        processes.tell_interrupted()
+        processes.board.tell_interrupted()
         if processes.first:
             print(
                 f"interrupted; {folder.finished_parts} of {len(job.catalogue.stacks)} stacks are done, the same "

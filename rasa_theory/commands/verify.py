@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
                 tally.add(trial, file)
                 show(tally.instances, _done(trial.instance, tally))
     except KeyboardInterrupt:
-        processes.tell_interrupted()
+        processes.board.tell_interrupted()
         interrupted = True
     except BrokenProcessPool:
         print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Several processes: collectives, layers sharded over them, and how torchrun starts them."""
 
+from rasa_theory.distributed.collectives import lacks_memory
 from rasa_theory.distributed.launch import first_launched, launched, local_process, meeting
-from rasa_theory.distributed.processes import ALONE, Processes, lacks_memory
+from rasa_theory.distributed.processes import ALONE, Processes
 from rasa_theory.distributed.sharding import LayerSharding, balanced_shares
 
 __all__ = [

@@ -76,7 +76,7 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
         share = _shares([stacks[n] for n in unfinished], processes)[process]
         with processes.raise_together(), bar(len(stacks), "stacks") as show:
             for n in (unfinished[i] for i in share):
-                if processes.ending:
+                if processes.board.ending:
                     break
                 source = stacks[n]
                 show(folder.finished_parts, f"{source.name}: reading")
@@ -84,7 +84,7 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
                 callback = _solver_progress(show, folder, source)
                 folder.add(n, extract_stack(stack, job.modules[n], job.settings, ranks[n], callback))
             for n in _shares(job.unnamed, processes)[process]:
-                if processes.ending:
+                if processes.board.ending:
                     break
                 source = job.unnamed[n]
                 show(folder.finished_parts, f"{source.name}: norm")
@@ -144,7 +144,7 @@ def _spectra(job: Job, processes: Processes, bar: Bar) -> list[Tensor]:
     share = _shares(stacks, processes)[processes.process]
     with processes.raise_together(), bar(len(share), "spectra") as show:
         for done, n in enumerate(share):
-            if processes.ending:
+            if processes.board.ending:
                 break
             show(done, stacks[n].name)
             stack = stacks[n].load(job.dtype, job.device)

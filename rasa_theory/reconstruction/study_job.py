@@ -114,7 +114,7 @@ def run_study(
             if output is not None:
                 output.write(state)
     except KeyboardInterrupt:
-        processes.tell_interrupted()
+        processes.board.tell_interrupted()
         if state.results["theorem_3_1"] == "holds":
             state.results["theorem_3_1"] = "undecided"
         if output is not None and state.results["stacks"]:
