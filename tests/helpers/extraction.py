@@ -1,0 +1,42 @@
+"""The extraction command within processes of a pool, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rasa_theory as rt
+from rasa_theory.commands import extract
+from rasa_theory.common import InputError
+from rasa_theory.distributed import Processes
+from rasa_theory.extraction import run
+
+
+def extracts(processes: Processes, arguments: list[str], breaks: str = "", error: Exception | None = None) -> Any:
+    """What the command returns or says in this process, and the stacks that it has read; it fails at stack `breaks`."""
+    real, read = run.extract_stack, []
+
+    def watched(stack: rt.LayerStack, *rest: Any) -> Any:
+        read.append(stack.name)
+        if stack.name == breaks and error is not None:
+            raise error
+        return real(stack, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "extract_stack", watched)
+        try:
+            return extract._run(extract._parse(arguments), arguments, processes), read
+        except InputError as problem:
+            return str(problem), read
+
+
+def written(out: Path) -> dict[str, Any]:
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    files["README.md"] = files["README.md"].replace(str(out).encode(), b"OUT")  # its command
+    report = json.loads(files.pop("report.json"))
+    processes = report["environment"].pop("processes", 1)
+    del report["command"]
+    return {"report": report, "processes": processes} | files
