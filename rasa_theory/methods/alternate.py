@@ -12,7 +12,7 @@ from torch import Tensor
 from rasa_theory.problem import LayerStack
 from rasa_theory.solvers import Descent, Extrapolated, Memoryless, Sweep, decreases_less
 
-RTOL = 1e-6  # a sweep that lowers the error by less than this share of it is the last
+RTOL = 1e-6  # a sweep that lowers the error by at most this share of it is the last
 
 S = TypeVar("S", bound=tuple[Tensor, ...])
 
@@ -41,10 +41,11 @@ class Steps(Generic[S]):
 def alternate(
     unit: LayerStack, steps: Steps[S], starts: Sequence[S], max_sweeps: int, heat: int = 8
 ) -> tuple[S, tuple[float, ...]]:
-    """Sweep from each of `starts`, then from the lowest after `heat` sweeps to its end: its last state, and all errors.
+    """Do `heat` sweeps from each start, and continue the lowest run: its last state, and the errors of all its sweeps.
 
-    Ends after `max_sweeps` sweeps, where one gains less than `RTOL` of the error, or at rounding level. The errors,
-    squared and in units of `unit`, are measured at the start and after every sweep.
+    The run ends after `max_sweeps` sweeps, at rounding level, or when a sweep gains at most `RTOL` of the error. The
+    errors, squared and in units of `unit`, are measured at the start and after every sweep. A start that reaches
+    rounding level makes the later ones unnecessary.
     """
     rounding = unit.rounding
     is_converged = decreases_less(RTOL, rounding)

@@ -17,7 +17,7 @@ from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
 from rasa_theory.methods.method import Method, at_most, largest
 from rasa_theory.methods.products import leading_terms, left, right, seeded
-from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers import RasaDescent, SolverOptions, solve_rasa
 
 CORES = ("full", "diagonal")
@@ -107,8 +107,8 @@ def _tucker(unit: LayerStack, R: int, seed: int) -> UnitFit:
         return residual(unit, sides.updates(unit).update)
 
     hosvd = _Sides(*(linalg.leading_eigenpairs(view.spectra.gram(), R)[1] for view in (unit, unit.transpose())))
-    B, A, _ = leading_terms(unit, R, seed)
-    largest_terms = _Sides(torch.linalg.qr(B).Q, torch.linalg.qr(A.mT).Q)
+    terms = leading_terms(unit, R, seed)
+    largest_terms = _Sides(torch.linalg.qr(terms.B).Q, torch.linalg.qr(terms.A.mT).Q)
     # heat = all sweeps: both starts are run to their end
     sides, history = alternate(unit, Steps(sweep, error), [hosvd, largest_terms], TUCKER_SWEEPS, heat=TUCKER_SWEEPS)
     return dataclasses.replace(sides.updates(unit), history=history, floor=joint_floor(unit, R))
@@ -131,23 +131,24 @@ def _best_pool(unit: LayerStack, R: int, options: SolverOptions) -> tuple[RasaFa
     """The lowest of several runs without private terms, for any R: its factors and the errors of its sweeps."""
     runs = []
     for terms in (leading_terms(unit, R, options.seed), *_random_terms(unit, R, options.seed)):
-        run = RasaDescent(unit, _without_private(unit, *terms), options.sweep, "given", options.max_cancellation)
+        run = RasaDescent(unit, _without_private(unit, terms), options.sweep, "given", options.max_cancellation)
         runs.append(run.run(options.max_sweeps, options.rtol))
     best = min(runs, key=lambda run: run.best_error)
     return best.best, tuple(best.history)
 
 
-def _without_private(unit: LayerStack, B: Tensor, A: Tensor, mixing: Tensor) -> RasaFactors:
+def _without_private(unit: LayerStack, pool: RankOneTerms) -> RasaFactors:
     L, (b, a) = unit.layers, unit.shape
-    return RasaFactors(mixing.new_zeros(L, b, 0), mixing.new_zeros(L, 0, a), B, A, mixing).to(unit.dtype, unit.device)
+    no_B, no_A = pool.D.new_zeros(L, b, 0), pool.D.new_zeros(L, 0, a)
+    return RasaFactors(no_B, no_A, pool.B, pool.A, pool.D).to(unit.dtype, unit.device)
 
 
-def _random_terms(unit: LayerStack, R: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _random_terms(unit: LayerStack, R: int, seed: int) -> Iterator[RankOneTerms]:
     """Random terms that no layer uses yet."""
     b, a = unit.shape
     for n in range(seed, seed + RANDOM_STARTS):
         B, A = seeded(unit, 2 * n, b, R), seeded(unit, 2 * n + 1, R, a)
-        yield B, A, B.new_zeros(unit.layers, R)
+        yield RankOneTerms(B, A, B.new_zeros(unit.layers, R))
 
 
 def _largest_rank(stack: LayerStack, core: str) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.bounds import largest_terms
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem import LayerStack, RankOneTerms
 
 
 def right(stack: LayerStack, X: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def seeded(stack: LayerStack, seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(stack.device)
 
 
-def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest singular terms of all layers, each used by its own layer alone: B (b, n), A (n, a), D (L, n).
+def leading_terms(unit: LayerStack, count: int, seed: int) -> RankOneTerms:
+    """The `count` largest singular terms of all layers, each used by its own layer alone.
 
     If all layers together have fewer terms, random ones that no layer uses fill up the rest.
     """
@@ -37,4 +37,4 @@ def leading_terms(unit: LayerStack, count: int, seed: int) -> tuple[Tensor, Tens
     D[layer, torch.arange(len(layer), device=S.device)] = S[layer, index]
     B = torch.cat([U[layer, :, index].mT, seeded(unit, 2 * seed, unit.shape[0], missing)], 1)
     A = torch.cat([Vh[layer, index], seeded(unit, 2 * seed + 1, missing, unit.shape[1])])
-    return B, A, D
+    return RankOneTerms(B, A, D)

@@ -65,8 +65,8 @@ def _sweep(unit: LayerStack, norms: Tensor, f: Diagonals) -> Diagonals:
 
 def _leading(unit: LayerStack, rank: int, seed: int) -> Diagonals:
     """The leading singular terms of all layers, each used by its own layer alone: all v_i = 1."""
-    B, A, u = leading_terms(unit, rank, seed)
-    return Diagonals(B.new_ones(unit.layers, B.shape[0]), B, u, A).evened()
+    terms = leading_terms(unit, rank, seed)
+    return Diagonals(terms.B.new_ones(unit.layers, len(terms.B)), terms.B, terms.D, terms.A).evened()
 
 
 def _common(unit: LayerStack, rank: int, seed: int) -> Diagonals:
