@@ -12,22 +12,22 @@ differences are paired, since runs of one seed see the same batches.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.support.rows import write_rows
+import rasa_theory as rt
+from experiments.support.rows import Row, read_rows, write_rows
 from rasa_theory.plotting import style
 
-Row = dict[str, Any]
 STYLES = [{"color": color, "linestyle": line} for line in ("-", "--", ":") for color in style.COLOURS]
 SMOOTH = 20  # steps
 
@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
 
     Runs of several settings in one file are refused.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(path)
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
     best: dict[str, Row] = {}
@@ -114,16 +114,10 @@ def common_mrr(runs: dict[str, dict[int, Row]], seed: int) -> float:
     return min(validation(of[seed]) for name, of in runs.items() if seed in of and is_plain(name))
 
 
-def entropy_rank(sigma: Sequence[float]) -> float:
-    """exp of the entropy of the shares of energy: n for n equal singular values."""
-    p = np.asarray(sigma) ** 2
-    p = p[p > 0] / p.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
 def entropy_ranks(rows: list[Row]) -> list[float]:
-    """Of the updates of all layers, kinds and seeds; of full fine-tuning of their 32 leading terms."""
-    return [entropy_rank(sigma) for row in rows for of in row["updates"].values() for sigma in of["sigma"]]
+    """Entropy ranks of the updates of all layers, kinds and seeds, from their 32 leading singular values at most."""
+    spectra = [sigma for row in rows for update in row["updates"].values() for sigma in update["sigma"]]
+    return [float(rt.spectral_ranks(torch.tensor(sigma, dtype=torch.float64)).entropy[0]) for sigma in spectra]
 
 
 def reference(name: str, runs: dict[str, dict[int, Row]]) -> str | None:
@@ -155,8 +149,8 @@ def table(runs: dict[str, dict[int, Row]]) -> list[dict[str, Any]]:
             "method": name, "parameters": rows[0]["trained_parameters"], "rate": rows[0]["run"]["learning_rate"],
             "seeds": len(rows), "median_entropy_rank": float(np.median(entropy_ranks(rows))),
         }  # fmt: skip
-        measures = {
-            "test_mrr": lambda r: r["test_mrr"],
+        measures: dict[str, Callable[[Row], float]] = {
+            "test_mrr": lambda r: float(r["test_mrr"]),
             "final_loss": final_loss,
             "mean_loss": mean_loss,
             "drift": lambda r: drift(r["looks"][-1]),
@@ -212,7 +206,7 @@ def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
         loss, mrr, forget = grid[:, n]
         for name, look in zip(names, cycle(STYLES), strict=False):
             rows = list(runs[name].values())
-            smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid") for r in rows]
+            smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid").tolist() for r in rows]
             band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, look, name)
             steps = [look["step"] for look in rows[0]["looks"]]
             band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], look, name)

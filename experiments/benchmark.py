@@ -283,7 +283,7 @@ def growth_axes(L: int, b: int, a: int, rank: int, k: int, count: int) -> dict[s
     }
 
 
-AXES = {
+AXES: dict[str, tuple[str, Callable[[Row], Any]]] = {
     "L": ("layers L (R = {k} L)", lambda row: row["layers"]),
     "b": ("rows b", lambda row: row["b"]),
     "R": ("ranks of the pool R (q = {q})", lambda row: row["layers"] * row["k"]),

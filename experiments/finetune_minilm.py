@@ -35,8 +35,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import rasa_theory as rt
 from experiments.minilm.data import TASKS, Pair, Split, cached, pairs_of, split_by_module
-from experiments.minilm.encoder import PACKAGE, Encoder, bundled_checkpoint, machine
+from experiments.minilm.encoder import PACKAGE, Encoder, machine
 from experiments.minilm.training import info_nce, ranks, rate_at, shuffled_batches
 
 KINDS = {
@@ -126,14 +127,14 @@ def update_statistics(base: torch.nn.Module, deltas: dict[str, torch.Tensor]) ->
     weights = base.state_dict()
     out: dict[str, Any] = {}
     for kind, delta in deltas.items():
-        energy = torch.linalg.svdvals(delta.double()) ** 2
-        share = energy / energy.sum(1, keepdim=True)
+        sigma = torch.linalg.svdvals(delta.double())
+        spectral = rt.spectral_ranks(sigma)
         norms = [weights[KINDS[kind].format(i)].double().norm() for i in range(len(delta))]
         out[kind] = {
             "relative_norm": [float(d.double().norm() / n) for d, n in zip(delta, norms, strict=True)],
-            "stable_rank": (energy.sum(1) / energy[:, 0]).tolist(),
-            "entropy_rank": torch.exp(-(share * share.clamp_min(1e-300).log()).sum(1)).tolist(),
-            "energy_in_rank_8": share[:, :8].sum(1).tolist(),
+            "stable_rank": spectral.stable.tolist(),
+            "entropy_rank": spectral.entropy.tolist(),
+            "energy_in_rank_8": ((sigma[:, :8] ** 2).sum(1) / (sigma**2).sum(1)).tolist(),
         }
     return out
 
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(steps=args.steps, learning_rate=args.learning_rate)
 
     train, test = split_by_module(pairs_of(args.task, args.data), settings.split)
-    base = Encoder.from_folder(bundled_checkpoint()).to(args.device)
+    base = Encoder.pretrained().to(args.device)
     before = retrieval(base, test, settings)
     print(f"{len(train)} training and {len(test)} test pairs; before: {before}", flush=True)
 

@@ -359,12 +359,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smoke:
         options.repeats, options.max_sweeps = 2, 4
     device = compute_device("cpu" if options.smoke else options.device)
-    made, stack = None, None
-    for *shape, rank, k in parsed(options.configs or (SMOKE if options.smoke else FULL)):
-        if made != shape:
+    made: tuple[int, int, int] | None = None
+    stack: rt.LayerStack | None = None
+    for layers, b, a, rank, k in parsed(options.configs or (SMOKE if options.smoke else FULL)):
+        if made != (layers, b, a):
             stack = None  # before the next one is made
             free(device)
-            made, stack = shape, made_stack(*shape, device, options.tf32)
+            made, stack = (layers, b, a), made_stack(layers, b, a, device, options.tf32)
         assert stack is not None
         Run(stack, rt.RankBudget(rank, k), options).go(lambda record: put_record(options.out, record, title))
         free(device)

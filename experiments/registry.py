@@ -179,7 +179,7 @@ EXPERIMENTS = {
         {
             "compression": Picture(
                 "compression.csv",
-                from_rows("compression"),
+                from_rows("compression.figure"),
                 "trained LoRAs compressed together: error of their products against the share of their parameters",
             )
         },

@@ -27,13 +27,6 @@ from rasa_theory.sources import provenance
 COLUMNS = ("stack", "layer", "relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
 
 
-def describe(S: torch.Tensor) -> tuple[float, float, float]:
-    """Stable rank, entropy rank and the share of the energy in rank 8, from one layer's singular values (m,)."""
-    p = S**2 / (S**2).sum()
-    entropy = -(p[p > 0] * p[p > 0].log()).sum()
-    return float(1 / p[0]), float(entropy.exp()), float(p[:8].sum())
-
-
 def bundled_spectra() -> dict[str, torch.Tensor]:
     """Singular values of every layer, (L, m), by stack; they need no file, since the updates come with the package."""
     return {stack.name: stack.spectra.svd().S for stack in rt.load("minilm-code")[0]}
@@ -43,11 +36,15 @@ def table(spectra: dict[str, torch.Tensor]) -> list[Row]:
     """One row per stack and layer."""
     facts = provenance("minilm-code")
     shipped = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
-    return [
-        dict(zip(COLUMNS, (name, i, shipped[name]["relative_norm"][i], *describe(sigma)), strict=True))
-        for name, S in spectra.items()
-        for i, sigma in enumerate(S)
-    ]
+    lines: list[Row] = []
+    for name, S in spectra.items():
+        ranks, energy = rt.spectral_ranks(S), S**2
+        columns = (shipped[name]["relative_norm"], ranks.stable.tolist(), ranks.entropy.tolist(),
+                   (energy[:, :8].sum(1) / energy.sum(1)).tolist())  # fmt: skip
+        lines += [
+            dict(zip(COLUMNS, (name, i, *values), strict=True)) for i, values in enumerate(zip(*columns, strict=True))
+        ]
+    return lines
 
 
 def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:

@@ -43,6 +43,11 @@ class Encoder:
         model = AutoModel.from_pretrained(folder, local_files_only=True)
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
+    @classmethod
+    def pretrained(cls) -> Encoder:
+        """Read the checkpoint of the installed package."""
+        return cls.from_folder(bundled_checkpoint())
+
     def __call__(self, texts: list[str], max_tokens: int) -> torch.Tensor:
         """(n,) texts -> (n, hidden), rows of unit norm."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")

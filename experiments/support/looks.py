@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rasa_theory import methods
 from rasa_theory.plotting import style
 
 
@@ -22,21 +23,21 @@ class Look:
 
 # Methods of one idea have one colour: joint bases purple, shared bases of trained factors blue, one side shared orange.
 METHODS = {
-    "lora": Look("LoRA", style.INK, "o-"),
-    "allocated": Look("allocated", style.GREY, "s-"),
-    "rasa": Look("RaSA", style.VERMILION, "D-"),
-    "joint_diagonal": Look("joint, CP", style.PURPLE, "v-"),
-    "joint_full": Look("joint, full", style.PURPLE, "^--"),
+    "lora": Look(methods.METHODS["lora"].title, style.INK, "o-"),
+    "allocated": Look(methods.METHODS["allocated"].title, style.GREY, "s-"),
+    "rasa": Look(methods.METHODS["rasa"].title, style.VERMILION, "D-"),
+    "joint_diagonal": Look(methods.METHODS["joint_diagonal"].title, style.PURPLE, "v-"),
+    "joint_full": Look(methods.METHODS["joint_full"].title, style.PURPLE, "^--"),
     "share_columns": Look("SHARE, lorashare", style.BLUE, "h-"),
     "share_whole": Look("SHARE, vlora", style.BLUE, "p--"),
-    "share_basis": Look("SHARE", style.BLUE, "h:"),
-    "tied_lora": Look("Tied-LoRA", style.SKY, "P-"),
-    "vb_lora": Look("VB-LoRA", style.GREEN, "X-"),
-    "one_sided": Look("one-sided", style.ORANGE, "<-"),
-    "share_lora": Look("ShareLoRA", style.ORANGE, ">--"),
-    "vera": Look("VeRA", style.GREY, "*:"),
+    "share_basis": Look(methods.METHODS["share_basis"].title, style.BLUE, "h:"),
+    "tied_lora": Look(methods.METHODS["tied_lora"].title, style.SKY, "P-"),
+    "vb_lora": Look(methods.METHODS["vb_lora"].title, style.GREEN, "X-"),
+    "one_sided": Look(methods.METHODS["one_sided"].title, style.ORANGE, "<-"),
+    "share_lora": Look(methods.METHODS["share_lora"].title, style.ORANGE, ">--"),
+    "vera": Look(methods.METHODS["vera"].title, style.GREY, "*:"),
 }
-"""The methods of `rasa_theory.methods`, and SHARE as the packages of others compute it."""
+"""The methods of `rasa_theory.methods` by their titles, and SHARE as the packages of others compute it."""
 
 SWEEPS = {
     "joint": Look("joint sweep", style.BLUE, "o-"),

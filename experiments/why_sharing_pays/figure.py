@@ -51,7 +51,7 @@ def plot(rows: list[Row]) -> Figure:
     table = Results(rows)
     heights = (2.7, 2.6, 3.0, 2.1, 2.4)
     figure = style.new_figure(sum(heights))
-    lines = figure.subfigures(5, 1, height_ratios=heights)
+    lines: Any = figure.subfigures(5, 1, height_ratios=heights)
     ((a,),) = style.panels(lines[0])
     ((b, c),) = style.panels(lines[1], 1, 2, width_ratios=(3.5, 2))
     ((d, e),) = style.panels(lines[2], 1, 2, width_ratios=(2, 2.5))
@@ -120,10 +120,11 @@ def draw_gain(ax: Axes, table: Results) -> None:
 def draw_owners(ax: Axes, table: Results) -> None:
     """Draw one dot for each pool term, k = 1."""
     sources = table.column("source", part="pool")
-    for shift, item, label, look in (
+    looks: tuple[tuple[float, str, str, dict[str, Any]], ...] = (
         (-0.19, "by_loss", "by loss without it", {"marker": "o", "color": SHARING}),
         (0.19, "by_weight", "by weight $d^2$", {"marker": "D", "color": style.GREY, "mfc": "none"}),
-    ):
+    )
+    for shift, item, label, look in looks:
         x, y = [], []
         for n, source in enumerate(sources):
             ratios = table.values(item, part="pool", source=source, k=1)
@@ -193,9 +194,9 @@ def draw_depth(ax: Axes, table: Results) -> None:
     stems(ax, points)
     ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
     ax.set_ylim(0, None)
-    ks = ", ".join(map(str, table.column("k", part="depth")))
+    every_k = ", ".join(map(str, table.column("k", part="depth")))
     style.name(ax, y=f"% of {E_LORA}", title="query's spectra, L layers")
-    ax.set_xlabel(f"L (k = {ks} each); bases", fontsize=style.MEDIUM, labelpad=29)
+    ax.set_xlabel(f"L (k = {every_k} each); bases", fontsize=style.MEDIUM, labelpad=29)
 
 
 def draw_kinds(ax: Axes, table: Results) -> None:

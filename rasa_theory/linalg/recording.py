@@ -100,7 +100,7 @@ class Recorded:
             if self._graph is None:
                 self._read = [x.clone() for x in arguments]
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                     self._results = self._function(*self._read)
                 self._graph = graph
             for kept, x in zip(self._read, arguments, strict=True):

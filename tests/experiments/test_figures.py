@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import rasa_theory as rt
-from experiments import adapter_claims, compression, figures, iteration_count, registry
+from experiments import adapter_claims, figures, iteration_count, registry
+from experiments.compression import figure as compression_figure
 from experiments.support.rows import read_rows, write_rows
 from rasa_theory.plotting import style
 from tests.experiments.test_train_adapters import row as adapter_row
@@ -252,7 +253,7 @@ def expected_heights(name: str, path: Path) -> list[float]:
         return [*(row["error"] for row in rows), *(row["error"] / lora[row["stack"], row["r"]] for row in own)]
     if name == "compression":  # means over the stacks of a set, where each of them has room for the method
         shown: dict[tuple[Any, ...], list[float]] = {}
-        for row in (row for row in rows if row["set"] in compression.shown(rows)):
+        for row in (row for row in rows if row["set"] in compression_figure.shown(rows)):
             by_chance = row["source"] == "random" and row["method"] == "joint_diagonal"
             of_packages = row["method"] in ("lorashare", "vlora")  # which are share_columns and share_whole
             if row["share"] is not None and (by_chance or (row["source"] == "trained" and not of_packages)):

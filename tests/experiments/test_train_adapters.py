@@ -19,12 +19,15 @@ from scipy import stats
 
 import rasa_theory as rt
 from experiments import adapter_claims as claims
-from experiments import train_adapters as experiment
 from experiments.minilm import sentences
+from experiments.minilm.data import TASKS
+from experiments.minilm.encoder import Encoder
+from experiments.train_adapters import protocol, starts, training
+from experiments.train_adapters import run as experiment
 from rasa_theory import adapter as ad
 from tests.experiments.test_finetune import tiny
 
-SETTINGS = experiment.Settings(steps=3, batch=4, warmup=1, train_pairs=40, validation_pairs=20, test_pairs=20,
+SETTINGS = protocol.Settings(steps=3, batch=4, warmup=1, train_pairs=40, validation_pairs=20, test_pairs=20,
                                prose_pairs=8, every=2, short_steps=3, bfloat16=False)  # fmt: skip
 CPU = torch.device("cpu")
 METHODS = [("full", 0, 0), ("lora", 2, 0), ("rasa", 2, 1), ("rasa", 2, 2), ("lora", 3, 0)]
@@ -33,22 +36,21 @@ METHODS = [("full", 0, 0), ("lora", 2, 0), ("rasa", 2, 1), ("rasa", 2, 2), ("lor
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiny BERT for the real checkpoint, which is an extra, and few sweeps."""
-    monkeypatch.setattr(experiment, "bundled_checkpoint", lambda: Path("none"))
-    monkeypatch.setattr(experiment.Encoder, "from_folder", staticmethod(lambda folder: tiny()))
+    monkeypatch.setattr(Encoder, "pretrained", staticmethod(tiny))
     quick, solve = rt.SolverOptions(start="allocation", max_sweeps=2), rt.solve_rasa
-    monkeypatch.setattr(experiment.rt, "solve_rasa", lambda stack, budget, options=None: solve(stack, budget, quick))
-    experiment._kinds.cache_clear()
+    monkeypatch.setattr(rt, "solve_rasa", lambda stack, budget, options=None: solve(stack, budget, quick))
+    starts.kinds.cache_clear()
     yield
-    experiment._kinds.cache_clear()
+    starts.kinds.cache_clear()
 
 
 @cache
-def task() -> experiment.Task:
-    return experiment.Task(SETTINGS, experiment.Data.collected(SETTINGS, None))
+def task() -> protocol.Task:
+    return protocol.Task(SETTINGS, protocol.Data.collected(SETTINGS, None))
 
 
-def run_of(method: str, rank: int, k: int, rate: float = 1e-3, seed: int = 0, start: str = "zero") -> experiment.Run:
-    return experiment.Run(method, rank, k, rate, seed, start)
+def run_of(method: str, rank: int, k: int, rate: float = 1e-3, seed: int = 0, start: str = "zero") -> protocol.Run:
+    return protocol.Run(method, rank, k, rate, seed, start)
 
 
 # ---- the protocol
@@ -60,16 +62,16 @@ def test_every_method_sees_the_same_batches_and_dropout_masks() -> None:
         encoder = tiny()
         parameters, _ = experiment.prepared(encoder, run_of(method, rank, k), task())
         torch.manual_seed(len(losses))  # whatever was drawn before
-        losses.append(experiment.train(encoder, parameters, task(), 0.0, 5, lambda _: None))
+        losses.append(training.train(encoder, parameters, task(), 0.0, 5, lambda _: None))
     assert len(set(losses[0])) == SETTINGS.steps
     assert losses == [losses[0]] * len(METHODS)
 
 
 def test_batches_go_through_all_pairs_in_an_order_of_the_seed() -> None:
-    source, pairs = experiment.batches(task(), 1), task().data.train
+    source, pairs = training.batches(task(), 1), task().data.train
     epoch = [pair for _ in range(len(pairs) // SETTINGS.batch) for pair in next(source)]
     assert sorted(map(hash, epoch)) == sorted(map(hash, pairs))
-    assert next(experiment.batches(task(), 1)) == epoch[:4] != next(experiment.batches(task(), 2))
+    assert next(training.batches(task(), 1)) == epoch[:4] != next(training.batches(task(), 2))
 
 
 def test_the_parts_of_the_data_are_of_disjoint_modules() -> None:
@@ -81,12 +83,12 @@ def test_the_parts_of_the_data_are_of_disjoint_modules() -> None:
 
 
 def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert experiment.Data.collected(SETTINGS, tmp_path) == task().data
+    assert protocol.Data.collected(SETTINGS, tmp_path) == task().data
     more = replace(SETTINGS, train_pairs=50, prose_pairs=9)
-    data = experiment.Data.collected(more, None)
-    monkeypatch.setitem(experiment.TASKS, "code", (list, ""))  # this machine has nothing else
-    monkeypatch.setattr(experiment, "_reference", list)
-    assert experiment.Data.collected(more, tmp_path) == data
+    data = protocol.Data.collected(more, None)
+    monkeypatch.setitem(TASKS, "code", (list, ""))  # this machine has nothing else
+    monkeypatch.setattr(protocol, "_reference", list)
+    assert protocol.Data.collected(more, tmp_path) == data
 
 
 def test_sentences_of_docstrings_and_the_next_ones() -> None:
@@ -107,18 +109,18 @@ def some_factors(terms: ad.Terms) -> rt.RasaFactors:
 @pytest.mark.parametrize(("rank", "k"), [(2, 0), (2, 1), (2, 2)])
 def test_starts_from_data(rank: int, k: int) -> None:
     encoder = tiny()
-    adapter = ad.inject(encoder.model, experiment.TARGETS, rt.RankBudget(rank, k), alpha=3.0)
+    adapter = ad.inject(encoder.model, starts.TARGETS, rt.RankBudget(rank, k), alpha=3.0)
     for terms in adapter.terms.values():
         mixing, factors = terms.mixing[0].detach().clone(), some_factors(terms)
-        experiment.start_from(terms, factors, True)
+        starts.start_from(terms, factors, True)
         for i in range(2):
             torch.testing.assert_close(terms.update(i), factors.update(i), rtol=1e-4, atol=1e-4)
         rows = torch.cat([*terms.private_A, terms.shared_A]).detach()
         torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), 3**-0.5))  # of Kaiming's start on average
         assert all(bool((d.abs() <= mixing * (1 + 1e-6)).all()) for d in terms.mixing)
-    adapter = ad.inject((other := tiny()).model, experiment.TARGETS, rt.RankBudget(rank, k))
+    adapter = ad.inject((other := tiny()).model, starts.TARGETS, rt.RankBudget(rank, k))
     for terms in adapter.terms.values():
-        experiment.start_from(terms, some_factors(terms), False)
+        starts.start_from(terms, some_factors(terms), False)
     assert not any(terms.update(i).any() for terms in adapter.terms.values() for i in range(2))
     ids = torch.arange(6).reshape(1, 6)
     assert torch.equal(other.model.eval()(ids)[0], tiny().model.eval()(ids)[0])
@@ -126,8 +128,8 @@ def test_starts_from_data(rank: int, k: int) -> None:
 
 @pytest.mark.parametrize("start", ["gradient", "updates"])
 def test_factors_of_data_are_of_every_kind(start: str) -> None:
-    factors = experiment.factors_of_data(run_of("rasa", 2, 1, start=start), task(), CPU)
-    assert factors.keys() == experiment._kinds().keys()
+    factors = starts.factors_of_data(run_of("rasa", 2, 1, start=start), task(), CPU)
+    assert factors.keys() == starts.kinds().keys()
     assert all(float(f.update(0).norm()) > 0 for f in factors.values())
 
 
@@ -169,7 +171,7 @@ def test_only_takes_names_that_there_are() -> None:
 
 
 def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
+    rows = experiment.Runs(tmp_path / "rows.jsonl", SETTINGS)
     base, scores = run_of("lora", 2, 0), dict(zip(experiment.GRID, (0.05, 0.1, 0.3, 0.5, 0.4, 0.2), strict=True))
     for rate, score in scores.items():
         for seed, shift in ((experiment.TUNING_SEED, 0.0), (0, 1.0 * (rate == 1e-2))):
@@ -177,14 +179,14 @@ def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: 
             tuning = seed == experiment.TUNING_SEED
             rows.add({"run": asdict(run), "tuning": tuning, "settings": asdict(SETTINGS),
                       "looks": [{"validation_mrr": score + shift}]})  # fmt: skip
-    again = experiment.Rows(tmp_path / "rows.jsonl", SETTINGS)
+    again = experiment.Runs(tmp_path / "rows.jsonl", SETTINGS)
     assert again.rows == rows.rows
     assert experiment.chosen_rate(base, again) == 1e-3
     trials = [replace(base, learning_rate=rate, seed=experiment.TUNING_SEED) for rate in experiment.GRID]
     monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda _: pytest.fail("a finished run is run again"))
     experiment.perform(trials, True, again, task(), "cpu", 1, None)
     assert again.find(trials[0], False) is None
-    assert experiment.Rows(tmp_path / "rows.jsonl", replace(SETTINGS, steps=4)).rows == []
+    assert experiment.Runs(tmp_path / "rows.jsonl", replace(SETTINGS, steps=4)).rows == []
 
 
 def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
@@ -195,9 +197,9 @@ def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
 def test_mrr() -> None:
     answers = torch.eye(4)
     queries = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.9, 0.8, 0.1, 0.7], [0, 0, 0, 1]])
-    assert experiment.mrr(queries, answers) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4)
+    assert training.mrr(queries, answers) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4)
     for collapsed in (torch.ones(5, 4), torch.full((5, 4), torch.nan)):
-        assert experiment.mrr(collapsed, collapsed) == pytest.approx(1 / 5)
+        assert training.mrr(collapsed, collapsed) == pytest.approx(1 / 5)
 
 
 # ---- the statistics
@@ -206,7 +208,7 @@ def test_mrr() -> None:
 def row(name: str, seed: int, mrrs: list[float], drifts: list[float], **more: Any) -> dict[str, Any]:
     looks = [{"step": 50 * n, "validation_mrr": m, "drift": {"a": d, "b": 3 * d}, "prose_mrr": {"a": 0.5, "b": 0.7}}
              for n, (m, d) in enumerate(zip(mrrs, drifts, strict=True))]  # fmt: skip
-    sigma = {"query": {"norms": [2.0, 1.0], "sigma": [[2.0], [0.6, 0.8]]}, "key": {"norms": [1.0], "sigma": [[1.0]]}}
+    sigma = {"query": {"norms": [2.0, 1.0], "sigma": [[2.0], [0.8, 0.6]]}, "key": {"norms": [1.0], "sigma": [[1.0]]}}
     common = {"name": name, "run": {"seed": seed, "learning_rate": 1e-3}, "tuning": False, "losses": [1.0] * 40,
               "looks": looks, "test_mrr": mrrs[-1] + 0.01 * seed, "updates": sigma, "trained_parameters": 10,
               "settings": {"short_steps": 30}}  # fmt: skip
@@ -235,11 +237,13 @@ def test_drift_at_equal_mrr_is_interpolated_where_it_is_first_reached(
     assert claims.drift_at(row("x", 0, mrrs, [0.0, 0.1, 0.3]), mrr) == pytest.approx(expected, nan_ok=True)
 
 
-def test_entropy_rank_counts_equal_values() -> None:
-    assert claims.entropy_rank([3.0] * 5) == pytest.approx(5)
-    assert claims.entropy_rank([2.0, 0.0]) == pytest.approx(1)
-    p = [0.8, 0.2]  # of the energy
-    assert claims.entropy_rank([2.0, 1.0]) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
+def test_entropy_ranks_are_of_all_layers_kinds_and_seeds() -> None:
+    p = [0.36, 0.64]  # of the energy of one layer; the others have one term
+    two = math.exp(-sum(x * math.log(x) for x in p))
+    rows = [row("lora(2)", seed, [0.2], [0.0]) for seed in range(2)]
+    for each in rows:
+        each["updates"]["query"]["sigma"][1] = [0.8, 0.6]
+    assert claims.entropy_ranks(rows) == pytest.approx([1, two, 1] * 2)
 
 
 def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
