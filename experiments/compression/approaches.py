@@ -43,16 +43,35 @@ def lorashare(stacked: Collection, budget: int) -> methods.Fit | None:
     if not p:
         return None
     keys = {side: lora_key("x", side) for side in "AB"}
-    adapters = {str(i): {keys[side]: getattr(stacked.factors, side)[i].float() for side in "AB"}
-                for i in range(stacked.stack.layers)}  # fmt: skip
+    adapters = {
+        str(i): {keys["A"]: A.float(), keys["B"]: B.float()}
+        for i, (B, A) in enumerate(zip(stacked.factors.B, stacked.factors.A, strict=True))
+    }
     combined = compression.combine_adapter_weights(adapters)
     basis, _, _ = compression.compute_shared_components(combined, num_components=p, device="cpu")
     loadings = {i: compression.compute_adapter_loadings(basis, adapter) for i, adapter in adapters.items()}
-    rebuilt = {i: compression.reconstruct_adapter_weights(basis, loading) for i, loading in loadings.items()}
+    rebuilt = [compression.reconstruct_adapter_weights(basis, loading) for loading in loadings.values()]
     stored = [*basis.values(), *(x for loading in loadings.values() for x in loading.values())]
+    return _of_package(stacked, "lorashare", p, stored, [(lora[keys["B"]], lora[keys["A"]]) for lora in rebuilt])
+
+
+def vlora(stacked: Collection, budget: int) -> methods.Fit | None:
+    """SHARE by the package vlora-dev itself."""
+    import vlora as package
+
+    p, r = components(stacked, budget, "whole"), stacked.rank
+    if not p:
+        return None
+    adapters = [
+        package.LoRAWeights(["x"], {"x": A.float()}, {"x": B.float()}, r)
+        for B, A in zip(stacked.factors.B, stacked.factors.A, strict=True)
+    ]
+    space = package.SharedSubspace.from_adapters(adapters, num_components=p)
+    rebuilt = [space.reconstruct(f"task_{i}") for i in range(len(adapters))]
+    basis = (space.means_a, space.means_b, space.components_a, space.components_b)
+    loadings = [side["x"] for task in space.tasks.values() for side in (task.loadings_a, task.loadings_b)]
     stored = [*(side["x"] for side in basis), *loadings]
-    pairs = [(lora.lora_b["x"], lora.lora_a["x"]) for lora in rebuilt]
-    return _of_package(stacked, "vlora", p, stored, pairs)
+    return _of_package(stacked, "vlora", p, stored, [(lora.lora_b["x"], lora.lora_a["x"]) for lora in rebuilt])
 
 
 def _of_package(
