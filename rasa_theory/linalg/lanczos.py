@@ -46,10 +46,21 @@ from torch import Tensor
 
 from rasa_theory.linalg import dense, orthogonal
 
-ALLOWANCE = 20.0
-PROBES = 16
+ALLOWANCE = 20.0  # of rounding in the captured energy, see "Rounding" above
+PROBES = 16  # p, the columns of Omega
 ATTEMPTS = 2  # bases that are tried before the SVD
 STEPS = 24  # of the recurrence, at most
+
+# The numbers below decide how often a certificate is reached and how much work it takes. None of them decides whether a
+# certificate is valid: it holds for every V, every beta and every tau that `norm_bounds` yields.
+_SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
+_BETA_ABOVE_LAST = (
+    0.05  # position of beta between the last Ritz value and the r-th: just above the rest of the spectrum
+)
+_LEAST_BETA = 1e-3  # of the goal per rank: beta stays positive where the last Ritz value is 0
+_USEFUL_TAU = 0.1  # of the goal per rank: a tau below it is tried even if it is not below theta_r
+_MEASURE_BELOW = 1e-7  # relative error below which it is measured: single precision, and norm^2 - captured, end here
+_DEPENDENT = 1e-4  # relative size of a column, in single precision, that is mostly rounding after two projections
 
 
 class LeadingPart(NamedTuple):
@@ -87,6 +98,13 @@ def worth_it(shape: tuple[int, int], rank: int) -> bool:
     return 4 * _sizes(rank)[1] <= min(shape)
 
 
+# Why not simply iterate until the Ritz values settle? They would estimate the error, but a direction that the random
+# start nearly misses would stay unseen, and nothing would tell. So the search is only a guess, in the precision of M.
+# V is then made orthonormal in float64, and fresh random probes bound the norm of what V leaves out, with a known
+# probability of failure. Longer polynomials usually give a lower tau, so they grow until the certificate meets the
+# goal. If it does not, the search continues from where it stopped. After `ATTEMPTS` bases an SVD is taken instead.
+
+
 def leading_part(
     M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
 ) -> LeadingPart | None:
@@ -108,7 +126,7 @@ def leading_part(
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
     search = KrylovSearch(single, width, generator)
     for _ in range(ATTEMPTS):
-        V = search.run(rank, kept, 0.15 * goal * norm_squared)
+        V = search.run(rank, kept, _SEARCH_SHARE * goal * norm_squared)
         if V is None:
             return None
         basis = ritz(M, V.double())
@@ -116,17 +134,17 @@ def leading_part(
             return None
         captured = float(basis.theta[:rank].sum())
         target, last = float(basis.theta[rank - 1]), float(basis.theta[-1])
-        beta = max(last + 0.05 * (target - last), 1e-3 * goal * norm_squared / rank)
+        beta = max(last + _BETA_ABOVE_LAST * (target - last), _LEAST_BETA * goal * norm_squared / rank)
         omega = torch.randn(a, probes, generator=generator, dtype=M.dtype).to(M.device)
         for tau in norm_bounds(M, basis.V, omega, beta, quantile, math.sqrt(norm_squared)):
-            if tau >= max(target, 0.1 * goal * norm_squared / rank):
+            if tau >= max(target, _USEFUL_TAU * goal * norm_squared / rank):
                 continue
             most = most_captured(basis, rank, tau, 5 * math.sqrt(kept) * precision * norm_squared)
             if most - captured + 2 * allowance <= goal * norm_squared:
                 B = basis.MV @ basis.S[:, :rank]
                 A = (basis.V @ basis.S[:, :rank]).mT
                 error = norm_squared - captured
-                if error < 1e-7 * norm_squared:  # the search may see no more, and the difference has few digits left
+                if error < _MEASURE_BELOW * norm_squared:
                     B, A = _refined(M, B)
                     error = float(((M - B @ A) ** 2).sum())
                 low = max(norm_squared - most - allowance, 0.0)
@@ -254,7 +272,8 @@ class KrylovSearch:
             Z = orthogonal.outside(self.Q, Z)
         new, last = orthogonal.thin_qr(Z)
         sizes = last.diagonal().abs()
-        if float(sizes.min()) <= 1e-4 * float(sizes.max()) or float(sizes.max()) <= 1e-4 * float(self.MQ.abs().max()):
+        largest = float(sizes.max())
+        if float(sizes.min()) <= _DEPENDENT * largest or largest <= _DEPENDENT * float(self.MQ.abs().max()):
             new = orthogonal.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
             last = new.mT @ Z
         return new, last

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 
 
 def plot_iterations(results: dict[str, Any]) -> Figure:
-    """Error against iteration of the random attempts, in units of e_lora: one panel per stack and k >= 1.
+    """Plot the error of the random attempts against their iterations, in units of e_lora.
 
-    `results` are those of `study` or of results.json. Lines mark e_lora, the allocation bound, the best found error and
-    the certified floor (or a note names it, where it lies far below); dots mark the first iteration below e_lora.
+    There is one panel per stack and k >= 1. Lines mark e_lora, the allocation bound, the best error and the certified
+    floor; a note names a floor that is far below. Dots mark the first iteration below e_lora.
+
+    **Arguments:**
+
+    - `results`: the results of `study`, or the contents of results.json.
+
+    **Returns:**
+
+    - A matplotlib `Figure`; save it by `figure.savefig`.
     """
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))

@@ -1,4 +1,4 @@
-"""The ranks of one layer: how many it keeps and how many it gives to the pool."""
+"""The budget of ranks of one layer: private ranks and shared ranks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class RankBudget:
-    """Ranks of one layer: r = `rank` in all, k = `shared_rank` of them given to the pool.
+    """The ranks of one layer: r in all, k of them in the shared pool.
 
-    Raises InputError (a ValueError) unless both are whole numbers, 1 <= r and 0 <= k <= r.
+    **Arguments:**
+
+    - `rank`: r, at least 1.
+    - `shared_rank`: k, from 0 to r.
+
+    **Raises:**
+
+    - `InputError` (a ValueError): unless both are whole numbers in these ranges; the message names both.
     """
 
     rank: int
@@ -36,11 +43,11 @@ class RankBudget:
 
     @property
     def private_rank(self) -> int:
-        """q = r - k, the ranks that a layer keeps."""
+        """q = r - k, the private rank of a layer."""
         return self.rank - self.shared_rank
 
     def pool_rank(self, layers: int) -> int:
-        """R = L k, the ranks in the pool of `layers` layers."""
+        """R = L k, the rank of the pool of `layers` layers."""
         return layers * self.shared_rank
 
     def check_fits(self, stack: Shaped) -> None:

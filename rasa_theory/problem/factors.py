@@ -40,7 +40,7 @@ def scale_into_mixing(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sharding_of(sharding: LayerSharding | None, held: int) -> LayerSharding:
-    """That of one process, which holds all layers, unless one is given, of `held` layers here."""
+    """`sharding`, checked for `held` local layers; None: one process that holds all of them."""
     if sharding is None:
         return LayerSharding((held,))
     if sharding.local_layers != held:
@@ -50,9 +50,17 @@ def _sharding_of(sharding: LayerSharding | None, held: int) -> LayerSharding:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Updates B_i A_i of rank r: B (L, b, r), A (L, r, a). Raises InputError if the shapes disagree.
+    """LoRA factors of all layers: the updates B_i A_i of rank r.
 
-    With several processes, those of the layers that this one holds.
+    **Arguments:**
+
+    - `B`: (L, b, r).
+    - `A`: (L, r, a).
+    - `sharding`: with several processes, the layers that each holds; `B` and `A` are then those of this process.
+
+    **Raises:**
+
+    - `InputError`: if the shapes disagree; the message names both.
     """
 
     B: Tensor
@@ -83,11 +91,19 @@ class LoraFactors:
 class RasaFactors:
     """Updates B~_i A~_i + B_S D_i A_S (He et al., ICLR 2025, eq. 4).
 
-    private_B (L, b, q), private_A (L, q, a), shared_B (b, R), shared_A (R, a), mixing (L, R): row i is the diagonal
-    of D_i. Raises InputError if the shapes disagree, naming both.
+    **Arguments:**
 
-    With several processes, private factors and mixing are those of the layers that this one holds, (held, ..), and the
-    pool, which all have, is the same in all.
+    - `private_B`: B~_i, (L, b, q).
+    - `private_A`: A~_i, (L, q, a).
+    - `shared_B`: B_S, (b, R).
+    - `shared_A`: A_S, (R, a).
+    - `mixing`: (L, R); row i is the diagonal of D_i.
+    - `sharding`: with several processes, the layers that each holds. Private factors and mixing are then those of this
+      process, and the pool is the same in all.
+
+    **Raises:**
+
+    - `InputError`: if the shapes disagree; the message names both.
     """
 
     private_B: Tensor
@@ -160,7 +176,7 @@ class RasaFactors:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors of all layers hold, the mixing included."""
+        """The number of parameters of all layers, the mixing included."""
         (R, a), (b, q) = self.shared_A.shape, self.private_B.shape[1:]
         return self.layers * (q * (b + a) + R) + R * (b + a)
 
@@ -227,7 +243,7 @@ class RasaFactors:
         return self._whole(self.sharding.all_gather)
 
     def sent_to_first(self) -> RasaFactors:
-        """The same in process 0 alone, on the CPU; the others keep their own."""
+        """The factors of all layers on the CPU of process 0; the other processes keep their shard."""
         return self._whole(self.sharding.gather_to_first)
 
     def _whole(self, gather: Callable[[Tensor], Tensor]) -> RasaFactors:
@@ -238,7 +254,7 @@ class RasaFactors:
         )
 
     def sharded(self, sharding: LayerSharding) -> RasaFactors:
-        """Of the factors of all layers those that this process holds."""
+        """The local shard of these factors of all layers."""
         own = sharding.local
         return RasaFactors(
             self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], sharding=sharding
@@ -246,5 +262,5 @@ class RasaFactors:
 
 
 def lora_parameters(layers: int, shape: tuple[int, int], rank: int) -> int:
-    """L r (a + b): what LoRA of rank r spends, and RaSA but for its mixing of L R numbers."""
+    """L r (a + b): the parameters of LoRA of rank r, and those of RaSA without its mixing, which has L R more."""
     return layers * rank * sum(shape)

@@ -1,4 +1,4 @@
-"""Who owns the pool: how many layers a pool term serves, by its weight in them and by what they lose without it."""
+"""Participation in the pool: the number of layers that each term serves, by its weight and by the loss without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rasa_theory.problem.factors import RasaFactors
 
 @dataclass(frozen=True)
 class PoolParticipation:
-    """In how many layers every pool term is at work, and how much in each.
+    """The number of layers in which every pool term is at work, and its weight in each.
 
     weights (L, R): d_ij^2 ||b_j||^2 ||a_j||^2, the squared norm of term j in layer i. losses (L, R): what layer i loses
     without term j once its private terms have taken up what they can, see `layer_losses`. by_weight and by_loss (R,):
@@ -33,7 +33,16 @@ class PoolParticipation:
 
 
 def pool_participation(factors: RasaFactors) -> PoolParticipation:
-    """Is the pool shared, or has each of its terms an owner? The scale of the pool columns does not matter; float64."""
+    """Measure whether the pool is shared, or each of its terms serves one layer. Computed in float64.
+
+    **Arguments:**
+
+    - `factors`: RaSA factors; the scale of their pool columns does not matter.
+
+    **Returns:**
+
+    - `PoolParticipation`: weights and losses of all terms in all layers, and their participation ratios.
+    """
     f = factors.to(torch.float64).normalised()
     weights, losses = f.mixing**2, layer_losses(f)
     return PoolParticipation(
@@ -49,9 +58,10 @@ def participation_ratio(x: Tensor) -> Tensor:
 
 
 def layer_losses(factors: RasaFactors) -> Tensor:
-    """What leaving pool term j out of layer i alone costs at most, squared: sigma_{q+1}(B~_i A~_i + d_ij b_j a_j^T)^2.
+    """Upper bound on the squared cost of leaving pool term j out of layer i, (L, R).
 
-    (L, R). Private terms take up what they can of the term, the other pool terms stay. Where private terms and D
+    It is sigma_{q+1}(B~_i A~_i + d_ij b_j a_j^T)^2. Private terms take up what they can of the term, the other pool
+    terms stay. Where private terms and D
     minimise the error, the residual is orthogonal to the private spaces and to the term, so that the error does not
     rise by more; by less where private terms find something better in the residual. Pool columns are
     of unit norm. With B~_i A~_i = U diag(S) V^T, x = U^T b_j, y = V^T a_j and x', y' the norms of what b_j and a_j have

@@ -1,4 +1,4 @@
-"""How much column and row space the layers share: the spectrum of the mean projector on their leading subspaces."""
+"""Subspaces that layers share: the spectrum of the mean projector on their leading singular subspaces."""
 
 from __future__ import annotations
 
@@ -31,11 +31,23 @@ class SharedSubspaceSpectrum:
 
 
 def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpectrum:
-    """Whether there is anything to share, before anything is solved: the mean projectors of both sides.
+    """Measure how much column and row space the layers share, before anything is solved.
 
     A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R, since every
-    span(B_S) lies in the column space of every layer. Singular directions at rounding level do not count. Raises
-    InputError unless 1 <= rank <= min(b, a).
+    span(B_S) lies in the column space of every layer. Singular directions at rounding level do not count.
+
+    **Arguments:**
+
+    - `stack`: the stack M.
+    - `rank`: the number of leading singular directions of each layer, 1 <= rank <= min(b, a).
+
+    **Returns:**
+
+    - `SharedSubspaceSpectrum`: the eigenvalues of the mean projectors of both sides.
+
+    **Raises:**
+
+    - `InputError`: if `rank` is out of range.
     """
     RankBudget(rank, 0).check_fits(stack)
     U, V = (stack.sharding.all_gather(W) for W in leading_subspaces(stack, rank))
@@ -45,7 +57,7 @@ def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpec
 
 
 def unrelated_level(layers: int, share: float) -> float:
-    """What the eigenvalues of the mean of L random projectors stay below: share = c, the rank per dimension.
+    """Upper edge of the eigenvalues of the mean of L random projectors: share = c, the rank per dimension.
 
     (1 + (L - 2) c + 2 sqrt((L - 1) c (1 - c))) / L, and 1 from c = 1 - 1/L on, where L subspaces meet. Random
     projectors are free in the limit of large dimension, and this is the right edge of the L-fold free convolution of
@@ -103,8 +115,8 @@ def projected(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
 
     Layer by layer: the same bits however many there are.
     """
-    found = svd.S.new_empty(len(svd.S), X.shape[-1], Y.shape[-1])
-    X, Y = X.expand(len(found), -1, -1), Y.expand(len(found), -1, -1)
+    result = svd.S.new_empty(len(svd.S), X.shape[-1], Y.shape[-1])
+    X, Y = X.expand(len(result), -1, -1), Y.expand(len(result), -1, -1)
     for i, (U, S, Vh) in enumerate(zip(*svd, strict=True)):
-        found[i] = (X[i].mT @ U * S) @ (Vh @ Y[i])
-    return found
+        result[i] = (X[i].mT @ U * S) @ (Vh @ Y[i])
+    return result
