@@ -1,4 +1,4 @@
-"""What the commands share: arguments, exit statuses, progress on standard error, files written whole or not at all."""
+"""The console that all commands share: arguments, exit statuses, progress on standard error, the folder of --out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rasa_theory.common import FailedElsewhere, InputError, ProcessLost, __version__, writable_folder
-from rasa_theory.distributed import ALONE, Processes, lacks_memory, launched, meeting
+from rasa_theory.distributed import ALONE, Processes, first_launched, lacks_memory, meeting
 from rasa_theory.formats import Exclusion, LeftOut
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
@@ -24,7 +24,7 @@ _SHOWN = 3
 
 
 class _Help(argparse.HelpFormatter):
-    """Wraps text, but for lines that begin with a space: commands to copy."""
+    """A formatter that wraps text, except lines that begin with a space: they are commands to copy."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         wrap = super()._fill_text
@@ -32,9 +32,9 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and raises InputError where argparse would end the process.
+    """A parser without abbreviated flags, which raises InputError where argparse would end the process.
 
-    Lines of the description and the epilog that begin with a space stay as they are.
+    Lines of the description and the epilog that begin with a space are not wrapped.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -46,67 +46,86 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str, kept: str = "") -> int:
-    """What `action` returns, or 2 with one sentence for bad input and too little memory, or 130 if interrupted.
+    """Run a command: return the status of `action`, 2 for bad input or too little memory, or 130 if interrupted.
 
-    `action` gets the processes that torchrun has started, or this one alone. Of several, one alone says why all stop,
-    and which process it is because of. `on_no_memory` says what the user may do where memory does not suffice, `kept`
-    what a run leaves behind that a process is lost to.
+    - action: gets the processes that torchrun has started, or this one alone.
+    - on_no_memory: advice for the sentence about too little memory.
+    - kept: appended to the sentence about a process that is lost: which results survive it.
     """
-    met = [ALONE]
-    status = _status(name, action, met, on_no_memory, kept)
+    processes = ALONE
+    try:
+        with meeting() as processes:
+            status = action(processes)
+            sys.stdout.flush()
+    except (InputError, ProcessLost, MemoryError, RuntimeError, BrokenPipeError, KeyboardInterrupt) as error:
+        status = _status_of(error, _Speaker(name, processes), on_no_memory, kept)
     if status in (2, 130):
-        met[0].board.leave(status)
+        processes.board.leave(status)
     return status
 
 
-def _status(name: str, action: Callable[[Processes], int], met: list[Processes], on_no_memory: str, kept: str) -> int:
-    """The same; `met[0]` becomes the processes that it was with."""
-    processes = ALONE
+class _Speaker:
+    """Says, in one process for all of them, why a command stops."""
 
-    def say(sentence: str) -> int:
-        if not processes.alone:  # what torchrun sends when another process has ended is not to cut this short
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def __init__(self, name: str, processes: Processes) -> None:
+        self.name, self.processes = name, processes
+
+    def say(self, sentence: str) -> int:
+        """Print the sentence, unless another process has spoken, and return exit status 2."""
+        processes = self.processes
+        if not processes.alone:
+            _ignore_termination()  # torchrun ends the others once one has ended, which must not cut this short
         if processes.alone:
-            if not launched() or os.environ.get("RANK") == "0":  # they have not met, and all say the same
-                print(f"{name}: {sentence}", file=sys.stderr)
+            if first_launched():  # processes that have not met fail alike, and only the first speaks
+                print(f"{self.name}: {sentence}", file=sys.stderr)
         elif processes.board.speaks():
-            print(f"\n{name}: {sentence}", file=sys.stderr)  # process 0 may be drawing a bar on this line
+            print(f"\n{self.name}: {sentence}", file=sys.stderr)  # process 0 may be drawing a bar on this line
         return 2
 
-    try:
-        with meeting() as processes:
-            met[0] = processes
-            status = action(processes)
-            sys.stdout.flush()
-        return status
-    except FailedElsewhere as error:
-        return say(str(error))
-    except InputError as error:
-        return say(str(error) if processes.alone else f"{processes}: {error}")
-    except ProcessLost:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes when one has gone
+
+# Of several processes, every one ends up here when one fails: the one at fault with its own error, the others with
+# FailedElsewhere, or with ProcessLost where the connection broke first. If each printed its error, a user of 8
+# processes would read 8 sentences, most of them about broken connections. So the process that is first to ask speaks
+# (`speaks`), and the order of the cases below matters. FailedElsewhere is an InputError that names its
+# process already. For ProcessLost the cause is asked for last, and only if nobody has spoken: another process may know
+# it better. torch has no exception of its own for too little memory on the CPU, so that a RuntimeError is read; any
+# other is a bug and is raised again.
+def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, kept: str) -> int:
+    """The exit status for what ended `action`, after one process has said why. Raises errors that are bugs."""
+    processes = speaker.processes
+    where = "" if processes.alone else f"{processes}: "
+    if isinstance(error, FailedElsewhere):
+        return speaker.say(str(error))
+    if isinstance(error, InputError):
+        return speaker.say(f"{where}{error}")
+    if isinstance(error, ProcessLost):
+        _ignore_termination()
         if processes.board.has_spoken:
             return 2
-        missing = processes.board.missing()
-        return 2 if processes.board.has_spoken else say(f"{missing}{kept}")
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        where = "" if processes.alone else f"{processes}: "
-        return say(f"{where}there is not enough memory{_wanted(error)}; {on_no_memory}")
-    except BrokenPipeError:  # nobody reads on, as in `.. | head`; what is to be written to files has been
+        missing = processes.board.missing()  # takes up to 10 s, in which another process may speak
+        return 2 if processes.board.has_spoken else speaker.say(f"{missing}{kept}")
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as in `.. | head`; all files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:  # before anything was finished
+    if isinstance(error, KeyboardInterrupt):  # before anything was finished
         if processes.alone or processes.board.speaks():
             print("interrupted", file=sys.stderr)
         processes.board.tell_interrupted()
         return 130
+    if isinstance(error, Exception) and lacks_memory(error):
+        return speaker.say(f"{where}there is not enough memory{_wanted(error)}; {on_no_memory}")
+    raise error
+
+
+def _ignore_termination() -> None:
+    """Ignore SIGTERM, which torchrun sends to all processes as soon as one of them has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wanted(error: Exception) -> str:
-    found = re.search(r"allocate (\d+) bytes", str(error))
-    return f" (one array asked for {int(found[1]) / 2**30:.3g} GiB)" if found else ""
+    """The size of the array that could not be allocated, in parentheses, if the error names it."""
+    match = re.search(r"allocate (\d+) bytes", str(error))
+    return f" (one array asked for {int(match[1]) / 2**30:.3g} GiB)" if match else ""
 
 
 @contextlib.contextmanager
@@ -125,7 +144,7 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
-    """What of the source is in no stack, on standard error: the first few, and how many in all; `file` lists them."""
+    """Print the first few tensors that are in no stack, and the number of others, which `file` lists."""
     for name, why in sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)[:_SHOWN]:  # biases and norms last
         print(f"left out: {name}: {why}", file=sys.stderr)
     if len(left_out) > _SHOWN:
@@ -134,11 +153,11 @@ def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
 
 def memory_size(text: str) -> int:
     """Bytes of 500MB, 2GiB, 1.5 GiB or 4096; raises argparse.ArgumentTypeError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE | re.ASCII)
-    if found is None or (found[3] and not found[2]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE | re.ASCII)
+    if match is None or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB, 500MB or 4096B")
-    power = " KMGT".index(found[2].upper()) if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = " KMGT".index(match[2].upper()) if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 # ---- progress
@@ -146,8 +165,8 @@ def memory_size(text: str) -> int:
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    """Progress on standard error: yields show(done, what is being done); full when all went well."""
-    from tqdm import tqdm  # the library, which writes files too, needs none
+    """A bar of progress on standard error: yields show(done, doing), and fills up when all went well."""
+    from tqdm import tqdm  # imported here, since the library needs no bars
 
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}] {desc}"
     with tqdm(
@@ -177,9 +196,9 @@ def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, 
 
 
 def output_folder(name: str) -> Path | None:
-    """The folder of --out, None for `none`, made if need be. Raises InputError if it cannot be written.
+    """The folder of --out, made if need be; None for `none`. Raises InputError if it cannot be written to.
 
-    A file without a name is opened there, so that a long run does not fail at its end.
+    A temporary file is opened there at once, so that a long run does not fail at its end.
     """
     if name == "none":
         return None

@@ -1,4 +1,4 @@
-"""From stacks to an adapter with an error report, one stack at a time, so that an interruption loses one at most."""
+"""One stack -> the tensors of an adapter, and a row of the report with the errors of every layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FACTS = ("stable_rank", "entropy_rank", *(f"rank_{share}" for share in _SHARES)
 
 @dataclass(frozen=True)
 class Extracted:
-    """What is written of one stack: the tensors in the dtype of the files, and its row of the report."""
+    """One stack as written: the tensors in the dtype of the files, and the row of the report."""
 
     tensors: dict[str, Tensor]
     row: dict[str, Any]
@@ -36,90 +36,108 @@ def extract_stack(
     ranks: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> Extracted:
-    """LoRA of rank r and RaSA(r, k) of one stack, the tensors of the format, and how far they are from it.
+    """Solve LoRA of rank r and RaSA(r, k) on one stack; return the tensors of the format, and the errors of each.
 
-    `ranks`, one per layer, stand for r where the settings have a target; a stack of zeros has ranks 0 and no tensors.
-    All errors are squared, in units of the input, per layer and summed. A LoRA without RaSA of layers larger than 1024
-    is taken from the certified leading part, and full spectra are not reported. Raises InputError if r > min(b, a), or
-    if the dtype of the files cannot hold the factors.
+    `ranks`, one for each layer, replace r where the settings have a target. A stack of zeros has ranks 0 and no
+    tensors. All errors are squared, in units of the input, by layer and summed. A LoRA without RaSA of layers larger
+    than 1024 comes from the certified leading part, and the full spectra are not reported. Raises InputError if
+    r > min(b, a), or if the dtype of the files cannot hold the factors.
     """
     L = stack.layers
     if stack.norm_squared == 0:
-        zeros = [0.0] * L
-        return Extracted(
-            {}, _row(stack, modules, settings, [0] * L, zeros, zeros, zeros, [dict.fromkeys(_FACTS, 0)] * L)
-        )
-    given = [settings.rank or 0] * L if ranks is None else list(ranks)
-    spent = sum(given) * sum(stack.shape)
+        return Extracted({}, _row(stack, modules, settings, [_module_row(name) for name in modules.names]))
+    lora_ranks = [settings.rank or 0] * L if ranks is None else list(ranks)
     exact = settings.exact(stack.shape)
-    lora = solve_lora(stack, max(1, *given), "exact" if exact else "fast", settings.solver.seed)
-    best: LoraFactors | RasaFactors = lora.factors if ranks is None else _cut(lora.factors, ranks)
-    lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, best)
-    k, errors, floor = 0, lora_errors, Bound(0.0, "none")
+    lora = solve_lora(stack, max(1, *lora_ranks), "exact" if exact else "fast", settings.solver.seed)
+    lora_factors = lora.factors if ranks is None else _truncated(lora.factors, ranks)
+    lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, lora_factors)
+    lora_size = sum(lora_ranks) * sum(stack.shape)
+
+    k = 0
+    rasa_errors = lora_errors
+    rasa_size = lora_size
+    floor = Bound(0.0, "none")
+    written: LoraFactors | RasaFactors = lora_factors
+    written_ranks = lora_ranks
     if settings.k != 0:
-        found, k = _solved(stack, given[0], settings, callback)
-        floor = lower_bound(stack, RankBudget(given[0], k), settings.certificate)
-        errors = found.layer_errors
+        budget, solution = _solve_rasa(stack, settings, callback)
+        floor = lower_bound(stack, budget, settings.certificate)
+        k = budget.shared_rank
+        rasa_errors = solution.layer_errors
+        rasa_size = solution.factors.parameters
         if settings.format != "lora":
-            best, given = found.factors, [given[0] - k + L * k] * L
-    tensors, stored = _stored(stack, modules, best, given, settings)
-    spectra = (
+            written = solution.factors
+            written_ranks = [budget.private_rank + budget.pool_rank(L)] * L
+
+    tensors, stored_errors = _stored(stack, modules, written, written_ranks, settings)
+    facts = (
         _spectral_facts(stack.spectra.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
     )
-    row = _row(stack, modules, settings, given, lora_errors, errors, stored, spectra)
-    written = sum(t.numel() for t in tensors.values())
-    parameters = {"lora": spent, "rasa": spent + L * L * k, "stored": written}
-    floors = {"lower_bound": floor.value, "lower_bound_name": floor.name}
-    return Extracted(tensors, row | {"k": k, "parameters": parameters} | floors)
+    norms = stack.layer_norms_squared
+    module_rows = [
+        _module_row(name, written_ranks[i], norms[i], lora_errors[i], rasa_errors[i], stored_errors[i]) | facts[i]
+        for i, name in enumerate(modules.names)
+    ]
+    stored_size = sum(tensor.numel() for tensor in tensors.values())
+    row = _row(stack, modules, settings, module_rows) | {
+        "k": k,
+        "parameters": {"lora": lora_size, "rasa": rasa_size, "stored": stored_size},
+        "lower_bound": floor.value,
+        "lower_bound_name": floor.name,
+    }
+    return Extracted(tensors, row)
+
+
+def _module_row(
+    name: str, rank: int = 0, norm: float = 0.0, lora: float = 0.0, rasa: float = 0.0, stored: float = 0.0
+) -> dict[str, Any]:
+    """The row of one module: the rank written, its squared norm and errors, and spectral facts of 0."""
+    errors = {"e_lora": lora, "e_rasa": rasa, "e_stored": stored}
+    return {"module": name, "rank": rank, "norm_squared": norm} | errors | dict.fromkeys(_FACTS, 0)
 
 
 def _row(
-    stack: LayerStack,
-    modules: ModuleNames,
-    settings: ExtractSettings,
-    ranks: Sequence[int],
-    lora: Sequence[float],
-    rasa: Sequence[float],
-    stored: Sequence[float],
-    facts: Sequence[dict[str, Any]],
+    stack: LayerStack, modules: ModuleNames, settings: ExtractSettings, module_rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The row of a stack of which nothing is written yet: ranks written, squared errors and spectral facts by layer."""
-    norms = stack.layer_norms_squared
+    """The row of a stack without a pool or a floor: ranks, squared norm and errors summed over its modules."""
     return {
-        "name": stack.name, "kind": modules.kind, "layers": stack.layers, "shape": list(stack.shape),
-        "transposed": modules.transposed, "rank": settings.rank, "k": 0,
-        "norm_squared": stack.norm_squared, "e_lora": math.fsum(lora), "e_rasa": math.fsum(rasa),
-        "lower_bound": 0.0, "lower_bound_name": "none", "e_stored": math.fsum(stored),
+        "name": stack.name,
+        "kind": modules.kind,
+        "layers": stack.layers,
+        "shape": list(stack.shape),
+        "transposed": modules.transposed,
+        "rank": settings.rank,
+        "k": 0,
+        "norm_squared": stack.norm_squared,
+        "e_lora": math.fsum(row["e_lora"] for row in module_rows),
+        "e_rasa": math.fsum(row["e_rasa"] for row in module_rows),
+        "lower_bound": 0.0,
+        "lower_bound_name": "none",
+        "e_stored": math.fsum(row["e_stored"] for row in module_rows),
         "parameters": {"lora": 0, "rasa": 0, "stored": 0},
-        "ranks": {name: rank for name, rank in zip(modules.names, ranks, strict=True) if rank > 0},
-        "modules": [
-            {
-                "module": name, "rank": ranks[i], "norm_squared": norms[i], "e_lora": lora[i],
-                "e_rasa": rasa[i], "e_stored": stored[i], **facts[i],
-            }
-            for i, name in enumerate(modules.names)
-        ],
-    }  # fmt: skip
+        "ranks": {row["module"]: row["rank"] for row in module_rows if row["rank"] > 0},
+        "modules": list(module_rows),
+    }
 
 
-def _cut(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
-    """The leading ranks[i] terms of every layer, the others 0."""
-    kept = (
-        torch.arange(factors.B.shape[2], device=factors.B.device)
-        < torch.tensor(ranks, device=factors.B.device)[:, None]
-    )
-    return LoraFactors(factors.B * kept[:, None], factors.A)
+def _truncated(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
+    """The leading ranks[i] terms of every layer; the other columns of B are 0."""
+    device = factors.B.device
+    is_leading = torch.arange(factors.B.shape[2], device=device) < torch.tensor(ranks, device=device)[:, None]
+    return LoraFactors(factors.B * is_leading[:, None], factors.A)
 
 
-def _solved(
-    stack: LayerStack, rank: int, settings: ExtractSettings, callback: Callback | None
-) -> tuple[RasaSolution, int]:
-    """RaSA(r, k) and k; the best of several k, the smallest of equal ones, where none is given."""
+def _solve_rasa(
+    stack: LayerStack, settings: ExtractSettings, callback: Callback | None
+) -> tuple[RankBudget, RasaSolution]:
+    """RaSA(r, k) with its budget; for k auto the best of k = 1, 2, 4, .., r, the smallest of equal ones."""
+    rank = settings.rank or 0
     if settings.k is not None:
-        return solve_rasa(stack, RankBudget(rank, settings.k), settings.solver, callback), settings.k
+        budget = RankBudget(rank, settings.k)
+        return budget, solve_rasa(stack, budget, settings.solver, callback)
     path = solve_path(stack, rank, {*(2**n for n in range(rank.bit_length())), rank}, settings.solver, callback)
     k = min(path, key=lambda k: path[k].error)
-    return path[k], k
+    return RankBudget(rank, k), path[k]
 
 
 def _stored(
@@ -129,7 +147,7 @@ def _stored(
     ranks: Sequence[int],
     settings: ExtractSettings,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The tensors of the format, rounded, and the squared error of every layer's update as rebuilt from them."""
+    """The tensors of the format, rounded, and the squared error of every layer, read back from these tensors alone."""
     factors = factors.to(torch.float64)
     dtype = STORED[settings.dtype]
     if settings.format == "diff":
@@ -138,26 +156,27 @@ def _stored(
         tensors = rasa_tensors(modules, factors)
     else:
         tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
-    kept = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
+    rounded = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
     is_rasa = settings.format == "rasa"
-    written = rasa_factors(modules, kept) if is_rasa else lora_factors(modules, kept, stack.shape)
-    return kept, squared_errors(stack, written.to(device=stack.device))
+    stored = rasa_factors(modules, rounded) if is_rasa else lora_factors(modules, rounded, stack.shape)
+    return rounded, squared_errors(stack, stored.to(device=stack.device))
 
 
 def _stored_dense(
     stack: LayerStack, modules: ModuleNames, factors: LoraFactors | RasaFactors, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The same of dense updates, a layer at a time."""
-    kept, errors = {}, []
+    """Dense updates, rounded, and their squared errors, a layer at a time."""
+    tensors, errors = {}, []
     for i, _, M in stack.tiles(rows=stack.shape[0]):
         key, update = dense_tensor(modules, factors, i)
-        kept[key] = _rounded(key, update, dtype)
-        written = kept[key].to(stack.device, torch.float64)
-        errors.append(float(((M.double() - (written.mT if modules.transposed else written)) ** 2).sum()))
-    return kept, errors
+        tensors[key] = _rounded(key, update, dtype)
+        stored = tensors[key].to(stack.device, torch.float64)
+        errors.append(float(((M.double() - (stored.mT if modules.transposed else stored)) ** 2).sum()))
+    return tensors, errors
 
 
 def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype of the files. Raises InputError, naming its key, if an entry leaves the range."""
     rounded = tensor.to(dtype).contiguous().cpu()
     if not bool(torch.isfinite(rounded).all()):
         name = str(dtype).removeprefix("torch.")
@@ -166,7 +185,7 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
-    """Stable rank, entropy rank, and ranks for shares of the energy, of every layer: singular values (L, m)."""
+    """The stable rank, the entropy rank and ranks for shares of the energy of every layer, from sigma (L, m)."""
     ranks = spectral_ranks(sigma, [share / 100 for share in _SHARES])
     return [
         dict(zip(_FACTS, (stable, entropy, *energy), strict=True)) if stable > 0 else dict.fromkeys(_FACTS, 0)
@@ -177,7 +196,7 @@ def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
 
 
 def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str, Any]:
-    """What the leading part alone says: the stable rank, and ranks for shares of the energy that it reaches."""
+    """The stable rank, and the ranks for shares of the energy that the leading part reaches; None for the others."""
     energy = (factors.B[i].double() ** 2).sum(0).cpu()
     total = stack.layer_norms_squared[i]
     if total == 0:
