@@ -147,17 +147,17 @@ EXPERIMENTS = {
         {
             "passes": Picture(
                 "passes.csv",
-                from_rows("benchmark", "plot_passes"),
+                from_rows("benchmark.figure", "plot_passes"),
                 "error against passes over M and against seconds, for three kinds of sweeps and two CP codes",
             ),
             "growth": Picture(
                 "benchmark.csv",
-                from_rows("benchmark", "plot_growth"),
+                from_rows("benchmark.figure", "plot_growth"),
                 "seconds of a joint sweep and of its two products with M, as L, b, R and k grow",
             ),
             "sweep_cost": Picture(
                 "benchmark.csv",
-                from_rows("benchmark", "plot_cost"),
+                from_rows("benchmark.figure", "plot_cost"),
                 "seconds of a sweep, of ours and of CP codes, over the seconds of the two products",
             ),
         },

@@ -48,8 +48,8 @@ SWEEPS = {
 """The sweeps of the solver; `products` are the two products with M of a joint sweep, and nothing else."""
 
 CODES = {
-    "tensorly parafac": Look("tensorly", style.VERMILION, "x--"),
-    "pyttb cp_als": Look("pyttb", style.PURPLE, "+--"),
+    "tensorly parafac": Look("tensorly", style.VERMILION, "^--"),
+    "pyttb cp_als": Look("pyttb", style.PURPLE, "D--"),
     "pygenten cp_als": Look("pygenten", style.GREY, "v--"),
 }
 """The CP codes of others."""

@@ -1,42 +1,25 @@
-"""What a sweep costs, and what a pass over M is worth, against the sweeps of the paper and other people's CP code.
-
-    python -m experiments.benchmark            # some minutes; figures/benchmark.csv, passes.csv and three pictures
-    python -m experiments.benchmark --traces   # what passes.png shows, and no more: passes.csv
-    python -m experiments.benchmark --quick --out DIR    # small sizes, for function
-
-Part 1, `passes`: from the allocation start, error after every sweep, passes over M (the start's residual left out) and
-seconds: 300 joint sweeps, the paper's sweeps, and the core's until its error is not above that of the joint ones; on
-the first stack, k = r, also the CP sweeps of tensorly and pyttb from there; its whole traces are in passes.csv.
-Part 2, `sweep`: seconds of one joint sweep beside its own two products with M, and of one CP sweep of tensorly, pyttb
-and pygenten, where they are installed, on the same tensor, k = r, in one process, in alternating order. A sweep of
-theirs is a tenth of what eleven take longer than one, from the same start, so that setting up does not count; the last
-two compute in float64 and run there only.
-Part 3, `growth`: the same seconds of ours where one of L, b, R and k grows, the others held fixed, in float32.
-Part 4, `lora`: seconds of `solve_lora(.., "fast")` beside torch's svdvals; `error` is the width of its interval.
-"""
+"""The four parts of the experiment, and its command."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import importlib.util
 import itertools
-import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 import rasa_theory as rt
+from experiments.benchmark import __doc__ as description
+from experiments.benchmark.codes import their_sweeps
+from experiments.benchmark.figure import plot_cost, plot_growth, plot_passes
 from experiments.support.rows import Row, read_rows, write_rows
+from experiments.support.timing import one_sweep, timed
 from rasa_theory.plotting import style
 from rasa_theory.solvers import RasaDescent, allocation_start, random_start
 from rasa_theory.sources import synthetic_stack
@@ -137,28 +120,9 @@ def part_passes(stacks: list[rt.LayerStack], ks: list[int], rank: int, joint: in
     return traces
 
 
-def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each job, in alternating order, after one call to warm up."""
-    clock: dict[str, list[float]] = {name: [] for name in jobs}
-    for n in range(repeats + 1):
-        for name, job in jobs.items() if n % 2 else reversed(jobs.items()):
-            started = time.perf_counter()
-            job()
-            if n > 0:
-                clock[name].append(time.perf_counter() - started)
-    return clock
-
-
 def gaussian(shape: tuple[int, int, int], dtype: str) -> rt.LayerStack:
     M = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     return rt.LayerStack(M, f"gaussian {'x'.join(map(str, shape))}")
-
-
-def one_sweep(run: RasaDescent) -> None:
-    """One sweep more; an error if it was not taken, since then there is nothing to time."""
-    before = run.sweeps
-    if run.run(before + 1, 0.0).sweeps == before:
-        raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
 
 
 def our_jobs(stack: rt.LayerStack, budget: rt.RankBudget) -> dict[str, Callable[[], Any]]:
@@ -169,68 +133,6 @@ def our_jobs(stack: rt.LayerStack, budget: rt.RankBudget) -> dict[str, Callable[
     width = budget.pool_rank(L) + budget.private_rank
     X, Y = (torch.randn(L, width, n, dtype=stack.dtype).mT for n in (a, b))
     return {"joint": lambda: one_sweep(run), "its two products": lambda: (unit.right(X), unit.left(Y))}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that compiled code prints is seen."""
-    kept, nowhere = [os.dup(n) for n in (1, 2)], os.open(os.devnull, os.O_WRONLY)
-    for n in (1, 2):
-        os.dup2(nowhere, n)
-    try:
-        yield
-    finally:
-        for n, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, n)
-            os.close(old)
-        os.close(nowhere)
-
-
-def their_sweeps(M: torch.Tensor, factors: list[torch.Tensor]) -> dict[str, Callable[[int], Any]]:
-    """Other people's CP by alternating least squares on the tensor M: so many sweeps from `factors`, (n, R) per axis.
-
-    All but pygenten's return factors.
-    """
-    sweeps: dict[str, Callable[[int], Any]] = {}
-    R = factors[0].shape[1]
-    if importlib.util.find_spec("tensorly"):
-        import tensorly
-        from tensorly.decomposition import parafac
-
-        tensorly.set_backend("pytorch")
-        start = tensorly.cp_tensor.CPTensor((torch.ones(R, dtype=M.dtype), factors))
-
-        def parafacs(n: int) -> list[torch.Tensor]:
-            weights, (first, *others) = parafac(M, R, n_iter_max=n, init=start, tol=0, normalize_factors=False)
-            return [first * weights, *others]
-
-        sweeps["tensorly parafac"] = parafacs
-    if M.dtype == torch.float64 and importlib.util.find_spec("pyttb"):
-        import pyttb
-
-        tensor = pyttb.tensor(M.numpy())
-        begin = pyttb.ktensor([np.asfortranarray(F.numpy()) for F in factors])
-
-        def cp_als(n: int) -> list[torch.Tensor]:
-            found = pyttb.cp_als(tensor, R, maxiters=n, init=begin, printitn=0, stoptol=0)[0]
-            first, *others = (torch.as_tensor(F) for F in found.factor_matrices)
-            return [first * torch.as_tensor(found.weights), *others]
-
-        sweeps["pyttb cp_als"] = cp_als
-        if importlib.util.find_spec("pygenten"):
-            with quiet():
-                import pygenten
-
-                given = pygenten.make_gt_tensor(tensor)
-                guess = pygenten.Ktensor(np.ones(R), [F.numpy() for F in factors])
-            method = {"mttkrp_method": pygenten.MttkrpPhan, "printitn": 0, "tol": 0}  # Phan's, for dense tensors
-
-            def genten(n: int) -> None:
-                with quiet():
-                    pygenten.cp_als(given, rank=R, init=guess, maxiters=n, **method)
-
-            sweeps["pygenten cp_als"] = genten
-    return sweeps
 
 
 def noted(least: dict[str, float], median: dict[str, float], row: dict[str, Any], rows: list[Row]) -> None:
@@ -283,90 +185,6 @@ def growth_axes(L: int, b: int, a: int, rank: int, k: int, count: int) -> dict[s
     }
 
 
-AXES: dict[str, tuple[str, Callable[[Row], Any]]] = {
-    "L": ("layers L (R = {k} L)", lambda row: row["layers"]),
-    "b": ("rows b", lambda row: row["b"]),
-    "R": ("ranks of the pool R (q = {q})", lambda row: row["layers"] * row["k"]),
-    "k": ("shared ranks k (r = {rank})", lambda row: row["k"]),
-}
-"""What an axis of growth is called, and its value in a row."""
-OURS = {
-    "joint": ("joint sweep", style.BLUE, "o-"),
-    "its two products": ("its two products", style.ORANGE, "s--"),
-}
-PEERS = {
-    "joint": ("joint", style.BLUE, "o"),
-    "tensorly parafac": ("tensorly", style.GREEN, "^"),
-    "pyttb cp_als": ("pyttb", style.PURPLE, "D"),
-    "pygenten cp_als": ("pygenten", style.VERMILION, "v"),
-}
-SWEEPS = {
-    "joint sweeps": (style.BLUE, ".-"), "core sweeps": (style.ORANGE, ".-"), "paper sweeps": (style.GREEN, ".-"),
-    "tensorly parafac": (style.VERMILION, "x--"), "pyttb cp_als": (style.PURPLE, "+--"),
-}  # fmt: skip
-"""Names, colours and markers of what the figures show."""
-
-
-def plot_growth(rows: list[Row]) -> Figure:
-    """Seconds of a joint sweep and of its products, one panel per axis."""
-    base = next(row for row in rows if row["axis"] == "R")
-    figure = style.new_figure(5.4)
-    axes = style.panels(figure, 2, 2, sharey=True)
-    for n, (panel, (axis, (label, value))) in enumerate(zip(axes.flat, AXES.items(), strict=True)):
-        for method, (name, color, look) in OURS.items():
-            points = [row for row in rows if row["axis"] == axis and row["method"] == method]
-            x, y = [value(p) for p in points], [p["seconds_min"] for p in points]
-            panel.loglog(x, y, look, color=color, label=name)
-            if n == 0:
-                at = {"ha": "right", "xytext": (0, 9)} if method == "joint" else {"va": "top", "xytext": (8, -3)}
-                style.note(panel, name, (x[1], y[1]), textcoords="offset points", color=color, **at)
-        panel.set_xticks(x, [str(t) for t in x])
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.tick_params(axis="x", which="minor", length=0)
-        style.grid(panel)
-        first = points[0]
-        style.name(panel, label.format(**first, q=first["rank"] - first["k"]), "seconds" if n % 2 == 0 else "")
-    shape = "{layers} x {b} x {a}, {dtype}".format(**base)
-    figure.suptitle(f"One joint sweep around {shape}", fontsize=style.MEDIUM)
-    return figure
-
-
-def plot_cost(rows: list[Row]) -> Figure:
-    """Seconds of a sweep over those of the two products of a joint one, against the operations of these."""
-    figure = style.new_figure(4.2)
-    panel = style.panels(figure)[0, 0]
-    ends = []
-    for (method, dtype), values in sorted(costs(rows).items()):
-        name, color, marker = PEERS[method]
-        look = {"markerfacecolor": "none"} if dtype == "float32" else {}
-        panel.loglog(*zip(*values, strict=True), marker, color=color, markersize=6, **look)
-        ends.append((*max(values), f"{name}, {dtype}", color))
-    panel.axhline(1.0, color=style.INK, linewidth=1)
-    panel.set_ylim(bottom=min(0.8, panel.get_ylim()[0]))
-    panel.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    style.name(panel, "operations of the two products, 4 L b a (q + R)", "seconds of a sweep / of the products")
-    style.grid(panel)
-    style.label_ends(panel, ends, 0.075)
-    return figure
-
-
-def costs(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """By method and dtype: operations of the two products of a joint sweep, and seconds over theirs."""
-    points: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        if row["part"] in ("sweep", "growth"):
-            point = tuple(row[name] for name in ("part", "layers", "b", "a", "rank", "k", "dtype"))
-            points.setdefault(point, {})[row["method"]] = row["seconds_min"]
-    series: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (_, L, b, a, rank, k, dtype), seconds in points.items():
-        products, operations = seconds["its two products"], 4 * L * b * a * (rank - k + L * k)
-        for method, least in seconds.items():
-            if method != "its two products":
-                series.setdefault((method, dtype), []).append((operations, least / products))
-    return series
-
-
 def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[Row]) -> None:
     """e_lora without full SVDs beside all singular values; decaying and flat spectra."""
     L, b, a = shape
@@ -392,30 +210,8 @@ def part_lora(shape: tuple[int, int, int], rank: int, repeats: int, rows: list[R
         print(f"{stack.name:24} r = {rank}: the interval is {width:.1e} ||M||^2 wide", flush=True)
 
 
-def plot_passes(traces: list[Row]) -> Figure:
-    """Error against passes and against seconds, one line of panels per k; the start is drawn at one pass."""
-    ks = sorted({row["k"] for row in traces})
-    figure = style.new_figure(1.0 + 2.1 * len(ks))
-    axes = style.panels(figure, len(ks), 2, sharex="col", sharey="row")
-    for (left, right), k in zip(axes, ks, strict=True):
-        for method, (color, look) in SWEEPS.items():
-            run = [row for row in traces if row["k"] == k and row["method"] == method]
-            passes, seconds, errors = ([row[key] for row in run] for key in ("passes", "seconds", "error"))
-            if run:
-                settings = {"color": color, "markersize": 4, "linewidth": 1, "label": method}
-                left.semilogx([max(p, 1) for p in passes], errors, look, **settings)
-                right.semilogx(seconds[1:], errors[1:], look, **settings)
-        for panel in (left, right):
-            style.grid(panel)
-        style.name(left, y=f"k = {k}:\nerror / $e_{{\\mathrm{{LoRA}}}}$")
-    style.name(axes[-1, 0], "passes over M")
-    style.name(axes[-1, 1], "seconds")
-    style.legend(figure, *axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", action="store_true", help="only the traces of the first stack")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--out", type=Path, default=Path("figures"))
@@ -449,7 +245,3 @@ def main(arguments: list[str] | None = None) -> None:
         rows = read_rows(options.out / "benchmark.csv")
         style.save(plot_cost(rows), options.out / "sweep_cost.png")
         style.save(plot_growth(rows), options.out / "growth.png")
-
-
-if __name__ == "__main__":
-    main()
