@@ -1,4 +1,9 @@
-"""LoRA in closed form, and RaSA by alternating exact minimisation from several starts."""
+"""LoRA in closed form, and RaSA by alternating exact minimisation from several starts.
+
+`solve_rasa` (rasa) builds a `Race`, which runs a `RasaDescent` from each of `STARTS`. That is the loop, `Descent`, over
+one of `SWEEPS`, wrapped by `Guarded` and `BestSoFar`. Everything below `solve_rasa`, `solve_path`, `random_attempt` and
+`resolve_mixing` is in units of the stack's scale.
+"""
 
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.accuracy import cancellation, measurable, term_norms, term_size

@@ -1,4 +1,4 @@
-"""How accurately an error is known at given factors, and how much their terms cancel."""
+"""The accuracy of errors at given factors, and the cancellation of their terms."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def term_size(stack: LayerStack, factors: RasaFactors) -> float:
 def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None) -> float:
     """The tolerance of an error measured at `factors`, in units of norm.
 
-    Updates are known to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
+    Updates are accurate to eps times the size of their terms, not of their sum: `stack.rounding` where no terms cancel.
     `eps` is the stack's unless another precision was used.
     """
     return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
 
 
 def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:
-    """A squared error that was put together from products, unless rounding could show in it: then the direct residual.
+    """`error`, a squared error that was put together from products, or the direct residual where rounding could show.
 
-    An error of eps T, with T the squared norms of M and of the pool's terms (a private term is at most as large as
-    M_i), stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that on
-    the residual is taken, one pass more.
+    Let T be the squared norms of M and of the pool's terms; a private term is at most as large as M_i. The rounding
+    error eps T stays below `LayerStack.rounding` in norm as long as T <= 20 max(b, a) ||M|| ||E||. From a fifth of that
+    on the residual is computed, which costs a pass.
     """
     norm = math.sqrt(unit.norm_squared)
     size = norm**2 + float(factors.sharding.all_reduce(batched.total(term_norms(factors) ** 2)))
@@ -77,9 +77,9 @@ def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float
 def residual_noise(sizes: Tensor, factors: RasaFactors) -> Tensor:
     """Rounding error of b^T E_i a for unit b, a, when it is put together from products: (L,).
 
-    `sizes` (L,) are ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||, or more: three terms, each a sum over b or
-    a entries whose rounding errors add up like their square root; 4 covers the several products that lead to each. Too
-    small a value is not harmless: in a direction of eigenvalue w an error e of g taken for signal costs e^2 / w.
+    `sizes` (L,) are at least ||M_i|| + ||B~_i A~_i|| + sum_j |d_ij| ||b_j|| ||a_j||. Each of the three is a sum over b
+    or a entries, whose rounding errors add up like their square root; the factor 4 covers the several products that
+    lead to each. Too small a value does harm: in a direction of eigenvalue w, noise e in g costs e^2 / w.
     """
     b, a = factors.shared_B.shape[0], factors.shared_A.shape[1]
     return 4 * math.sqrt(max(b, a)) * float(torch.finfo(factors.mixing.dtype).eps) * sizes

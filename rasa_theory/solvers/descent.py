@@ -63,7 +63,7 @@ class Descent(Generic[P, S]):
     """Sweeps from one start, which may be interrupted and continued.
 
     `history` holds the squared error of every iterate, the start's first. `stop_reason` is None as long as the descent
-    can be continued. A sweep that fails, or that ends at an infinite error, ends the descent and is not taken.
+    can be continued. A sweep that fails, or that ends at an infinite error, is rejected and ends the descent.
     """
 
     def __init__(self, sweep: Sweep[P, S], start: P, error: float) -> None:
@@ -91,7 +91,7 @@ class Descent(Generic[P, S]):
     ) -> Self:
         """Sweep until `max_sweeps` sweeps are done in all, or there is a reason to stop.
 
-        `is_converged` decides by the history. `after_sweep` is called after every sweep, taken or not.
+        `is_converged` decides by the history. `after_sweep` is called after every sweep, also a rejected one.
         """
         while self.stop_reason is None and self.sweeps < max_sweeps:
             self.stop_reason = self._step(is_converged)

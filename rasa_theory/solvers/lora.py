@@ -1,4 +1,4 @@
-"""e_lora: the truncated SVD of every layer, or its leading part with an interval that is proved."""
+"""e_lora: the truncated SVD of every layer, or its leading part with a certified interval."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from rasa_theory.linalg import lanczos
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, check_memory
 
 METHODS = ("exact", "fast")
-WIDTH = 1e-6  # of the interval of method "fast", in units of ||M_i||^2, before the SVD is taken instead
-FAILURE = 1e-10  # the probability that the interval of one call fails
+WIDTH = 1e-6  # largest width of the interval of method "fast", in units of ||M_i||^2; else the SVD is computed
+FAILURE = 1e-10  # largest probability that the interval of one call is wrong
 
 
 @dataclass(frozen=True)
 class LoraSolution:
-    """The optimum of LoRA: `error` = e_lora (method "fast": of the factors), squared and summed over layers.
+    """The optimum of LoRA.
 
-    `interval` holds the exact e_lora in spite of rounding; `layer_errors` are the summands; `factors` B (L, b, r) carry
-    the singular values, A (L, r, a) has orthonormal rows, terms in order of falling size. With several processes,
-    `layer_errors` are of all layers, the factors of those held.
+    - error: e_lora, squared, summed over layers, in units of the input (method "fast": the error of `factors`).
+    - interval: holds the exact e_lora in spite of rounding.
+    - layer_errors: the L summands of `error`.
+    - factors: `LoraFactors`. B (L, b, r) carries the singular values, A (L, r, a) has orthonormal rows, terms are in
+      order of falling size. With several processes these are the factors of the local layers.
     """
 
     error: float
@@ -34,16 +36,29 @@ class LoraSolution:
 
 
 def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 0) -> LoraSolution:
-    """e_lora = min sum_i ||M_i - B_i A_i||_F^2 = sum_i sum_{j>r} sigma_ij^2 (Eckart-Young), with the factors.
+    """Compute e_lora = min sum_i ||M_i - B_i A_i||_F^2 = sum_i sum_{j>r} sigma_ij^2 (Eckart-Young), with the factors.
 
-    - "exact": SVDs in float64, computed once per stack; the interval allows for `stack.rounding`.
-    - "fast": leading parts by block Lanczos, certified (see `spectra`). `error` is that of the factors before they are
-      rounded to the dtype of the stack, so not below e_lora but for rounding. The interval is at most 1e-6 ||M||^2 wide
-      and holds the e_lora of the entries as they are, whatever their dtype, but for a probability of 1e-10 over the
-      random vectors that `seed` gives. A layer that is small, or whose certificate does not get there in reasonable
-      time (many singular values as large as sigma_r), has its SVD taken. One pass, a layer at a time.
+    - "exact": SVDs in float64, computed once per stack. The interval allows for `stack.rounding`.
+    - "fast": leading parts by block Lanczos, certified (see `linalg.lanczos`), a layer at a time in one pass. `error`
+      is measured before the factors are rounded to the dtype of the stack, so it is not below e_lora but for rounding.
+      The interval is at most 1e-6 ||M||^2 wide. It holds the e_lora of the entries as they are, whatever their dtype,
+      but for a probability of 1e-10 over the random vectors. Some layers fall back to their SVD: small ones, and those
+      whose certificate takes too long, since many singular values are as large as sigma_r.
 
-    Raises InputError unless 1 <= rank <= min(b, a), for an unknown method, and where the stack's memory is too little.
+    **Arguments:**
+
+    - stack: the L updates M_i (b, a).
+    - rank: r.
+    - method: "exact" or "fast".
+    - seed: of the random vectors of method "fast".
+
+    **Returns:**
+
+    - LoraSolution: the squared error, its interval and the factors.
+
+    **Raises:**
+
+    - InputError: rank is not in 1 .. min(b, a), the method is unknown, or the stack's memory is too little.
     """
     RankBudget(rank, 0).check_fits(stack)
     if method not in METHODS:
@@ -90,7 +105,7 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
 
 
 def _generators(layers: int, seed: int) -> list[torch.Generator]:
-    """One of random numbers for each layer, so that it does not matter which layers a process holds."""
+    """A generator for each layer, so that results do not depend on the distribution of layers over processes."""
     seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
     return [torch.Generator().manual_seed(one) for one in seeds]
 
@@ -104,6 +119,6 @@ def _leading_part_by_svd(M: Tensor, rank: int) -> lanczos.LeadingPart:
 
 
 def _widened(error: float, rounding: float) -> tuple[float, float]:
-    """The squared errors within `rounding`, in units of norm, of `error`."""
+    """The interval of squared errors whose roots are within `rounding` of the root of `error`."""
     root = math.sqrt(error)
     return max(root - rounding, 0.0) ** 2, (root + rounding) ** 2

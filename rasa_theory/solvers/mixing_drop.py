@@ -17,7 +17,7 @@ from rasa_theory.solvers.updates import update_mixing
 def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors, float]:
     """The same factors with D re-solved, in float64, and a certified drop of the squared error: see `mixing_drop`.
 
-    Reads M twice.
+    Factors and drop are in units of the input. Two passes over M.
     """
     unit = stack.unit()
     factors = factors.to(torch.float64, stack.device).scaled(1 / stack.scale).normalised()
@@ -32,8 +32,9 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
 def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors, solved: RasaFactors) -> float:
     """sum_i <2 E_i - X_i, X_i> for the change X_i = B_S diag(x_i) A_S of update i, less its rounding; at least 0.
 
-    That is sum_i 2 x_i^T g_i - x_i^T G x_i, but where pool terms nearly cancel in X_i their rounding counts once, not
-    squared: X_i is known to eps sum_j |x_ij| in norm, E_i to eps times the size of its own terms.
+    In exact arithmetic it equals sum_i 2 x_i^T g_i - x_i^T G x_i. This form counts the rounding of pool terms that
+    nearly cancel in X_i once, not squared: X_i has an error of eps sum_j |x_ij| in norm, E_i of eps times the size of
+    its terms.
     """
     x = solved.mixing - factors.mixing
     drop, E2, X2 = (torch.zeros(factors.sharding.local_layers, dtype=torch.float64) for _ in range(3))
@@ -51,11 +52,11 @@ def _certified_drop(unit: LayerStack, layer_norms: Tensor, factors: RasaFactors,
 
 
 def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solved: RasaFactors, after: float) -> float:
-    """How far before - after may be from the drop that `resolve_mixing` certifies, squared.
+    """Tolerance, squared, for comparing the measured decrease `before` - `after` with the drop of `resolve_mixing`.
 
-    With m the sum of what errors at `factors` and `solved` are known to in norm (`measurable`, in float64): the two
-    errors are off by at most 2 sqrt(before) m, 2 sqrt(after) m and m^2 in all, the drop by its own allowance, whose
-    ||X|| is at most sqrt(before) + sqrt(after) and whose terms are those of m: 6 (sqrt(before) + sqrt(after)) m.
+    Let m be the sum of `measurable` at `factors` and at `solved`, in float64. The two errors are off by at most
+    2 sqrt(before) m, 2 sqrt(after) m and m^2 together. The drop is off by its own allowance, at most
+    6 (sqrt(before) + sqrt(after)) m, since ||X|| <= sqrt(before) + sqrt(after) and its terms are no larger than in m.
     """
     eps = torch.finfo(torch.float64).eps
     m = measurable(stack, factors, eps) + measurable(stack, solved, eps)
@@ -63,10 +64,20 @@ def drop_allowance(stack: LayerStack, factors: RasaFactors, before: float, solve
 
 
 def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
-    """By how much re-solving D alone lowers the squared error of `factors`, in closed form, less its rounding.
+    """Certify the drop of the squared error of `factors` when D alone is re-solved, in closed form less its rounding.
 
     sum_i g_i^T (B_S^T B_S * A_S A_S^T)^+ g_i with g_i = diag(B_S^T E_i A_S^T). Directions whose g is rounding noise, or
-    in which the Gram matrix is numerically singular, count as 0. At the LoRA embedding of Theorem 3.1 it is a lower
-    bound on e_lora - e_rasa(k), and it shows that the inequality is strict without subtracting two large numbers.
+    in which the Gram matrix is numerically singular, count as 0. At the LoRA embedding of Theorem 3.1 (He et al., 2025)
+    it is a lower bound on e_lora - e_rasa(k). So it shows that the inequality is strict without subtracting two large
+    numbers.
+
+    **Arguments:**
+
+    - stack: the L updates M_i (b, a).
+    - factors: RasaFactors of the same layers, in units of the input.
+
+    **Returns:**
+
+    - float: the drop, squared, summed over layers, in units of the input; at least 0.
     """
     return resolve_mixing(stack, factors)[1]

@@ -14,7 +14,7 @@ from rasa_theory.solvers.sweeps import SWEEPS
 
 _CLOSE = 0.01  # allocation stays in the race unless another start is lower by more than this share
 _EXCHANGES = 6  # at most
-_NEXT_SEED = 1_000_003  # between the seeds of one start's entries in a race: a prime that no seeds of users differ by
+_NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds race other starts
 
 Extension = Callable[[RasaDescent, int], RasaDescent]
 """(run, n) -> the run after at most n sweeps more."""
@@ -40,8 +40,8 @@ class Race:
     #    are too few for that, or k = 0, there are no exchanges.
     # 4. The remaining runs sweep to their end, and the lowest point of all runs is the result.
     #
-    # The lengths of the heats belong to the sweep, since a core sweep does the work of about ten others. They, the 1 %
-    # and the six exchanges were chosen by trial on the bundled updates and on synthetic stacks.
+    # The lengths of the heats belong to the sweep, since a core sweep does the work of many others. They, the 1 % and
+    # the six exchanges were chosen by trial.
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Race:
         return min((*runs, *finalists), key=lambda run: run.best_error)
 
     def _first_heat(self, sweeps: int) -> list[RasaDescent]:
-        """The runs of all starts, until one is solved. They are made one at a time, so that it saves the others."""
+        """The runs of all starts, made one at a time: after a solved one the others cost nothing."""
         runs = []
         for run in self._starting_runs():
             runs.append(self._extended(run, sweeps))

@@ -51,8 +51,8 @@ def in_units(stack: LayerStack, callback: Callback | None) -> Callback | None:
 class RasaDescent(Descent[RasaFactors, Best[RasaFactors, Any]]):
     """A `Descent` from `factors` on a stack in units of its scale, which is `unit`; errors are in its units, too.
 
-    A sweep after which terms exceed `max_cancellation` times ||M_i||, and the terms of the start, is not taken and ends
-    it. `best` is the lowest point so far. Raises InputError if the error of the start is not finite.
+    A sweep after which terms exceed both `max_cancellation` times ||M_i|| and the terms of the start is rejected and
+    ends it. `best` is the lowest point so far. Raises InputError if the error of the start is not finite.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class JointHalf(NamedTuple):
 
 
 class HalfProducts(NamedTuple):
-    """Products that both problems of a joint half are made of; A~_i (q, a), orthonormal rows, and A_S (R, a) are fixed.
+    """Products in both problems of a joint half; A~_i (q, a), orthonormal rows, and A_S (R, a) are fixed.
 
     MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q), W_i = A_S A~_i^T (L, R, q), AA = A_S A_S^T (R, R),
     C_i = AA - W_i W_i^T (L, R, R), or (1, R, R) if q = 0; `noise` (L, 1) is the rounding error of b^T E_i a.

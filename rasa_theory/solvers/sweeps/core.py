@@ -126,8 +126,8 @@ def gradient(Z: Tensor, columns: Side, factors: RasaFactors, layer_norms: Tensor
     """-1/2 of the gradient by A_S and A~_i: sum_i E_i^T B_S D_i (a, R), and E_i^T Q_i (L, a, q).
 
     Q_i is an orthonormal basis of B~_i. Z_i = M_i^T U_i, and the factors lie in the span of U_i. A column that is
-    rounding noise would be another with every order of the sums, as all columns are at a start from singular vectors.
-    Its place takes what the residual makes of a random vector of the span.
+    rounding noise, as all are at a start from singular vectors, would depend on the order of the sums. It is replaced
+    by the product of the residual with a random vector of the span.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
     sharding, R = factors.sharding, B_S.shape[1]

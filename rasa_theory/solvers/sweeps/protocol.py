@@ -1,4 +1,4 @@
-"""What every sweep of RaSA offers, so that `solve_rasa` can run it by its name."""
+"""The interface of the sweeps that `solve_rasa` runs by name."""
 
 from __future__ import annotations
 
