@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rasa_theory as rt
+from experiments.support import looks
 from experiments.support.rows import Row, put_record, read_rows
 from experiments.support.timing import one_sweep, timed
 from rasa_theory.bounds import allocate_pool
@@ -288,9 +289,9 @@ def title(record: dict[str, Any]) -> str:
 
 
 KINDS = {
-    "two_products_seconds": ("two products", style.ORANGE, "s"),
-    "joint_sweep_seconds": ("joint sweep", style.BLUE, "o"),
-    "core_sweep_seconds": ("core sweep", style.GREEN, "^"),
+    "two_products_seconds": looks.SWEEPS["products"],
+    "joint_sweep_seconds": looks.SWEEPS["joint"],
+    "core_sweep_seconds": looks.SWEEPS["core"],
 }
 
 
@@ -317,9 +318,9 @@ def plot(records: list[Row]) -> Figure:
     above.set_xlim(right=3 * max(x for x, *_ in ends))
     style.label_ends(above, ends, 0.075, inside=True)
     style.legend(figure, *above.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    for key, (label, color, marker) in KINDS.items():
+    for key, look in KINDS.items():
         least = [r[key]["min"] for r in done]
-        below.semilogx(least, range(len(done)), marker, color=color, markersize=6, label=label)
+        below.semilogx(least, range(len(done)), look.marker, color=look.color, markersize=6, label=look.name)
     below.set_yticks(range(len(done)), [title(r) for r in done])
     below.invert_yaxis()
     style.grid(below)

@@ -28,9 +28,9 @@ def quiet() -> Iterator[None]:
 
 
 def their_sweeps(M: torch.Tensor, factors: list[torch.Tensor]) -> dict[str, Callable[[int], Any]]:
-    """Other people's CP by alternating least squares on the tensor M: a number of sweeps from `factors`, (n, R) per axis.
+    """CP by alternating least squares on the tensor M, as others compute it: name -> function of the number of sweeps.
 
-    All but pygenten's return factors.
+    All start from `factors`, (n, R) per axis, and all but pygenten's return factors.
     """
     sweeps: dict[str, Callable[[int], Any]] = {}
     R = factors[0].shape[1]
