@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
+import torch
+
+from rasa_theory import linalg
 from rasa_theory.common import aligned, csv_text
 
 _COLUMNS = (
@@ -61,9 +63,10 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     counts = [attempt["iterations"] for _, run in runs for attempt in run["attempts"]]
     below = sum(count is not None for count in counts)
     positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)
+    dtype = getattr(torch, (results["environment"] or {}).get("dtype", "float64"))
     zero = [row["name"] for row in results["stacks"] if row["norm_squared"] == 0]
     lines += [f"{name}: all updates are zero; nothing to reconstruct" for name in zero]
-    if exact := [row["name"] for row in results["stacks"] if row["name"] not in zero and _is_exact(row)]:
+    if exact := [row["name"] for row in results["stacks"] if row["name"] not in zero and _is_exact(row, dtype)]:
         names = ", ".join(exact[:_SHOWN]) + (f" and {len(exact) - _SHOWN} more" if len(exact) > _SHOWN else "")
         lines.append(
             f"LoRA of rank {results['rank']} is exact on {names}: the updates have no higher rank; "
@@ -76,9 +79,9 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
 
 
-def _is_exact(row: dict[str, Any]) -> bool:
-    """Whether e_lora is within the rounding of comparisons between errors, 10 max(b, a) eps ||M|| in norm."""
-    tolerance: float = 10 * max(row["shape"]) * sys.float_info.epsilon * math.sqrt(row["norm_squared"])
+def _is_exact(row: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether e_lora is within the rounding of comparisons between errors in the dtype of the run."""
+    tolerance = linalg.rounding(math.sqrt(row["norm_squared"]), row["shape"], torch.finfo(dtype).eps)
     return math.sqrt(row["e_lora"]) <= tolerance
 
 

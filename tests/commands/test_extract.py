@@ -479,6 +479,29 @@ def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, caps
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+def test_killed_at_three_writes_the_next_run_gives_the_same_files(llamas, tmp_path, monkeypatch):
+    """Before the row of the second stack, the adapter and the report are in their places."""
+    folder, _ = llamas
+    few = ("--rank", "2", "--k", "0", "--modules", "*self_attn.v*", "--modules", "*self_attn.q*")
+    assert run(folder, tmp_path / "whole", *few) == 0
+    real = os.replace
+    for name in ("00001.json", "adapter_model.safetensors", "report.json"):
+
+        def dies(source, target, name=name):
+            if target.name == name:
+                raise SystemExit(9)
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", dies)
+        with pytest.raises(SystemExit):
+            run(folder, tmp_path / name, *few)
+        assert not (tmp_path / name / "report.json").exists()
+        monkeypatch.setattr(os, "replace", real)
+        assert run(folder, tmp_path / name, *few) == 0
+        assert files_of(tmp_path / name) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["lora", "diff"])
 def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path, monkeypatch, fmt):
     """Every write in turn is the last that happens; the next run ends with the files of an undisturbed one."""
