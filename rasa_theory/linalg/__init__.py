@@ -1,4 +1,4 @@
-"""Linear algebra on batches of layers: exact where it is cheap, certified where it is not."""
+"""Linear algebra on batches of layers: exact if that is cheap, otherwise with a certificate."""
 
 from rasa_theory.linalg import batched, lanczos, orthogonal
 from rasa_theory.linalg.dense import (
@@ -14,6 +14,7 @@ from rasa_theory.linalg.dense import (
     singular_values,
     suitable_threads,
     svd,
+    svd_by_qr_iteration,
     symmetric_eigenpairs,
     symmetric_eigenvalues,
     tail_energy,
@@ -23,7 +24,13 @@ from rasa_theory.linalg.dense import (
 from rasa_theory.linalg.lanczos import worth_it
 from rasa_theory.linalg.orthogonal import thin_qr
 from rasa_theory.linalg.recording import Algebra, Checked, Recorded, Unchecked
-from rasa_theory.linalg.solve import increment_by_cholesky, solve_increment, solve_layers
+from rasa_theory.linalg.solve import (
+    increment_by_cholesky,
+    solve_by_cholesky,
+    solve_by_eigenvectors,
+    solve_increment,
+    solve_layers,
+)
 
 __all__ = [
     "Algebra",
@@ -44,10 +51,13 @@ __all__ = [
     "product",
     "rounding",
     "singular_values",
+    "solve_by_cholesky",
+    "solve_by_eigenvectors",
     "solve_increment",
     "solve_layers",
     "suitable_threads",
     "svd",
+    "svd_by_qr_iteration",
     "symmetric_eigenpairs",
     "symmetric_eigenvalues",
     "tail_energy",

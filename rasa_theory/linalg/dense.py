@@ -1,4 +1,4 @@
-"""The low-level numerics that everything else shares: spectra, leading subspaces, rank-safe solves, tolerances."""
+"""Dense linear algebra shared by the whole package: spectra, leading subspaces, thin products and tolerances."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-_SMALL = 512 * 512
-_SUMMATION = 1e-12  # relative: far above the rounding of a sum of energies, far below any share that is asked for
+_SMALL = 512 * 512  # entries of a matrix up to which one thread is as fast as several
+_SUMMATION = 1e-12  # relative: far above the rounding of a sum of energies, far below any useful share of it
+# A loss of n eps sigma_1^2 raises the norm of an error sqrt(e) by at most n eps sigma_1^2 / (2 sqrt(e)). For
+# e >= sigma_1^2 / 400 this is 10 n eps sigma_1, which `rounding` allows.
+_GRAM_MARGIN = 400
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -20,8 +23,8 @@ LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-def
 def suitable_threads(matrix: Tensor) -> Iterator[None]:
     """Run on one thread of the CPU where the matrices (..., b, a) are small, b a <= 512^2.
 
-    There, threads gain nothing even on idle cores, and they wait at barriers by spinning, which makes a batch of small
-    decompositions many times slower as soon as another process wants the cores. Large matrices use torch's threads.
+    There, threads gain nothing even on idle cores. They wait at barriers by spinning, so a batch of small
+    decompositions gets many times slower if another process wants the cores. Large matrices use torch's threads.
     """
     threads = torch.get_num_threads()
     if matrix.device.type != "cpu" or threads == 1 or math.prod(matrix.shape[-2:]) > _SMALL:
@@ -37,7 +40,7 @@ def suitable_threads(matrix: Tensor) -> Iterator[None]:
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition (..., b, a) -> U (..., b, m), S (..., m), Vh (..., m, a), m = min(b, a).
 
-    Divide and conquer (LAPACK gesdd) fails on rare finite matrices; those are done again by QR iteration (gesvd).
+    Divide and conquer (LAPACK gesdd) fails on rare finite matrices. QR iteration (gesvd) then takes its place.
     """
     with suitable_threads(matrix):
         try:
@@ -46,11 +49,11 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 return U, S, Vh
         except LinAlgError:
             pass
-        return _svd_by_qr_iteration(matrix)
+        return svd_by_qr_iteration(matrix)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values, falling: (..., b, a) -> (..., min(b, a)); as `svd`, where divide and conquer fails."""
+    """Singular values, falling: (..., b, a) -> (..., min(b, a)). `svd` takes over if divide and conquer fails."""
     with suitable_threads(matrix):
         try:
             S: Tensor = torch.linalg.svdvals(matrix)
@@ -61,7 +64,8 @@ def singular_values(matrix: Tensor) -> Tensor:
     return svd(matrix)[1]
 
 
-def _svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of `svd` by LAPACK's gesvd on the CPU: slower than divide and conquer, but it hardly ever fails."""
     b, a = matrix.shape[-2:]
     parts = [
         scipy.linalg.svd(m.cpu().numpy(), full_matrices=False, lapack_driver="gesvd") for m in matrix.reshape(-1, b, a)
@@ -88,8 +92,8 @@ def symmetric_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
 def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (x : y) of y X v = x Y v, and a real basis of eigenvectors: (n, n) twice -> x, y (n,), V (n, n).
 
-    x and y are complex; the two columns of a complex pair are the real and the imaginary part of its vector. Columns
-    are of unit norm. On the CPU, in float64. Raises LinAlgError if the iteration fails.
+    x and y are complex. The two columns of a complex pair are the real and the imaginary part of its eigenvector.
+    Columns have unit norm. It runs on the CPU in float64, and raises LinAlgError if the iteration fails.
     """
     try:
         (x, y), V = scipy.linalg.eig(X.cpu().numpy(), Y.cpu().numpy(), homogeneous_eigvals=True)
@@ -101,7 +105,7 @@ def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ky_fan(symmetric: Tensor, m: int) -> Tensor:
-    """KF_m(S), the sum of the m largest nonnegative eigenvalues of S: (..., n, n) -> (...).
+    """The Ky Fan sum KF_m(S) of the m largest nonnegative eigenvalues of S: (..., n, n) -> (...).
 
     It is the maximum of tr(X S) over 0 <= X <= I with tr X <= m, so it rises with S and is subadditive.
     """
@@ -111,14 +115,14 @@ def ky_fan(symmetric: Tensor, m: int) -> Tensor:
 
 
 def largest_nonnegative(values: Tensor, m: int) -> Tensor:
-    """The sum of the m largest of `values`, ascending (..., n), that are not negative: (...)."""
+    """Sum of the m largest nonnegative entries of `values` (..., n), which are ascending: (...)."""
     return values[..., max(values.shape[-1] - m, 0) :].clamp_min(0).sum(-1)
 
 
 def tail_energy(sigma: Tensor, rank: int) -> Tensor:
-    """Squared singular values after the first `rank`, summed: (..., m) -> (...).
+    """Sum of the squared singular values after the first `rank`: (..., m) -> (...).
 
-    By Eckart-Young, the least squared Frobenius error of any rank-`rank` approximation.
+    By Eckart-Young it is the least squared Frobenius error of any rank-`rank` approximation.
     """
     return (sigma[..., rank:] ** 2).sum(-1)
 
@@ -126,7 +130,7 @@ def tail_energy(sigma: Tensor, rank: int) -> Tensor:
 def terms_reaching(cumulative: Tensor, energy: float) -> int:
     """Number of leading terms whose cumulative energy (N,) reaches `energy`, up to the rounding of the sum.
 
-    Compared exactly, a share of 100 % could ask for one term more than there are.
+    An exact comparison with a share of 100 % could require N + 1 terms.
     """
     return int((cumulative < energy * (1 - _SUMMATION)).sum()) + 1
 
@@ -135,9 +139,9 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
     """Best rank-`rank` approximation of one matrix: (b, a) -> B (b, rank), A (rank, a), one of them orthonormal.
 
     The leading eigenvectors of the smaller Gram matrix are several times cheaper than the SVD. They can lose up to
-    n eps sigma_1^2 of energy, n the size of the Gram matrix, which is harmless unless the remaining error is itself
-    small: where it falls below sigma_1^2 / 400 the loss could be seen beyond `rounding`, and the SVD is taken.
-    `exact` takes it at once.
+    n eps sigma_1^2 of energy, where n is the size of the Gram matrix. This is harmless unless the remaining error is
+    itself small. Below sigma_1^2 / 400 the loss could exceed `rounding`, so the SVD is computed instead. `exact`
+    requests the SVD at once.
     """
     b, a = matrix.shape
     if rank == 0:
@@ -148,7 +152,7 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
         energy, V = leading_eigenpairs(tall.mT @ tall, rank)  # (rank,), (n, rank)
         left = tall @ V  # (m, rank)
         remaining = float((matrix * matrix).sum() - (left * left).sum())
-        if remaining > float(energy[-1]) / 400 > 0:
+        if remaining > float(energy[-1]) / _GRAM_MARGIN > 0:
             return (V, left.mT) if wide else (left, V.mT)
     U, S, Vh = svd(matrix)
     return U[:, :rank] * S[:rank], Vh[:rank]
@@ -161,7 +165,7 @@ def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = scipy.linalg.eigh(
             gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
         )
-        if len(values) == count:  # LAPACK syevr finds too few at times where eigenvalues coincide
+        if len(values) == count:  # LAPACK syevr sometimes returns too few where eigenvalues coincide
             return torch.from_numpy(values), torch.from_numpy(vectors)
     values_, vectors_ = symmetric_eigenpairs(gram)
     return values_[-count:], vectors_[:, -count:]
@@ -169,7 +173,7 @@ def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within it, if `allowed`, float32 products on CUDA may round their factors to TF32, of 10 bits."""
+    """Context in which float32 products on CUDA may round their factors to TF32 (10 bits), if `allowed`."""
     if not allowed:
         yield
         return
@@ -182,18 +186,18 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def product(M: Tensor, X: Tensor) -> Tensor:
-    """M_i X: (L, b, a) and (a, n) or (L, a, n) -> (L, b, n), n small.
+    """The products M_i X for small n: (L, b, a) and (a, n) or (L, a, n) -> (L, b, n).
 
-    Formed as (X^T M_i^T)^T: BLAS is faster where the thin factor stands first, up to ten times on the CPU.
+    They are formed as (X^T M_i^T)^T. BLAS is faster if the thin factor stands first, up to ten times on the CPU.
     """
     return (X.mT @ M.mT).mT
 
 
 def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:
-    """The tolerance of every comparison between errors, in units of norm (not squared): 10 max(b, a) eps ||M||."""
+    """The tolerance 10 max(b, a) eps ||M|| of every comparison between errors, in units of norm (not squared)."""
     return 10 * max(shape) * eps * norm
 
 
 def not_above(x: float, y: float, tolerance: float) -> bool:
-    """Whether the squared error x is at most y, up to a `tolerance` in units of norm; NaN is above everything."""
+    """True if the squared error x is at most y, up to a `tolerance` in units of norm. NaN is above everything."""
     return math.sqrt(max(x, 0.0)) <= math.sqrt(max(y, 0.0)) + tolerance if x == x and y == y else False

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rasa_theory import linalg
-from rasa_theory.linalg import dense, solve
 from tests.helpers.problems import noise, orthogonal
 
 EPS = np.finfo(float).eps
@@ -20,7 +19,7 @@ def tensor(x):
 @pytest.mark.parametrize("shape", [(2, 5, 3), (3, 2, 4, 6), (4, 1)])
 def test_both_svds_agree_and_multiply_back(shape):
     M = tensor(np.random.default_rng(0).standard_normal(shape))
-    for U, S, Vh in (linalg.svd(M), dense._svd_by_qr_iteration(M)):
+    for U, S, Vh in (linalg.svd(M), linalg.svd_by_qr_iteration(M)):
         assert torch.allclose((U * S[..., None, :]) @ Vh, M, rtol=0, atol=1e-14)
         assert np.allclose(S, np.linalg.svd(M.numpy(), compute_uv=False), rtol=1e-13)
 
@@ -137,25 +136,25 @@ def test_solve_increment_is_the_same_by_cholesky_and_by_eigenvectors(level):
     K, g = tensor(noise(3, 9, 4)), tensor(noise(3, 4, 2, 1))
     for G in (K.mT @ K, (K.mT @ K)[:1]):
         variance = torch.full((3, 4), level**2).double()
-        expected = solve._by_eigenvectors(G, g, torch.zeros_like(variance))
-        found, sound = solve._by_cholesky(G, g, variance)
+        expected = linalg.solve_by_eigenvectors(G, g, torch.zeros_like(variance))
+        x, sound = linalg.solve_by_cholesky(G, g, variance)
         assert bool(sound)
-        assert torch.allclose(found, expected, rtol=1e-11)
-        assert torch.allclose(found, torch.linalg.solve(G, g), rtol=1e-11)
+        assert torch.allclose(x, expected, rtol=1e-11)
+        assert torch.allclose(x, torch.linalg.solve(G, g), rtol=1e-11)
 
 
 def test_cholesky_is_trusted_only_where_the_gain_is_four_times_the_loss_and_the_matrix_regular():
     """G = diag(1, 1/4): an error e of y costs e_1^2 + 4 e_2^2; y = (1, 1) gains 5."""
     G, y = torch.diag(tensor([1.0, 0.25])), tensor([[1.0], [1.0]])
     loss = tensor([0.5, 0.1875])  # 0.5 + 4 * 0.1875 = 5 / 4
-    x, sound = solve._by_cholesky(G, y, loss)
+    x, sound = linalg.solve_by_cholesky(G, y, loss)
     assert x.flatten().tolist() == [1.0, 4.0]
     assert bool(sound)
-    assert not bool(solve._by_cholesky(G, y, loss * (1 + 1e-12))[1])
+    assert not bool(linalg.solve_by_cholesky(G, y, loss * (1 + 1e-12))[1])
     for small in (0.0, 1e-14, -1.0):
-        assert not bool(solve._by_cholesky(torch.diag(tensor([1.0, small])), y, torch.zeros(2).double())[1])
+        assert not bool(linalg.solve_by_cholesky(torch.diag(tensor([1.0, small])), y, torch.zeros(2).double())[1])
     batch = torch.stack([G, torch.diag(tensor([1.0, 0.0]))])
-    assert not bool(solve._by_cholesky(batch, y.expand(2, -1, -1), torch.zeros(2, 2).double())[1])
+    assert not bool(linalg.solve_by_cholesky(batch, y.expand(2, -1, -1), torch.zeros(2, 2).double())[1])
 
 
 def test_solve_increment_does_not_act_on_noise():
