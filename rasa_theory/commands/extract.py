@@ -42,10 +42,10 @@ _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
         "rasa_theory.extract",
-        lambda processes: _run(_parse(given), given, processes),
+        lambda processes: run(words, processes),
         _ON_NO_MEMORY,
         "; stacks that were finished are in --out, and the same command goes on from there",
     )
@@ -136,7 +136,9 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
     return Job(catalogue, modules, settings, dtype, device, unnamed, _base(args, catalogue), _tasks(args), args.memory)
 
 
-def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
+def run(arguments: list[str], processes: Processes) -> int:
+    """Run the command in this process, one of `processes`; return its exit status. Raises InputError for bad input."""
+    args = _parse(arguments)
     with processes.raise_together():
         job = _job(args, processes)
     processes.from_first(lambda: check(job, None if args.dry_run else Path(args.out)))
@@ -158,7 +160,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
             return 130
         else:
             about = {
-                "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *given],
+                "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *arguments],
                 "source": job.catalogue.source, "base": job.base, "plan": folder.plan,
                 "environment": environment(job.device, job.dtype, processes.world_size),
             }  # fmt: skip

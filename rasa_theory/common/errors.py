@@ -1,13 +1,17 @@
-"""Exceptions. `InputError` and its subclasses mean that the input is wrong, so that commands can tell it from a bug."""
+"""Exceptions. `InputError` and its subclasses say that the input is wrong, which tells it from a bug."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that says what the input is, what was expected and what to do.
+    """Bad input, raised where a value enters the library.
 
-    The library raises it where a value enters. The commands print the sentence and exit with status 2; they name the
-    flag of `parameter`, the name of the argument at fault where there is one.
+    The message is one sentence. It names the input and the expected value, and says how to mend the input. It is a
+    ValueError, so that callers can catch either. The commands print the sentence and exit with status 2.
+
+    **Attributes:**
+
+    - `parameter`: the name of the argument at fault, or None. The commands name the flag of this argument.
     """
 
     def __init__(self, message: str, parameter: str | None = None) -> None:
@@ -24,7 +28,7 @@ class NotFinite(InputError):
 
 
 class DamagedFile(InputError):
-    """A file that ends too early. The sentence names the file."""
+    """A file that ends too early or cannot be read. The sentence names the file."""
 
 
 class UnsoundFile(InputError):
@@ -36,7 +40,7 @@ class UnsoundFile(InputError):
 
 
 class FailedElsewhere(InputError):
-    """Bad input that another process has met. The sentence begins with the number of that process, `process`."""
+    """Bad input in another process. The sentence begins with the number of that process, `process`."""
 
     def __init__(self, message: str, process: int) -> None:
         super().__init__(message)
@@ -44,4 +48,4 @@ class FailedElsewhere(InputError):
 
 
 class ProcessLost(RuntimeError):
-    """Another process has died or has failed on its own, so that the collective work cannot be finished."""
+    """Another process has died or failed, so that the collective work cannot be finished."""

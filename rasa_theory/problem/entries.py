@@ -18,7 +18,9 @@ from rasa_theory.distributed import LayerSharding
 from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.storage import Factored, InMemory, Storage
 
-_LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}  # beyond 2^+-this, squares or products leave the range
+# The largest entry must lie within 2^+-this: beyond, squared errors (float64) or products with M (float32) leave the
+# range. A factor of 2^24 is left for the sum of float64 squares, 2^28 for products in float32.
+_LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 500}
 
 
 class Purpose(Enum):
@@ -32,11 +34,15 @@ class Purpose(Enum):
 
 @dataclass
 class PassCounts:
-    """Passes over M so far, by purpose; a pass reads every entry that this process holds once.
+    """Passes over M so far, by purpose. A pass reads every local entry once.
 
-    products: `right`, `left` and `tiles`. spectra: SVDs, singular values and Gram matrices. checks: the largest entry
-    (once, at construction), the norms (once, when first needed) and the weighting of layers. copies: `values`, where
-    they are not borrowed.
+    **Attributes:**
+
+    - `products`: passes of `right`, `left` and `tiles`.
+    - `spectra`: passes for SVDs, singular values and Gram matrices.
+    - `checks`: passes for the largest entry (one at construction), the norms (one at first use) and the weighting of
+      layers.
+    - `copies`: passes for copies of M: `values`, where they are not borrowed, and weighted entries in memory.
     """
 
     products: int = 0
@@ -55,7 +61,7 @@ class PassCounts:
 
 
 class Tile(NamedTuple):
-    """Rows of one layer: `values` is M_layer[rows], (rows, a); `layer` counts the layers that this process holds."""
+    """Rows of one layer: `values` is M_layer[rows], (rows, a); `layer` is the index among the local layers."""
 
     layer: int
     rows: slice
@@ -64,11 +70,11 @@ class Tile(NamedTuple):
 
 @dataclass(eq=False)
 class StackEntries:
-    """The entries of a stack as they are stored, neither scaled nor transposed; all views of a stack share one.
+    """The stored entries of a stack, neither scaled nor transposed, which all its views share.
 
     Reads convert a block at a time to the dtype and device of the computation. `power` is the power of two just above
-    the largest entry, 1 for a zero stack. Raises InputError if an entry is not finite, or outside the range where
-    squared errors can be computed.
+    the largest entry, or 1 for a zero stack. Raises InputError if an entry is not finite, or if squared errors would
+    leave the range of the dtype.
     """
 
     storage: Storage
@@ -81,8 +87,10 @@ class StackEntries:
     passes: PassCounts = field(default_factory=PassCounts)
     power: float = field(init=False)
 
-    tile_elements = 1 << 22  # of a tile where the caller names no number of rows: 32 MiB in float64
-    cached_elements = 1 << 19  # of a tile of a product on the CPU: converted entries are multiplied while in the cache
+    # Entries of a tile, unless the caller names its number of rows: 32 MiB in float64.
+    tile_elements = 1 << 22
+    # Entries of a tile in a product on the CPU, 4 MiB in float64: converted entries are multiplied while in the cache.
+    cached_elements = 1 << 19
 
     def __post_init__(self) -> None:
         with self.sharding.processes.raise_together():
@@ -98,7 +106,7 @@ class StackEntries:
         self.power = math.ldexp(1.0, exponent) if largest > 0 else 1.0
 
     def _largest_entry(self) -> float:
-        """The largest absolute value of the layers held; raises NotFinite, naming the entry."""
+        """Return the largest absolute value of the local layers; raise NotFinite, which names the entry."""
         largest = 0.0
         for i, rows, M in self.tiles(Purpose.CHECKS):
             low, high = (float(x) for x in torch.aminmax(M))
@@ -116,13 +124,13 @@ class StackEntries:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(b, a) of one layer, as stored."""
+        """The stored shape (b, a) of one layer."""
         _, b, a = self.storage.shape
         return b, a
 
     @property
     def whole(self) -> Tensor | None:
-        """M as one tensor (L, b, a), if it is stored as one in the dtype of the computation."""
+        """M as one tensor (L, b, a) if it is stored so, in the dtype of the computation; else None."""
         storage = self.storage
         return storage.values if isinstance(storage, InMemory) and storage.dtype == self.dtype else None
 
@@ -142,7 +150,7 @@ class StackEntries:
     # ---- reads, each of them one pass
 
     def copy(self) -> Tensor:
-        """M as one tensor (L, b, a): borrowed where it is stored so, else a copy."""
+        """Return M as one tensor (L, b, a), borrowed if it is stored so, else copied."""
         if (borrowed := self.whole) is not None:
             return borrowed
         M = torch.empty(self.storage.shape, dtype=self.dtype, device=self.device)
@@ -151,7 +159,7 @@ class StackEntries:
         return M
 
     def product(self, X: Tensor, transposed: bool) -> Tensor:
-        """M_i X or, if `transposed`, M_i^T X: at once where M is one tensor or factors, else tile by tile."""
+        """Return M_i X or, if `transposed`, M_i^T X: in one product for a tensor or factors, else tile by tile."""
         self.passes.add(Purpose.PRODUCTS)
         with linalg.tf32(self.tf32 and self.device.type == "cuda"):
             if (M := self.whole) is not None:
@@ -161,6 +169,7 @@ class StackEntries:
             return self._product_by_tiles(X, transposed)
 
     def _product_by_tiles(self, X: Tensor, transposed: bool) -> Tensor:
+        """Return the product while holding one converted tile; off the CPU a tile is a whole layer."""
         L, b, a = self.storage.shape
         product = X.new_zeros(L, X.shape[-1], a if transposed else b).mT  # laid out as `linalg.product` does
         X_i = X.expand(L, -1, -1)
@@ -172,7 +181,7 @@ class StackEntries:
         return product
 
     def tiles(self, purpose: Purpose, gain: float = 1.0, rows: int | None = None) -> Iterator[Tile]:
-        """gain M in blocks of at most `rows` rows of one layer; None: of `tile_elements` entries."""
+        """Yield gain M in blocks of at most `rows` rows of one layer; None: of `tile_elements` entries."""
         self.passes.add(purpose)
         yield from self._tiles(gain, max(1, self.tile_elements // self.shape[1]) if rows is None else rows)
 
@@ -184,7 +193,7 @@ class StackEntries:
                 yield Tile(i, slice(start, stop), self._computed(self.storage.rows(i, start, stop), gain))
 
     def transposed_tiles(self, purpose: Purpose, gain: float = 1.0, rows: int | None = None) -> Iterator[Tile]:
-        """gain M_i^T in blocks of rows, like `tiles`; every layer is read as a whole."""
+        """Yield gain M_i^T in blocks of rows, like `tiles`. Every layer is read as a whole."""
         self.passes.add(purpose)
         L, b, a = self.storage.shape
         step = max(1, self.tile_elements // b) if rows is None else rows

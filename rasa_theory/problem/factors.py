@@ -1,4 +1,4 @@
-"""The factors of a reconstruction: LoRA's, one pair per layer, and RaSA's, private pairs beside a shared pool."""
+"""The factors of a reconstruction: a pair per layer for LoRA, private pairs beside a shared pool for RaSA."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _check_shapes(expected: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same products with b_j and a_j of equal norm in every term: (.., b, n), (.., n, a).
+    """Return factors of the same products, (.., b, n) and (.., n, a), with b_j and a_j of equal norm in every term.
 
-    So neither factor leaves the range of half precision before the other.
+    Equal norms make best use of half precision: neither factor leaves its range before the other.
     """
     nB, nA = torch.linalg.vector_norm(B, dim=-2), torch.linalg.vector_norm(A, dim=-1)
     ratio = torch.where((nB > 0) & (nA > 0), (nA / torch.where(nB > 0, nB, 1)).sqrt(), 1)
@@ -34,17 +34,19 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_into_mixing(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """X (n, R) with unit columns, and D (L, R) with their norms; zero columns stay zero."""
+    """Return X (n, R) with unit columns, and D (L, R) multiplied by their norms. Zero columns stay zero."""
     norms = torch.linalg.vector_norm(X, dim=0)
     return X / torch.where(norms > 0, norms, 1), D * norms
 
 
-def _sharding_of(sharding: LayerSharding | None, held: int) -> LayerSharding:
-    """`sharding`, checked for `held` local layers; None: one process that holds all of them."""
+def _sharding_of(sharding: LayerSharding | None, layers: int) -> LayerSharding:
+    """Return `sharding`, checked for `layers` local layers. None stands for one process that holds all layers."""
     if sharding is None:
-        return LayerSharding((held,))
-    if sharding.local_layers != held:
-        raise InputError(f"factors of {held} layers are given, this process holds {sharding.local_layers}; give those")
+        return LayerSharding((layers,))
+    if sharding.local_layers != layers:
+        raise InputError(
+            f"factors of {layers} layers are given, this process holds {sharding.local_layers}; give those"
+        )
     return sharding
 
 
@@ -74,16 +76,16 @@ class LoraFactors:
         _check_shapes({"A": (self.A, (self.B.shape[0], self.B.shape[2], self.A.shape[2]))})
 
     def update(self, i: int, rows: slice = _ALL) -> Tensor:
-        """The update B_i A_i of layer i, (b, a), or some of its rows."""
+        """Return the update B_i A_i of layer i, (b, a), or some of its rows."""
         return self.B[i, rows] @ self.A[i]
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoraFactors:
-        """The same factors in another dtype or on another device."""
+        """Return the same factors in another dtype or on another device."""
         return LoraFactors(*(t.to(dtype=dtype, device=device) for t in (self.B, self.A)), sharding=self.sharding)
 
     @property
     def layers(self) -> int:
-        """L, of all processes together."""
+        """The number of layers L, summed over all processes."""
         return self.sharding.layers
 
 
@@ -132,11 +134,23 @@ class RasaFactors:
 
     @classmethod
     def from_lora(cls, lora: LoraFactors, budget: RankBudget, pooled: str = "smallest") -> RasaFactors:
-        """Theorem 3.1: factors of RaSA(r, k) that have exactly the updates of `lora`.
+        """Embed LoRA in RaSA: factors of RaSA(r, k) with exactly the updates of `lora` (Theorem 3.1).
 
-        Of its r terms every layer hands k to the pool, the last ones (`pooled` "smallest", for factors in order of
-        falling size) or the first ("largest"); D_i is 1 on the layer's own block and 0 elsewhere. Raises InputError
-        if `lora` has another rank than `budget` or `pooled` is neither.
+        Every layer moves k of its r terms to the pool. D_i is 1 on the block of layer i and 0 elsewhere.
+
+        **Arguments:**
+
+        - `lora`: LoRA factors of rank r, with the terms of each layer in order of falling size.
+        - `budget`: the ranks r and k.
+        - `pooled`: the terms that go to the pool, "smallest" (the last k) or "largest" (the first k).
+
+        **Returns:**
+
+        - `RasaFactors`: with private rank q = r - k and pool rank R = L k.
+
+        **Raises:**
+
+        - `InputError`: if `lora` and `budget` differ in rank, or `pooled` is neither of the two.
         """
         L, r, sharding = lora.layers, lora.B.shape[2], lora.sharding
         k, q = budget.shared_rank, budget.private_rank
@@ -144,19 +158,19 @@ class RasaFactors:
             raise InputError(f"the LoRA factors have rank {r}, the budget has rank {budget.rank}")
         if pooled not in ("smallest", "largest"):
             raise InputError(f"pooled must be 'smallest' or 'largest', got {pooled!r}")
-        own = torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k))  # (L, L k)
-        kept, given = (slice(0, q), slice(q, r)) if pooled == "smallest" else (slice(k, r), slice(0, k))
+        blocks = torch.kron(torch.eye(L, dtype=lora.B.dtype, device=lora.B.device), lora.B.new_ones(1, k))  # (L, L k)
+        private, shared = (slice(0, q), slice(q, r)) if pooled == "smallest" else (slice(k, r), slice(0, k))
         return cls(
-            private_B=lora.B[:, :, kept],
-            private_A=lora.A[:, kept],
-            shared_B=batched.beside(sharding.all_gather(lora.B[:, :, given])),
-            shared_A=sharding.all_gather(lora.A[:, given]).reshape(L * k, lora.A.shape[2]),
-            mixing=own[sharding.local],
+            private_B=lora.B[:, :, private],
+            private_A=lora.A[:, private],
+            shared_B=batched.beside(sharding.all_gather(lora.B[:, :, shared])),
+            shared_A=sharding.all_gather(lora.A[:, shared]).reshape(L * k, lora.A.shape[2]),
+            mixing=blocks[sharding.local],
             sharding=sharding,
         )
 
     def as_lora(self) -> LoraFactors:
-        """The same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
+        """Return the same updates as LoRA factors of rank q + R: B_i = [B~_i, B_S D_i], A_i = [A~_i; A_S]."""
         return LoraFactors(
             torch.cat([self.private_B, self.shared_B * self.mixing[:, None]], 2),
             torch.cat([self.private_A, self.shared_A.expand(self.sharding.local_layers, -1, -1)], 1),
@@ -165,28 +179,28 @@ class RasaFactors:
 
     @property
     def layers(self) -> int:
-        """L, of all processes together."""
+        """The number of layers L, summed over all processes."""
         return self.sharding.layers
 
     @property
     def update_rank(self) -> int:
-        """The largest rank that a layer's update can have: q + R = r - k + L k, at most min(b, a)."""
+        """The largest possible rank of an update: q + R = r - k + L k, at most min(b, a)."""
         b, a = self.shared_B.shape[0], self.shared_A.shape[1]
         return int(min(self.private_B.shape[2] + self.shared_B.shape[1], b, a))
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of all layers, the mixing included."""
+        """The number of parameters of all layers: L (q (b + a) + R) + R (b + a), with the mixing."""
         (R, a), (b, q) = self.shared_A.shape, self.private_B.shape[1:]
         return self.layers * (q * (b + a) + R) + R * (b + a)
 
     def update(self, i: int, rows: slice = _ALL) -> Tensor:
-        """The update B~_i A~_i + B_S D_i A_S of layer i, (b, a), or some of its rows."""
+        """Return the update B~_i A~_i + B_S D_i A_S of layer i, (b, a), or some of its rows."""
         private = self.private_B[i, rows] @ self.private_A[i]
         return private + (self.shared_B[rows] * self.mixing[i]) @ self.shared_A
 
     def named(self) -> dict[str, Tensor]:
-        """The five tensors by their public names."""
+        """Return the five tensors by their public names."""
         return {
             "private_B": self.private_B,
             "private_A": self.private_A,
@@ -196,7 +210,7 @@ class RasaFactors:
         }
 
     def transpose(self) -> RasaFactors:
-        """Factors of the transposed updates: A~_i^T B~_i^T + A_S^T D_i B_S^T. Nothing is copied."""
+        """Return factors of the transposed updates, A~_i^T B~_i^T + A_S^T D_i B_S^T. Nothing is copied."""
         return RasaFactors(
             self.private_A.mT,
             self.private_B.mT,
@@ -207,22 +221,29 @@ class RasaFactors:
         )
 
     def scaled(self, c: float | Tensor) -> RasaFactors:
-        """Factors of c times the updates, c one number or one per layer, (L,): into private_B and mixing."""
+        """Return factors of c times the updates; c is one number, or one per local layer, (L,).
+
+        c multiplies private_B and mixing, so that the pool stays the same in all processes.
+        """
         c = torch.as_tensor(c, dtype=self.mixing.dtype, device=self.mixing.device).expand(self.sharding.local_layers)
         return dataclasses.replace(
             self, private_B=self.private_B * c.reshape(-1, 1, 1), mixing=self.mixing * c[:, None]
         )
 
     def normalised(self) -> RasaFactors:
-        """The same updates with unit columns in B_S and unit rows in A_S, their scale in D; zero columns stay zero."""
+        """Return factors of the same updates with unit columns in B_S and unit rows in A_S.
+
+        The mixing takes up their norms. Columns and rows of zeros stay zero.
+        """
         B_S, D = scale_into_mixing(self.shared_B, self.mixing)
         A_S, D = scale_into_mixing(self.shared_A.mT, D)
         return dataclasses.replace(self, shared_B=B_S, shared_A=A_S.mT, mixing=D)
 
     def evened(self) -> RasaFactors:
-        """The same updates for an adapter: `balanced` private terms, |d_ij| at most 1, the scale of a term in the pool.
+        """Return factors of the same updates for an adapter in half precision.
 
-        A pool column and its row are multiplied by the same number.
+        Private terms are `balanced`, and max_i |d_ij| is 1 for every pool term in use. The pool column and the pool
+        row of term j are both multiplied by the square root of the former maximum.
         """
         private_B, private_A = balanced(self.private_B, self.private_A)
         largest = self.sharding.all_reduce_max_each(self.mixing.abs())
@@ -234,16 +255,16 @@ class RasaFactors:
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RasaFactors:
-        """The same factors in another dtype or on another device."""
+        """Return the same factors in another dtype or on another device."""
         tensors = {name: t.to(dtype=dtype, device=device) for name, t in self.named().items()}
         return RasaFactors(**tensors, sharding=self.sharding)
 
     def gathered(self) -> RasaFactors:
-        """The factors of all layers, in every process as if it were alone: L (q (b + a) + R) numbers are sent."""
+        """Return the factors of all layers, unsharded, in every process. Traffic: L (q (b + a) + R) numbers."""
         return self._whole(self.sharding.all_gather)
 
     def sent_to_first(self) -> RasaFactors:
-        """The factors of all layers on the CPU of process 0; the other processes keep their shard."""
+        """Return the factors of all layers on the CPU in process 0, and the local shard in the others."""
         return self._whole(self.sharding.gather_to_first)
 
     def _whole(self, gather: Callable[[Tensor], Tensor]) -> RasaFactors:
@@ -254,13 +275,14 @@ class RasaFactors:
         )
 
     def sharded(self, sharding: LayerSharding) -> RasaFactors:
-        """The local shard of these factors of all layers."""
-        own = sharding.local
+        """Return the local shard of these factors, which must be the factors of all layers."""
+        local = sharding.local
         return RasaFactors(
-            self.private_B[own], self.private_A[own], self.shared_B, self.shared_A, self.mixing[own], sharding=sharding
-        )
+            self.private_B[local], self.private_A[local], self.shared_B, self.shared_A, self.mixing[local],
+            sharding=sharding,
+        )  # fmt: skip
 
 
 def lora_parameters(layers: int, shape: tuple[int, int], rank: int) -> int:
-    """L r (a + b): the parameters of LoRA of rank r, and those of RaSA without its mixing, which has L R more."""
+    """Return L r (a + b), the number of parameters of LoRA of rank r. RaSA has L R more, its mixing."""
     return layers * rank * sum(shape)

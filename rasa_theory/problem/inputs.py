@@ -1,4 +1,4 @@
-"""What users give for a stack: arrays, tensors and lists of them, names of dtypes and devices; checked here."""
+"""Checks of the input for a stack: arrays, tensors, lists of matrices, names of dtypes and devices."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
-from rasa_theory.problem.storage import Divided, Factored, InMemory, OnDisk, Storage
+from rasa_theory.problem.storage import Divided, Factored, InMemory, OnDisk, Storage, native
 
+# The dtype of the computation for each stored dtype: half precisions are too narrow for sums of squares.
 _COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _COMPUTE |= {torch.float32: torch.float32, torch.float64: torch.float64}
 
 
 def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float32 or float64 from a name or a dtype; raises InputError for anything else."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float64):
+    """Return float32 or float64 from a name or a dtype; raise InputError for anything else."""
+    computed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if computed not in (torch.float32, torch.float64):
         raise InputError(f"dtype must be float32 or float64, got {dtype}", "dtype")
-    return found
+    return computed
 
 
 def compute_device(device: str | torch.device) -> torch.device:
-    """The device of a name such as cpu, cuda, cuda:1, or auto (cuda if there is one, else cpu).
+    """Return the device with a name such as cpu, cuda, cuda:1, or auto (cuda if there is one, else cpu).
 
     Raises InputError if the name is unknown or the device is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        place = torch.device(device)
+        torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(
             f"device {str(device)!r} is not available on this machine; use cpu or auto", "device"
         ) from None
-    if found.type == "meta":
+    if place.type == "meta":
         raise InputError("device 'meta' holds no numbers; use cpu or auto", "device")
-    return found
+    return place
 
 
 def as_storage(
@@ -49,11 +50,11 @@ def as_storage(
     name: str,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
-    held: int | None = None,
+    local_layers: int | None = None,
 ) -> tuple[Storage, torch.dtype, torch.device]:
-    """Check axes and dtype; what holds the entries, and dtype and device to compute with.
+    """Check axes and dtype; return the storage of the entries, and the dtype and device of the computation.
 
-    `held`: so many layers there must be, perhaps none; None: at least one.
+    `local_layers` is the required number of layers, which may be 0. None: any number from 1 on.
     """
     place = None if device is None else compute_device(device)
     if isinstance(values, InMemory):
@@ -62,7 +63,7 @@ def as_storage(
         computed = _COMPUTE[values.dtype] if dtype is None else compute_dtype(dtype)
         return values, computed, place or torch.device("cpu")
     elif isinstance(values, Factored):
-        if held is None and values.shape[0] == 0:
+        if local_layers is None and values.shape[0] == 0:
             raise InputError(f"stack {name!r}: the factors are of no layer; at least one is needed")
         if values.dtype not in _COMPUTE:
             raise InputError(f"stack {name!r}: factors of {values.dtype} are not real floating point; convert them")
@@ -74,9 +75,11 @@ def as_storage(
         M = _as_tensor(values, f"stack {name!r}")
     if M.ndim != 3:
         raise InputError(f"stack {name!r}: expected three axes (layers, b, a), found shape {tuple(M.shape)}")
-    if held is not None and len(M) != held:
-        raise InputError(f"stack {name!r}: {len(M)} layers are given, but this process holds {held}; give those")
-    if 0 in M.shape[held is not None :]:
+    if local_layers is not None and len(M) != local_layers:
+        raise InputError(
+            f"stack {name!r}: {len(M)} layers are given, but this process holds {local_layers}; give those"
+        )
+    if 0 in M.shape[local_layers is not None :]:  # a process may hold no layers, but b and a are never 0
         raise InputError(f"stack {name!r}: shape {tuple(M.shape)} is empty; every axis needs at least one entry")
     computed = _COMPUTE[M.dtype] if dtype is None else compute_dtype(dtype)
     M = M.to(device=place, dtype=computed if computed.itemsize < M.dtype.itemsize else M.dtype)
@@ -84,6 +87,7 @@ def as_storage(
 
 
 def _join(matrices: list[Tensor], name: str) -> Tensor:
+    """Stack the matrices of all layers, (L, b, a). They must agree in shape, dtype and device."""
     if not matrices:
         raise InputError(f"stack {name!r}: the list is empty; at least one matrix is needed")
     for i, m in enumerate(matrices):
@@ -102,27 +106,29 @@ def _join(matrices: list[Tensor], name: str) -> Tensor:
     return torch.stack(matrices)
 
 
-def _as_tensor(values: Any, what: str) -> Tensor:
-    """A detached tensor of a real floating dtype that shares memory with `values` if it can."""
+def _as_tensor(values: Any, label: str) -> Tensor:
+    """Return a detached tensor of a real floating dtype, which shares memory with `values` if it can.
+
+    Messages begin with `label`.
+    """
     if isinstance(values, Tensor):
         M = values.detach()
     else:
         try:
             array = np.asarray(values)
         except ValueError as error:
-            raise InputError(f"{what}: not an array ({error})") from None
+            raise InputError(f"{label}: not an array ({error})") from None
         if array.dtype.kind not in "fiubc":
-            raise InputError(f"{what}: dtype {array.dtype} is not numeric; real floating point is needed")
+            raise InputError(f"{label}: dtype {array.dtype} is not numeric; real floating point is needed")
         if array.dtype.kind == "f":
-            native = array.dtype.newbyteorder("=")
-            array = array.astype(np.float64 if native.itemsize > 8 else native, copy=False)
-        if any(stride < 0 for stride in array.strides):
+            array = array.astype(native(array.dtype), copy=False)
+        if any(stride < 0 for stride in array.strides):  # torch has no negative strides
             array = array.copy()
         with warnings.catch_warnings():  # torch warns that a read-only array could be written; it never is
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             M = torch.from_numpy(array) if array.dtype.kind in "fc" else torch.as_tensor(array)
     if M.dtype not in _COMPUTE:
-        raise InputError(f"{what}: dtype {str(M.dtype).removeprefix('torch.')} is not real floating point; convert it")
+        raise InputError(f"{label}: dtype {str(M.dtype).removeprefix('torch.')} is not real floating point; convert it")
     if M.layout != torch.strided:
-        raise InputError(f"{what}: a {M.layout} tensor; a dense one is needed")
+        raise InputError(f"{label}: a {M.layout} tensor; a dense one is needed")
     return M

@@ -16,13 +16,21 @@ from rasa_theory.problem.factors import RasaFactors
 class PoolParticipation:
     """The number of layers in which every pool term is at work, and its weight in each.
 
-    weights (L, R): d_ij^2 ||b_j||^2 ||a_j||^2, the squared norm of term j in layer i. losses (L, R): what layer i loses
-    without term j once its private terms have taken up what they can, see `layer_losses`. by_weight and by_loss (R,):
-    their participation ratios over the layers, (sum_i x_i)^2 / sum_i x_i^2, 1 where one layer alone uses the term, L
-    where all do equally, 0 where none does. owners (R,): the layer that loses most.
+    The participation ratio over the layers is (sum_i x_i)^2 / sum_i x_i^2. It is 1 if a single layer uses the term, L
+    if all layers use it equally, and 0 if none does. Since x_i is a square, a term that is ten times smaller in ten
+    other layers than in the first has the ratio 1.2.
 
-    The two differ where a term cancels against private ones: that makes its weight in that layer large, and its loss
-    not. Both weigh squares, so a term in one layer and at a tenth of the size in each of ten others counts as 1.2.
+    Ratios by weight and by loss differ where a pool term cancels against private terms of a layer. Cancellation makes
+    its weight in that layer large, but not its loss.
+
+    **Attributes:**
+
+    - `weights`: d_ij^2 ||b_j||^2 ||a_j||^2, the squared norm of term j in layer i, (L, R) in squared units.
+    - `losses`: upper bound on the squared error that layer i gains without term j, (L, R) in squared units. Private
+      terms replace as much of the term as they can.
+    - `by_weight`: participation ratios of `weights` over the layers, (R,).
+    - `by_loss`: participation ratios of `losses` over the layers, (R,).
+    - `owners`: the index of the layer with the largest loss, (R,).
     """
 
     weights: Tensor
@@ -51,21 +59,25 @@ def pool_participation(factors: RasaFactors) -> PoolParticipation:
 
 
 def participation_ratio(x: Tensor) -> Tensor:
-    """(sum_i x_i)^2 / sum_i x_i^2 over the first axis, x >= 0: (L, ...) -> (...), in [1, L], and 0 where all are 0."""
-    p = x / torch.where((total := x.sum(0)) > 0, total, 1)  # no square of a small number is lost
+    """Return (sum_i x_i)^2 / sum_i x_i^2 over the first axis: x >= 0, (L, ...) -> (...).
+
+    It lies in [1, L], and is 0 where all x_i are 0. Shares of the sum are squared, since the squares of small x_i
+    would underflow.
+    """
+    p = x / torch.where((total := x.sum(0)) > 0, total, 1)
     squares: Tensor = (p**2).sum(0)
     return torch.where(squares > 0, 1 / torch.where(squares > 0, squares, 1), 0)
 
 
 def layer_losses(factors: RasaFactors) -> Tensor:
-    """Upper bound on the squared cost of leaving pool term j out of layer i, (L, R).
+    """Return sigma_{q+1}(B~_i A~_i + d_ij b_j a_j^T)^2, the loss of layer i without pool term j, (L, R).
 
-    It is sigma_{q+1}(B~_i A~_i + d_ij b_j a_j^T)^2. Private terms take up what they can of the term, the other pool
-    terms stay. Where private terms and D
-    minimise the error, the residual is orthogonal to the private spaces and to the term, so that the error does not
-    rise by more; by less where private terms find something better in the residual. Pool columns are
-    of unit norm. With B~_i A~_i = U diag(S) V^T, x = U^T b_j, y = V^T a_j and x', y' the norms of what b_j and a_j have
-    outside U and V, the singular values are those of the (q + 1) x (q + 1) matrix
+    Without the term, the q private terms of the layer are replaced by the best q terms of their sum with it. The other
+    pool terms stay. If private terms and D minimise the error, the residual is orthogonal to the private spaces and to
+    the term. The error then rises by at most this loss, and by less if private terms fit the residual better.
+
+    Pool columns must have unit norm. Let B~_i A~_i = U diag(S) V^T, x = U^T b_j, y = V^T a_j, and let x' and y' be the
+    norms of the parts of b_j and a_j outside U and V. The sum has the singular values of the (q + 1) x (q + 1) matrix
     diag(S, 0) + d_ij [x; x'] [y; y']^T.
     """
     Bt, At, B_S, A_S, D = factors.named().values()
@@ -78,6 +90,6 @@ def layer_losses(factors: RasaFactors) -> Tensor:
 
 
 def _bordered(x: Tensor) -> Tensor:
-    """Coordinates x (L, q, R) of unit vectors -> (L, R, q + 1), the norm of the rest beside them."""
+    """Append to the coordinates of unit vectors the norm of their orthogonal rest: (L, q, R) -> (L, R, q + 1)."""
     rest = (1 - (x * x).sum(1, keepdim=True)).clamp_min(0).sqrt()
     return torch.cat([x, rest], 1).mT

@@ -1,4 +1,4 @@
-"""The stack of updates M_i that is to be reconstructed, read through thin products and tiles."""
+"""The stack of updates M_i to reconstruct, read through thin products and tiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rasa_theory.problem.spectra import ExactDecompositions, StackSpectra
 class LayerStack:
     """The updates M_i in R^(b x a), i = 1..L, of one kind of module in L layers.
 
-    Solvers read M through `right`, `left` and `tiles` alone. What needs a whole layer at once, such as an SVD, comes
+    Solvers read M through `right`, `left` and `tiles` alone. SVDs and all else that needs a whole layer at once come
     from `spectra`. Every read of M is counted in `passes`.
 
     A stack is a view of its entries: scaled by a power of two, and transposed or not. `unit()` and `transpose()` return
@@ -38,15 +38,15 @@ class LayerStack:
     - `dtype`: float32 or float64, the dtype of the computation. None: the dtype of `values`, or float32 for half
       precisions. Narrower values are stored as they are and converted a tile at a time; factors are converted at once.
     - `device`: the device of the computation. None: the device of `values`.
-    - `memory`: limit in bytes on what is allocated for M on the CPU; None: no limit. A quarter is for entries that stay
-      in memory (sources leave larger stacks in their files). A quarter is for exact SVDs: larger ones are mapped from a
+    - `memory`: limit in bytes on the memory for M on the CPU; None: no limit. A quarter is for entries that stay in
+      memory (sources leave larger stacks in their files). A quarter is for exact SVDs. Larger ones are mapped from a
       temporary file of 8 L min(b, a) (b + a) bytes, whose pages the system drops when it needs memory. Half is for the
-      work on one layer. The limit does not cover torch itself, thin matrices (factors, products with M, the bases of
-      the default solver, up to half as wide as M), the few b x b and a x a matrices of bounds, and the searches for
-      floors.
+      work on one layer. The limit does not cover torch itself, nor thin matrices: factors, products with M, and the
+      bases of the default solver, up to half as wide as M. Nor does it cover the few b x b and a x a matrices of
+      bounds, and the searches for floors.
     - `sharding`: with several processes, the layers that each one holds. All processes construct the stack together,
-      each from the `values` of its own layers, (held, b, a). `right`, `left`, `tiles`, `spectra.svd` and `layer_norms`
-      then refer to these layers; all other facts are global.
+      each from the `values` of its local layers. `right`, `left`, `tiles`, `spectra.svd` and `layer_norms` then refer
+      to the local layers; all other facts are global.
     - `tf32`: let products round to TF32 on CUDA. Errors are measured in float64 all the same.
 
     **Raises:**
@@ -104,12 +104,12 @@ class LayerStack:
 
     @property
     def layers(self) -> int:
-        """L, summed over all processes."""
+        """The number of layers L, summed over all processes."""
         return self.sharding.layers
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(b, a) of one layer."""
+        """The shape (b, a) of one layer."""
         b, a = self._entries.shape
         return (a, b) if self._transposed else (b, a)
 
@@ -160,7 +160,7 @@ class LayerStack:
         return [factor * x for x in self._entries.unit_norms_squared.tolist()]
 
     def layer_norms(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||M_i||_F of each layer held, (L,), on the device of the stack; `dtype` None: in its dtype."""
+        """Return ||M_i||_F of each local layer, (L,), on the device of the stack; `dtype` None: in its dtype."""
         norms = torch.tensor(self.layer_norms_squared[self.sharding.local], dtype=torch.float64).sqrt()
         return norms.to(self.device, dtype or self.dtype)
 
@@ -171,35 +171,35 @@ class LayerStack:
 
     @property
     def rounding(self) -> float:
-        """Tolerance, in units of norm, of comparisons between errors on this stack: 10 max(b, a) eps ||M||."""
+        """The tolerance for comparisons of errors on this stack, not squared: 10 max(b, a) eps ||M||."""
         unit_norm = math.sqrt(math.fsum(self._entries.unit_norms_squared.tolist()))
         return linalg.rounding(unit_norm * self.scale, self.shape, self.eps)
 
     @property
     def passes(self) -> PassCounts:
-        """All passes over M so far, by purpose, of all views together."""
+        """All passes over M so far, by purpose, summed over all views."""
         return self._entries.passes
 
     @property
     def data_passes(self) -> int:
-        """Passes over M that solvers and bounds have asked for: `passes.products` + `passes.spectra`.
+        """The number of passes over M for solvers and bounds: `passes.products` + `passes.spectra`.
 
-        Not among them: the check of the entries at construction, the pass for the norms, weighting, and copies.
+        It excludes the check of the entries at construction, the pass for the norms, weighting, and copies.
         """
         return self.passes.products + self.passes.spectra
 
     # ---- access to M
 
     def right(self, X: Tensor) -> Tensor:
-        """M_i X: (a, n) or (L, a, n) -> (L, b, n). One pass."""
+        """Return M_i X: (a, n) or (L, a, n) -> (L, b, n). This is one pass."""
         return self._scaled(self._entries.product(X, self._transposed))
 
     def left(self, Y: Tensor) -> Tensor:
-        """M_i^T Y: (b, n) or (L, b, n) -> (L, a, n). One pass."""
+        """Return M_i^T Y: (b, n) or (L, b, n) -> (L, a, n). This is one pass."""
         return self._scaled(self._entries.product(Y, not self._transposed))
 
     def tiles(self, rows: int | None = None) -> Iterator[Tile]:
-        """M in blocks of at most `rows` rows of one layer (None: some 4 million entries). One pass."""
+        """Yield M in blocks of at most `rows` rows of one layer (None: about 4 million entries). This is one pass."""
         if rows is not None and rows >= self.shape[0] and self.memory is not None:
             check_memory(self, self.memory, decomposed=False)
         tiles = self._entries.transposed_tiles if self._transposed else self._entries.tiles
@@ -207,7 +207,7 @@ class LayerStack:
 
     @property
     def values(self) -> Tensor:
-        """M as one tensor (L, b, a) of `dtype`: borrowed if stored so, else a copy. Solvers do not use it."""
+        """M as one tensor (L, b, a) of `dtype`, borrowed if it is stored so, else copied. Solvers do not use it."""
         M = self._entries.copy()
         return self._scaled(M.mT if self._transposed else M)
 

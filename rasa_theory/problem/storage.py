@@ -1,4 +1,4 @@
-"""Where the entries of a stack lie: in memory, or in files that are read a few rows at a time."""
+"""Storage of the entries of a stack: in memory, or in files that are read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rasa_theory.common import DamagedFile, InputError
 
 
 class Storage(Protocol):
-    """The matrices of a stack as they are stored, (L, b, a), read in blocks of rows of one layer."""
+    """The stored matrices of a stack, (L, b, a), read in blocks of rows of one layer."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
@@ -27,13 +27,13 @@ class Storage(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def rows(self, layer: int, start: int, stop: int) -> Tensor:
-        """M_layer[start:stop], in `dtype`; never to be written."""
+        """Return M_layer[start:stop] in `dtype`. Callers do not write to it."""
         ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A tensor (L, b, a)."""
+    """Entries in memory: one tensor (L, b, a)."""
 
     values: Tensor
 
@@ -54,16 +54,16 @@ class Part(Protocol):
     """Some rows of a stack, (n, a)."""
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop - 1."""
+        """Return rows start .. stop - 1, (stop - start, a)."""
         ...
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows of `width` numbers, one after the other from byte `offset` of a file on.
+    """Rows of `width` numbers, stored one after the other in a file from byte `offset` on.
 
-    `kind` is their dtype in the file; bfloat16, which numpy does not know, is int16 with `bfloat16` set. Plain reads:
-    nothing is mapped, and no more than the rows asked for is in memory.
+    `kind` is the dtype in the file. numpy has no bfloat16: such entries are read as int16, and `bfloat16` is true.
+    Files are read, not mapped, so that memory holds only the requested rows.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class FileRows:
 
 @dataclass(frozen=True)
 class Difference:
-    """tuned - base in `dtype`."""
+    """The rows tuned - base, subtracted in `dtype`."""
 
     tuned: Part
     base: Part
@@ -98,9 +98,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A stack that is read from its parts: one of each layer, or a single one with all layers below each other.
+    """A stack that is read from its parts: one part per layer, or a single part with all layers below each other.
 
-    Of a single one, the stack may be the layers from `first` on; `alone`: every part is one layer, however many.
+    The stack begins at layer `first` of a single part. `alone`: every part is one layer, even if there is only one.
     """
 
     parts: Sequence[Part]
@@ -118,7 +118,7 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class Divided:
-    """`whole` in `dtype`, every layer i divided by largest[i] and then by relative[i]."""
+    """The storage `whole` in `dtype`, with every layer i divided by largest[i] and then by relative[i]."""
 
     whole: Storage
     dtype: torch.dtype
@@ -135,7 +135,7 @@ class Divided:
 
 @dataclass(frozen=True)
 class Factored:
-    """Matrices B_i A_i that are not formed: B (L, b, m), A (L, m, a), zero where a layer has fewer than m terms.
+    """Products B_i A_i that are not formed: B (L, b, m), A (L, m, a), padded by 0 where a layer has fewer terms.
 
     Raises InputError if the shapes, dtypes or devices disagree, or an axis is empty.
     """
@@ -166,17 +166,20 @@ class Factored:
         return self.B[layer, start:stop] @ self.A[layer]
 
     def product(self, X: Tensor, transposed: bool) -> Tensor:
-        """B_i (A_i X), (L, b, n), of X (a, n) or (L, a, n); `transposed`: A_i^T (B_i^T X), of X (b, n) or (L, b, n)."""
+        """Return B_i (A_i X), (L, b, n), for X (a, n) or (L, a, n).
+
+        If `transposed`, return A_i^T (B_i^T X), (L, a, n), for X (b, n) or (L, b, n).
+        """
         if transposed:
             return (X.mT @ self.B @ self.A).mT
         return (X.mT @ self.A.mT @ self.B.mT).mT
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Factored:
-        """The same in another dtype or on another device; `device` None keeps it."""
+        """Return the same factors in another dtype or on another device; `device` None changes no device."""
         return Factored(self.B.to(device, dtype), self.A.to(device, dtype))
 
     def divided(self, largest: Sequence[float], relative: Sequence[float]) -> Factored:
-        """B_i A_i divided by largest[i] and then by relative[i]."""
+        """Return factors of B_i A_i divided by largest[i] and then by relative[i], as `Divided` does."""
         first, second = (self.B.new_tensor(x)[:, None, None] for x in (largest, relative))
         return Factored(self.B / first / second, self.A)
 
@@ -184,7 +187,7 @@ class Factored:
 class Spill:
     """A float64 tensor (L, n, m) that is written matrix by matrix into an unnamed temporary file, and then mapped.
 
-    Its pages lie on disk, and in memory only as long as nobody else needs it. Raises InputError if the folder for
+    Pages of the map are cached in memory and dropped under memory pressure. Raises InputError if the folder for
     temporary files (TMPDIR) has no room.
     """
 
@@ -194,12 +197,12 @@ class Spill:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
 
     def add(self, matrix: Tensor) -> None:
-        """Write the next (n, m)."""
+        """Write the next matrix, (n, m)."""
         with self._enough_room():
             self._file.write(np.ascontiguousarray(matrix.numpy()).data)
 
     def tensor(self) -> Tensor:
-        """What was written, mapped; the file is gone with the last tensor that uses it."""
+        """Map the file as a tensor (L, n, m). The file disappears with the last tensor that uses it."""
         with self._enough_room():
             self._file.flush()
         with self._file:
@@ -207,6 +210,7 @@ class Spill:
 
     @contextlib.contextmanager
     def _enough_room(self) -> Iterator[None]:
+        """Turn errors of the file system into an InputError that names the size and the folder."""
         try:
             yield
         except OSError as error:
@@ -218,5 +222,5 @@ class Spill:
 
 
 def native(kind: np.dtype[Any]) -> np.dtype[Any]:
-    """In native byte order and at most 64 bits, as torch wants it."""
+    """Return `kind` in native byte order and with at most 64 bits, as torch requires."""
     return np.dtype(np.float64) if kind.itemsize > 8 else kind.newbyteorder("=")

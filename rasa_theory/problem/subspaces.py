@@ -18,11 +18,16 @@ from rasa_theory.problem.stack import LayerStack
 
 @dataclass(frozen=True)
 class SharedSubspaceSpectrum:
-    """Eigenvalues of (1/L) sum_i P_i, P_i the projector on the leading `rank` singular directions of M_i.
+    """Eigenvalues of (1/L) sum_i P_i, where P_i projects on the leading `rank` singular directions of M_i.
 
-    columns (min(b, L rank),) and rows (min(a, L rank),) are falling, in [0, 1]; those beyond are 0. A direction that
-    all layers use has eigenvalue 1, one that n of them use at least n / L. `unrelated` holds the level that layers
-    without anything in common stay below, (columns, rows): see `unrelated_level`.
+    Eigenvalues lie in [0, 1]. A direction that all layers use has eigenvalue 1; if n layers use it, the largest
+    eigenvalue is at least n / L.
+
+    **Attributes:**
+
+    - `columns`: eigenvalues of the column spaces in falling order, (min(b, L rank),); all others are 0.
+    - `rows`: eigenvalues of the row spaces in falling order, (min(a, L rank),); all others are 0.
+    - `unrelated`: upper edge of the eigenvalues for L random subspaces, as a pair: columns, rows.
     """
 
     columns: Tensor
@@ -33,8 +38,8 @@ class SharedSubspaceSpectrum:
 def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpectrum:
     """Measure how much column and row space the layers share, before anything is solved.
 
-    A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R, since every
-    span(B_S) lies in the column space of every layer. Singular directions at rounding level do not count.
+    A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R: the span of B_S
+    lies in the column space of every layer. Singular directions at rounding level do not count.
 
     **Arguments:**
 
@@ -57,12 +62,12 @@ def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpec
 
 
 def unrelated_level(layers: int, share: float) -> float:
-    """Upper edge of the eigenvalues of the mean of L random projectors: share = c, the rank per dimension.
+    """Return the upper edge of the eigenvalues of the mean of L random projectors of rank c n in dimension n.
 
-    (1 + (L - 2) c + 2 sqrt((L - 1) c (1 - c))) / L, and 1 from c = 1 - 1/L on, where L subspaces meet. Random
-    projectors are free in the limit of large dimension, and this is the right edge of the L-fold free convolution of
-    (1 - c) delta_0 + c delta_1; for L = 2 it says that the largest cosine between two subspaces is 2 sqrt(c (1 - c)).
-    In finite dimension n the largest eigenvalue fluctuates about it by a few n^(-2/3).
+    `share` is c. The edge is (1 + (L - 2) c + 2 sqrt((L - 1) c (1 - c))) / L, and 1 from c = 1 - 1/L on, where L
+    subspaces meet. Random projectors are free in the limit of large dimension: this is the right edge of the L-fold
+    free convolution of (1 - c) delta_0 + c delta_1. For L = 2 it says that the largest cosine between two subspaces is
+    2 sqrt(c (1 - c)). In finite dimension n the largest eigenvalue fluctuates about the edge by a few n^(-2/3).
     """
     L, c = layers, share
     if c >= 1 - 1 / L:
@@ -71,9 +76,9 @@ def unrelated_level(layers: int, share: float) -> float:
 
 
 def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading singular directions of every layer held, float64: U (L, b, rank), V (L, a, rank).
+    """Return the leading singular vectors of every local layer, in float64: U (L, b, rank), V (L, a, rank).
 
-    Columns whose singular value is rounding noise of the layer are 0.
+    Columns are 0 if their singular value is rounding noise of the layer.
     """
     U, S, Vh = stack.unit().spectra.svd()
     noise = linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1]
@@ -82,9 +87,10 @@ def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of (1/L) sum_i U_i U_i^T, falling: (L, b, m) -> values (n,), vectors (b, n), n = min(b, L m).
+    """Return eigenvalues (n,) in falling order and eigenvectors (b, n) of (1/L) sum_i U_i U_i^T, n = min(b, L m).
 
-    By the smaller of the two Gram matrices of [U_1 .. U_L] / sqrt(L); vectors of eigenvalues near 0 are then inexact.
+    U is (L, b, m). The smaller of the two Gram matrices of [U_1 .. U_L] / sqrt(L) is decomposed. If that is the L m x
+    L m one, vectors of eigenvalues near 0 are inexact.
     """
     L, b, m = U.shape
     joined = batched.beside(U) / math.sqrt(L)
@@ -98,9 +104,10 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_of_all(svd: SVD, count: int, sharding: LayerSharding) -> tuple[Tensor, Tensor]:
-    """The leading `count` left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L].
+    """Return the leading left singular vectors of [M_1 .. M_L], (b, count), and right ones of [M_1; ..; M_L].
 
-    The same bits whatever the processes: the eigenvectors of a pencil made with them can amplify any rounding.
+    Sums run in the order of the layers, so that any number of processes computes the same bits. The eigenvectors of a
+    pencil made with these vectors can amplify any difference in rounding.
     """
     spaces = []
     for U in (svd.U, svd.Vh.mT):
@@ -111,9 +118,9 @@ def leading_of_all(svd: SVD, count: int, sharding: LayerSharding) -> tuple[Tenso
 
 
 def projected(svd: SVD, X: Tensor, Y: Tensor) -> Tensor:
-    """X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p).
+    """Return X^T M_i Y or X_i^T M_i Y_i from the SVDs: (b, n) or (L, b, n), (a, p) or (L, a, p) -> (L, n, p).
 
-    Layer by layer: the same bits however many there are.
+    Products run layer by layer, so that any number of local layers gives the same bits.
     """
     result = svd.S.new_empty(len(svd.S), X.shape[-1], Y.shape[-1])
     X, Y = X.expand(len(result), -1, -1), Y.expand(len(result), -1, -1)

@@ -16,7 +16,10 @@ from rasa_theory.extraction import run
 
 
 def extracts(processes: Processes, arguments: list[str], breaks: str = "", error: Exception | None = None) -> Any:
-    """What the command returns or says in this process, and the stacks that it has read; it fails at stack `breaks`."""
+    """Run the command in this process; return its exit status or sentence, and the names of the stacks that it read.
+
+    It fails with `error` at stack `breaks`.
+    """
     real, read = run.extract_stack, []
 
     def watched(stack: rt.LayerStack, *rest: Any) -> Any:
@@ -28,12 +31,13 @@ def extracts(processes: Processes, arguments: list[str], breaks: str = "", error
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "extract_stack", watched)
         try:
-            return extract._run(extract._parse(arguments), arguments, processes), read
+            return extract.run(arguments, processes), read
         except InputError as problem:
             return str(problem), read
 
 
 def written(out: Path) -> dict[str, Any]:
+    """Return the files of an adapter by name, without the command, and the report and its number of processes."""
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     files["README.md"] = files["README.md"].replace(str(out).encode(), b"OUT")  # its command
     report = json.loads(files.pop("report.json"))
