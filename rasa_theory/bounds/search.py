@@ -40,6 +40,16 @@ _STAGE = 60  # iterations of one stage, at most
 
 _MEMORY = 5  # pairs of steps and gradients that L-BFGS keeps, fewer than scipy's 10
 
+# A stage ends when one iteration lowers the bound by less than this share of `rtol`, relative to the bound. A whole
+# stage of such iterations would lower it by 6 % of `rtol` at most.
+_DECREASE = 1e-3
+
+# Least level in `leading_basis`, relative to the mean or largest one. The level of a layer of rank r is 0 up to
+# rounding, about eps^2 of its energy. With this floor its directions count in full, and none divides by zero.
+_LEAST_LEVEL = 1e-12
+
+_NOISE = 0.05  # of the initial guess, in units of the square root of the level
+
 
 @dataclass(frozen=True)
 class FloorOptions:
@@ -143,7 +153,7 @@ class Evaluation(NamedTuple):
 
 
 Objective = Callable[[Blocks, float], Evaluation]
-"""(blocks of parameters, smoothing mu) -> the bound there."""
+"""A function (blocks of parameters, smoothing mu) -> the bound at this point."""
 
 
 class Search:
@@ -180,7 +190,7 @@ class Search:
             self.run_stage(deadline)
 
     def can_improve(self, deadline: float) -> bool:
-        """Whether stages, iterations and time are left, and smoothing hides more than the tolerance.
+        """True if stages, iterations and time remain, and smoothing hides more than the tolerance.
 
         At a minimum of the smoothed bound, the minimum of the bound itself is lower than `exact` by at most
         exact - smooth. This is the gap that is compared with the tolerance.
@@ -193,7 +203,7 @@ class Search:
         mu = _SMOOTHING[self._stage]
         self._stage += 1
         limit = min(_STAGE, self.options.max_iterations - self._iteration)
-        settings = {"maxiter": limit, "maxcor": _MEMORY, "ftol": 1e-3 * self.options.rtol, "gtol": 0.0}
+        settings = {"maxiter": limit, "maxcor": _MEMORY, "ftol": _DECREASE * self.options.rtol, "gtol": 0.0}
         try:
             self._x = scipy.optimize.minimize(
                 self._evaluate,
@@ -247,18 +257,18 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     They are eigenvectors of sum_i min(Gamma_i / sigma_{i,r+1}^2, 1)^4 + min(S / t, 1)^4. Here S = sum_i Gamma_i, and t
     is its eigenvalue number L r + 1. Directions that reach their level count alike, whatever their energy, since a
     floor decides between directions near the level. The fourth power, chosen by trial, leaves the others small weights.
-    Levels are at least 1e-12 of the mean or largest one, so that no layer divides by zero.
+    Levels are bounded below, see `_LEAST_LEVEL`, so that no layer divides by zero.
     """
     U, S, _ = view.spectra.svd()
     energy = S**2  # (L, m)
     following = energy[:, budget.rank : budget.rank + 1]
-    level = following.clamp_min(torch.finfo(torch.float64).tiny + 1e-12 * float(following.mean()))
+    level = following.clamp_min(torch.finfo(torch.float64).tiny + _LEAST_LEVEL * float(following.mean()))
     weights = (energy / level).clamp_max(1) ** 4
     importance = U.new_zeros(U.shape[1], U.shape[1])
     for u, w in zip(U, weights, strict=True):
         importance += (u * w) @ u.mT
     values, X = linalg.symmetric_eigenpairs(view.spectra.gram())
-    t = values[max(len(values) - 1 - view.layers * budget.rank, 0)].clamp_min(1e-12 * values[-1])
+    t = values[max(len(values) - 1 - view.layers * budget.rank, 0)].clamp_min(_LEAST_LEVEL * values[-1])
     importance += (X * (values / t).clamp(0, 1) ** 4) @ X.mT
     return linalg.symmetric_eigenpairs(importance)[1][:, -width:]
 
@@ -267,8 +277,8 @@ def clipped_factors(g: Tensor, budget: RankBudget) -> Tensor:
     """Initial guess F (L, n, p), p = min(n, L r): F_i F_i^T is near the part of g_i above its eigenvalue q + 1.
 
     This is the Y_i of the clipped floor. Columns that are zero would stay zero, since the gradient in F is linear in F.
-    So a little seeded noise is added, 0.05 in units of the square root of the level. For q = 0 there are no columns:
-    R = L r and KF_R(S) <= KF_R(S - Y) + KF_R(Y), so Y = 0 is optimal.
+    So a little seeded noise is added, see `_NOISE`. For q = 0 there are no columns: R = L r and
+    KF_R(S) <= KF_R(S - Y) + KF_R(Y), so Y = 0 is optimal.
     """
     L, n, _ = g.shape
     q = budget.private_rank
@@ -279,4 +289,4 @@ def clipped_factors(g: Tensor, budget: RankBudget) -> Tensor:
     F = X * (values - following[:, None]).clamp_min(0).sqrt()[:, None, :]
     F = F[:, :, -min(n, L * budget.rank) :]
     noise = torch.randn(F.shape, dtype=F.dtype, generator=torch.Generator().manual_seed(0))
-    return F + 0.05 * noise.to(F.device)
+    return F + _NOISE * noise.to(F.device)

@@ -1,32 +1,32 @@
-"""The leading part of one large matrix without its SVD, and a certificate of how much energy nothing can capture.
+"""The leading part of one large matrix without its SVD, and a proved upper bound on the energy of any such part.
 
 M is (b, a), G = M^T M with eigenvalues lambda_1 >= lambda_2 >= .., V (a, m) has orthonormal columns, Theta = V^T G V,
-R = G V - V Theta, and E = M (I - V V^T). Everything is in float64, but for the search for V.
+R = G V - V Theta, and E = M (I - V V^T). Everything except the search for V is in float64.
 
 **The certificate.** Let ||E||_2^2 <= tau < t. Then, with C = Theta - t I + R^T R / (t - tau),
 
     sum_{j<=r} lambda_j <= r t + KF_r(C),    KF_r the sum of the r largest nonnegative eigenvalues.
 
-Proof: G <= t I + V C V^T. For in the basis [V, W], W orthonormal beside V, the difference has the blocks
-C + t I - Theta, -V^T G W and t I - W^T E^T E W >= (t - tau) I, so its Schur complement is at least
-C + t I - Theta - R^T R / (t - tau) = 0. The sum of the r largest eigenvalues rises with the matrix, and those of
-t I + V C V^T are t + eig(C), and t. No gap after r is needed, only tau < t: at t = theta_r the bound exceeds what V
-captures by about sum_{j<=r} ||R_j||^2 / (t - tau), quadratic in the residual.
+Proof: G <= t I + V C V^T. In the basis [V, W], where W completes V to an orthonormal basis, the difference has the
+blocks C + t I - Theta, -V^T G W and t I - W^T E^T E W >= (t - tau) I. So its Schur complement is at least
+C + t I - Theta - R^T R / (t - tau) = 0. The sum of the r largest eigenvalues rises with the matrix, and the
+eigenvalues of t I + V C V^T are t + eig(C), and t. No gap after r is needed, only tau < t. At t = theta_r the bound
+exceeds the energy in V by about sum_{j<=r} ||R_j||^2 / (t - tau), which is quadratic in the residual.
 
 **tau.** Omega (a, p) has independent normal entries, drawn after V. H = E^T E has the largest eigenvalue lambda with
-unit eigenvector u. ||u^T Omega||^2 is chi^2_p: it falls below its quantile c with the probability asked. Else, for the
-Chebyshev polynomial T_k, Y_k = T_k(2 H / beta - I) Omega, any beta > 0, and lambda >= beta,
+unit eigenvector u. ||u^T Omega||^2 is chi^2_p: it falls below its quantile c with the allowed probability of failure.
+Otherwise, for the Chebyshev polynomial T_k, Y_k = T_k(2 H / beta - I) Omega, any beta > 0, and lambda >= beta,
 
     ||E Y_k||_F >= sqrt(lambda) T_k(2 lambda / beta - 1) sqrt(c),
 
-for every k and beta at once; solved for lambda, that is tau (or beta itself, if larger). Bounds from random vectors are
-Dixon's (SIAM J. Numer. Anal. 20, 1983), who takes powers of H; the polynomials give the rate of Kuczynski and
+for every k and beta at once. Solving for lambda gives tau (or beta itself, if larger). Bounds from random vectors are
+due to Dixon (SIAM J. Numer. Anal. 20, 1983), who uses powers of H. The polynomials give the rate of Kuczynski and
 Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992).
 
 **Rounding.** g = max(b, a) eps exceeds the relative error, in norm, of a product of inner length at most max(b, a).
 - V is orthonormal to sqrt(m) g in norm (checked), so each of Theta, R, ||M||^2 and the captured energy is off by less
-  than 5 sqrt(m) g ||M||^2, and KF_r changes by at most sqrt(r) times as much: `ALLOWANCE` sqrt(r m) g ||M||^2 is taken
-  off. R^T R, which is divided by t - tau, is replaced by 1.1 R^T R + 11 d^2 I, d the error of R.
+  than 5 sqrt(m) g ||M||^2. KF_r changes by at most sqrt(r) times as much, so `ALLOWANCE` sqrt(r m) g ||M||^2 is taken
+  off. R^T R, which is divided by t - tau, is replaced by 1.1 R^T R + 11 d^2 I, where d is the error of R.
 - A product with E is off by at most kappa ||y||, kappa = 5 sqrt(m) g ||M||, hence one with H by
   kappa (sqrt(lambda) + kappa) ||y||, and a step of the recurrence by 8 (lambda / beta) s (1 + s) ||Y_j||,
   s = kappa / sqrt(beta). Such an error reaches Y_k through U_{k-1-j}, and (lambda / beta) U_{k-1-j} <= k T_k at
@@ -46,25 +46,35 @@ from torch import Tensor
 
 from rasa_theory.linalg import dense, orthogonal
 
-ALLOWANCE = 20.0  # of rounding in the captured energy, see "Rounding" above
-PROBES = 16  # p, the columns of Omega
-ATTEMPTS = 2  # bases that are tried before the SVD
-STEPS = 24  # of the recurrence, at most
+ALLOWANCE = 20.0  # for rounding in the captured energy, see "Rounding" above
+PROBES = 16  # p, the number of columns of Omega
+ATTEMPTS = 2  # number of bases before an SVD is taken instead
+STEPS = 24  # greatest number of steps of the recurrence
 
 # The numbers below decide how often a certificate is reached and how much work it takes. None of them decides whether a
 # certificate is valid: it holds for every V, every beta and every tau that `norm_bounds` yields.
 _SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
-_BETA_ABOVE_LAST = (
-    0.05  # position of beta between the last Ritz value and the r-th: just above the rest of the spectrum
-)
+_BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the r-th: just above the rest of the spectrum
 _LEAST_BETA = 1e-3  # of the goal per rank: beta stays positive where the last Ritz value is 0
 _USEFUL_TAU = 0.1  # of the goal per rank: a tau below it is tried even if it is not below theta_r
 _MEASURE_BELOW = 1e-7  # relative error below which it is measured: single precision, and norm^2 - captured, end here
+_CHECK_SHARE = 6  # a check follows a sixth of the steps so far, since its cost grows with the basis
+_LARGEST_SHARE = 2  # the basis has at most min(b, a) / 2 columns: the search is for small parts of the space
 _DEPENDENT = 1e-4  # relative size of a column, in single precision, that is mostly rounding after two projections
 
 
+# `_largest` solves for log(lambda / beta) by bisection, and returns the upper end, which is never too small.
+_BISECTIONS = 60  # 2^-60 of an interval is below the spacing of floating-point numbers
+_ROUNDED_UP = (
+    1e-12  # relative: far above the rounding of the logarithms and exponentials, far below the accuracy that tau needs
+)
+
+
 class LeadingPart(NamedTuple):
-    """B (b, r) and A (r, a), orthonormal rows, for ||M - B A||_F^2 = `error`; low <= min <= high, all squared."""
+    """Factors B (b, r) and A (r, a), A with orthonormal rows, and their error ||M - B A||_F^2.
+
+    `low` and `high` enclose the least error of rank r. All three are squared.
+    """
 
     B: Tensor
     A: Tensor
@@ -74,9 +84,9 @@ class LeadingPart(NamedTuple):
 
 
 class RitzBasis(NamedTuple):
-    """V (a, m), M V (b, m), Theta (m, m) and R^T R (m, m): see the module.
+    """The matrices V (a, m), M V (b, m), Theta (m, m) and R^T R (m, m) of the certificate, see the module.
 
-    theta (m,) are the eigenvalues of Theta, falling, S (m, m) its eigenvectors, deviation = ||V^T V - I||_F.
+    theta (m,) holds the eigenvalues of Theta, falling, and S (m, m) its eigenvectors. deviation = ||V^T V - I||_F.
     """
 
     V: Tensor
@@ -89,12 +99,12 @@ class RitzBasis(NamedTuple):
 
 
 def _sizes(rank: int) -> tuple[int, int]:
-    """The width of a block, and m, the columns of V."""
+    """The width of a block, and the number m of columns of V."""
     return rank + 8, 2 * (rank + 8)
 
 
 def worth_it(shape: tuple[int, int], rank: int) -> bool:
-    """Whether (b, a) is so large beside `rank` that `leading_part` may be faster than an SVD; else it does not try."""
+    """True if (b, a) is so large against `rank` that `leading_part` may be faster than an SVD. Else it returns None."""
     return 4 * _sizes(rank)[1] <= min(shape)
 
 
@@ -108,29 +118,29 @@ def worth_it(shape: tuple[int, int], rank: int) -> bool:
 def leading_part(
     M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
 ) -> LeadingPart | None:
-    """A rank-`rank` approximation of M (b, a), in float64, whose error is within `goal` ||M||^2 of the least, proved.
+    """A rank-`rank` approximation of M (b, a) in float64, with an error proved within `goal` ||M||^2 of the least.
 
-    The interval low .. high fails to hold the least error with probability `failure` at most, over `generator`. None
-    where the goal is not met, or the matrix too small for this to be worth it. The largest entry of M should be near 1.
+    The interval low .. high misses the least error with probability `failure` at most, over `generator`. The result is
+    None if the goal is not reached, or if M is too small for `worth_it`. The largest entry of M should be near 1.
     """
     b, a = M.shape
-    width, kept = _sizes(rank)
+    width, columns = _sizes(rank)
     single, M = M.float(), M.double()
     norm_squared = float((torch.linalg.vector_norm(M, dim=1) ** 2).sum())
     if not worth_it((b, a), rank) or norm_squared == 0:
         return None
     precision = max(b, a) * float(torch.finfo(M.dtype).eps)
-    allowance = ALLOWANCE * math.sqrt(rank * kept) * precision * norm_squared
+    allowance = ALLOWANCE * math.sqrt(rank * columns) * precision * norm_squared
     if 4 * allowance > goal * norm_squared:
         return None
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
     search = KrylovSearch(single, width, generator)
     for _ in range(ATTEMPTS):
-        V = search.run(rank, kept, _SEARCH_SHARE * goal * norm_squared)
+        V = search.run(rank, columns, _SEARCH_SHARE * goal * norm_squared)
         if V is None:
             return None
         basis = ritz(M, V.double())
-        if not basis.deviation <= math.sqrt(kept) * precision:
+        if not basis.deviation <= math.sqrt(columns) * precision:
             return None
         captured = float(basis.theta[:rank].sum())
         target, last = float(basis.theta[rank - 1]), float(basis.theta[-1])
@@ -139,7 +149,7 @@ def leading_part(
         for tau in norm_bounds(M, basis.V, omega, beta, quantile, math.sqrt(norm_squared)):
             if tau >= max(target, _USEFUL_TAU * goal * norm_squared / rank):
                 continue
-            most = most_captured(basis, rank, tau, 5 * math.sqrt(kept) * precision * norm_squared)
+            most = most_captured(basis, rank, tau, 5 * math.sqrt(columns) * precision * norm_squared)
             if most - captured + 2 * allowance <= goal * norm_squared:
                 B = basis.MV @ basis.S[:, :rank]
                 A = (basis.V @ basis.S[:, :rank]).mT
@@ -160,11 +170,11 @@ def _refined(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def most_captured(basis: RitzBasis, rank: int, tau: float, residual_error: float) -> float:
-    """The certificate: sum_{j<=r} lambda_j at most, for ||E||_2^2 <= tau; the better of two t."""
+    """The certificate: an upper bound on sum_{j<=r} lambda_j if ||E||_2^2 <= tau, the better of two t."""
     eye = torch.eye(len(basis.theta), dtype=basis.Theta.dtype, device=basis.Theta.device)
     square = 1.1 * basis.RtR + 11 * residual_error**2 * eye
     leading = basis.S[:, :rank]
-    balance = math.sqrt(float((leading * (square @ leading)).sum()) / rank)  # least r d + sum ||R_j||^2 / d
+    balance = math.sqrt(float((leading * (square @ leading)).sum()) / rank)  # minimises r d + sum ||R_j||^2 / d
     gaps = {balance, float(basis.theta[rank - 1]) - tau}
     bounds = []
     for gap in (gap for gap in gaps if gap > 0):
@@ -175,9 +185,9 @@ def most_captured(basis: RitzBasis, rank: int, tau: float, residual_error: float
 
 
 def norm_bounds(M: Tensor, V: Tensor, omega: Tensor, beta: float, quantile: float, norm: float) -> Iterator[float]:
-    """tau of k = 0, 1, ..: upper bounds on ||M (I - V V^T)||_2^2, all of which hold unless ||u^T omega||^2 < quantile.
+    """Upper bounds tau on ||M (I - V V^T)||_2^2 for k = 0, 1, ... All hold unless ||u^T omega||^2 < quantile.
 
-    The k-th costs one product with M more, and one with M^T. inf where rounding leaves nothing to conclude.
+    Each k costs one more product with M and one with M^T. A bound is inf where rounding permits no conclusion.
     """
     kappa = 5 * math.sqrt(V.shape[1]) * max(M.shape) * float(torch.finfo(M.dtype).eps) * norm
     s = kappa / math.sqrt(beta)
@@ -199,14 +209,14 @@ def _largest(k: int, beta: float, value: float) -> float:
     low, high = 0.0, 2 * math.log(value) - math.log(beta) if value > 0 else 0.0  # of log(lambda / beta), since T_k >= 1
     if not low < high < math.inf:
         return beta if high <= low else math.inf
-    for _ in range(60):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         lengthened = middle + math.log(beta)
         if lengthened / 2 + _log_chebyshev(k, 2 * math.exp(min(middle, 700.0)) - 1) > math.log(value):
             high = middle
         else:
             low = middle
-    return beta * math.exp(min(high, 700.0)) * (1 + 1e-12)
+    return beta * math.exp(min(high, 700.0)) * (1 + _ROUNDED_UP)
 
 
 def _log_chebyshev(k: int, x: float) -> float:
@@ -216,7 +226,7 @@ def _log_chebyshev(k: int, x: float) -> float:
 
 
 def ritz(M: Tensor, V: Tensor) -> RitzBasis:
-    """What the certificate needs of a basis V (a, m), made orthonormal first: one product with M, one with M^T."""
+    """Make V (a, m) orthonormal and compute the matrices of the certificate: one product with M, one with M^T."""
     V = orthogonal.thin_qr(V)[0]
     MV = dense.product(M, V)
     GV = dense.product(M.mT, MV)
@@ -229,7 +239,7 @@ def ritz(M: Tensor, V: Tensor) -> RitzBasis:
 
 
 def random_block(M: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Where the search begins, (a, width); no certificate rests on it."""
+    """The first block (a, width) of the search. No certificate rests on it."""
     return torch.randn(M.shape[1], width, generator=generator, dtype=torch.float64)
 
 
@@ -242,31 +252,32 @@ class KrylovSearch:
         self.MQ = dense.product(M, self.Q)  # (b, W)
         self.depth = 1
 
-    def run(self, rank: int, kept: int, target: float) -> Tensor | None:
-        """Ritz vectors (a, kept), after at least one step more; None where the basis would be no small part of R^a.
+    def run(self, rank: int, columns: int, target: float) -> Tensor | None:
+        """Continue by at least one step and return Ritz vectors (a, columns).
 
-        Goes on until the certificate's sum ||R_j||^2 / (t - tau) is likely to fall below `target`.
+        The search ends when the certificate's sum ||R_j||^2 / (t - tau) is likely to fall below `target`. It returns
+        None if the basis would get too large, see `_LARGEST_SHARE`.
         """
         while True:
-            for _ in range(max(1, self.depth // 6)):
-                if self.Q.shape[1] + self.width > min(self.M.shape) // 2:
+            for _ in range(max(1, self.depth // _CHECK_SHARE)):
+                if self.Q.shape[1] + self.width > min(self.M.shape) // _LARGEST_SHARE:
                     return None
                 new, last = self._next_block()
                 self.Q = torch.cat([self.Q, new], 1)
                 self.MQ = torch.cat([self.MQ, dense.product(self.M, new)], 1)
                 self.depth += 1
-            known = self.Q.shape[1] - self.width  # columns whose residual is known: G Q = Q T + new last
-            if known < kept:
+            finished = self.Q.shape[1] - self.width  # columns with a residual so far: G Q = Q T + new last
+            if finished < columns:
                 continue
-            theta, S = self._ritz(known)
+            theta, S = self._ritz(finished)
             residual = float((last @ S[-self.width :, :rank]).square().sum())
-            gap = float(theta[rank - 1] - theta[kept - 1])
+            gap = float(theta[rank - 1] - theta[columns - 1])
             if residual <= target * max(gap, 0.5 * target / rank):
-                vectors: Tensor = self.Q @ self._ritz(known + self.width)[1][:, :kept]
+                vectors: Tensor = self.Q @ self._ritz(finished + self.width)[1][:, :columns]
                 return vectors
 
     def _next_block(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal columns for what G adds to the basis, (a, w), and the coefficients (w, w)."""
+        """Orthonormal columns (a, w) for the directions that G adds to the basis, and their coefficients (w, w)."""
         Z = dense.product(self.M.mT, self.MQ[:, -self.width :])
         for _ in range(2):
             Z = orthogonal.outside(self.Q, Z)
@@ -274,7 +285,8 @@ class KrylovSearch:
         sizes = last.diagonal().abs()
         largest = float(sizes.max())
         if float(sizes.min()) <= _DEPENDENT * largest or largest <= _DEPENDENT * float(self.MQ.abs().max()):
-            new = orthogonal.orthonormal_beside(self.Q, Z)  # G adds fewer directions: QR has put any in their place
+            # G adds fewer directions, and QR replaced the rest by arbitrary ones.
+            new = orthogonal.orthonormal_beside(self.Q, Z)
             last = new.mT @ Z
         return new, last
 

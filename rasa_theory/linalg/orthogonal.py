@@ -1,4 +1,4 @@
-"""Orthonormal bases: of thin matrices and batches of them, beside other bases, completed."""
+"""Orthonormal bases of thin matrices and of batches of them, and the completion of such bases."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from torch import Tensor
 
 from rasa_theory.linalg import dense
 
+# A direction counts as dependent if less than _DEPENDENT eps of a unit column is left outside the others. Rounding
+# leaves a few eps of a column that truly depends on them. A larger limit would lose columns at small angles: in float32
+# two pool terms at an angle of 3e-5 are still two directions.
+_DEPENDENT = 100
+
+# The second pass of `cholesky_qr` mends the first if Q^T Q is within 1/2 of I, in the Frobenius norm. The condition of
+# Q^T Q is then at most 3, so its Cholesky factorisation cannot fail and is accurate to rounding.
+_MENDABLE = 0.25  # (1/2)^2
+
 
 def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
-    """X = Q T, Q (..., n, p) with orthonormal columns, T (..., p, m) upper triangular; (..., n, m), p = min(n, m).
+    """Factors of X = Q T (..., n, m): orthonormal columns Q (..., n, p), upper triangular T (..., p, m), p = min(n, m).
 
-    By Householder's QR on the CPU. On a GPU a batch of those costs one small kernel after the other; `cholesky_qr` is
-    tens of times faster there, and taken where it is sound.
+    On the CPU this is Householder's QR. On a GPU that runs one small kernel after the other for each matrix of a batch.
+    `cholesky_qr` is tens of times faster there, and is used if it is sound.
     """
     if X.device.type != "cpu" and X.shape[-1] <= X.shape[-2]:
         Q, T, sound = cholesky_qr(X)
@@ -23,29 +32,30 @@ def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X = Q T by Cholesky factors of X^T X, twice, in float64; and whether that is sound, a boolean tensor.
+    """Factors of X = Q T by Cholesky factors of X^T X, twice, in float64; and a boolean tensor: True if they are sound.
 
-    The first time leaves columns that are orthonormal to eps times the squared condition of X, the second mends it
-    (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015). Sound if what the first leaves is
-    within 1/2 of orthonormal; whether a factorisation failed need not be asked, for X = Q T whatever T is. Nothing here
-    waits for a GPU.
+    After the first pass, Q^T Q differs from I by eps times the squared condition of X. The second pass mends this
+    (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015). The result is sound if Q^T Q is
+    within 1/2 of I after the first pass. No flag of a failed factorisation is needed, since X = Q T for any
+    invertible T. Nothing here waits for a GPU.
     """
     eye = torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
     Q, first = _by_gram(X.double())
-    sound = ((Q.mT @ Q - eye) ** 2).sum() < 0.25  # not where it is NaN
+    sound = ((Q.mT @ Q - eye) ** 2).sum() < _MENDABLE  # False for NaN
     Q, second = _by_gram(Q)
     return Q.to(X.dtype), (second @ first).to(X.dtype), sound
 
 
 def _by_gram(X: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass of QR by the Cholesky factor T of X^T X: Q = X T^-1 and T."""
     T = torch.linalg.cholesky_ex(X.mT @ X)[0].mT
     return torch.linalg.solve_triangular(T, X, upper=True, left=False), T
 
 
 def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A = T Q with orthonormal rows in Q: (..., q, a) -> T (..., q, q), Q (..., q, a); needs q <= a.
+    """Factors of A = T Q with orthonormal rows in Q: (..., q, a), q <= a -> T (..., q, q), Q (..., q, a).
 
-    Where A has dependent rows, Q holds further directions, so that its row space contains that of A.
+    If A has dependent rows, Q holds further directions, and its row space contains the row space of A.
     """
     Q, T = thin_qr(A.mT)
     return T.mT, Q.mT
@@ -54,8 +64,8 @@ def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
 def orthonormal_columns(X: Tensor) -> Tensor:
     """Orthonormal Q (..., n, min(n, m)) whose first j columns span those of X (..., n, m), for every j.
 
-    A column that depends on those before is replaced by a random one before the factorisation: QR would put some
-    direction in its place, and later columns would lose their part along it.
+    A column that depends on earlier ones is replaced by a random one before the factorisation. QR would put an
+    arbitrary direction in its place, and later columns would lose their part along that direction.
     """
     X = unit_columns(X)
     Q, T = thin_qr(X)
@@ -74,25 +84,25 @@ def unit_columns(X: Tensor) -> Tensor:
 
 
 def _dependent(X: Tensor) -> float:
-    """What is left of a unit column beside others, if it depends on them."""
-    return 100 * float(torch.finfo(X.dtype).eps)
+    """Greatest part of a unit column outside the span of others if it counts as dependent on them."""
+    return _DEPENDENT * float(torch.finfo(X.dtype).eps)
 
 
 def random_columns(X: Tensor, seed: int) -> Tensor:
-    """Unit columns in general position, of the shape of X but for its batch, the same on every device."""
+    """Seeded unit columns (n, m) in general position for X (..., n, m), the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return unit_columns(torch.randn(X.shape[-2:], generator=generator, dtype=torch.float64)).to(X)
 
 
 def completed(C: Tensor, X: Tensor) -> Tensor:
-    """C (..., n, c) with orthonormal columns, and beside them orthonormal ones for those of X, n in all at most."""
+    """C (..., n, c) with orthonormal columns, extended by orthonormal columns that span X too: at most n in all."""
     return torch.cat([C, orthonormal_columns(torch.cat([C, X], -1))[..., C.shape[-1] :]], -1)
 
 
 def extended(C: Tensor, n: int) -> Tensor:
-    """C (..., b, c) with orthonormal columns, and n - c orthonormal ones beside them, c <= n <= b: (..., b, n).
+    """C (..., b, c) with orthonormal columns, extended to n orthonormal columns, c <= n <= b: (..., b, n).
 
-    The others are columns c + 1 .. n of the product of the Householder reflections that make C upper triangular.
+    The new columns are columns c + 1 .. n of the product of the Householder reflections that make C upper triangular.
     """
     b, c = C.shape[-2:]
     unit = torch.eye(b, n, dtype=C.dtype, device=C.device)[:, c:].expand(*C.shape[:-2], b, n - c)
@@ -100,20 +110,21 @@ def extended(C: Tensor, n: int) -> Tensor:
 
 
 def complement(C: Tensor) -> Tensor:
-    """Orthonormal columns (..., n, n - c) orthogonal to the orthonormal ones of C (..., n, c)."""
+    """Orthonormal columns (..., n, n - c) of the complement of C (..., n, c), whose columns are orthonormal."""
     Q: Tensor = torch.linalg.qr(C, mode="complete")[0]
     return Q[..., C.shape[-1] :]
 
 
 def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
-    """Orthonormal columns orthogonal to those of U (..., b, n) that span with them those of X (..., b, m); n + m <= b.
+    """Orthonormal columns Q orthogonal to U (..., b, n), n + m <= b, such that U and Q together span X (..., b, m).
 
-    Where a column of X depends on U and the columns before, a random one takes its place. Block Gram-Schmidt, and again
-    to be orthogonal to rounding; a third time, since random columns may come in at the first.
+    If a column of X depends on U and on earlier columns, a random one takes its place. This is block Gram-Schmidt. The
+    second pass makes the columns orthogonal to rounding. The first pass may insert random columns, which are new to
+    the second, so there is a third.
     """
     X = unit_columns(X)
-    left = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
-    if bool((depends := left <= _dependent(X)).any()):
+    remaining = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
+    if bool((depends := remaining <= _dependent(X)).any()):
         X = torch.where(depends, random_columns(X, U.shape[-1]), X)
     for _ in range(3):
         X = orthonormal_columns(outside(U, X))
@@ -121,7 +132,7 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
 
 
 def outside(U: Tensor, X: Tensor) -> Tensor:
-    """(I - U U^T) X: orthonormal (..., n, c), (..., n, m) -> (..., n, m)."""
+    """The part (I - U U^T) X outside the orthonormal columns U: (..., n, c), (..., n, m) -> (..., n, m)."""
     return X - U @ (U.mT @ X)
 
 

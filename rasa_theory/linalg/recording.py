@@ -1,6 +1,6 @@
-"""The steps of a sweep that need a look at their own rounding: with the look at once, or at the end of the sweep.
+"""The solves of a sweep whose rounding must be checked: each at once, or all at the end of the sweep.
 
-A look makes the host wait for a GPU. A sweep without one can be queued as a whole, or recorded and replayed.
+A check makes the host wait for a GPU. A sweep without checks can be queued as a whole, or recorded and replayed.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ Measure = Callable[[Tensor], Tensor]
 
 
 class Algebra(Protocol):
-    """What the updates of a sweep solve and orthonormalise with."""
+    """The solver and the orthonormalisation that the updates of a sweep use."""
 
     def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
-        """As `linalg.solve_increment`."""
+        """Do as `linalg.solve_increment` does."""
         ...
 
     def solve_layers(
         self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor, sharding: LayerSharding, measure: Measure
     ) -> tuple[Tensor, Tensor]:
-        """As `linalg.solve_layers`."""
+        """Do as `linalg.solve_layers` does."""
         ...
 
     def orthonormal(self, X: Tensor) -> Tensor:
-        """Orthonormal columns whose span contains that of X (..., n, m), n >= m."""
+        """Return orthonormal columns whose span contains the columns of X (..., n, m), n >= m."""
         ...
 
 
 class Checked:
-    """Every step looks, and takes the safe way where the fast one is not sound."""
+    """An algebra whose every step checks the fast way, and takes the safe way if the fast one is not sound."""
 
     def solve_increment(self, gram: Tensor, rhs: Tensor, size: Tensor, noise: Tensor) -> Tensor:
         return solve.solve_increment(gram, rhs, size, noise)
@@ -51,9 +51,9 @@ class Checked:
 
 
 class Unchecked:
-    """Every step goes the fast way; `sound`, a boolean tensor, says in the end whether all steps were sound.
+    """An algebra whose every step takes the fast way. At the end, `sound` tells whether all steps were sound.
 
-    In one process only: what is sound is not asked of others.
+    It works in one process only, since it does not ask other processes about their steps.
     """
 
     def __init__(self) -> None:
@@ -77,33 +77,36 @@ class Unchecked:
 
     @property
     def sound(self) -> Tensor:
+        """A boolean tensor: True if all steps so far were sound."""
         return torch.stack(self._sound).all()
 
 
 class Recorded:
-    """A function of tensors on one GPU that waits for nothing: recorded as a CUDA graph when it is called first.
+    """A function of tensors on one GPU, recorded as a CUDA graph at its first call and replayed at every call.
 
-    Every call copies its arguments to where the recording reads them, replays it and returns copies of the results. All
-    arguments keep their shapes; what else the function reads must stay where it is. What it calls must have run on the
-    device before, so that its libraries are set up.
+    Every call copies its arguments to the buffers that the recording reads, and returns copies of the results. Hence:
+
+    - The function must not wait for the GPU.
+    - All arguments keep their shapes, and other tensors that the function reads stay at their addresses.
+    - Every operation of the function has run on the device before, so that its libraries are set up.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._read: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         self._results: tuple[Tensor, ...] = ()
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         device = arguments[0].device
         with torch.cuda.device(device):
             if self._graph is None:
-                self._read = [x.clone() for x in arguments]
+                self._buffers = [x.clone() for x in arguments]
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-                    self._results = self._function(*self._read)
+                    self._results = self._function(*self._buffers)
                 self._graph = graph
-            for kept, x in zip(self._read, arguments, strict=True):
-                kept.copy_(x)
+            for buffer, x in zip(self._buffers, arguments, strict=True):
+                buffer.copy_(x)
             self._graph.replay()
             return tuple(x.clone() for x in self._results)
