@@ -1,6 +1,6 @@
-"""python -m rasa_theory.extract: from two checkpoints to an adapter that loads, with a report of what it misses.
+"""The command `python -m rasa_theory.extract` writes an adapter from two checkpoints, and reports its errors.
 
-Exit status: 0 all well, 2 bad input or usage, 130 interrupted; the same command goes on where it was.
+Exit status: 0 all well, 2 bad input or usage, 130 interrupted. After an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
         "rasa_theory.extract",
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = Parser(
         prog="python -m rasa_theory.extract",
         description="Extract a LoRA or RaSA adapter from fine-tuned weights, with the error of every layer.",
@@ -70,13 +71,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--rank", type=_number_or_auto, default=16, metavar="R", help="rank budget r of a layer, or auto (%(default)s)")
     add("--energy", type=float, metavar="E", help="with --rank auto: keep this share of the squared norm")
     add("--error", type=float, metavar="E", help="with --rank auto: miss at most this share of the squared norm")
-    add("--parameters", type=int, metavar="N", help="with --rank auto: spend at most so many numbers")
+    add("--parameters", type=int, metavar="N", help="with --rank auto: use at most this number of parameters")
     add(
         "--k",
         type=_number_or_auto,
         default=_UNSET,
         metavar="K",
-        help="ranks given to RaSA's pool; 0: LoRA alone; auto: the best of 1, 2, 4, .. (1; 0 with --rank auto)",
+        help="ranks of a layer that go to RaSA's pool; 0: LoRA alone; auto: the best of 1, 2, 4, .. "
+        "(1; 0 with --rank auto)",
     )
     add(
         "--format",
@@ -86,7 +88,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "r - k + L k, for PEFT; rasa: the layout of its authors' fork of PEFT; diff: dense updates (%(default)s)",
     )
     add("--out", required=True, metavar="DIR", help="folder of the adapter")
-    add("--dtype", choices=tuple(STORED), default="float32", help="of the files (%(default)s)")
+    add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the files (%(default)s)")
     add("--compute", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
     add("--prefix", default="", metavar="P", help="put before the names of modules, such as transformer.")
     add("--base-name", metavar="NAME", help="base_model_name_or_path in the adapter (what --base says)")
@@ -105,13 +107,13 @@ def _number_or_auto(text: str) -> int | None:
 
 
 def _target(args: argparse.Namespace) -> RankTarget | None:
-    """What --rank auto aims at. Raises InputError if that is not said, or said without it."""
-    given = [flag for flag in ("energy", "error", "parameters") if getattr(args, flag) is not None]
+    """Return the target of --rank auto, None for a rank. Raises InputError if the target is missing or superfluous."""
+    targets = [flag for flag in ("energy", "error", "parameters") if getattr(args, flag) is not None]
     if args.rank is not None:
-        if given:
-            raise InputError(f"--{given[0]} goes with --rank auto, and nothing else")
+        if targets:
+            raise InputError(f"--{targets[0]} goes with --rank auto, and nothing else")
         return None
-    if len(given) != 1:
+    if len(targets) != 1:
         raise InputError("--rank auto needs exactly one of --energy, --error and --parameters")
     if args.error is not None and not 0 <= args.error < 1:
         raise InputError(f"--error must be at least 0 and below 1, got {args.error}")
@@ -120,15 +122,16 @@ def _target(args: argparse.Namespace) -> RankTarget | None:
 
 
 def _job(args: argparse.Namespace, processes: Processes) -> Job:
-    """What the flags ask for. Raises InputError if that is nothing, or cannot be."""
+    """Return the job that the flags describe. Raises InputError if they contradict each other or select no stack."""
     target = _target(args)
     with naming_flags(flags.NAMES):
         k = args.k if args.k is not _UNSET else (1 if target is None else 0)
         settings = ExtractSettings(
             args.rank, k, args.format, args.dtype, args.certificate, flags.solver_options(args), target
         )
-        dtype, device = compute_dtype(args.compute), flags.device(args, processes)
-    catalogue = flags.given_source(args, alone=True).matching(args.modules)
+        dtype = compute_dtype(args.compute)
+        device = flags.selected_device(args, processes)
+    catalogue = flags.open_catalogue(args, alone=True).matching(args.modules)
     unnamed: list[StackSource] = []
     if args.adapters is None:
         catalogue, unnamed = nameable(catalogue)
@@ -138,7 +141,7 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
 
 def run(arguments: list[str], processes: Processes) -> int:
     """Run the command in this process, one of `processes`; return its exit status. Raises InputError for bad input."""
-    args = _parse(arguments)
+    args = parse(arguments)
     with processes.raise_together():
         job = _job(args, processes)
     processes.from_first(lambda: check(job, None if args.dry_run else Path(args.out)))
@@ -171,7 +174,7 @@ def run(arguments: list[str], processes: Processes) -> int:
 
 
 def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bool) -> bool:
-    """Extract all stacks, with bars of progress; return False, and say how to go on, if interrupted."""
+    """Extract all stacks, with progress bars; if interrupted, say how to resume and return False."""
     is_quiet = quiet or not processes.first
     try:
         extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
@@ -209,15 +212,15 @@ def _modules(source: StackSource, args: argparse.Namespace) -> ModuleNames:
 
 
 def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
-    """What the adapter says that it belongs to: what is asked for, the base given, or that of the source's adapter."""
-    given: str | None = args.base_name or args.base
-    if given is None and (configs := [path for path in catalogue.files if path.name == CONFIG_FILE]):
-        given = base_of(configs[0].parent)
-    return given
+    """Return the name of the base model: from --base-name, from --base, or from the adapter that is the source."""
+    name: str | None = args.base_name or args.base
+    if name is None and (configs := [path for path in catalogue.files if path.name == CONFIG_FILE]):
+        name = base_of(configs[0].parent)
+    return name
 
 
 def _tasks(args: argparse.Namespace) -> list[list[str | None]] | None:
-    """The folder and the base of every adapter, where several are compressed together."""
+    """Return the folder and the base of every adapter of --adapters, None without that flag."""
     if args.adapters is None:
         return None
     return [

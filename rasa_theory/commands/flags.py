@@ -1,4 +1,4 @@
-"""The flags that commands share, and what they stand for: where updates come from, how to solve, how to run."""
+"""The flags that several commands share: sources of updates, options of the solver, and options of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rasa_theory.solvers import STARTS, SolverOptions
 from rasa_theory.sources import Catalogue, open_source
 
 NAMES = {"max_sweeps": "sweeps", "shared_rank": "k"}
-"""Flags that are not called as in the library, for `console.naming_flags`."""
+"""Names of the library whose flag has another name, for `console.naming_flags`."""
 EXAMPLES = {
     "reconstruct": {
         "the bundled updates, RaSA with one shared rank of eight": "--rank 8 --k 1",
@@ -50,18 +50,20 @@ EXAMPLES = {
         ),
     },
 }
-"""Command -> what for -> flags, as --help shows them."""
+"""The examples of --help by command: a purpose -> the flags that serve it."""
 _SOURCES = {"adapters": "--adapters", "source": "--source", "base": "--base with --tuned"}
 
 
 def with_examples(text: str, command: str) -> str:
-    """The end of a command's --help: `text`, then its `EXAMPLES`."""
-    lines = [f"  # {what}\n  python -m rasa_theory.{command} {flags}" for what, flags in EXAMPLES[command].items()]
+    """Return the end of the --help of `command`: `text`, then its `EXAMPLES`."""
+    lines = [
+        f"  # {purpose}\n  python -m rasa_theory.{command} {flags}" for purpose, flags in EXAMPLES[command].items()
+    ]
     return "\n".join([text, "", "examples:", *lines])
 
 
 def add_sources(parser: argparse.ArgumentParser, source: str, adapters: str) -> None:
-    """--base, --tuned, --source, --adapters and --modules; the two texts say what these two are for."""
+    """Add --base, --tuned, --source, --adapters and --modules; `source` and `adapters` are the help of those two."""
     add = parser.add_argument
     add("--base", metavar="P", help="a checkpoint before fine-tuning: a .safetensors file or a directory of them")
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
@@ -71,22 +73,23 @@ def add_sources(parser: argparse.ArgumentParser, source: str, adapters: str) -> 
 
 
 def check_sources(args: argparse.Namespace) -> str | None:
-    """The attribute of the one source given: `base` (with `tuned`), `source` or `adapters`; None if there is none.
+    """Return the attribute of the one source on the command line, or None without a source.
 
-    Raises InputError if there are two, or half a pair.
+    It is `base` (with `tuned`), `source` or `adapters`. Raises InputError for two sources, or for half a pair.
     """
     if (args.base is None) != (args.tuned is None):
         raise InputError("--base and --tuned go together: name both checkpoints")
-    given = [name for name in _SOURCES if getattr(args, name) is not None]
-    if len(given) > 1:
-        raise InputError(f"{_SOURCES[given[0]]} and {_SOURCES[given[1]]} exclude each other; give one of them")
-    return given[0] if given else None
+    present = [name for name in _SOURCES if getattr(args, name) is not None]
+    if len(present) > 1:
+        raise InputError(f"{_SOURCES[present[0]]} and {_SOURCES[present[1]]} exclude each other; give one of them")
+    return present[0] if present else None
 
 
-def given_source(args: argparse.Namespace, default: str | None = None, alone: bool = False) -> Catalogue:
-    """All stacks of the source given, or of `default`, whatever --modules says; `alone` as for `open_source`.
+def open_catalogue(args: argparse.Namespace, default: str | None = None, alone: bool = False) -> Catalogue:
+    """Open the source on the command line, or `default`, with all its stacks; --modules is not applied.
 
-    Raises InputError as `check_sources` and `open_source` do, and if no source is given and there is no default.
+    `alone` is passed to `open_source`. Raises InputError as `check_sources` and `open_source` do, and if there is
+    neither a source nor a default.
     """
     if check_sources(args) is None and default is None:
         raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates, or --adapters")
@@ -97,7 +100,7 @@ def given_source(args: argparse.Namespace, default: str | None = None, alone: bo
 
 
 def add_solver(parser: argparse.ArgumentParser) -> None:
-    """--start, --certificate, --sweeps, --rtol and --seed."""
+    """Add --start, --certificate, --sweeps, --rtol and --seed."""
     add, options = parser.add_argument, SolverOptions
     add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
     add(
@@ -106,7 +109,7 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         default="closed",
         help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
     )
-    add("--sweeps", type=int, default=options.max_sweeps, metavar="N", help="at most so many sweeps (%(default)s)")
+    add("--sweeps", type=int, default=options.max_sweeps, metavar="N", help="maximum number of sweeps (%(default)s)")
     add(
         "--rtol",
         type=float,
@@ -114,16 +117,16 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="stop when a sweep gains less than this share (%(default)s)",
     )
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of everything random (%(default)s)")
 
 
 def solver_options(args: argparse.Namespace) -> SolverOptions:
-    """What the flags of `add_solver` ask for, --certificate aside."""
+    """Return the solver options of the flags that `add_solver` adds; --certificate is not one of them."""
     return SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
-    """--device, --memory, --json, --quiet and --dry-run."""
+    """Add --device, --memory, --json, --quiet and --dry-run."""
     add = parser.add_argument
     add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
     add(
@@ -138,21 +141,22 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="only say what would run, and what it takes")
 
 
-def device(args: argparse.Namespace, processes: Processes) -> torch.device:
-    """That of --device; of several processes, each takes the GPU of its number on this machine, LOCAL_RANK.
+def selected_device(args: argparse.Namespace, processes: Processes) -> torch.device:
+    """Return the device of --device. Several processes on CUDA each take the GPU of their LOCAL_RANK.
 
-    Raises InputError as `compute_device` does, and if there are fewer GPUs than processes here.
+    Raises InputError as `compute_device` does, and if this machine has fewer GPUs than processes.
     """
-    found = compute_device(args.device)
-    if processes.alone or found.type != "cuda":
-        return found
-    local, there = local_process(), torch.cuda.device_count()
+    device = compute_device(args.device)
+    if processes.alone or device.type != "cuda":
+        return device
+    local_rank = local_process()
+    gpus = torch.cuda.device_count()
     if args.device not in ("auto", "cuda"):
         raise InputError(
             f"device {args.device} is one for all processes; each takes its own with --device cuda or auto", "device"
         )
-    if local >= there:
+    if local_rank >= gpus:
         raise InputError(
-            f"device cuda: {there} GPUs are here for process {local + 1}; start so many, or --device cpu", "device"
+            f"device cuda: {gpus} GPUs are here for process {local_rank + 1}; start so many, or --device cpu", "device"
         )
-    return torch.device("cuda", local)
+    return torch.device("cuda", local_rank)

@@ -1,6 +1,6 @@
-"""python -m rasa_theory.reconstruct: how well LoRA and RaSA of one budget reconstruct fine-tuning updates.
+"""The command `python -m rasa_theory.reconstruct` compares LoRA and RaSA of one budget on fine-tuning updates.
 
-Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 interrupted (what was finished is written).
+Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 interrupted (finished stacks are written).
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ _ON_NO_MEMORY = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
         "rasa_theory.reconstruct",
-        lambda processes: _run(_parse(given), given, processes),
+        lambda processes: _run(parse(words), words, processes),
         _ON_NO_MEMORY,
         "; stacks that were finished are in --out, and the same command goes on from there",
     )
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command. Raises InputError for flags that need --source synthetic."""
     parser = Parser(
         prog="python -m rasa_theory.reconstruct",
         description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
@@ -70,7 +71,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
-    add("--k", type=_whole_numbers, default=(1,), metavar="K", help="ranks given to the pool; 0,1,2 is a path (1)")
+    add(
+        "--k",
+        type=_whole_numbers,
+        default=(1,),
+        metavar="K",
+        help="ranks of a layer that go to the pool; 0,1,2 is a path (1)",
+    )
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
     flags.add_solver(parser)
     add(
@@ -78,10 +85,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         type=float,
         default=SolverOptions.max_cancellation,
         metavar="X",
-        help="stop where a term of a layer exceeds so many times the norm of the layer (%(default)s); inf allows all",
+        help="stop where a term of a layer exceeds the norm of the layer by this factor (%(default)s); inf allows all",
     )
     add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
-    add("--dtype", choices=("float64", "float32"), default="float64", help="of the computation (%(default)s)")
+    add("--dtype", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
     add(
         "--tf32",
         action="store_true",
@@ -91,11 +98,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
     )
     flags.add_running(parser)
-    made = parser.add_argument_group("with --source synthetic")
-    made.add_argument("--layers", type=int, metavar="L", help="layers (6)")
-    made.add_argument("--shape", type=_shape, metavar="B,A", help="of a layer (384,384)")
-    made.add_argument("--spectrum", metavar="S", help="flat, power:P (j^-P) or exp:C (power:0.7)")
-    made.add_argument("--overlap", type=float, metavar="X", help="0: own singular bases (default), 1: common ones")
+    synthetic = parser.add_argument_group("with --source synthetic")
+    synthetic.add_argument("--layers", type=int, metavar="L", help="layers (6)")
+    synthetic.add_argument("--shape", type=_shape, metavar="B,A", help="shape of a layer (384,384)")
+    synthetic.add_argument("--spectrum", metavar="S", help="flat, power:P (j^-P) or exp:C (power:0.7)")
+    synthetic.add_argument("--overlap", type=float, metavar="X", help="0: own singular bases (default), 1: common ones")
     args = parser.parse_args(arguments)
     for name, default in _SYNTHETIC.items():
         if getattr(args, name) is None:
@@ -120,10 +127,11 @@ def _shape(text: str) -> tuple[int, int]:
     return b, a
 
 
-def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> int:
+def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> int:
     with naming_flags(flags.NAMES):
         settings = _settings(args, processes)
-        dtype, device = compute_dtype(args.dtype), flags.device(args, processes)
+        dtype = compute_dtype(args.dtype)
+        device = flags.selected_device(args, processes)
     with processes.raise_together():
         whole = _catalogue(args)
     synthetic = {name: getattr(args, name) for name in _SYNTHETIC} if args.source == "synthetic" else None
@@ -139,7 +147,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
     if processes.first:
         say_left_out(whole.left_out, "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())
-    state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *given], folder, processes)
+    state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *words], folder, processes)
     if state.results["stacks"] and processes.first:
         names = ", ".join(row["name"] for row in state.results["stacks"])
         print(f"{names}: finished before, taken up from {out}", file=sys.stderr)
@@ -155,7 +163,7 @@ def _run(args: argparse.Namespace, given: list[str], processes: Processes) -> in
 
 
 def _settings(args: argparse.Namespace, processes: Processes) -> StudySettings:
-    """The settings of the study. Raises InputError for values out of range."""
+    """Return the settings of the study. Raises InputError for values out of range."""
     solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
     settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
     check_certificate(args.certificate, processes.alone)
@@ -163,9 +171,9 @@ def _settings(args: argparse.Namespace, processes: Processes) -> StudySettings:
 
 
 def _catalogue(args: argparse.Namespace) -> Catalogue:
-    """All stacks of the source. Raises InputError as `flags.given_source` and `synthetic_catalogue` do."""
+    """Open the source with all its stacks. Raises InputError as `flags.open_catalogue` and `synthetic_catalogue` do."""
     if args.source != "synthetic":
-        return flags.given_source(args, DEFAULT)
+        return flags.open_catalogue(args, DEFAULT)
     flags.check_sources(args)
     if args.memory is not None:
         raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
@@ -196,7 +204,7 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, as_jso
 
 @contextlib.contextmanager
 def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
-    """A progress bar for a study: tasks done, stack, k, task in hand, step, error, and the time left."""
+    """Show a progress bar for a study: tasks done, stack, k, current task, sweep, error, and the time left."""
     with progress_bar(stacks * sum(settings.tasks(k) for k in settings.ks), "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:

@@ -50,14 +50,15 @@ _INSTANCES = 300
 
 
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
-    """The command; returns its exit status. `subject` is what is tested, the package itself by default."""
+    """Run the command and return its exit status. `subject` is under test, the package itself by default."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
-        _NAME, lambda processes: _run(_parse(words), words, subject, processes), "give --replay a smaller stack"
+        _NAME, lambda processes: _run(parse(words), words, subject, processes), "give --replay a smaller stack"
     )
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = Parser(
         prog="python -m rasa_theory.verify",
         description="Try the laws around Theorem 3.1 on random instances: order of the bounds, nesting, known optima, "

@@ -1,4 +1,4 @@
-"""Versions and hardware that numbers depend on."""
+"""The versions and the hardware that numerical results depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rasa_theory.common.version import __version__
 
 
 def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -> dict[str, Any]:
-    """Versions and hardware that the numbers depend on, and of several processes how many."""
+    """Return the versions and the hardware that results depend on; with several processes also their number."""
     processes = {} if world_size == 1 else {"processes": world_size}
     return processes | {
         "rasa_theory": __version__,
@@ -31,12 +31,12 @@ def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in; None if it is installed elsewhere."""
+    """Return the commit of the checkout that holds this package; None if it is installed elsewhere."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()

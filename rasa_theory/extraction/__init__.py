@@ -1,7 +1,7 @@
 """From fine-tuned weights to an adapter, with a report of what it misses."""
 
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
-from rasa_theory.extraction.conversion import extract_stack
+from rasa_theory.extraction.conversion import extract_stack, spectral_facts
 from rasa_theory.extraction.extract_settings import FORMATS, STORED, ExtractSettings
 from rasa_theory.extraction.forecast import duration, forecast
 from rasa_theory.extraction.job import Job, check, nameable
@@ -26,4 +26,5 @@ __all__ = [
     "model_card",
     "nameable",
     "norm_squared",
+    "spectral_facts",
 ]

@@ -71,7 +71,7 @@ def extract_stack(
 
     tensors, stored_errors = _stored(stack, modules, written, written_ranks, settings)
     facts = (
-        _spectral_facts(stack.spectra.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
+        spectral_facts(stack.spectra.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
     )
     norms = stack.layer_norms_squared
     module_rows = [
@@ -184,7 +184,7 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
+def spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
     """The stable rank, the entropy rank and ranks for shares of the energy of every layer, from sigma (L, m)."""
     ranks = spectral_ranks(sigma, [share / 100 for share in _SHARES])
     return [

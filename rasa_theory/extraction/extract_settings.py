@@ -1,4 +1,4 @@
-"""What to extract."""
+"""The settings of an extraction."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rasa_theory.solvers import SolverOptions
 FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
-_EXACT = 1024  # min(b, a) up to which a LoRA alone has its full spectra taken
+_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
 
 
 @dataclass(frozen=True)
 class ExtractSettings:
-    """What to extract: RaSA(r, k) beside LoRA of rank r, `format` of `exports.FORMATS`, stored as `dtype`.
+    """Settings of an extraction: LoRA of rank r and RaSA(r, k), written in a `format` of `FORMATS` as `dtype`.
 
-    k = 0 solves no RaSA; k None takes the best of 1, 2, 4, .., r for each stack. With a `target` the ranks are chosen
-    layer by layer (`ranks.allocate_ranks`), rank is None and k is 0. Raises InputError for anything else.
+    k = 0 solves no RaSA. k = None takes the best of 1, 2, 4, .., r for each stack. With a `target`,
+    `bounds.allocate_ranks` chooses the ranks layer by layer; rank must then be None and k 0. Raises InputError for
+    any other combination.
     """
 
     rank: int | None
@@ -56,9 +56,9 @@ class ExtractSettings:
             raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules", "k")
 
     def exact(self, shape: tuple[int, int]) -> bool:
-        """Whether a stack of layers (b, a) has its exact SVDs taken: not a LoRA alone of layers larger than 1024."""
+        """True if layers of this shape take exact SVDs; false for a LoRA without a pool and min(b, a) > 1024."""
         return self.k != 0 or min(shape) <= _EXACT
 
     def plain(self) -> dict[str, Any]:
-        """As data, to compare with those of an earlier run."""
+        """Return the settings as plain data, for the comparison with an earlier run."""
         return dataclasses.asdict(self)

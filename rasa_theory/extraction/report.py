@@ -24,7 +24,7 @@ _EXPLANATION = (
     "of parameters but for the mixing. floor: no RaSA of this budget is below. file: the adapter as\n"
     "written. 90%: the rank that this share of the energy needs, median over layers."
 )
-_WHAT = {
+_DESCRIPTIONS = {
     "lora": "the best LoRA of every layer, of rank {rank}",
     "lora-exact-rasa": "RaSA of rank {rank} with k = {k}, written exactly as a LoRA of rank {written}",
     "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT (github.com/zwhe99/RaSA)",
@@ -33,14 +33,14 @@ _WHAT = {
 
 
 def totals(report: dict[str, Any]) -> dict[str, float]:
-    """Squared norms and errors summed over all stacks."""
+    """Return squared norms and squared errors, summed over all stacks."""
     return {
         key: math.fsum(row[key] for row in report["stacks"]) for key in ("norm_squared", "e_lora", "e_rasa", "e_stored")
     }
 
 
 def extraction_table(report: dict[str, Any]) -> str:
-    """One line per stack and one for all, at most 100 characters wide."""
+    """Return a table with one line per stack and one for their sum, at most 100 characters wide."""
     lines = [_HEAD]
     changed = [row for row in report["stacks"] if row["norm_squared"] > 0]
     for row in changed:
@@ -54,25 +54,25 @@ def extraction_table(report: dict[str, Any]) -> str:
     total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
     lines.append(("all", "", "", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
     is_too_wide = max(map(len, aligned(lines))) > _WIDTH
-    common = _common([row["kind"] for row in changed]) if is_too_wide else ""
-    text = aligned([(line[0].removeprefix(common), *line[1:]) for line in lines], width=_WIDTH)
+    prefix = _common_prefix([row["kind"] for row in changed]) if is_too_wide else ""
+    text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
-    numbers = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
-    same = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
-    unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(same)}.", _WIDTH) if same else []
-    begin = [f"All kinds begin with {common!r}, which is not shown."] if common else []
-    return "\n".join([*text, *begin, _EXPLANATION, numbers, *unchanged, *_left_out(report)])
+    sizes = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
+    zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(zero)}.", _WIDTH) if zero else []
+    note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
+    return "\n".join([*text, *note, _EXPLANATION, sizes, *unchanged, *_left_out(report)])
 
 
-def _common(kinds: Sequence[str]) -> str:
-    """The components, each with the dot after it, with which all kinds begin and none ends."""
+def _common_prefix(kinds: Sequence[str]) -> str:
+    """Return the leading components that all kinds share, each with its dot; the last component is never one."""
     columns = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
     return "".join(f"{column[0]}." for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _left_out(report: dict[str, Any]) -> list[str]:
-    """Which part of the squared norm, of the stacks and of what is left out together, is in no row; largest first."""
-    norms = {one["name"]: one["norm_squared"] for one in report["left_out"] if one.get("norm_squared", 0) > 0}
+    """Return lines with the share of every left-out tensor in the squared norm of the whole source, largest first."""
+    norms = {entry["name"]: entry["norm_squared"] for entry in report["left_out"] if entry.get("norm_squared", 0) > 0}
     if not norms:
         return []
     whole = totals(report)["norm_squared"] + math.fsum(norms.values())
@@ -81,12 +81,12 @@ def _left_out(report: dict[str, Any]) -> list[str]:
     return textwrap.wrap(f"Left out, by share of the squared norm: {shares}.", _WIDTH, break_on_hyphens=False)
 
 
-def _chosen(number: int | None, what: str) -> str:
-    return f"chosen for each {what}" if number is None else str(number)
+def _setting(number: int | None, unit: str) -> str:
+    return f"chosen for each {unit}" if number is None else str(number)
 
 
 def _ranks(row: dict[str, Any]) -> str:
-    """r, or from where to where it goes over the layers."""
+    """Return the rank of the layers, or their range, as text."""
     if row["rank"] is not None:
         return str(row["rank"])
     ranks = [module["rank"] for module in row["modules"]]
@@ -103,7 +103,7 @@ def _ratio(x: float, y: float) -> str:
 
 
 def extraction_csv(report: dict[str, Any]) -> str:
-    """One line per module."""
+    """Return the report as CSV with one line per module."""
     rows = [
         {"stack": row["name"], "kind": row["kind"], **module} for row in report["stacks"] for module in row["modules"]
     ]
@@ -111,15 +111,15 @@ def extraction_csv(report: dict[str, Any]) -> str:
 
 
 def model_card(report: dict[str, Any]) -> str:
-    """README.md of the adapter's folder, with the header that a model hub reads."""
+    """Return the README.md of the adapter's folder, with the header that a model hub reads."""
     settings, total = report["plan"]["settings"], totals(report)
     written = sorted({rank for row in report["stacks"] for rank in row["ranks"].values()})
     named = {
-        "rank": _chosen(settings["rank"], "layer"),
-        "k": _chosen(settings["k"], "kind of module"),
+        "rank": _setting(settings["rank"], "layer"),
+        "k": _setting(settings["k"], "kind of module"),
         "written": " or ".join(map(str, written)),
     }
-    what = _WHAT[settings["format"]].format(**named, source=report["source"])
+    description = _DESCRIPTIONS[settings["format"]].format(**named, source=report["source"])
     peft = settings["format"].startswith("lora")
     header = ["library_name: peft"] if peft else []
     if report["base"]:
@@ -138,7 +138,7 @@ def model_card(report: dict[str, Any]) -> str:
 
 # Adapter extracted from {report["source"]}
 
-This is {what}, stored in {settings["dtype"]}. Of the squared norm of the updates of
+This is {description}, stored in {settings["dtype"]}. Of the squared norm of the updates of
 the modules below, {covered}, it misses {share:.2%}.
 {use}
 ```

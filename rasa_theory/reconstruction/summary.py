@@ -1,4 +1,4 @@
-"""Results -> text: the table and verdict that the command prints, and the long CSV of histories."""
+"""The results of a study as text: the table and the verdict of the command, and the long CSV of histories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPLANATION = (
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line per stack and k; errors as ratios, so that 1 is LoRA's optimum."""
+    """Return a table with one line per stack and k; errors are divided by e_lora, so that 1 is LoRA's optimum."""
     rows = [_COLUMNS]
     for row in results["stacks"]:
         share = f"{row['e_lora'] / row['norm_squared']:.4f}" if row["norm_squared"] > 0 else "-"
@@ -41,14 +41,14 @@ def _iterations(run: dict[str, Any]) -> str:
     counts = [attempt["iterations"] for attempt in run["attempts"]]
     if not counts:
         return "-"
-    crossed = sorted(count for count in counts if count is not None)
+    successes = sorted(count for count in counts if count is not None)
     median = run["iterations_to_beat_lora"]
-    spread = f"{crossed[0]}..{crossed[-1]}" if crossed else "none"
-    return f"{'never' if median is None else median} ({spread}; {len(crossed)} of {len(counts)})"
+    limits = f"{successes[0]}..{successes[-1]}" if successes else "none"
+    return f"{'never' if median is None else median} ({limits}; {len(successes)} of {len(counts)})"
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
-    """The verdict on Theorem 3.1 in one sentence, and before it every law that failed or could not be decided."""
+    """Return every law that failed or could not be decided, then one sentence with the verdict on Theorem 3.1."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
     lines = []
     for row, run in runs:
@@ -80,13 +80,13 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
 
 
 def _is_exact(row: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether e_lora is within the rounding of comparisons between errors in the dtype of the run."""
+    """True if e_lora is 0 within the rounding of comparisons between errors in the dtype of the run."""
     tolerance = linalg.rounding(math.sqrt(row["norm_squared"]), row["shape"], torch.finfo(dtype).eps)
     return math.sqrt(row["e_lora"]) <= tolerance
 
 
 def history_csv(results: dict[str, Any]) -> str:
-    """Long format: stack, k, start, seed, sweep, iteration, error (squared); the solver's runs have no seed."""
+    """Return the histories as CSV with one line per iteration: squared errors, and no seed for the solver's runs."""
     rows = [
         (row["name"], run["k"], curve["start"], curve["seed"], curve["sweep"], iteration, error)
         for row in results["stacks"]

@@ -36,7 +36,7 @@ def test_help_ends_with_examples_to_copy(
 
 @pytest.mark.parametrize(("command", "line"), EVERY, ids=[f"{command} {line}" for command, line in EVERY])
 def test_every_example_is_taken(command: str, line: str) -> None:
-    args = importlib.import_module(f"rasa_theory.commands.{command}")._parse(shlex.split(line))
+    args = importlib.import_module(f"rasa_theory.commands.{command}").parse(shlex.split(line))
     if command == "verify":
         assert set((args.families or "planted").split(",")) <= FAMILIES.keys()
     else:
