@@ -16,7 +16,7 @@ from rasa_theory.solvers import SolverOptions
 FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
+LARGEST_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ExtractSettings:
 
     def exact(self, shape: tuple[int, int]) -> bool:
         """True if layers of this shape take exact SVDs; false for a LoRA without a pool and min(b, a) > 1024."""
-        return self.k != 0 or min(shape) <= _EXACT
+        return self.k != 0 or min(shape) <= LARGEST_EXACT
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, for the comparison with an earlier run."""

@@ -246,6 +246,7 @@ def test_interruption_keeps_what_was_finished(
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_real_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
     """SIGINT to the command itself, as soon as the first of sixteen k is in the file."""

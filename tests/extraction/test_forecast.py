@@ -1,0 +1,121 @@
+"""The forecast of an extraction: sizes, memory, disk space, reads per stack and time, as the run itself has them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rasa_theory.bounds import RankTarget
+from rasa_theory.commands.extract import main
+from rasa_theory.extraction import ExtractSettings, Job, duration, extract_settings
+from rasa_theory.extraction import job as job_module
+from rasa_theory.problem import storage
+from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
+from tests.helpers.models import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, monkeypatch, capsys):
+    folder, _ = llamas
+    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=7 * 2**30))
+    assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
+    text = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
+    assert "LoRA takes less than 1 s here, reading aside, by a layer timed now; the solver comes on top." in text
+    assert "  left out: model.norm.weight: 1 axes" in text
+    assert (
+        f"the adapter takes at most about 0.0 MiB, twice that while it is made; 7 GiB are free in {tmp_path / 'out'}."
+        in text
+    )
+    assert text.splitlines()[-1].startswith("One stack is in memory at a time: about 0 MiB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("fmt", "copies", "there"), [("lora", 2, 0), ("diff", 1, 0), ("diff", 1, 1000)])
+def test_a_disk_that_is_too_small_is_said_before_any_work(llamas, tmp_path, monkeypatch, capsys, fmt, copies, there):
+    """To the byte; less what an interrupted run has left there."""
+    folder, _ = llamas
+    numbers = 3 * 24 * 24 if fmt == "diff" else 3 * 2 * (24 + 24)
+    wanted = copies * 4 * numbers - there
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".kept.safetensors").write_bytes(bytes(there))
+    more = ("--rank", "2", "--k", "0", "--modules", "*self_attn.v*", "--format", fmt)
+    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=wanted - 1))
+    assert run(folder, tmp_path / "out", *more) == 2
+    assert f"--out {tmp_path / 'out'} needs {wanted / 2**30:.3g} GiB, of which" in capsys.readouterr().err
+    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=wanted))
+    assert run(folder, tmp_path / "out", *more) == 0
+
+
+def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory(tmp_path, capsys):
+    n, b, a = 60, 96, 64
+    updates = {f"h.{i}.q.weight": torch.randn(b, a) for i in range(n)}
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--out", str(tmp_path)]
+    arguments += ["--format", "diff", "--dry-run"]
+    work = 8 * (n * b * a + n * min(b, a) * (b + a) + 4 * b * a) + 4 * n * b * a
+
+    def said():
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert f"about {work / 2**20:.0f} MiB at most" in said()
+    save_file(updates | {"wte.weight": torch.zeros(40_000, a)}, tmp_path / "updates.safetensors")
+    assert f"about {4 * 40_000 * a / 2**20:.0f} MiB at most" in said()
+
+
+@pytest.mark.parametrize(
+    ("more", "exact", "said", "least", "most"),
+    [
+        (("--rank", "2", "--k", "0"), 1024, "4 times;", 4, 4),
+        (("--rank", "2", "--k", "0", "--format", "diff"), 1024, "4 times;", 4, 4),
+        (("--rank", "2", "--k", "0"), 1, "4 times;", 4, 4),
+        (("--rank", "auto", "--energy", "0.9"), 1024, "8 times;", 8, 8),
+        (("--rank", "auto", "--energy", "0.9"), 1, "8 times;", 8, 8),
+        (("--rank", "4", "--k", "1"), 1024, "some 50 to 350 times, by the solver for the most part;", 50, 350),
+        (
+            ("--rank", "4", "--k", "2", "--start", "lora", "--sweeps", "10"),
+            1024,
+            "some 20 times, and by the solver twice or three times a sweep;",
+            20,
+            20 + 3 * 10,
+        ),
+    ],
+)
+def test_a_stack_is_read_as_often_as_the_dry_run_says(tmp_path, monkeypatch, capsys, more, exact, said, least, most):
+    """Of 422 KiB, more than a quarter of the memory."""
+    values = synthetic_stack(9, (120, 100), "power:1.5", 0.5, 0).values.float()
+    save_file({f"h.{i}.q.weight": M.clone() for i, M in enumerate(values)}, tmp_path / "updates.safetensors")
+    monkeypatch.setattr(extract_settings, "LARGEST_EXACT", exact)
+    rows, read = [], storage.FileRows.read
+
+    def counted(part, start, stop):
+        rows.append(stop - start)
+        return read(part, start, stop)
+
+    monkeypatch.setattr(storage.FileRows, "read", counted)
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--memory", str(128 * 120 * 100), "--quiet", *more]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"Every stack is read {said}" in capsys.readouterr().out
+    assert not rows
+    assert main(arguments) == 0
+    assert least <= sum(rows) / (9 * 120) <= most
+
+
+def test_how_long_a_lora_takes_is_extrapolated_to_all_layers():
+    """Half a second for the layer that is timed, whatever it is: as many times that as there are such layers."""
+
+    def said(shape, rank, k, target=None):
+        stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
+        settings = ExtractSettings(rank, k, target=target)
+        job = Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu")
+        return duration(job, sample_seconds=lambda job, shape: 0.5)
+
+    assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
+    assert said((512, 512), None, 0, RankTarget(0.9)).startswith("LoRA takes up to about 8 s here")  # and the spectra
+    assert said((1024, 1024), 4, 1).startswith("LoRA takes up to about 32 s here")
+    assert said((2560, 1280), 4, 0).startswith("LoRA takes about 8 s here, and up to 125 s where singular values")
+    assert said((2560, 1280), 400, 0).startswith("LoRA takes up to about 125 s here, reading")

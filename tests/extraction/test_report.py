@@ -1,0 +1,118 @@
+"""The report of an extraction: its numbers are the errors of the adapter, its table, figure and files agree."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rasa_theory.commands.extract import main
+from rasa_theory.extraction import extraction_table, model_card
+from rasa_theory.extraction import run as extraction_run
+from tests.helpers.models import base_model, options, report_of, run
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (("--k", "1"), "e_lora"),
+        (("--format", "lora-exact-rasa", "--k", "2"), "e_rasa"),
+        (("--format", "lora-exact-rasa", "--k", "3", "--dtype", "bfloat16"), "e_rasa"),
+    ],
+)
+def test_the_report_says_how_far_the_merged_weights_are(llamas, tmp_path, more, error):
+    folder, tuned = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "*mlp.down*")
+    assert run(folder, tmp_path, "--rank", "3", "--sweeps", "8", *few, *more) == 0
+    model = peft.PeftModel.from_pretrained(base_model(transformers.LlamaForCausalLM, folder).double(), tmp_path)
+    merged, after = model.merge_and_unload().state_dict(), tuned.state_dict()
+    for row in report_of(tmp_path)["stacks"]:
+        for module in row["modules"]:
+            name = f"{module['module']}.weight"
+            missed = float(((merged[name] - after[name].double()) ** 2).sum())
+            assert missed == pytest.approx(module["e_stored"], rel=1e-3)
+            assert missed == pytest.approx(module[error], rel=1e-5 if "bfloat16" not in more else 2e-2)
+
+
+def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    assert run(folder, tmp_path, "--rank", "3", "--sweeps", "4", "--modules", "*self_attn*") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed[1:-1])) <= 100
+    report = report_of(tmp_path)
+    assert [row["kind"] for row in report["stacks"]] == [f"self_attn.{x}_proj" for x in "koqv"]
+    for row in report["stacks"]:
+        assert row["e_rasa"] <= row["e_lora"] <= row["norm_squared"]
+        assert row["lower_bound"] <= row["e_rasa"]
+        for key in ("norm_squared", "e_lora", "e_rasa", "e_stored"):
+            assert sum(m[key] for m in row["modules"]) == pytest.approx(row[key], rel=1e-12)
+    lines = (tmp_path / "report.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: ")
+    assert all(line in card for line in printed[1:-1])
+    assert (tmp_path / "report.png").stat().st_size > 5000
+    assert not (tmp_path / ".extract").exists()
+
+
+def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
+    """Of an embedding that lies on disk, of what is no weight of a module; not of what is 0 or cannot be read."""
+    generator = torch.Generator().manual_seed(0)
+    updates = {f"h.{i}.q.weight": torch.randn(8, 6, generator=generator) for i in range(2)}
+    updates |= {"wte.weight": torch.randn(300, 6, generator=generator), "gate": torch.ones(2, 2)}
+    updates |= {"wpe.weight": torch.zeros(9, 6), "embed.weight": torch.full((9, 6), float("nan"))}
+    save_file(updates, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--quiet"]
+    arguments += ["--memory", str(128 * 8 * 6), "--out", str(tmp_path / "out")]
+    real, asked = extraction_run.norm_squared, []
+
+    def stops(source):
+        asked.append(source.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(source)
+
+    monkeypatch.setattr(extraction_run, "norm_squared", stops)
+    assert main(arguments) == 130
+    assert "1 of 1 stacks are done" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert sorted(asked) == sorted([*(key for key in updates if key[:2] != "h."), asked[2]])
+    left_out = {one["name"]: one for one in report_of(tmp_path / "out")["left_out"]}
+    assert [key for key in left_out if "norm_squared" not in left_out[key]] == ["embed.weight"]
+    energy = {key: float((M.double() ** 2).sum()) for key, M in updates.items() if key != "embed.weight"}
+    for key in ("wte.weight", "gate", "wpe.weight"):
+        assert left_out[key]["norm_squared"] == pytest.approx(energy[key], rel=1e-12)
+    share, gate = (100 * energy[key] / sum(energy.values()) for key in ("wte.weight", "gate"))
+    line = f"Left out, by share of the squared norm: wte {share:.3g} %, gate {gate:.3g} %."
+    assert line in capsys.readouterr().out.splitlines()
+    assert line in (tmp_path / "out" / "README.md").read_text().splitlines()
+
+
+def test_kinds_that_are_too_long_are_told_apart(llamas, tmp_path):
+    """As those of adapters are, whose names are whole: in 100 columns, and not by their ends alone."""
+    folder, _ = llamas
+    assert run(folder, tmp_path, *options()) == 0
+    report = report_of(tmp_path)
+    names = [f"model.layers.{i}.self_attn.{x}_proj" for i in (3, 10) for x in "qv"]
+    for row, name in zip(report["stacks"], names, strict=True):
+        row["kind"] = name
+    lines = extraction_table(report).splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == [name.removeprefix("model.layers.") for name in names]
+    assert "All kinds begin with 'model.layers.', which is not shown." in lines
+    assert max(map(len, lines)) <= 100
+    assert extraction_table({**report, "stacks": report["stacks"][:1]}).splitlines()[2].startswith("q_proj ")
+
+
+def test_the_card_says_what_is_chosen_and_every_rank_that_is_written(llamas, tmp_path):
+    folder, _ = llamas
+    few = ("--modules", "*self_attn.v*", "--modules", "lm_head*", "--rank", "3", "--sweeps", "2")
+    few += ("--format", "lora-exact-rasa")
+    assert run(folder, tmp_path / "one", *few, "--k", "1") == 0
+    report = report_of(tmp_path / "one")
+    report["stacks"] += [{**report["stacks"][0], "ranks": {"lm_head": 3}}]
+    assert "RaSA of rank 3 with k = 1, written exactly as a LoRA of rank 3 or 5, stored" in model_card(report)
+    assert run(folder, tmp_path / "auto", *few, "--k", "auto") == 0
+    assert "with k = chosen for each kind of module, written" in (tmp_path / "auto" / "README.md").read_text()
