@@ -1,4 +1,4 @@
-"""The collectives of torch.distributed that the package uses, counted, and the same without any group.
+"""The collectives of torch.distributed that the package uses, with a counter. They also work without a group.
 
 Every process runs the same program on its own layers. The parts of one layer (M_i, B~_i, A~_i and row i of D) never
 leave their process unless they are gathered. The pool is replicated.
@@ -26,9 +26,9 @@ ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
 
 @dataclass
 class CommunicationCounter:
-    """Calls of collectives by this process, and bytes of its own buffers in them, whatever the algorithm.
+    """Number of collective calls by this process, and bytes of its buffers in them, whatever the algorithm.
 
-    A ring moves about 2 (P - 1) / P times the bytes of a reduction over every link, P the world size.
+    A ring moves about 2 (P - 1) / P times the bytes of a reduction over every link. P is the world size.
     """
 
     reductions: int = 0
@@ -43,7 +43,7 @@ class CommunicationCounter:
 
 
 class Collectives:
-    """Collectives over the processes of a group; without a group it is one process, and each returns its argument.
+    """Collectives over the processes of a group. Without a group there is one process, and each returns its argument.
 
     Tensors on CUDA go through the group's backend for CUDA, all others through its backend for the CPU. Raises
     ProcessLost if another process has died or has failed on its own, KeyboardInterrupt if it was interrupted.
@@ -96,7 +96,7 @@ class Collectives:
         return _without_padding(gathered, counts)
 
     def gather_to_first(self, parts: Tensor, counts: Sequence[int]) -> Tensor:
-        """`all_gather` to the CPU of process 0 alone; the others return their own `parts`."""
+        """`all_gather` to the CPU of process 0 alone. The others return their `parts`."""
         if self.alone:
             return parts
         padded = _padded(parts.cpu(), max(counts))
@@ -116,7 +116,7 @@ class Collectives:
         return x
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """The values of all processes, small plain data, in their order."""
+        """The values of all processes in order. They are small plain data."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -152,14 +152,14 @@ class Collectives:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether an exception reports too little memory; on the CPU torch has no type of its own for it."""
+    """Return whether an exception reports too little memory. On the CPU torch has no exception type for it."""
     text = str(error).lower()
     phrases = ("can't allocate", "cannot allocate", "not enough memory", "out of memory", "size calculation overflowed")
     return isinstance(error, ALLOCATION_ERRORS) or any(phrase in text for phrase in phrases)
 
 
 def _padded(parts: Tensor, count: int) -> Tensor:
-    """`parts` with zeros below, up to `count` rows: gathers need buffers of equal size."""
+    """Append rows of zeros to `parts`, up to `count` rows, since gathers need buffers of equal size."""
     parts = parts.detach()
     if len(parts) == count:
         return parts.contiguous()
@@ -169,4 +169,5 @@ def _padded(parts: Tensor, count: int) -> Tensor:
 
 
 def _without_padding(gathered: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Concatenate the first counts[p] rows of the buffer of each process p."""
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])

@@ -1,4 +1,4 @@
-"""How the processes that torchrun has started meet."""
+"""The start of a process group by torchrun."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from rasa_theory.distributed.processes import ALONE, PATIENCE, Processes
 
 
 def launched() -> bool:
-    """Whether this process was started by torchrun, or as it would, with others: WORLD_SIZE says so."""
+    """True if torchrun, or a launcher like it, has started several processes. WORLD_SIZE tells."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def first_launched() -> bool:
-    """Whether this process is the first of those that torchrun has started, or the only one: RANK says so.
+    """True if this is process 0 of torchrun, or the only process. RANK tells.
 
-    This is known before the processes have met.
+    The answer is available before the process group exists.
     """
     return not launched() or os.environ.get("RANK") == "0"
 
 
 def local_process() -> int:
-    """The number of this process among those on the same machine, which is the number of its GPU: LOCAL_RANK."""
+    """The number of this process on its machine, which is also the number of its GPU: LOCAL_RANK."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextlib.contextmanager
 def meeting() -> Iterator[Processes]:
-    """The processes that torchrun has started, or this one alone.
+    """Context with the processes that torchrun has started, or with this one alone.
 
-    They speak gloo between CPUs and nccl between GPUs, each process with the GPU of its LOCAL_RANK. A group that is
-    there already is used, and left as it is.
+    The backend is gloo between CPUs and nccl between GPUs. Each process uses the GPU of its LOCAL_RANK. A group that
+    exists already is used, and it is not ended here.
     """
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.group.WORLD)
@@ -49,18 +49,18 @@ def meeting() -> Iterator[Processes]:
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        local, there = local_process(), torch.cuda.device_count()
-        if local < there:
+        local = local_process()
+        if local < torch.cuda.device_count():
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
     signal.signal(signal.SIGTERM, _ended)
     store, process, world_size = next(rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(backend, store=store, rank=process, world_size=world_size, timeout=PATIENCE)
     yield Processes(dist.group.WORLD, store)
-    dist.destroy_process_group()  # not where it failed: others may still wait in it
+    dist.destroy_process_group()  # not after an error: other processes may still wait in the group
 
 
 def _ended(number: int, frame: Any) -> None:
-    """torchrun ends the processes that are left when one has failed: they come to their end in order."""
+    """Handle the SIGTERM that torchrun sends to the other processes after one has failed, so that they end in order."""
     signal.signal(number, signal.SIG_IGN)
     raise ProcessLost("ended by torchrun")

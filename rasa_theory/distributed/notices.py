@@ -1,7 +1,7 @@
-"""The notice board of a group: how processes end in order when one fails, is interrupted, or dies.
+"""The notice board of a group, by which processes end in order when one fails, is interrupted, or dies.
 
-It lies in the key-value store by which the processes have met, beside the collectives, and works where these no longer
-do. A process that loses another one in a collective reads there why, and learns whether the user knows already.
+It lies in the key-value store of the rendezvous, apart from the collectives, so it still works when these fail. A
+process that loses another one in a collective reads there why, and whether the user has already been told.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 _GRACE = 2.0  # seconds that an interrupted process stays, so that the others are interrupted before it is missing
 _FAREWELL = 5.0  # seconds that process 0, which holds the store, waits for the others to end
-_ROLL_CALL = datetime.timedelta(seconds=10)  # within which the living must answer
+_ROLL_CALL = datetime.timedelta(seconds=10)  # time that live processes have to answer
 
 
 class Notice(Enum):
@@ -29,7 +29,7 @@ class Notice(Enum):
 
 
 class NoticeBoard:
-    """Notices in the store of a group. Without a store nobody writes, and nothing was ever written."""
+    """Notices in the store of a group. Without a store nobody posts, and every count is 0."""
 
     def __init__(self, store: Any = None, process: int = 0, world_size: int = 1) -> None:
         self._store, self._process, self._world_size = store, process, world_size
@@ -39,7 +39,7 @@ class NoticeBoard:
         return self._add(notice, 0)
 
     def post(self, notice: Notice) -> int:
-        """Post a notice. Return how often it has been posted, this time included."""
+        """Post a notice. Return the number of its posts, this one included."""
         return self._add(notice, 1)
 
     def _add(self, notice: Notice, amount: int) -> int:
@@ -84,7 +84,7 @@ class NoticeBoard:
         self.post(Notice.LEFT)
         deadline = time.monotonic() + _FAREWELL
         while self._process == 0 and self.count(Notice.LEFT) < self._world_size and time.monotonic() < deadline:
-            time.sleep(0.02)  # the store ends with process 0, and the others may still read from it who has spoken
+            time.sleep(0.02)  # the store ends with process 0, and the others may still read it
         os._exit(status)
 
     def missing(self) -> str:
@@ -96,9 +96,9 @@ class NoticeBoard:
         with contextlib.suppress(RuntimeError):
             self._store.set(self._signature(self._process), "here")
         for process in range(self._world_size):
-            left = max(deadline - time.monotonic(), 0.01)
+            remaining = max(deadline - time.monotonic(), 0.01)
             try:
-                self._store.wait([self._signature(process)], datetime.timedelta(seconds=left))
+                self._store.wait([self._signature(process)], datetime.timedelta(seconds=remaining))
             except RuntimeError:
                 lost.append(str(process))
         nouns, verbs = ("processes", "answer") if len(lost) > 1 else ("process", "answers")
@@ -107,4 +107,5 @@ class NoticeBoard:
 
     @staticmethod
     def _signature(process: int) -> str:
+        """The key by which a process answers the roll call."""
         return f"rasa_theory/here/{process}"

@@ -14,15 +14,15 @@ from rasa_theory.distributed.collectives import ALLOCATION_ERRORS, Collectives, 
 from rasa_theory.distributed.notices import Notice
 
 PATIENCE = datetime.timedelta(minutes=30)
-"""How long a process waits for another one that neither answers nor has died before it gives up."""
+"""Time after which a process gives up waiting for another one that neither answers nor has died."""
 _LONG = datetime.timedelta(days=7)  # for shares of work that end at different times
 
 
 class Processes(Collectives):
-    """This process, `process` of `world_size`, and the others that share the layers.
+    """The processes that share the layers. This one is number `process` of `world_size`.
 
-    `group` is a group of torch.distributed; None: this process is alone. `store` is the store by which the processes
-    have met, for the notice board; None: the group existed before, and whoever made it ends it.
+    `group` is a group of torch.distributed, or None if this process is alone. `store` is the key-value store of the
+    rendezvous, for the notice board. It is None for a group that existed before, which its creator ends.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, store: Any = None) -> None:
@@ -42,7 +42,7 @@ class Processes(Collectives):
         return Processes(dist.new_group(timeout=_LONG, backend="gloo"), self._store)
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """Return in all processes what `make` returns in process 0, plain data. If it raises InputError, all raise."""
+        """Call `make` in process 0 and return its result, plain data, in all. If it raises InputError, all raise."""
         with self.raise_together():
             value = make() if self.first else None
         return self.broadcast_object(value)
@@ -54,8 +54,8 @@ class Processes(Collectives):
     #
     # Contexts nest, since an inner one ends in all processes together. In the outer one, FailedElsewhere is no failure
     # of this process: it sends None, so that a sentence is never prefixed twice. The process where the error arose
-    # sends its sentence again. If that was too little memory, even this process holds FailedElsewhere: then nobody
-    # sends a sentence, and each raises again what it has.
+    # sends its sentence again. If the error was too little memory, this process holds FailedElsewhere, too. Then nobody
+    # sends a sentence, and each raises its exception again.
     #
     # Only bad input and too little memory count. Any other exception is a bug and ends its process alone; the others
     # then raise ProcessLost in their next collective.
@@ -94,8 +94,9 @@ class Processes(Collectives):
 
 
 ALONE = Processes()
-"""One process, which holds all layers."""
+"""A single process, which holds all layers."""
 
 
 def _sentence(problem: Exception | None) -> str:
+    """The message of bad input, or else a sentence about memory."""
     return str(problem) if isinstance(problem, InputError) else "there is not enough memory"

@@ -1,4 +1,4 @@
-"""One style for all figures, and the figures of results."""
+"""The common style of all figures, and the figures of results."""
 
 from rasa_theory.plotting import style
 from rasa_theory.plotting.results import plot_extraction, plot_iterations

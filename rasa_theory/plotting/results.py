@@ -1,4 +1,4 @@
-"""Results -> figures, in the looks of `style`.
+"""Figures of results, in the common `style`.
 
 matplotlib is imported where a figure is drawn, so that the package can be imported without it.
 """
@@ -21,7 +21,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     """Plot the error of the random attempts against their iterations, in units of e_lora.
 
     There is one panel per stack and k >= 1. Lines mark e_lora, the allocation bound, the best error and the certified
-    floor; a note names a floor that is far below. Dots mark the first iteration below e_lora.
+    floor. If the floor is far below, a note replaces its line. Dots mark the first iteration below e_lora.
 
     **Arguments:**
 
@@ -29,7 +29,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
 
     **Returns:**
 
-    - A matplotlib `Figure`; save it by `figure.savefig`.
+    - A matplotlib `Figure`. Save it by `figure.savefig`.
     """
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
@@ -44,7 +44,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
         axes[0, 0].text(0.5, 0.5, "no random attempts in these results", ha="center", va="center", fontsize=MEDIUM)
         return figure
     for n, ax in enumerate(axes.flat):
-        if len(panels) - columns <= n < len(panels):  # nothing below it
+        if len(panels) - columns <= n < len(panels):  # the lowest panel of its column
             style.name(ax, x="iteration of the paper")
     for ax in axes[:, 0]:
         style.name(ax, y="squared error / $e_{\\mathrm{LoRA}}$")
@@ -53,6 +53,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
 
 
 def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
+    """Draw the attempts of one run, in units of e_lora, with lines for the levels to compare with."""
     from matplotlib.ticker import MaxNLocator
 
     unit = row["e_lora"]
@@ -69,7 +70,7 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
     last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
     early = [attempt["history"][min(3, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
     low, high = min(allocation, best, *last, 1.0), max(1.0, *early)
-    if floor >= 2 * low - high:  # else it would leave the curves less than half of the panel
+    if floor >= 2 * low - high:  # otherwise the curves would fill less than half of the panel
         low = min(low, floor)
     else:
         at = {"xycoords": "axes fraction", "color": PURPLE, "weight": "bold"}
@@ -81,6 +82,7 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
 
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
+    """The name of a stack, k, and the number of attempts that beat LoRA."""
     median = run["iterations_to_beat_lora"]
     crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
     count = f"{crossed} of {len(run['attempts'])} beat LoRA"
@@ -90,6 +92,7 @@ def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def _legend() -> list[Line2D]:
+    """One entry for each kind of line in `_panel`."""
     from matplotlib.lines import Line2D
 
     return [
@@ -102,9 +105,9 @@ def _legend() -> list[Line2D]:
 
 
 def plot_extraction(report: dict[str, Any]) -> Figure:
-    """The share of every layer's squared norm that LoRA, RaSA and the written file miss: one panel per stack.
+    """Plot the squared error of LoRA, RaSA and the written file for each layer, relative to its squared norm.
 
-    `report` is that of `python -m rasa_theory.extract`.
+    There is one panel per stack. `report` comes from `python -m rasa_theory.extract`.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -1,9 +1,8 @@
-"""How every figure looks: colours, sizes, labels, and files that are the same whenever they are written.
+"""The look of every figure: colours, sizes and labels, and files with reproducible bytes.
 
-Okabe and Ito's palette, which colour-blind eyes tell apart; markers and dashes differ as well. A figure is at most
-`WIDTH` inches wide and has no text below `SMALL` points, so that it can be read on a slide, where it is shown at twice
-its size, as well as in the column of a paper. matplotlib is imported where a figure is drawn, and its global state is
-left as it is.
+The colours are Okabe and Ito's palette, which colour-blind eyes tell apart. Markers and dashes differ as well. A figure
+is at most `WIDTH` inches wide and has no text below `SMALL` points. So it can be read in the column of a paper, and on
+a slide at twice its size. matplotlib is imported where a figure is drawn, and its global state does not change.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 INK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-GREY, PALE = "#767676", "#CCCCCC"  # what is not data: guides, and lines to labels
+GREY, PALE = "#767676", "#CCCCCC"  # for guides and for lines to labels, not for data
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PALETTE = frozenset((*COLOURS, YELLOW, GREY, PALE))
@@ -29,7 +28,7 @@ DPI = 160
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, in inches, whose layout makes room for all labels."""
+    """An empty figure whose layout makes room for all labels. Sizes are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -38,7 +37,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def panels(figure: Figure | SubFigure, rows: int = 1, columns: int = 1, **more: Any) -> Any:
-    """Dressed axes, (rows, columns); `more` as for `Figure.subplots`."""
+    """An array (rows, columns) of axes in the common look. `more` goes to `Figure.subplots`."""
     axes = figure.subplots(rows, columns, squeeze=False, **more)
     for ax in axes.flat:
         dress(ax)
@@ -46,13 +45,13 @@ def panels(figure: Figure | SubFigure, rows: int = 1, columns: int = 1, **more: 
 
 
 def dress(ax: Axes) -> None:
-    """No box around the data, and ticks in small text."""
+    """Remove the box around the data, and set tick labels in small text."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(which="both", labelsize=SMALL)
 
 
 def name(ax: Axes, x: str = "", y: str = "", title: str = "") -> None:
-    """Labels, with the unit of what they name, and a title."""
+    """Set the labels of both axes, with units, and the title."""
     if x:
         ax.set_xlabel(x, fontsize=MEDIUM)
     if y:
@@ -62,18 +61,19 @@ def name(ax: Axes, x: str = "", y: str = "", title: str = "") -> None:
 
 
 def grid(ax: Axes) -> None:
+    """Draw a pale grid below the data."""
     ax.grid(color=PALE, linewidth=0.5)
     ax.set_axisbelow(True)
 
 
-def legend(of: Axes | Figure | SubFigure, *entries: Any, **more: Any) -> None:
-    """Where labels beside the lines would not fit."""
+def legend(parent: Axes | Figure | SubFigure, *entries: Any, **more: Any) -> None:
+    """Draw a legend, for figures in which labels beside the lines would not fit."""
     settings: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "title_fontsize": SMALL, "handlelength": 1.8}
-    of.legend(*entries, **(settings | more))
+    parent.legend(*entries, **(settings | more))
 
 
 def note(ax: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
-    """Small text in the panel, at data coordinates unless `xycoords` says otherwise."""
+    """Write small text in the panel, at data coordinates unless `xycoords` says otherwise."""
     settings: dict[str, Any] = {"fontsize": SMALL, "color": INK, "annotation_clip": False}
     ax.annotate(text, at, **(settings | more))
 
@@ -81,12 +81,12 @@ def note(ax: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
 def label_ends(
     ax: Axes, ends: Sequence[tuple[float, float, str, str]], line: float = 0.09, inside: bool = False
 ) -> None:
-    """Names beside the ends of lines, in the order of their heights, so that the lines to them do not cross.
+    """Write names beside the ends of lines, in the order of their heights, so that the pointers to them do not cross.
 
-    `ends`: x, y, text, colour. `line`: the height of a line of text over that of the panel. They stand right of the
-    panel, or `inside` it, right of each end. Call it when the limits of the panel are final.
+    `ends` holds x, y, text and colour of each name. `line` is the height of a line of text, relative to the panel. The
+    names stand right of the panel, or `inside` it, right of each end. Call it when the limits of the panel are final.
     """
-    ax.get_xlim(), ax.get_ylim()  # sets limits that follow the data
+    ax.get_xlim(), ax.get_ylim()  # makes matplotlib update limits that follow the data
     to_panel = ax.transScale + ax.transLimits
     places = [tuple(map(float, to_panel.transform((x, y)))) for x, y, _, _ in ends]
     order = sorted(range(len(ends)), key=lambda i: places[i][1])
@@ -94,17 +94,18 @@ def label_ends(
         (x, y, text, colour), (across, up) = ends[i], places[i]
         pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 2, "relpos": (0, 0.5)}
         left = across + 0.03 if inside else 1.06
-        near = left - across < 0.07 and abs(height - up) < 0.01
+        is_near = left - across < 0.07 and abs(height - up) < 0.01
         note(
             ax, text, (x, y), xytext=(left, height), textcoords="axes fraction", color=colour, va="center",
-            arrowprops=None if near else pointer,
+            arrowprops=None if is_near else pointer,
         )  # fmt: skip
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Increasing heights in [0, 1], moved as little as possible in squares so that they are `gap` apart.
+    """Move increasing heights in [0, 1] apart to distances of at least `gap`, by the least sum of squares.
 
-    Less the gaps before it, each is to be at least the one before: isotonic regression, by pooling neighbours.
+    Subtract n gaps from height n. The results must then not decrease. This is isotonic regression, which is solved by
+    pooling neighbours.
     """
     blocks: list[list[float]] = []
     for n, height in enumerate(heights):
@@ -118,11 +119,12 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 
 def save(figure: Figure, file: str | Path | IO[bytes], kind: str = "png") -> None:
-    """Write a figure as png, svg or pdf: the same bytes each time, without date, version or random names."""
+    """Write a figure as png, svg or pdf, with the same bytes each time: no date, version or random names."""
     import matplotlib
 
     empty: dict[str, Any] = {
@@ -130,5 +132,5 @@ def save(figure: Figure, file: str | Path | IO[bytes], kind: str = "png") -> Non
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }[kind]
-    with matplotlib.rc_context({"svg.hashsalt": "rasa_theory"}):  # else names in an SVG are drawn by chance
+    with matplotlib.rc_context({"svg.hashsalt": "rasa_theory"}):  # otherwise names in an SVG are random
         figure.savefig(file, format=kind, dpi=DPI, metadata=empty)
