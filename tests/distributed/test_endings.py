@@ -20,7 +20,7 @@ from tests.helpers.processes import Pool
 
 
 def started(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """As torchrun would, without it: by environment variables; all statuses can be read, nobody ends the rest."""
+    """Start processes by environment variables, as torchrun does. Nobody ends the rest: all statuses can be read."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +39,7 @@ def started(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
 
 
 def ended(run: list[subprocess.Popen[str]]) -> tuple[list[int], str, str]:
-    """Exit statuses, and what all have written, in their order."""
+    """Return exit statuses, standard output and standard error of all processes, in their order."""
     try:
         texts = [one.communicate(timeout=60) for one in run]
     finally:
@@ -111,6 +111,7 @@ sys.exit(extract.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow  # the roll call of the living takes 10 s
 def test_a_killed_process_of_an_extraction_leaves_finished_stacks(pool: Pool, pair: list[str], tmp_path: Path) -> None:
     common = [*pair, "--rank", "2", "--k", "1", "--start", "lora", "--sweeps", "2", "--out"]
     pool.run(1, extracts, [*common, str(tmp_path / "one")])
@@ -126,7 +127,8 @@ def test_a_killed_process_of_an_extraction_leaves_finished_stacks(pool: Pool, pa
     assert written(tmp_path / "two") == written(tmp_path / "one") | {"processes": 2}
 
 
-@pytest.mark.parametrize("whom", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
+@pytest.mark.slow  # two processes solve for seconds before they are interrupted
+@pytest.mark.parametrize("whom", [(0, 1), (1,)])
 def test_interrupted_all_processes_have_exit_status_130(
     two_stacks: Path, tmp_path: Path, whom: tuple[int, ...]
 ) -> None:
@@ -170,18 +172,18 @@ def two_stacks(tmp_path: Path) -> Path:
 
 def numbers(process: Path, world_size: int) -> list[int]:
     """Process ids of the children that torchrun started, by their number."""
-    found = {}
+    children = {}
     for one in Path("/proc").glob("[0-9]*/environ"):
         try:
             parent = re.search(r"PPid:\s+(\d+)", (one.parent / "status").read_text())
             if parent is not None and parent[1] == process.name:
-                found[int(re.search(r"\0RANK=(\d+)\0", one.read_text())[1])] = int(one.parent.name)
+                children[int(re.search(r"\0RANK=(\d+)\0", one.read_text())[1])] = int(one.parent.name)
         except (OSError, TypeError):
             continue
-    return [found[n] for n in range(world_size)]
+    return [children[n] for n in range(world_size)]
 
 
-@pytest.mark.slow  # starts torchrun and then two processes; the kill of an extraction, above, is its fast kind
+@pytest.mark.slow  # starts torchrun and then two processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(two_stacks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
