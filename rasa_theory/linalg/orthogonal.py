@@ -62,7 +62,7 @@ def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_columns(X: Tensor) -> Tensor:
-    """Orthonormal Q (..., n, min(n, m)) whose first j columns span those of X (..., n, m), for every j.
+    """Orthonormal Q (..., n, min(n, m)): its first j columns span the first j columns of X (..., n, m), for every j.
 
     A column that depends on earlier ones is replaced by a random one before the factorisation. QR would put an
     arbitrary direction in its place, and later columns would lose their part along that direction.

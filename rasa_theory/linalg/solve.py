@@ -39,7 +39,7 @@ _GAIN_PER_LOSS = 4
 
 
 class CholeskySolution(NamedTuple):
-    """The solution of G x = g by Cholesky factors, and what tells whether to trust it.
+    """The solution of G x = g by Cholesky factors, and the quantities by which it is trusted.
 
     - x: G^-1 g.
     - regular: whether G is far from singular in the whole batch.

@@ -28,13 +28,13 @@ def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(
     generator = torch.Generator().manual_seed(1)
     Q = torch.linalg.qr(torch.randn(*lead, 12, 12, generator=generator, dtype=torch.float64))[0]
     U, new = Q[..., :6], Q[..., 6]
-    for given in (U, torch.eye(12, 6, dtype=torch.float64).expand(*lead, 12, 6)):
-        outside = new if given is U else torch.eye(12, dtype=torch.float64)[7].expand(*lead, 12)
-        X = torch.stack([outside, outside + 1e-9 * Q[..., 9], given[..., 0], 0 * outside, outside], -1)
-        found = orthogonal.orthonormal_beside(given, X)
-        both = torch.cat([given, found], -1)
+    for basis in (U, torch.eye(12, 6, dtype=torch.float64).expand(*lead, 12, 6)):
+        outside = new if basis is U else torch.eye(12, dtype=torch.float64)[7].expand(*lead, 12)
+        X = torch.stack([outside, outside + 1e-9 * Q[..., 9], basis[..., 0], 0 * outside, outside], -1)
+        Q_X = orthogonal.orthonormal_beside(basis, X)
+        both = torch.cat([basis, Q_X], -1)
         assert float((both.mT @ both - torch.eye(11, dtype=torch.float64)).abs().max()) <= 1e-14
-        assert float(((found[..., 0] * outside).sum(-1).abs() - 1).abs().max()) <= 1e-14
+        assert float(((Q_X[..., 0] * outside).sum(-1).abs() - 1).abs().max()) <= 1e-14
         inside = both @ (both.mT @ X)
         assert float((inside - X).abs().max()) <= 1e-14
 
@@ -42,11 +42,11 @@ def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(
 def test_completing_columns():
     C = torch.linalg.qr(torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     X = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for found, n in ((torch.cat([C, orthogonal.complement(C)], 2), 7), (orthogonal.completed(C, X), 5)):
-        assert found.shape == (2, 7, n)
-        assert torch.equal(found[:, :, :3], C)
-        assert float((found.mT @ found - torch.eye(n, dtype=torch.float64)).abs().max()) <= 1e-14
-    assert float((found @ (found.mT @ X) - X).abs().max()) <= 1e-14
+    for Q, n in ((torch.cat([C, orthogonal.complement(C)], 2), 7), (orthogonal.completed(C, X), 5)):
+        assert Q.shape == (2, 7, n)
+        assert torch.equal(Q[:, :, :3], C)
+        assert float((Q.mT @ Q - torch.eye(n, dtype=torch.float64)).abs().max()) <= 1e-14
+    assert float((Q @ (Q.mT @ X) - X).abs().max()) <= 1e-14
 
 
 def graded(condition, dtype=torch.float64):
