@@ -45,12 +45,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str, kept: str = "") -> int:
+def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str, on_loss: str = "") -> int:
     """Run a command: return the status of `action`, 2 for bad input or too little memory, or 130 if interrupted.
 
     - action: gets the processes that torchrun has started, or this one alone.
     - on_no_memory: advice for the sentence about too little memory.
-    - kept: appended to the sentence about a process that is lost: which results survive it.
+    - on_loss: appended to the sentence about a lost process; it says which results survive.
     """
     processes = ALONE
     try:
@@ -58,7 +58,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
             status = action(processes)
             sys.stdout.flush()
     except (InputError, ProcessLost, MemoryError, RuntimeError, BrokenPipeError, KeyboardInterrupt) as error:
-        status = _status_of(error, _Speaker(name, processes), on_no_memory, kept)
+        status = _status_of(error, _Speaker(name, processes), on_no_memory, on_loss)
     if status in (2, 130):
         processes.board.leave(status)
     return status
@@ -90,8 +90,8 @@ class _Speaker:
 # process already. For ProcessLost the cause is asked for last, and only if nobody has spoken: another process may know
 # it better. torch has no exception of its own for too little memory on the CPU, so that a RuntimeError is read; any
 # other is a bug and is raised again.
-def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, kept: str) -> int:
-    """The exit status for what ended `action`, after one process has said why. Raises errors that are bugs."""
+def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, on_loss: str) -> int:
+    """Return the exit status for the error that ended `action`, after one process has printed it. Raises bugs again."""
     processes = speaker.processes
     where = "" if processes.alone else f"{processes}: "
     if isinstance(error, FailedElsewhere):
@@ -103,7 +103,7 @@ def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, kept:
         if processes.board.has_spoken:
             return 2
         missing = processes.board.missing()  # takes up to 10 s, in which another process may speak
-        return 2 if processes.board.has_spoken else speaker.say(f"{missing}{kept}")
+        return 2 if processes.board.has_spoken else speaker.say(f"{missing}{on_loss}")
     if isinstance(error, BrokenPipeError):  # nobody reads on, as in `.. | head`; all files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,6 +1,6 @@
 """python -m rasa_theory.verify: the laws around Theorem 3.1, tried on random instances of many families.
 
-Exit status: 0 every law held, 1 a law failed, 2 bad input or usage, 130 interrupted (what was finished is tallied).
+Exit status: 0 every law held, 1 a law failed, 2 bad input or usage, 130 interrupted (finished instances are tallied).
 """
 
 from __future__ import annotations
@@ -103,19 +103,25 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
         if not processes.alone:
             raise InputError("--replay tries one instance; run one process")
         replay = load_replay(Path(args.replay), **chosen)
-        settings, asked, out = replay.settings, 1, None
-        work: Iterator[Trial] = (
+        settings = replay.settings
+        instances = 1
+        out = None
+        trials: Iterator[Trial] = (
             run_trial(one.instance, subject or Subject(), one.settings, one.laws) for one in [replay]
         )
     else:
-        work, asked = _trials(args, settings, subject, processes), args.instances
+        trials = _trials(args, settings, subject, processes)
+        instances = args.instances
         out = processes.from_first(lambda: output_folder(args.out))
 
-    tally, started, interrupted, broken = Tally(), time.perf_counter(), False, False
+    tally = Tally()
+    started = time.perf_counter()
+    interrupted = False
+    broken = False
     try:
-        with progress_bar(asked, "instances", args.quiet or not processes.first) as show:
+        with progress_bar(instances, "instances", args.quiet or not processes.first) as show:
             show(0, "")
-            for trial in work:
+            for trial in trials:
                 file = _write_replay(trial, settings, out) if args.replay is None and processes.first else args.replay
                 tally.add(trial, file)
                 show(tally.instances, _done(trial.instance, tally))
@@ -130,7 +136,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
         command=["python", "-m", "rasa_theory.verify", *arguments],
         settings=settings,
         seed=args.seed,
-        instances=asked,
+        instances=instances,
         environment=environment(torch.device("cpu"), torch.float64, processes.world_size),
         seconds=time.perf_counter() - started,
     )

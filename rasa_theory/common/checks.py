@@ -48,7 +48,7 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
-def one_of(name: str, value: Any, known: Collection[str]) -> None:
-    """Raise InputError, with the list of valid values, if `value` is none of `known`."""
-    if value not in known:
-        raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}", name)
+def one_of(name: str, value: Any, values: Collection[str]) -> None:
+    """Raise InputError, with the list of valid values, if `value` is none of `values`."""
+    if value not in values:
+        raise InputError(f"unknown {name} {value!r}; known: {', '.join(values)}", name)

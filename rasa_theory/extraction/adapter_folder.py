@@ -91,10 +91,12 @@ class ExtractionFolder(PartsFolder):
             self._write_adapter(self.out, parts, lora_config(ranks, transposed, settings["base"]), None)
         else:
             for task, (folder, base) in enumerate(settings["tasks"]):
-                own = {name: rank for key, rank in ranks.items() if (name := name_in_task(key, task)) is not None}
-                if own:
+                task_ranks = {
+                    name: rank for key, rank in ranks.items() if (name := name_in_task(key, task)) is not None
+                }
+                if task_ranks:
                     (self.out / folder).mkdir(exist_ok=True)
-                    self._write_adapter(self.out / folder, parts, lora_config(own, transposed, base), task)
+                    self._write_adapter(self.out / folder, parts, lora_config(task_ranks, transposed, base), task)
 
     def _write_adapter(self, folder: Path, parts: Sequence[Path], config: dict[str, Any], task: int | None) -> None:
         write_file(folder / WEIGHTS_FILE, lambda file: join_safetensors(parts, file, {"format": "pt"}, task))

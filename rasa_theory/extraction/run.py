@@ -138,9 +138,9 @@ def _ranks(job: Job, folder: ExtractionFolder, processes: Processes, bar: Bar) -
 
 
 def _spectra(job: Job, processes: Processes, bar: Bar) -> list[Tensor]:
-    """The singular values of all stacks, (L, min(b, a)) each; every process takes the stacks of its share."""
+    """Return the singular values of all stacks, (L, min(b, a)) each; every process computes its share of the stacks."""
     stacks = job.catalogue.stacks
-    own: dict[int, Tensor] = {}
+    share_spectra: dict[int, Tensor] = {}
     share = _shares(stacks, processes)[processes.process]
     with processes.raise_together(), bar(len(share), "spectra") as show:
         for done, n in enumerate(share):
@@ -149,10 +149,9 @@ def _spectra(job: Job, processes: Processes, bar: Bar) -> list[Tensor]:
             show(done, stacks[n].name)
             stack = stacks[n].load(job.dtype, job.device)
             zeros = torch.zeros(stack.layers, min(stack.shape), dtype=torch.float64)
-            own[n] = stack.spectra.singular_values().cpu() if stack.norm_squared > 0 else zeros
-    spectra = {
-        n: spectrum for share_of_one in processes.all_gather_objects(own) for n, spectrum in share_of_one.items()
-    }
+            share_spectra[n] = stack.spectra.singular_values().cpu() if stack.norm_squared > 0 else zeros
+    gathered = processes.all_gather_objects(share_spectra)
+    spectra = {n: spectrum for of_process in gathered for n, spectrum in of_process.items()}
     return [spectra[n] for n in range(len(stacks))]
 
 

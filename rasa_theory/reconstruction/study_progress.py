@@ -1,4 +1,4 @@
-"""Progress of a study: what a watcher is told, and the bookkeeping behind it, apart from the computation."""
+"""Progress of a study: the state that a watcher receives, and its bookkeeping, apart from the computation."""
 
 from __future__ import annotations
 
