@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rasa_theory.bounds import Bound, allocation_bound, lower_bound
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.common import InputError
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers import RasaSolution, SolverOptions, solve_lora, solve_rasa
 
 
@@ -16,7 +17,7 @@ class Gain:
     Errors are squared, summed over layers, in units of the input. The three shares are fractions of e_lora; with the
     share of `floor` that is left they add up to 1. They are 0 where e_lora is 0.
 
-    - e_lora: LoRA's optimum.
+    - e_lora: LoRA's optimum; 0 where it is no more than rounding, as on layers of no higher rank.
     - e_allocation: the least error of a pool in which every term serves one layer; such a pool hands ranks to the
       layers that need them.
     - e_rasa: the error of the best solution that the solver reached, an upper bound on the optimum.
@@ -72,13 +73,29 @@ def gain(
 
     **Returns:** a `Gain`.
 
-    **Raises:** InputError if r exceeds min(b, a), or if `certificate` is unknown.
+    **Raises:** InputError if r exceeds min(b, a), if `solution` has other layers or ranks, or if `certificate` is
+    unknown.
     """
     budget.check_fits(stack)
+    if solution is not None:
+        _check_fits(solution.factors, stack, budget)
     best = solve_rasa(stack, budget, solver) if solution is None else solution
+    lora = solve_lora(stack, budget.rank)
     return Gain(
-        e_lora=solve_lora(stack, budget.rank).error,
+        e_lora=lora.error if lora.interval[0] > 0 else 0.0,  # shares of a rounding error mean nothing
         e_allocation=allocation_bound(stack, budget).value,
         e_rasa=best.error,
         floor=lower_bound(stack, budget, certificate),
     )
+
+
+def _check_fits(factors: RasaFactors, stack: LayerStack, budget: RankBudget) -> None:
+    """Raise InputError unless the layers and ranks of `factors` are those of the stack and budget."""
+    b, a = stack.shape
+    expected = (stack.layers, b, a, budget.private_rank, budget.pool_rank(stack.layers))
+    private_B, shared_A = factors.private_B, factors.shared_A
+    actual = (factors.layers, private_B.shape[1], shared_A.shape[1], private_B.shape[2], shared_A.shape[0])
+    if actual != expected:
+        raise InputError(
+            f"the solution has (L, b, a, q, R) = {actual}, stack {stack.name!r} and budget need {expected}", "solution"
+        )

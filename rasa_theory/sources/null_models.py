@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory.common import InputError, at_least, one_of
+from rasa_theory.common import InputError, at_least, one_of, real_number
 from rasa_theory.problem import Factored, LayerStack, LoraFactors, balanced
 from rasa_theory.sources.synthetic import gaussian, seeded_generator
 
@@ -97,7 +97,7 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
         raise InputError(f"rank must be below min(b, a) = {min(b, a)}, got {r}", "rank")
     if m > min(b, a):
         raise InputError(f"count must be at most min(b, a) = {min(b, a)}, got {m}", "count")
-    if not 0 <= size < math.inf:
+    if not 0 <= real_number("size", size) < math.inf:
         raise InputError(f"size must be finite and not negative, got {size}", "size")
     generator = seeded_generator(seed)
     U, V = (torch.linalg.qr(gaussian(generator, n, m)).Q for n in (b, a))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory.common import InputError, at_least
+from rasa_theory.common import InputError, at_least, whole_number
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.sources.catalogue import Catalogue, StackSource
@@ -143,16 +143,17 @@ def singular_values(spectrum: str, count: int) -> Tensor:
     return torch.exp(-decay * (j - 1)) if kind == "exp" else j**-decay
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError for a seed that torch cannot take."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {seed}", "seed")
+def check_seed(seed: int) -> int:
+    """Return the seed as an int. Raises InputError for a seed that torch cannot take."""
+    number = whole_number("seed", seed)
+    if not 0 <= number < 2**63:
+        raise InputError(f"seed must lie between 0 and 2^63 - 1, got {number}", "seed")
+    return number
 
 
 def seeded_generator(seed: int) -> torch.Generator:
     """A generator on the CPU. Raises InputError for a seed that torch cannot take."""
-    check_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(check_seed(seed))
 
 
 def gaussian(generator: torch.Generator, *shape: int) -> Tensor:

@@ -84,3 +84,20 @@ def test_exact_layers_have_no_parts() -> None:
 def test_a_rank_that_does_not_fit_is_refused() -> None:
     with pytest.raises(rt.InputError, match="rank 9 exceeds min"):
         rt.gain(rt.LayerStack(noise(3, 9, 8)), rt.RankBudget(9, 1))
+
+
+def test_layers_of_no_higher_rank_have_no_parts() -> None:
+    """LoRA is exact but for rounding; the residual of a solution is another rounding error, and no share of it."""
+    z = noise(3, 9, 8)
+    parts = rt.gain(rt.LayerStack(z[:, :, :2] @ z[:, :2]), rt.RankBudget(2, 1), rt.SolverOptions(max_sweeps=5))
+    assert (parts.e_lora, parts.allocation, parts.sharing, parts.unknown) == (0, 0, 0, 0)
+    assert parts.e_rasa == pytest.approx(0, abs=1e-20)
+
+
+def test_a_solution_of_other_layers_or_ranks_is_refused() -> None:
+    M, budget, options = noise(3, 9, 8), rt.RankBudget(2, 1), rt.SolverOptions(max_sweeps=1)
+    stack = rt.LayerStack(M)
+    for other, ranks in ((M, rt.RankBudget(3, 1)), (M, rt.RankBudget(2, 2)), (M[:2], budget), (M[:, :5], budget)):
+        solution = rt.solve_rasa(rt.LayerStack(other), ranks, options)
+        with pytest.raises(rt.InputError, match="the solution has"):
+            rt.gain(stack, budget, solution=solution)

@@ -159,6 +159,9 @@ def test_the_seed_alone_decides(made: Any) -> None:
     assert not torch.equal(first, made(4))
     with pytest.raises(rt.InputError, match="seed must lie between 0 and"):
         made(-1)
+    for wrong in (True, 1.5, "1", None):
+        with pytest.raises(rt.InputError, match="seed must be a whole number, got"):
+            made(wrong)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ def test_the_seed_alone_decides(made: Any) -> None:
         (lambda s: null_models.with_hidden_dyads(s, 2, 13), r"count must be at most min\(b, a\) = 12, got 13"),
         (lambda s: null_models.with_hidden_dyads(s, 2, 0), "count must be at least 1, got 0"),
         (lambda s: null_models.with_hidden_dyads(s, 2, size=-1), "size must be finite and not negative, got -1"),
+        (lambda s: null_models.with_hidden_dyads(s, 2, size="1"), "size must be a number, got '1'"),
         (lambda s: null_models.resized(s, 0, 9, 2), "layers must be at least 1, got 0"),
         (lambda s: null_models.resized(s, 2, 4, 5), "count must be at most width = 4, got 5"),
         (lambda s: null_models.resized(s, 2, 9, 2, "equal"), "unknown bases 'equal'; known: independent, "),
