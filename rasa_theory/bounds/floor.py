@@ -1,4 +1,4 @@
-"""The certified floor: the highest of all lower bounds on e_rasa(k) of one kind of certificate."""
+"""The certified floor: the highest lower bound on e_rasa(k) that a certificate allows."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def lower_bound(
 
     It is the highest of these floors. Each is proved in the docstring of the function that computes it.
 
-    - closed: the forms of `closed_floors`, for k, and for r in place of k. The latter hold too, as
+    - closed: the forms of `closed_floors`, for k, and for r in place of k. The floors for k = r are valid too, since
       e_rasa(r) <= e_rasa(k): a pool term can do the work of a private term of one layer, so RaSA factors with k < r
-      are special ones with k = r. They can be the higher ones.
+      are special ones with k = r. They are sometimes higher.
     - dual: also the value of `dual_value` for columns and for rows, where a search ends.
     - two-sided: also the value of `two_sided_value`, where a search ends.
 
-    A floor holds wherever its search ends: it is a formula that holds at every point, with exact spectra in float64,
-    less its rounding. There is no search where nothing is left to decide: for k = 0, and for one layer. Nor is there
-    one where rounding would take off more than e_lora, see `_is_resolved`. Plain CP, k = r, has no dual floor above the
-    closed ones.
+    A floor holds wherever its search ends: it is a formula that holds at every point, computed from float64 spectra,
+    minus a bound on its rounding error. There is no search where nothing is left to decide: for k = 0, and for one
+    layer. Nor is there one where rounding would take off more than e_lora, see `_is_resolved`. Plain CP, k = r, has no
+    dual floor above the closed ones.
 
     **Arguments:**
 

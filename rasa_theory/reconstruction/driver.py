@@ -101,10 +101,10 @@ def study_steps(
             reporter.end_k()
 
             point = StudyPoint(stack, budget, lora, solution, attempts, floor, seconds)
-            row["runs"].append(point.row(settings))
-            row["data_passes"] = stack.data_passes - passes_before
+            run = point.row(settings)
+            passes = stack.data_passes - passes_before
             factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
-            _record(state, stack, row, k, factors)
+            _record(state, stack, row, run, passes, factors)
             yield state
     if not state.results["stacks"]:
         raise InputError("no stack was given")
@@ -121,11 +121,18 @@ def _attempts(
     return attempts
 
 
-def _record(state: StudyState, stack: LayerStack, row: dict[str, Any], k: int, factors: RasaFactors) -> None:
-    """Add a finished point to the state: the row of its stack if it is new, its factors, and the verdict so far."""
+def _record(
+    state: StudyState, stack: LayerStack, row: dict[str, Any], run: dict[str, Any], passes: int, factors: RasaFactors
+) -> None:
+    """Add a finished point to the state: its factors, then its run in the row of its stack, and the verdict so far.
+
+    The run comes last, since a run without factors would be lost to whoever takes the results up.
+    """
+    gathered = factors.sent_to_first()
+    if stack.sharding.processes.first:
+        state.factors |= {f"{stack.name}/{run['k']}/{name}": tensor for name, tensor in gathered.named().items()}
+    row["data_passes"] = passes
+    row["runs"].append(run)
     if len(row["runs"]) == 1:
         state.results["stacks"].append(row)
     state.results["theorem_3_1"] = overall_verdict(state.results)
-    gathered = factors.sent_to_first()
-    if stack.sharding.processes.first:
-        state.factors |= {f"{stack.name}/{k}/{name}": tensor for name, tensor in gathered.named().items()}

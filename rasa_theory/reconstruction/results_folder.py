@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rasa_theory.common import InputError, Plan, RunFolder, write_file, write_json
 from rasa_theory.formats import read_tensors, safetensors_bytes
@@ -31,20 +32,29 @@ class ResultsFolder(RunFolder):
             results = self.recorded()
             if results is None or self.difference() is not None:
                 return None
-            rows = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(ks)]
-            tensors = read_tensors(self.out / "factors.safetensors") if rows else {}
+            complete = [row for row in results["stacks"] if [run["k"] for run in row["runs"]] == list(ks)]
+            tensors = read_tensors(self.out / "factors.safetensors") if complete else {}
         except (InputError, OSError):
             return None
-        keys = [f"{row['name']}/{k}/{factor}" for row in rows for k in ks for factor in _FACTORS]
-        if not rows or not tensors.keys() >= set(keys):
+        rows = [row for row in complete if tensors.keys() >= set(_factor_keys(row, ks))]
+        if not rows:
             return None
-        return StudyState(results | {"stacks": rows}, {key: tensors[key] for key in keys})
+        factors = {key: tensors[key] for row in rows for key in _factor_keys(row, ks)}
+        return StudyState(results | {"stacks": rows}, factors)
 
     def write(self, state: StudyState) -> None:
-        """Write all files of the study, each whole or not at all. Raises InputError if that fails."""
+        """Write all files of the study, each whole or not at all. Raises InputError if that fails.
+
+        The factors come before the results that speak of them, so that a run that dies in between loses nothing.
+        """
         figure = plot_iterations(state.results)
+        write_file(self.out / "factors.safetensors", lambda file: file.write(safetensors_bytes(state.factors)))
         write_json(self.out / "results.json", state.results)
         write_file(self.out / "history.csv", lambda file: file.write(history_csv(state.results).encode()))
-        write_file(self.out / "factors.safetensors", lambda file: file.write(safetensors_bytes(state.factors)))
         write_file(self.out / "iterations.png", lambda file: style.save(figure, file))
         write_file(self.out / "iterations.svg", lambda file: style.save(figure, file, "svg"))
+
+
+def _factor_keys(row: dict[str, Any], ks: Sequence[int]) -> list[str]:
+    """The keys of the factors of one stack in factors.safetensors."""
+    return [f"{row['name']}/{k}/{factor}" for k in ks for factor in _FACTORS]

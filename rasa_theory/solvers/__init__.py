@@ -26,19 +26,20 @@ from rasa_theory.solvers.options import SolverOptions, is_at_most_lora
 from rasa_theory.solvers.race import ahead, with_exchanges
 from rasa_theory.solvers.rasa import RasaSolution, iterate_path, move_to_pool, solve_path, solve_rasa
 from rasa_theory.solvers.rasa_descent import DIVERGED, Callback, Progress, RasaDescent
-from rasa_theory.solvers.starts import (
-    STARTS,
-    Start,
-    allocation_start,
-    common_start,
-    lora_start,
-    pencil_start,
-    random_start,
-)
-from rasa_theory.solvers.sweeps import SWEEPS, CoreSweep, JointSweep, PaperSweep, RasaSweep
+from rasa_theory.solvers.starts import STARTS
+from rasa_theory.solvers.starts.allocation import allocation_start
+from rasa_theory.solvers.starts.common import common_start
+from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.lora import lora_start
+from rasa_theory.solvers.starts.pencil import pencil_start
+from rasa_theory.solvers.starts.random import random_start
+from rasa_theory.solvers.sweeps import SWEEPS
 from rasa_theory.solvers.sweeps.accelerated import ReplayedSweep, SweepOnCore, core_sweeps, sweeps_on
 from rasa_theory.solvers.sweeps.bases import Side
-from rasa_theory.solvers.sweeps.core import gradient
+from rasa_theory.solvers.sweeps.core import CoreSweep, gradient
+from rasa_theory.solvers.sweeps.joint import JointSweep
+from rasa_theory.solvers.sweeps.paper import PaperSweep
+from rasa_theory.solvers.sweeps.protocol import RasaSweep
 from rasa_theory.solvers.updates import joint_sweep, update_private
 
 __all__ = [

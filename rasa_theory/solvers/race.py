@@ -16,32 +16,29 @@ _CLOSE = 0.01  # allocation stays in the race unless another start is lower by m
 _EXCHANGES = 6  # at most
 _NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds race other starts
 
-Extension = Callable[[RasaDescent, int], RasaDescent]
-"""(run, n) -> the run after at most n sweeps more."""
-
 
 class Race:
-    """The runs of `solve_rasa` on one stack and budget: `lowest` is their result.
+    """The runs of `solve_rasa` on one stack and budget.
 
     `previous` is a solution for a smaller k with its terms moved to the pool. It takes part in every race, whatever the
     start of the options is.
     """
 
-    # Which start leads to the lowest minimum cannot be told in advance, and running all to their end would cost six
-    # times as much. So the plan is:
+    # No one can tell in advance which start leads to the lowest minimum, and running all to their end would cost six
+    # times as much. `heats` of the sweep are two total numbers of sweeps, n1 < n2. The plan is:
     #
-    # 1. All starts sweep for the first heat, those with conditions first. One whose error reaches rounding level ends
-    #    the race, since nothing can be lower.
-    # 2. The two lowest sweep until the second heat, and then the lowest alone goes on. Random starts are ahead at times
-    #    after a few sweeps and hardly ever at the end. So allocation stays in both times, unless it is more than 1 %
-    #    behind.
-    # 3. Sweeps find the minimum next to them. From "best", exchanges of pool terms try to leave it. An exchange is
-    #    kept if, after as many sweeps as the second heat has, it is lower than the same run without it. Where sweeps
-    #    are too few for that, or k = 0, there are no exchanges.
+    # 1. All starts that are worth racing do n1 sweeps, those with conditions first. One whose error reaches rounding
+    #    level ends the race, since nothing can be lower.
+    # 2. The two lowest go on to n2 sweeps in all, and then only the lowest stays. Random starts are ahead at times
+    #    after a few sweeps and hardly ever at the end. So both selections also keep allocation, unless it is more than
+    #    1 % behind.
+    # 3. Sweeps converge to the nearest local minimum. From "best", exchanges of pool terms try to escape it. An
+    #    exchange is kept if n2 sweeps from it end lower than n2 more sweeps without it. There are none where the sweep
+    #    limit leaves no room for that, or k = 0.
     # 4. The remaining runs sweep to their end, and the lowest point of all runs is the result.
     #
-    # The lengths of the heats belong to the sweep, since a core sweep does the work of many others. They, the 1 % and
-    # the six exchanges were chosen by trial.
+    # n1 and n2 belong to the sweep, since a core sweep does the work of many others. They, the 1 % and the six
+    # exchanges were chosen by trial.
 
     def __init__(
         self,
@@ -58,8 +55,8 @@ class Race:
         self._previous = previous
         self._first, self._second = SWEEPS[options.sweep].heats
 
-    def lowest(self) -> RasaDescent:
-        """The run with the lowest point."""
+    def run(self) -> RasaDescent:
+        """Run the race. Returns the run that reaches the lowest error."""
         is_race = self._options.start == "best" or self._previous is not None
         runs = self._first_heat(self._first if is_race else self._options.max_sweeps)
         finalists = self._second_heat(runs)
@@ -128,7 +125,7 @@ class Race:
         return self._started(factors, start.name)
 
     def _racers(self) -> Iterator[RasaDescent]:
-        """The runs of all starts; those with conditions go first, if they promise something and begin below e_alloc."""
+        """The runs of all starts; those with conditions go first, if `is_worth_racing` and they begin below e_alloc."""
         e_alloc = allocation_bound(self._unit, self._budget).value
         for start in sorted(STARTS.values(), key=lambda start: start.is_worth_racing is None):
             if start.is_worth_racing is not None and not start.is_worth_racing(self._unit, self._budget):
@@ -159,7 +156,7 @@ def with_exchanges(
     restarted: Callable[[RasaDescent, RasaFactors], RasaDescent],
     heat: Callable[[RasaDescent], RasaDescent],
 ) -> RasaDescent:
-    """The run after exchanges, each kept if a heat from there ends lower than a heat without it.
+    """Try up to six exchanges. After each, sweep both runs for one heat; keep the exchange if it is lower, else stop.
 
     `exchanged` offers other factors or None, `restarted` makes a run from them, and `heat` sweeps a run for a while.
     """

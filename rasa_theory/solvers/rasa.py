@@ -29,12 +29,12 @@ class RasaSolution:
     - layer_errors: its L summands.
     - factors: the `RasaFactors`, in units of the input.
     - history: the squared error after every sweep of the best run, history[0] at its start. After an exchange of pool
-      terms it begins anew, with history[0] behind the exchange.
-    - start: the name of the start that this run came from.
+      terms it begins anew, with history[0] after the exchange.
+    - start: the name of the start that this run came from; "given" for factors of the caller, "previous k" on a path.
     - sweep: the name of the sweep.
     - stop_reason: why it ended.
     - data_passes: how often all of M was read, the race and the final residual included.
-    - cancellation: the largest norm of a term of a layer over ||M_i||.
+    - cancellation: the largest ratio of the norm of a term to ||M_i||.
     """
 
     error: float
@@ -56,7 +56,7 @@ class RasaSolution:
 def solve_rasa(
     stack: LayerStack, budget: RankBudget, options: SolverOptions | None = None, callback: Callback | None = None
 ) -> RasaSolution:
-    """Lower sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 by alternating exact minimisation (He et al., 2025, Section 3).
+    """Minimise sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 locally by alternating minimisation (He et al., 2025).
 
     With starts "best" and "allocation" the error is at most `allocation_bound`, with "lora" at most e_lora, up to
     `stack.rounding` in norm. No start promises the minimum: the problem is not convex.
@@ -64,7 +64,7 @@ def solve_rasa(
     **Arguments:**
 
     - stack: the L updates M_i (b, a).
-    - budget: r ranks a layer, k of them shared.
+    - budget: rank r per layer, k of it shared.
     - options: the start, the sweep and when to stop; the defaults if None.
     - callback: called with a `Progress` after every sweep.
 
@@ -167,7 +167,7 @@ def _lowest(
     if isinstance(options.start, RasaFactors):
         start = _fitting(options.start, stack, budget).scaled(1 / stack.scale)
         options = dataclasses.replace(options, start=start)
-    return Race(stack.unit(), budget, options, in_units(stack, callback), previous).lowest()
+    return Race(stack.unit(), budget, options, in_units(stack, callback), previous).run()
 
 
 def _solution(stack: LayerStack, run: RasaDescent, options: SolverOptions, passes: int) -> RasaSolution:

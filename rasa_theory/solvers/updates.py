@@ -1,8 +1,8 @@
 """The exact block updates, one per equation: (products with M, factors) -> factors.
 
 E_i = M_i - B~_i A~_i - B_S D_i A_S is the residual, `*` the elementwise product. Every update is an *increment* from
-the residual by `linalg.solve_increment`, so that the error never rises, whatever a singular Gram matrix makes it drop.
-All are written for the B side; the A side is the same update of the transposed stack and factors.
+the residual by `linalg.solve_increment`, so that the error never rises, even where directions of a singular Gram
+matrix are dropped. All are written for the B side; the A side is the same update of the transposed stack and factors.
 Nothing here knows of time, stopping or devices.
 """
 
@@ -41,7 +41,7 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
 
 
 def with_private_terms(stack: LayerStack, factors: RasaFactors) -> RasaFactors:
-    """The factors themselves, after `update_private` if no layer has private terms: sweeps need their row spaces."""
+    """Return `factors`. If all private terms are zero, set them by `update_private` first: sweeps need row spaces."""
     private = factors.private_A.abs().amax((1, 2)) if factors.private_A.shape[1] else factors.mixing.new_zeros(0)
     return update_private(stack, factors) if factors.sharding.all_reduce_max(private) == 0 else factors
 
@@ -94,7 +94,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class JointHalf(NamedTuple):
-    """Factors after one half of a joint sweep, or both, and their squared error from the products alone."""
+    """Factors after a half or a whole joint sweep, and their squared error from the products alone."""
 
     factors: RasaFactors
     error: Tensor
@@ -104,7 +104,7 @@ class HalfProducts(NamedTuple):
     """Products in both problems of a joint half; A~_i (q, a), orthonormal rows, and A_S (R, a) are fixed.
 
     MA_i = M_i A_S^T (L, b, R), MAt_i = M_i A~_i^T (L, b, q), W_i = A_S A~_i^T (L, R, q), AA = A_S A_S^T (R, R),
-    C_i = AA - W_i W_i^T (L, R, R), or (1, R, R) if q = 0; `noise` (L, 1) is the rounding error of b^T E_i a.
+    C_i = AA - W_i W_i^T (L, R, R), or (1, R, R) if q = 0; `noise` (L, 1) is the rounding of u^T E_i v for unit u, v.
     """
 
     MA: Tensor
@@ -124,18 +124,18 @@ def joint_half(
     leading: int | None = None,
     algebra: Algebra = _CHECKED,
 ) -> JointHalf:
-    """Minimise over B_S and all B~_i at once, then over all B~_i and D_i, A~_i and A_S held fixed.
+    """With A~_i and A_S fixed: minimise over B_S and all B~_i at once, then over all D_i and B~_i.
 
-    The rows of A~_i are orthonormal, pool columns of unit norm; B~_i is not read. MA_i = M_i A_S^T (L, b, R), MAt_i =
-    M_i A~_i^T (L, b, q). With `leading`, only that many rows of B_S move: the least-squares problem falls apart into
-    rows.
+    The rows of A~_i are orthonormal, columns of B_S and rows of A_S of unit norm; B~_i is not read. MA_i = M_i A_S^T
+    (L, b, R), MAt_i = M_i A~_i^T (L, b, q). With `leading`, only that many rows of B_S move: each row is a
+    least-squares problem of its own.
     """
     # The block updates of the paper crawl where a pool term and a private one nearly agree, since each can only move
     # as far as the other lets it. Here the private terms are eliminated. For fixed A~_i the best B~_i is
     # (M_i - B_S D_i A_S) A~_i^T whatever B_S and D_i are, and it leaves the residual product
     #     E_i A_S^T = P_i - B_S D_i C_i,    P_i = M_i A_S^T - (M_i A~_i^T) W_i^T,
-    # so that the rest is two linear problems: `solve_pool_side` and `solve_mixing_side`. No P_i is formed: as an array
-    # of the size of a product it would cost as much time as the product.
+    # so that the rest is two linear problems: `solve_pool_side` and `solve_mixing_side`. P_i is never formed: writing
+    # an (L, b, R) array takes as long as the product itself.
     _, At, B_S, A_S, D = factors.named().values()
     W = A_S @ At.mT
     AA = A_S @ A_S.mT

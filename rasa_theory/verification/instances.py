@@ -193,7 +193,7 @@ def _rank_deficient(rng: Random) -> Draw:
 
 
 def _extreme(rng: Random) -> Draw:
-    """Norms from 1e-100 to 1e100, or layers of very different norms."""
+    """A scale from 1e-100 to 1e100; in half of the draws each layer also has its own factor from 1e-9 to 1."""
     L, b, a = _sizes(rng)
     values = _normal(rng, L, b, a) * 10.0 ** rng.uniform(-100, 100)
     if rng.random() < 0.5:
