@@ -44,7 +44,7 @@ def rasa_layout(
     shared_B: Tensor,
     shared_A: Tensor,
 ) -> dict[str, Tensor]:
-    """The tensors by key, not copied: B~_i, A~_i and the mixing (q + R,) of every module, and the two sides of the pool."""
+    """The tensors by key, not copied: B~_i, A~_i and the mixing (q + R,) of each module, and the sides of the pool."""
     tensors = {_pool_key(modules.kind, "A"): shared_A, _pool_key(modules.kind, "B"): shared_B}
     for name, Bt, At, d in zip(modules.names, private_B, private_A, mixing, strict=True):
         tensors[_module_key(name, "A")] = At
