@@ -16,7 +16,7 @@ from typing import Any
 from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
-from rasa_theory.common import InputError, environment, read_json
+from rasa_theory.common import InputError, environment, read_run_json
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
     FORMATS,
@@ -192,7 +192,7 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bo
 
 def _earlier_report(out: Path) -> dict[str, Any]:
     print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
-    return read_json(out / "report.json")
+    return read_run_json(out / "report.json")
 
 
 def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:

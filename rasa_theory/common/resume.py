@@ -36,7 +36,7 @@ def plan_of(inputs: Iterable[Path], **fields: Any) -> Plan:
     return plan
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_run_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError if the file cannot be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ class RunFolder:
 
     def recorded(self) -> dict[str, Any] | None:
         """The content of the record, None if there is none. Raises InputError if it cannot be read."""
-        return read_json(self._record) if self._record.exists() else None
+        return read_run_json(self._record) if self._record.exists() else None
 
     def difference(self) -> str | None:
         """The first field in which the recorded plan differs, such as "settings (rank)"; None if none does.
@@ -124,7 +124,7 @@ class PartsFolder(RunFolder):
     def row(self, n: int) -> dict[str, Any] | None:
         """The row of part n; None if that part is not finished."""
         path = self._row(n)
-        return read_json(path) if path.exists() else None
+        return read_run_json(path) if path.exists() else None
 
     def add_row(self, n: int, row: dict[str, Any]) -> None:
         """Write the row of part n. It says that the part is finished, so all other files of the part come before."""
@@ -141,7 +141,7 @@ class PartsFolder(RunFolder):
     def cached(self, name: str) -> Any:
         """The plain data that `compute_once` has written under this name; None if there are none."""
         path = self.parts / name
-        return read_json(path)["kept"] if path.exists() else None
+        return read_run_json(path)["kept"] if path.exists() else None
 
     def compute_once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The plain data that `compute` returns, computed by the first run that asks for this name."""

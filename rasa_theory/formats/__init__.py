@@ -1,7 +1,6 @@
 """Formats of files and names: each read and written in one place."""
 
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.entries import Entry, Exclusion, LeftOut, is_floating
 from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task
 from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_types, oriented
 from rasa_theory.formats.peft import (
@@ -27,6 +26,7 @@ from rasa_theory.formats.safetensors import (
     write_safetensors,
 )
 from rasa_theory.formats.shards import PICKLES
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
 
 __all__ = [
     "CONFIG_FILE",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rasa_theory.formats.entries import Entry
 from rasa_theory.formats.safetensors import opened
 from rasa_theory.formats.shards import find_shards
+from rasa_theory.formats.tensors import Entry
 from rasa_theory.problem import FileRows
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from rasa_theory.formats.entries import Entry
 from rasa_theory.formats.safetensors import read_json
+from rasa_theory.formats.tensors import Entry
 
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 _CONV1D = re.compile(r"(?:\A|\.)(c_attn|q_attn|c_fc|c_proj)(?:\.weight)?\Z")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.entries import Entry, Exclusion, LeftOut, is_floating
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.safetensors import read_json
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
 from rasa_theory.problem import LoraFactors, balanced
 
 CONFIG_FILE = "adapter_config.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rasa_theory.common import InputError, UnsoundFile
-from rasa_theory.formats.entries import Exclusion, LeftOut
 from rasa_theory.formats.safetensors import Header, read_header, read_json
+from rasa_theory.formats.tensors import Exclusion, LeftOut
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_INDEXES = tuple(f"{suffix}.index.json" for suffix in PICKLES)

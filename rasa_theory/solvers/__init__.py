@@ -28,11 +28,11 @@ from rasa_theory.solvers.rasa import RasaSolution, iterate_path, move_to_pool, s
 from rasa_theory.solvers.rasa_descent import DIVERGED, Callback, Progress, RasaDescent
 from rasa_theory.solvers.starts import STARTS
 from rasa_theory.solvers.starts.allocation import allocation_start
-from rasa_theory.solvers.starts.common import common_start
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.common_subspace import common_start
 from rasa_theory.solvers.starts.lora import lora_start
 from rasa_theory.solvers.starts.pencil import pencil_start
 from rasa_theory.solvers.starts.random import random_start
+from rasa_theory.solvers.starts.start import Start
 from rasa_theory.solvers.sweeps import SWEEPS
 from rasa_theory.solvers.sweeps.accelerated import ReplayedSweep, SweepOnCore, core_sweeps, sweeps_on
 from rasa_theory.solvers.sweeps.bases import Side

@@ -15,8 +15,8 @@ from rasa_theory.sources.adapters import open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled
 from rasa_theory.sources.catalogue import Catalogue
-from rasa_theory.sources.checkpoints import open_checkpoint
 from rasa_theory.sources.pair import open_pair
+from rasa_theory.sources.update_files import open_checkpoint
 
 
 def open_source(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rasa_theory.solvers.starts.allocation import ALLOCATION, allocation_start
-from rasa_theory.solvers.starts.common import COMMON, common_start
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.common_subspace import COMMON, common_start
 from rasa_theory.solvers.starts.lora import LORA, lora_start
 from rasa_theory.solvers.starts.pencil import PENCIL, pencil_start
 from rasa_theory.solvers.starts.random import RANDOM, random_start
+from rasa_theory.solvers.starts.start import Start
 
 STARTS: dict[str, Start] = {start.name: start for start in (ALLOCATION, LORA, RANDOM, COMMON, PENCIL)}
 

@@ -6,7 +6,7 @@ import torch
 
 from rasa_theory.bounds import allocate_pool
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.start import Start
 
 
 def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.lora import solve_lora
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.start import Start
 
 
 def lora_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFactors:

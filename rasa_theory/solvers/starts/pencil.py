@@ -12,7 +12,7 @@ from rasa_theory import linalg
 from rasa_theory.bounds import allocation_bound
 from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors, leading_of_all, projected
 from rasa_theory.solvers import updates
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.start import Start
 
 _TRIES = 4  # random pencils, at most
 

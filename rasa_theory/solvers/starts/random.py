@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
-from rasa_theory.solvers.starts.entry import Start
+from rasa_theory.solvers.starts.start import Start
 
 
 def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: float = 0.0) -> RasaFactors:

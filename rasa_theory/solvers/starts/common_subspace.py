@@ -20,8 +20,8 @@ from rasa_theory.problem import (
     squared_error,
 )
 from rasa_theory.solvers import updates
-from rasa_theory.solvers.starts.entry import Start
 from rasa_theory.solvers.starts.pencil import beside_pool, pencil_pool
+from rasa_theory.solvers.starts.start import Start
 
 _TRIES = 6  # random pencils, at most
 _SWEEPS = 10  # of alternating least squares after each
