@@ -55,9 +55,9 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
 def closed_floors(stack: LayerStack, budget: RankBudget) -> list[Bound]:
     """All floors in closed form, below e_rasa(k), for both orientations, less their rounding. They can be negative.
 
-    Each is proved in the docstring of its function: `rank_floor`, `stack_floor`, `clipped_floor` and `split_floor`,
-    the last with N of `cappings` at L r and at 3/2 L r. Transposing every M_i transposes the updates of the budget, so
-    floors of the transposed stack hold as well. Values are squared and in the units of the stack.
+    Each is proved in the docstring of its function: `rank_floor`, `stack_floor`, `clipped_floor` and `split_floor`, the
+    last with every T of `cappings` at L r and at 3/2 L r. Transposing every M_i transposes the updates of the budget,
+    so floors of the transposed stack hold as well. Values are squared and in the units of the stack.
 
     Raises InputError if r > min(b, a).
     """

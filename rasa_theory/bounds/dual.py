@@ -87,7 +87,11 @@ def dual_value(view: LayerStack, budget: RankBudget, F: Tensor) -> float:
 
 
 def rounding_allowance(terms: int, m: int, energy: float) -> float:
-    """Error of three sums of at most m eigenvalues each, of matrices with `terms` roundings of size eps `energy`."""
+    """An upper bound on the rounding error of three sums of at most m eigenvalues each.
+
+    The matrices have `terms` roundings of size eps `energy`. The 30 is three sums, times 10 for the constants of
+    eigenvalue solvers.
+    """
     return 30 * math.sqrt(m + 1) * terms * torch.finfo(torch.float64).eps * energy
 
 

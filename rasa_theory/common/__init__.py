@@ -1,4 +1,4 @@
-"""What every room uses: errors, checks of what enters, files written whole, versions and hardware."""
+"""Used by all rooms: errors, checks of options, files written whole, runs that resume, tables, versions, hardware."""
 
 from rasa_theory.common.checks import at_least, fraction, one_of, positive, real_number, whole_number
 from rasa_theory.common.environment import environment

@@ -1,4 +1,4 @@
-"""What is to be reconstructed: stacks of updates, budgets, factors, residuals, and facts about them."""
+"""The problem to solve: stacks of updates, budgets, factors, residuals, and facts about them."""
 
 from rasa_theory.problem import subspaces
 from rasa_theory.problem.budget import RankBudget

@@ -68,6 +68,8 @@ class StackSpectra:
 class ExactDecompositions:
     """Exact decompositions of M / power, each computed at its first use and cached.
 
+    `power` is the power of two just above the largest entry of M.
+
     SVDs larger than a quarter of the stack's `memory` are written to a temporary file of 8 L min(b, a) (b + a) bytes.
     """
 

@@ -24,7 +24,7 @@ _SHOWN = 5
 
 
 class Load(Protocol):
-    """Reads a stack."""
+    """A function that reads a stack. None leaves dtype or device to `LayerStack`; see `StackSource`."""
 
     def __call__(
         self,

@@ -34,7 +34,7 @@ def instances_in_turn(families: Sequence[str], count: int, seed: int) -> Iterato
 
 
 def suitable_jobs(instances: int) -> int:
-    """Number of processes: one for each available processor and for each 25 instances, at least 1."""
+    """The smaller of the number of available processors and instances // 25, but at least 1."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, instances // _WORTH_A_PROCESS))
 
