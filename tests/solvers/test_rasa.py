@@ -363,6 +363,7 @@ def test_on_a_border_rank_tensor_the_error_falls_while_the_terms_grow(sweep):
     assert sizes[0] < sizes[1] < sizes[2]
 
 
+@pytest.mark.slow
 def test_terms_stay_as_small_as_asked_and_the_price_is_small():
     """On a crop of the bundled updates; stopped at 2, then at 8, then never, and the error hardly differs."""
     stack = LayerStack(load("minilm-code")[0][0].values[:, :96, :96])
