@@ -69,12 +69,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ),
     )
     add = parser.add_argument
-    add("--instances", type=int, metavar="N", help=f"so many, of the families in turn ({_INSTANCES})")
+    add("--instances", type=int, metavar="N", help=f"number of instances, of the families in turn ({_INSTANCES})")
     add("--seed", type=int, metavar="S", help="of everything random (0)")
     add("--families", metavar="A,B", help="only these (all); --list names them")
-    add("--sweeps", type=int, metavar="N", help=f"at most so many for an answer ({VerificationSettings().sweeps})")
+    add("--sweeps", type=int, metavar="N", help=f"maximum number of sweeps ({VerificationSettings().sweeps})")
     add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
-    add("--jobs", type=int, metavar="N", help="so many processes (one per processor if that is worth it)")
+    add("--jobs", type=int, metavar="N", help="number of processes (one per processor if that is worth it)")
     add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
     add("--list", action="store_true", help="say what the families and laws are")
     add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
