@@ -221,8 +221,8 @@ def dora(rng: Random, size: Size) -> Array:
     W = normal(rng, size.b, size.a)
     V = W + 0.5 * low_rank(rng, size.rank, size.layers, size.b, size.a)
     lengths = np.linalg.norm(W, axis=0) * (1 + 0.1 * rng.standard_normal((size.layers, 1, size.a)))
-    present: Array = np.linalg.norm(V, axis=1, keepdims=True)
-    return V / present * lengths - W
+    change: Array = V / np.linalg.norm(V, axis=1, keepdims=True) * lengths - W
+    return change
 
 
 def permuted_neurons(rng: Random, size: Size) -> Array:
@@ -239,9 +239,8 @@ def drift(rng: Random, size: Size) -> Array:
 
 def two_clusters(rng: Random, size: Size) -> Array:
     """Two groups of layers; those of a group have a part in common."""
-    parts = own_parts(rng, size)
-    group = rng.permutation(np.arange(size.layers) % 2)
-    return scales(rng, size.layers, 1, 1) * parts[group] + 0.5 * own_parts(rng, size)
+    parts: Array = own_parts(rng, size)[rng.permutation(np.arange(size.layers) % 2)]
+    return scales(rng, size.layers, 1, 1) * parts + 0.5 * own_parts(rng, size)
 
 
 def neighbours(rng: Random, size: Size) -> Array:
