@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,10 @@ from rasa_theory.linalg import dense
 # leaves a few eps of a column that truly depends on them. A larger limit would lose columns at small angles: in float32
 # two pool terms at an angle of 3e-5 are still two directions.
 _DEPENDENT = 100
+
+# Random columns take the place of dependent ones. They may depend on the others, too: a basis that grew for many rounds
+# holds the columns of the same seeds from earlier ones. Each attempt takes the next seed.
+_ATTEMPTS = 50
 
 # The second pass of `cholesky_qr` mends the first if Q^T Q is within 1/2 of I, in the Frobenius norm. The condition of
 # Q^T Q is then at most 3, so its Cholesky factorisation cannot fail and is accurate to rounding.
@@ -61,19 +68,21 @@ def orthonormal_rows(A: Tensor) -> tuple[Tensor, Tensor]:
     return T.mT, Q.mT
 
 
-def orthonormal_columns(X: Tensor) -> Tensor:
+def orthonormal_columns(X: Tensor, seeds: Iterator[int] | None = None) -> Tensor:
     """Orthonormal Q (..., n, min(n, m)): its first j columns span the first j columns of X (..., n, m), for every j.
 
-    A column that depends on earlier ones is replaced by a random one before the factorisation. QR would put an
-    arbitrary direction in its place, and later columns would lose their part along that direction.
+    A column that depends on earlier ones is replaced by a random one before the factorisation, of the next of `seeds`.
+    QR would put an arbitrary direction in its place, and later columns would lose their part along that direction.
     """
     X = unit_columns(X)
-    Q, T = thin_qr(X)
-    depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
-    if bool(depends.any()):
+    for seed in itertools.islice(seeds or itertools.count(X.shape[-1]), _ATTEMPTS):
+        Q, T = thin_qr(X)
+        depends = T.diagonal(dim1=-2, dim2=-1).abs() <= _dependent(X)
+        if not bool(depends.any()):
+            return Q
         depends = torch.nn.functional.pad(depends, (0, X.shape[-1] - depends.shape[-1]))
-        Q, T = thin_qr(torch.where(depends.unsqueeze(-2), random_columns(X, X.shape[-1]), X))
-    return Q
+        X = torch.where(depends.unsqueeze(-2), random_columns(X, seed), X)
+    raise dense.LinAlgError("no orthonormal basis was found; are the columns finite?")
 
 
 def unit_columns(X: Tensor) -> Tensor:
@@ -119,16 +128,20 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     """Orthonormal columns Q orthogonal to U (..., b, n), n + m <= b, such that U and Q together span X (..., b, m).
 
     If a column of X depends on U and on earlier columns, a random one takes its place. This is block Gram-Schmidt. The
-    second pass makes the columns orthogonal to rounding. The first pass may insert random columns, which are new to
-    the second, so there is a third.
+    second pass makes the columns orthogonal to rounding. Passes that insert random columns need others after them.
     """
+    if U.shape[-1] == 0 or X.shape[-1] == 0:
+        return orthonormal_columns(X)
+    seeds = itertools.count(U.shape[-1])
     X = unit_columns(X)
-    remaining = torch.linalg.vector_norm(outside(U, X), dim=-2, keepdim=True)
-    if bool((depends := remaining <= _dependent(X)).any()):
-        X = torch.where(depends, random_columns(X, U.shape[-1]), X)
-    for _ in range(3):
-        X = orthonormal_columns(outside(U, X))
-    return X
+    for n in range(_ATTEMPTS):
+        inside = U.mT @ X
+        if n >= 2 and bool(inside.abs().max() <= _dependent(X)):
+            return X
+        rest = X - U @ inside
+        depends = torch.linalg.vector_norm(rest, dim=-2, keepdim=True) <= _dependent(X)
+        X = orthonormal_columns(torch.where(depends, random_columns(X, next(seeds)), rest), seeds)
+    raise dense.LinAlgError("no basis beside the given one was found; are both finite, and is there room for it?")
 
 
 def outside(U: Tensor, X: Tensor) -> Tensor:

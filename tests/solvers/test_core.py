@@ -191,3 +191,20 @@ def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
     run = solve_rasa(stack, budget, SolverOptions(start="allocation", max_sweeps=15, rtol=0, max_cancellation=20))
     assert run.error <= plain_run.error
     assert stack.data_passes - passes <= 32  # the start's residual and the final one on top
+
+
+@pytest.mark.parametrize("scale", [0.37, 0.61, 1.0])
+def test_bases_stay_orthonormal_where_the_layers_share_their_singular_vectors(scale):
+    """New directions of one layer then lie in the bases of others, round after round."""
+    rng = np.random.default_rng(0)
+    U, V = np.linalg.qr(rng.standard_normal((20, 20)))[0][:, :18], np.linalg.qr(rng.standard_normal((18, 18)))[0]
+    S = [rng.standard_normal(18) * np.arange(1, 19) ** -0.5 for _ in range(4)]
+    unit = LayerStack(scale * np.stack([(U * s) @ V.T for s in S])).unit()
+    sweep = CoreSweep(unit)
+    state = sweep.begin(allocation_start(unit, RankBudget(3, 1)).normalised(), 0.0)
+    for _ in range(3):
+        state, error = sweep(state)
+        for side in (state.columns, state.rows):
+            assert largest(side.U.mT @ side.U - torch.eye(side.width, dtype=side.U.dtype)) <= 1e-12
+        direct = reconstruction_error(unit, sweep.point(state))
+        assert abs(error - direct) <= 1e-12 * unit.norm_squared
