@@ -13,4 +13,5 @@ interrupted run goes on where it stopped. Errors are squared norms over ||M||^2.
                             of 20 random starts of CP codes of others
     best_found.csv          one row per problem and effort: the solver's error, seconds, stop reason and largest term
                             beside the reference
+    best_found.png          errors of both over the reference, in rising order
 """

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,13 @@ import torch
 import rasa_theory as rt
 from experiments.benchmark.codes import their_sweeps
 from experiments.best_found import __doc__ as description
-from experiments.best_found.kinds import Array, Problem, Size, problems
+from experiments.best_found.compare import CODES, excess, lines, plot, rounding
+from experiments.best_found.kinds import WHOLE, Array, Problem, Size, problems
 from experiments.best_found.reference import Model, search
 from experiments.support.rows import Row, Table
+from rasa_theory.plotting import style
 
 KEY = ("kind", "layers", "b", "a", "rank", "k", "seed")
-CODES = ("tensorly", "pyttb")
 CODE_COLUMNS = tuple(f"{code}{which}" for code in CODES for which in ("", "_unbounded"))
 REFERENCE = (
     *KEY, "e_lora", "allocation", "reference", "unbounded", "best_of_24", "share", "start", "cancellation", "seconds",
@@ -31,19 +30,15 @@ OURS = (
     *KEY, "effort", *COPIED, "reference_seconds", "error", "seconds", "cancellation", "stop_reason", "start",
     "sweeps", "data_passes",
 )  # fmt: skip
+MOST_STARTS = {WHOLE: 20}
+"""Sizes at which 50 starts would take too long."""
 EFFORTS = {"default": rt.SolverOptions()}
-LIMIT = 8.0
 
 
 def key(problem: Problem) -> Row:
     size = problem.size
     values = (problem.kind, size.layers, size.b, size.a, size.rank, size.k, problem.seed)
     return dict(zip(KEY, values, strict=True))
-
-
-def rounding(row: Row) -> float:
-    """The size of errors that count as 0: a millionth of e_lora, where plain descent ends on planted factors."""
-    return max(1e-6 * float(row["e_lora"]), 1e-12)
 
 
 def problem_of(row: Row) -> Problem:
@@ -102,7 +97,7 @@ def run_reference(path: Path, chosen: list[Problem], starts: int, iterations: in
     for problem in chosen:
         if key(problem) in table:
             continue
-        row = reference_row(problem, starts, iterations)
+        row = reference_row(problem, min(starts, MOST_STARTS.get(problem.size, starts)), iterations)
         table.add([row])
         lora = max(row["e_lora"], 1e-12)
         print(
@@ -139,19 +134,6 @@ def our_row(problem: Problem, effort: str, reference: Row) -> Row:
     )
 
 
-def excess(row: Row) -> float:
-    """The solver's error over the reference, less 1: negative where the solver is lower. About 0 where both are 0.
-
-    The reference is the lowest of the plain search and of CP codes whose results keep the bound on terms.
-    """
-    reference, nothing = lowest(row), rounding(row)
-    return float(max(row["error"], nothing) / max(reference, nothing)) - 1
-
-
-def lowest(row: Row) -> float:
-    return float(min(row[name] for name in ("reference", *CODES) if row[name] is not None))
-
-
 def run_ours(path: Path, references: list[Row], effort: str) -> None:
     torch.set_num_threads(1)
     table = Table(path, OURS, (*KEY, "effort"))
@@ -166,24 +148,6 @@ def run_ours(path: Path, references: list[Row], effort: str) -> None:
             f"{100 * excess(row):+.3f} %, {row['seconds']:.2f} s, {row['stop_reason']}",
             flush=True,
         )
-
-
-def lines(rows: list[Row]) -> Iterator[str]:
-    """A line per effort and kind: problems, how many are above the reference, the worst, and seconds."""
-    head = f"{'kind':28} {'n':>4} {'>0.1%':>6} {'>1%':>5} {'<-0.1%':>6} {'worst':>9} {'median s':>9}"
-    for effort in dict.fromkeys(row["effort"] for row in rows):
-        group = [row for row in rows if row["effort"] == effort]
-        yield f"effort {effort}; errors over the reference"
-        yield head
-        for kind in (*dict.fromkeys(row["kind"] for row in group), "all"):
-            own = [row for row in group if kind in (row["kind"], "all")]
-            over = [excess(row) for row in own]
-            counts = (sum(x > 1e-3 for x in over), sum(x > 1e-2 for x in over), sum(x < -1e-3 for x in over))
-            seconds = statistics.median(row["seconds"] for row in own)
-            over_0, over_1, under = counts
-            yield f"{kind:28} {len(own):4} {over_0:6} {over_1:5} {under:6} {100 * max(over):+8.3f}% {seconds:9.2f}"
-        outside = sum(row["cancellation"] > LIMIT * (1 + 1e-6) for row in group)
-        yield f"{outside} of {len(group)} answers lie outside the bound on terms"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -210,4 +174,6 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.command == "ours":
         run_ours(ours, [row for row in Table(references, STARTS, KEY).rows if is_chosen(row)], options.effort)
     else:
-        print("\n".join(lines(Table(ours, OURS, (*KEY, "effort")).rows)))
+        rows = Table(ours, OURS, (*KEY, "effort")).rows
+        print("\n".join(lines(rows)))
+        style.save(plot(rows), options.out / "best_found.png")

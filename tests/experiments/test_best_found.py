@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.best_found import run
+from experiments.best_found import compare, run
 from experiments.best_found.kinds import SIZES, SYNTHETIC, Array, Problem, Size, basis, problems
 from experiments.best_found.reference import Model, Point, added, balanced, search, start
 from experiments.support.rows import read_rows
@@ -180,5 +180,30 @@ def test_an_interrupted_run_goes_on_and_the_solver_stands_beside_the_reference(t
     run.main(["ours", *options])
     ours = read_rows(tmp_path / "best_found.csv")
     assert [row["reference"] for row in ours] == [row["reference"] for row in rows]
-    assert max(map(run.excess, ours)) < 1e-3  # the optimum is known, and both reach it
-    assert "two_copies" in "\n".join(run.lines(ours))
+    assert max(map(compare.excess, ours)) < 1e-3  # the optimum is known, and both reach it
+    run.main(["table", *options])
+    assert (tmp_path / "best_found.png").exists()
+
+
+def ours(error: float, reference: float, seconds: float = 1.0, **more: object) -> dict[str, object]:
+    row = {"kind": "one", "effort": "default", "e_lora": 1.0, "reference": reference, "error": error}
+    row |= {"seconds": seconds, "cancellation": 1.0, "best_of_24": reference, "tensorly": None, "pyttb": None}
+    return row | more
+
+
+def test_excess_is_over_the_lowest_admissible_error_and_ignores_rounding() -> None:
+    assert compare.excess(ours(0.55, 0.5)) == pytest.approx(0.1)
+    assert compare.excess(ours(0.55, 0.6, pyttb=0.5)) == pytest.approx(0.1)
+    assert compare.excess(ours(0.45, 0.5)) == pytest.approx(-0.1)
+    assert compare.excess(ours(1e-30, 1e-9)) == compare.excess(ours(1e-9, 1e-30)) == 0
+
+
+def test_the_table_counts_what_is_above_and_below() -> None:
+    rows = [ours(0.5, 0.5), ours(0.501, 0.5), ours(0.51, 0.5, 3.0), ours(0.49, 0.5, cancellation=9.0)]
+    rows[0]["best_of_24"] = 0.6
+    *_, one, _, plain, outside = compare.lines(rows)
+    assert one.split() == ["one", "4", "2", "1", "1", "+2.000%", "1.00"]
+    assert plain.endswith("alone: 1 above 0.1 %")
+    assert outside.endswith(": 1")
+    heights = {float(y) for line in compare.plot(rows).axes[0].get_lines() for y in line.get_ydata()}
+    assert {100 * compare.excess(row) for row in rows} <= heights

@@ -1,0 +1,73 @@
+"""Errors beside the reference: in numbers, in lines of text, and in a figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.support.rows import Row
+from rasa_theory.plotting import style
+
+CODES = ("tensorly", "pyttb")
+LIMIT = 8.0
+
+
+def rounding(row: Row) -> float:
+    """The size of errors that count as 0: a millionth of e_lora, where plain descent ends on planted factors."""
+    return max(1e-6 * float(row["e_lora"]), 1e-12)
+
+
+def lowest(row: Row) -> float:
+    """The reference: the lowest error of the plain search, and of CP codes whose results keep the bound on terms."""
+    return float(min(row[name] for name in ("reference", *CODES) if row[name] is not None))
+
+
+def excess(row: Row, column: str = "error") -> float:
+    """An error over the reference, less 1: negative where it is lower. Errors below `rounding` count as equal."""
+    reference, nothing = lowest(row), rounding(row)
+    return float(max(row[column], nothing) / max(reference, nothing)) - 1
+
+
+def efforts(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each effort of the solver, in order of appearance."""
+    names = dict.fromkeys(row["effort"] for row in rows)
+    return {name: [row for row in rows if row["effort"] == name] for name in names}
+
+
+def lines(rows: list[Row]) -> Iterator[str]:
+    """A line per effort and kind: the number of problems above and below the reference, the worst, and seconds."""
+    for effort, group in efforts(rows).items():
+        yield f"effort {effort}, errors over the reference"
+        yield f"{'kind':30} {'n':>4} {'>0.1%':>6} {'>1%':>5} {'<-0.1%':>6} {'worst':>9} {'median s':>9}"
+        for kind in (*sorted({row["kind"] for row in group}), "all"):
+            own = [row for row in group if kind in (row["kind"], "all")]
+            over = [excess(row) for row in own]
+            above, far, below = (sum(one) for one in zip(*((x > 1e-3, x > 1e-2, x < -1e-3) for x in over), strict=True))
+            seconds = statistics.median(row["seconds"] for row in own)
+            yield f"{kind:30} {len(own):4} {above:6} {far:5} {below:6} {100 * max(over):+8.3f}% {seconds:9.2f}"
+        plain = sum(excess(row, "best_of_24") > 1e-3 for row in group)
+        yield f"the first 24 starts of the plain search alone: {plain} above 0.1 %"
+        outside = sum(row["cancellation"] > LIMIT * (1 + 1e-6) for row in group)
+        yield f"answers outside the bound on terms: {outside}"
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Errors over the reference in rising order: of the solver at each effort, and of 24 plain starts."""
+    figure = style.new_figure(3.6)
+    ax = style.panels(figure)[0, 0]
+    groups = efforts(rows)
+    curves = {f"solver, effort {name}": (group, "error") for name, group in groups.items()}
+    curves["24 starts of the plain search"] = (next(iter(groups.values())), "best_of_24")
+    for (label, (group, column)), color in zip(curves.items(), style.COLOURS, strict=False):
+        heights = sorted(100 * excess(row, column) for row in group)
+        ax.plot(np.linspace(0, 1, len(heights)), heights, color=color, label=label)
+    ax.axhline(0, color=style.GREY, linewidth=0.8, zorder=0)
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set_xlim(0, 1)
+    style.grid(ax)
+    style.name(ax, "share of the problems", "error over the reference, %")
+    style.legend(ax, loc="upper left")
+    return figure
