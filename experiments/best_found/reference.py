@@ -299,6 +299,7 @@ class Result:
     """Squared errors: the lowest of all, the lowest without the bound, and the end of each start in order.
 
     `cancellation` is the largest norm of a term at the best point over ||M_i||. `start` is the kind of its start.
+    `seconds` are of the processor.
     """
 
     error: float
@@ -324,7 +325,7 @@ def search(
     M: Array, rank: int, k: int, starts: int = 50, seed: int = 0, sweeps: int = 40, iterations: int = 600
 ) -> Result:
     """The lowest errors of `starts` starts, whose kinds take turns, on a stack M (L, b, a)."""
-    model, began = Model(M, rank, k), time.perf_counter()
+    model, began = Model(M, rank, k), time.process_time()
     ends: list[tuple[float, str, Point]] = []
     unbounded = np.inf
     for n in range(starts):
@@ -349,5 +350,5 @@ def search(
         raise ArithmeticError("the best point lies outside the bound")
     return Result(
         error=best[0], unbounded=unbounded, errors=[error for error, *_ in ends], start=best[1],
-        cancellation=model.limit * model.largest(best[2]) ** 0.5, seconds=time.perf_counter() - began, point=best[2],
+        cancellation=model.limit * model.largest(best[2]) ** 0.5, seconds=time.process_time() - began, point=best[2],
     )  # fmt: skip
