@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.support.rows import Row, Table
+from rasa_theory.distributed import end_with_parent
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_attempt, random_start
 from rasa_theory.sources import synthetic_stack
@@ -152,7 +153,7 @@ def case_of(row: Row) -> Case:
 
 def perform(missing: Sequence[Case], table: Table, jobs: int) -> None:
     """Run attempts over `jobs` processes, and add each to the table as it ends."""
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, end_with_parent) as pool:
         for row in tqdm(pool.imap_unordered(attempt, missing), total=len(missing), mininterval=10):
             table.add([{key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}])
 

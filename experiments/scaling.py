@@ -37,7 +37,7 @@ import torch.distributed as dist
 from experiments.support.rows import Row, read_rows, write_rows
 from experiments.support.timing import timed
 from rasa_theory import LayerStack, RankBudget, RasaFactors, solve_lora
-from rasa_theory.distributed import ALONE, LayerSharding, Processes
+from rasa_theory.distributed import ALONE, LayerSharding, Processes, end_with_parent
 from rasa_theory.plotting import style
 from rasa_theory.solvers import updates
 
@@ -141,6 +141,7 @@ def _least(action: Any, count: int = 5) -> float:
 
 
 def _work(process: int, world_size: int, port: int, tasks: list[Task], pipe: Any) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     meeting = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=meeting, rank=process, world_size=world_size)

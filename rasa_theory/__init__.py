@@ -1,5 +1,15 @@
 """How much more rank-sharing adapters (RaSA) express than LoRA, and why: reconstruction of fine-tuning updates."""
 
+import os
+
+# Threads of OpenMP wait for each other by spinning. On a machine with other users a thread then spins on the very core
+# that the awaited one needs, and small steps take many times longer. Passive threads sleep instead. OpenMP reads this
+# once, when torch is loaded, so it stands here, before any import of torch. A value that the user has set stays, and
+# a program that has imported torch before this package keeps torch's waiting.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # ms: LLVM's and Intel's OpenMP spin that long before they sleep
+
 from rasa_theory import adapter, methods
 from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.common import InputError, __version__

@@ -25,6 +25,7 @@ from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Setti
 from experiments.train_adapters.starts import TARGETS, factors_of_data, kinds, start_from, updates
 from experiments.train_adapters.training import look, retrieval, train
 from rasa_theory import adapter as adapters
+from rasa_theory.distributed import end_with_parent
 from rasa_theory.problem import compute_device
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -156,7 +157,7 @@ def perform(
         return
     tasks = [(run, task, device, tuning, keep) for run in missing]
     started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks)), maxtasksperchild=12) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks)), end_with_parent, maxtasksperchild=12) as pool:
         for n, row in enumerate(pool.imap_unordered(_execute, tasks)):
             rows.add(row)
             left = (time.perf_counter() - started) / (n + 1) * (len(tasks) - n - 1)

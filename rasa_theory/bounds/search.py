@@ -205,15 +205,16 @@ class Search:
         limit = min(_STAGE, self.options.max_iterations - self._iteration)
         settings = {"maxiter": limit, "maxcor": _MEMORY, "ftol": _DECREASE * self.options.rtol, "gtol": 0.0}
         try:
-            self._x = scipy.optimize.minimize(
-                self._evaluate,
-                self._x,
-                args=(mu,),
-                jac=True,
-                method="L-BFGS-B",
-                callback=lambda _: self._end_iteration(deadline),
-                options=settings,
-            ).x
+            with linalg.suitable_threads(self.solution[0]):  # blocks are small even where the layers are not
+                self._x = scipy.optimize.minimize(
+                    self._evaluate,
+                    self._x,
+                    args=(mu,),
+                    jac=True,
+                    method="L-BFGS-B",
+                    callback=lambda _: self._end_iteration(deadline),
+                    options=settings,
+                ).x
         except linalg.LinAlgError:
             self._gap = 0.0  # a line search that left the range of numbers; the solution is as good as before
 

@@ -1,7 +1,9 @@
-"""Several processes: collectives, layers sharded over them, and how torchrun starts them."""
+"""Several processes: collectives, layers sharded over them, and how torchrun starts them; workers that end with
+their parent."""
 
 from rasa_theory.distributed.collectives import lacks_memory
 from rasa_theory.distributed.launch import first_launched, launched, local_process, meeting
+from rasa_theory.distributed.parents import end_with_parent
 from rasa_theory.distributed.processes import ALONE, Processes
 from rasa_theory.distributed.sharding import LayerSharding, balanced_shares
 
@@ -10,6 +12,7 @@ __all__ = [
     "LayerSharding",
     "Processes",
     "balanced_shares",
+    "end_with_parent",
     "first_launched",
     "lacks_memory",
     "launched",

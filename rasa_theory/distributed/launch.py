@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from rasa_theory.common import ProcessLost
+from rasa_theory.distributed.parents import end_with_parent
 from rasa_theory.distributed.processes import ALONE, PATIENCE, Processes
 
 
@@ -54,6 +55,7 @@ def meeting() -> Iterator[Processes]:
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
     signal.signal(signal.SIGTERM, _ended)
+    end_with_parent()  # torchrun ends its processes, unless it is killed itself
     store, process, world_size = next(rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(backend, store=store, rank=process, world_size=world_size, timeout=PATIENCE)
     yield Processes(dist.group.WORLD, store)

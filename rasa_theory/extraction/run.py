@@ -82,7 +82,9 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
                 show(folder.finished_parts, f"{source.name}: reading")
                 stack = source.load(job.dtype, job.device)
                 callback = _solver_progress(show, folder, source)
-                folder.add(n, extract_stack(stack, job.modules[n], job.settings, ranks[n], callback))
+                with stack.suitable_threads():
+                    extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], callback)
+                folder.add(n, extracted)
             for n in _shares(job.unnamed, processes)[process]:
                 if processes.board.ending:
                     break

@@ -12,7 +12,6 @@ from rasa_theory.linalg.dense import (
     product,
     rounding,
     singular_values,
-    suitable_threads,
     svd,
     svd_by_qr_iteration,
     symmetric_eigenpairs,
@@ -31,6 +30,7 @@ from rasa_theory.linalg.solve import (
     solve_increment,
     solve_layers,
 )
+from rasa_theory.linalg.threads import one_thread, suitable_threads, suitable_threads_for_stack
 
 __all__ = [
     "Algebra",
@@ -46,6 +46,7 @@ __all__ = [
     "largest_nonnegative",
     "leading_eigenpairs",
     "not_above",
+    "one_thread",
     "orthogonal",
     "pencil_eigenvectors",
     "product",
@@ -56,6 +57,7 @@ __all__ = [
     "solve_increment",
     "solve_layers",
     "suitable_threads",
+    "suitable_threads_for_stack",
     "svd",
     "svd_by_qr_iteration",
     "symmetric_eigenpairs",

@@ -11,30 +11,13 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-_SMALL = 512 * 512  # entries of a matrix up to which one thread is as fast as several
+from rasa_theory.linalg.threads import suitable_threads, suitable_threads_for_scipy
+
 _SUMMATION = 1e-12  # relative: far above the rounding of a sum of energies, far below any useful share of it
 # A loss of n eps sigma_1^2 raises the norm of an error sqrt(e) by at most n eps sigma_1^2 / (2 sqrt(e)). For
 # e >= sigma_1^2 / 400 this is 10 n eps sigma_1, which `rounding` allows.
 _GRAM_MARGIN = 400
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def suitable_threads(matrix: Tensor) -> Iterator[None]:
-    """Run on one thread of the CPU where the matrices (..., b, a) are small, b a <= 512^2.
-
-    There, threads gain nothing even on idle cores. They wait at barriers by spinning, so a batch of small
-    decompositions gets many times slower if another process wants the cores. Large matrices use torch's threads.
-    """
-    threads = torch.get_num_threads()
-    if matrix.device.type != "cpu" or threads == 1 or math.prod(matrix.shape[-2:]) > _SMALL:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +50,9 @@ def singular_values(matrix: Tensor) -> Tensor:
 def svd_by_qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The result of `svd` by LAPACK's gesvd on the CPU: slower than divide and conquer, but it hardly ever fails."""
     b, a = matrix.shape[-2:]
-    parts = [
-        scipy.linalg.svd(m.cpu().numpy(), full_matrices=False, lapack_driver="gesvd") for m in matrix.reshape(-1, b, a)
-    ]
+    layers = matrix.reshape(-1, b, a).cpu()
+    with suitable_threads_for_scipy(layers):
+        parts = [scipy.linalg.svd(m.numpy(), full_matrices=False, lapack_driver="gesvd") for m in layers]
     U, S, Vh = (torch.stack([torch.as_tensor(p[j]) for p in parts]).to(matrix.device) for j in range(3))
     lead = matrix.shape[:-2]
     return U.reshape(*lead, *U.shape[1:]), S.reshape(*lead, S.shape[1]), Vh.reshape(*lead, *Vh.shape[1:])
@@ -95,8 +78,10 @@ def pencil_eigenvectors(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x and y are complex. The two columns of a complex pair are the real and the imaginary part of its eigenvector.
     Columns have unit norm. It runs on the CPU in float64, and raises LinAlgError if the iteration fails.
     """
+    X, Y = X.cpu(), Y.cpu()
     try:
-        (x, y), V = scipy.linalg.eig(X.cpu().numpy(), Y.cpu().numpy(), homogeneous_eigvals=True)
+        with suitable_threads_for_scipy(X):
+            (x, y), V = scipy.linalg.eig(X.numpy(), Y.numpy(), homogeneous_eigvals=True)
     except (np.linalg.LinAlgError, ValueError) as error:  # no convergence; entries that are not finite
         raise LinAlgError(str(error)) from None
     real = np.where(x.imag < 0, V.imag, V.real)
@@ -162,9 +147,10 @@ def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenpairs of one symmetric matrix, ascending: (n, n) -> (count,), (n, count)."""
     n = gram.shape[0]
     if gram.device.type == "cpu" and 4 * count < n:
-        values, vectors = scipy.linalg.eigh(
-            gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
-        )
+        with suitable_threads_for_scipy(gram):
+            values, vectors = scipy.linalg.eigh(
+                gram.numpy(), subset_by_index=[n - count, n - 1], driver="evr", check_finite=False
+            )
         if len(values) == count:  # LAPACK syevr sometimes returns too few where eigenvalues coincide
             return torch.from_numpy(values), torch.from_numpy(vectors)
     values_, vectors_ = symmetric_eigenpairs(gram)
@@ -190,7 +176,8 @@ def product(M: Tensor, X: Tensor) -> Tensor:
 
     They are formed as (X^T M_i^T)^T. BLAS is faster if the thin factor stands first, up to ten times on the CPU.
     """
-    return (X.mT @ M.mT).mT
+    with suitable_threads(M):
+        return (X.mT @ M.mT).mT
 
 
 def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.linalg import dense
+from rasa_theory.linalg.threads import suitable_threads
 
 # A direction counts as dependent if less than _DEPENDENT eps of a unit column is left outside the others. Rounding
 # leaves a few eps of a column that truly depends on them. A larger limit would lose columns at small angles: in float32
@@ -34,7 +35,8 @@ def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
         Q, T, sound = cholesky_qr(X)
         if bool(sound):
             return Q, T
-    Q, T = torch.linalg.qr(X)
+    with suitable_threads(X):
+        Q, T = torch.linalg.qr(X)
     return Q, T
 
 
@@ -115,12 +117,14 @@ def extended(C: Tensor, n: int) -> Tensor:
     """
     b, c = C.shape[-2:]
     unit = torch.eye(b, n, dtype=C.dtype, device=C.device)[:, c:].expand(*C.shape[:-2], b, n - c)
-    return torch.cat([C, torch.ormqr(*torch.geqrf(C), unit)], -1)
+    with suitable_threads(unit):
+        return torch.cat([C, torch.ormqr(*torch.geqrf(C), unit)], -1)
 
 
 def complement(C: Tensor) -> Tensor:
     """Orthonormal columns (..., n, n - c) of the complement of C (..., n, c), whose columns are orthonormal."""
-    Q: Tensor = torch.linalg.qr(C, mode="complete")[0]
+    with suitable_threads(C):
+        Q: Tensor = torch.linalg.qr(C, mode="complete")[0]
     return Q[..., C.shape[-1] :]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.distributed import LayerSharding
-from rasa_theory.linalg.dense import suitable_threads
+from rasa_theory.linalg.threads import suitable_threads
 
 # Why not simply solve G x = g, or use a pseudo-inverse? Two kinds of directions would do harm:
 # - Where an eigenvalue of G is within its rounding error, dividing by it gives an arbitrary length.

@@ -98,7 +98,8 @@ def at_parameters(
     best: dict[str, Fit] = {}
     for name in names:
         method = METHODS[name]
-        fits = [method.solve(stack, **settings) for settings in method.configurations(stack, limit)]
+        with stack.suitable_threads():
+            fits = [method.solve(stack, **settings) for settings in method.configurations(stack, limit)]
         if fits:
             best[name] = min(fits, key=lambda fit: fit.error)
     return best

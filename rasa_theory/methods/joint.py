@@ -108,7 +108,7 @@ def _tucker(unit: LayerStack, R: int, seed: int) -> UnitFit:
 
     hosvd = _Sides(*(linalg.leading_eigenpairs(view.spectra.gram(), R)[1] for view in (unit, unit.transpose())))
     terms = leading_terms(unit, R, seed)
-    largest_terms = _Sides(torch.linalg.qr(terms.B).Q, torch.linalg.qr(terms.A.mT).Q)
+    largest_terms = _Sides(linalg.thin_qr(terms.B)[0], linalg.thin_qr(terms.A.mT)[0])
     # heat = all sweeps: both starts are run to their end
     sides, history = alternate(unit, Steps(sweep, error), [hosvd, largest_terms], TUCKER_SWEEPS, heat=TUCKER_SWEEPS)
     return dataclasses.replace(sides.updates(unit), history=history, floor=joint_floor(unit, R))

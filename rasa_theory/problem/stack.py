@@ -226,7 +226,7 @@ class LayerStack:
 
     def suitable_threads(self) -> AbstractContextManager[None]:
         """Within this context, torch uses the number of threads that suits matrices of this size."""
-        return linalg.suitable_threads(torch.empty((), device=self.device).expand(self.shape))
+        return linalg.suitable_threads_for_stack(self.device, self.shape)
 
     def __repr__(self) -> str:
         b, a = self.shape

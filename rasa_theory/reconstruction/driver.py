@@ -17,7 +17,15 @@ from rasa_theory.reconstruction.rows import StudyPoint, new_results, stack_row
 from rasa_theory.reconstruction.study_progress import StudyReporter, Watch
 from rasa_theory.reconstruction.study_settings import StudySettings
 from rasa_theory.reconstruction.theorem import overall_verdict
-from rasa_theory.solvers import Attempt, LoraSolution, SolverOptions, iterate_path, random_attempt, solve_lora
+from rasa_theory.solvers import (
+    Attempt,
+    LoraSolution,
+    RasaSolution,
+    SolverOptions,
+    iterate_path,
+    random_attempt,
+    solve_lora,
+)
 
 
 @dataclass
@@ -84,30 +92,44 @@ def study_steps(
         state.results["environment"] = state.results["environment"] or environment(
             stack.device, stack.dtype, stack.sharding.processes.world_size
         )
-        lora = solve_lora(stack, settings.rank)
-        row = stack_row(stack, lora)
+        with stack.suitable_threads():
+            lora = solve_lora(stack, settings.rank)
+            row = stack_row(stack, lora)
         reporter.begin_stack(stack.name, lora.error)
         passes_before = stack.data_passes
         path = iterate_path(stack, settings.rank, settings.ks, settings.solver, reporter.solving)
         for k in settings.ks:
-            budget = RankBudget(settings.rank, k)
-            reporter.begin_k(k)
-            started = time.perf_counter()
-            _, solution = next(path)
-            seconds = time.perf_counter() - started
-            reporter.task_done()
-            attempts = _attempts(stack, budget, lora, settings, reporter)
-            floor = lower_bound(stack, budget, settings.certificate, None, reporter.searching)
-            reporter.end_k()
-
-            point = StudyPoint(stack, budget, lora, solution, attempts, floor, seconds)
-            run = point.row(settings)
+            with stack.suitable_threads():  # left before the yield, since it holds for the whole process
+                point = _point(stack, k, path, lora, settings, reporter)
+                run = point.row(settings)
             passes = stack.data_passes - passes_before
-            factors = solution.factors if norms is None else solution.factors.scaled(torch.tensor(norms))
+            factors = point.solution.factors
+            factors = factors if norms is None else factors.scaled(torch.tensor(norms))
             _record(state, stack, row, run, passes, factors)
             yield state
     if not state.results["stacks"]:
         raise InputError("no stack was given")
+
+
+def _point(
+    stack: LayerStack,
+    k: int,
+    path: Iterator[tuple[int, RasaSolution]],
+    lora: LoraSolution,
+    settings: StudySettings,
+    reporter: StudyReporter,
+) -> StudyPoint:
+    """The answers for the next k of `path`."""
+    budget = RankBudget(settings.rank, k)
+    reporter.begin_k(k)
+    started = time.perf_counter()
+    _, solution = next(path)
+    seconds = time.perf_counter() - started
+    reporter.task_done()
+    attempts = _attempts(stack, budget, lora, settings, reporter)
+    floor = lower_bound(stack, budget, settings.certificate, None, reporter.searching)
+    reporter.end_k()
+    return StudyPoint(stack, budget, lora, solution, attempts, floor, seconds)
 
 
 def _attempts(

@@ -65,19 +65,20 @@ def random_attempt(
 
     - InputError: the error of `start` is not finite, or its shapes do not fit the stack.
     """
-    unit = stack.unit()
-    factors = random_start(unit, budget, seed) if start is None else start.scaled(1 / stack.scale)
-    callback = in_units(stack, callback)
-    run = RasaDescent(unit, factors, "paper", "random")
-    margin = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
-    level = max(math.sqrt(e_lora) / stack.scale - margin, 0.0) ** 2
-    crossing: int | None = None
-    end = iterations
-    while run.stop_reason is None and run.sweeps < end:
-        run.run(run.sweeps + 1, 0.0, callback)
-        if crossing is None and run.history[-1] < level:
-            crossing = run.sweeps
-            end = min(iterations, max(AT_LEAST, crossing + AFTER_CROSSING))
+    with stack.suitable_threads():
+        unit = stack.unit()
+        factors = random_start(unit, budget, seed) if start is None else start.scaled(1 / stack.scale)
+        callback = in_units(stack, callback)
+        run = RasaDescent(unit, factors, "paper", "random")
+        margin = linalg.rounding(math.sqrt(unit.norm_squared), unit.shape, torch.finfo(torch.float64).eps)
+        level = max(math.sqrt(e_lora) / stack.scale - margin, 0.0) ** 2
+        crossing: int | None = None
+        end = iterations
+        while run.stop_reason is None and run.sweeps < end:
+            run.run(run.sweeps + 1, 0.0, callback)
+            if crossing is None and run.history[-1] < level:
+                crossing = run.sweeps
+                end = min(iterations, max(AT_LEAST, crossing + AFTER_CROSSING))
     return Attempt(seed, crossing, [error * stack.scale**2 for error in run.history])
 
 

@@ -63,7 +63,8 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
     RankBudget(rank, 0).check_fits(stack)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    return _exact(stack, rank) if method == "exact" else _fast(stack, rank, seed)
+    with stack.suitable_threads():
+        return _exact(stack, rank) if method == "exact" else _fast(stack, rank, seed)
 
 
 def _exact(stack: LayerStack, rank: int) -> LoraSolution:
@@ -84,21 +85,20 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
     lows: list[float] = []
     errors: list[float] = []
     highs: list[float] = []
-    with stack.suitable_threads():
-        for tile in stack.tiles(rows=b):
-            exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
-            size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
-            M = tile.values / size  # a power of two: exact
-            part = lanczos.leading_part(M, rank, WIDTH, FAILURE / L, generators[tile.layer])
-            if part is None:
-                if stack.memory is not None:
-                    check_memory(stack, stack.memory)
-                part = _leading_part_by_svd(M.double(), rank)
-            B[tile.layer], A[tile.layer] = part.B * size, part.A
-            low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
-            lows.append(low)
-            errors.append(error)
-            highs.append(high)
+    for tile in stack.tiles(rows=b):
+        exponent = math.frexp(max(abs(float(x)) for x in torch.aminmax(tile.values)))[1]
+        size = math.ldexp(1.0, max(exponent, -100 if stack.dtype == torch.float32 else -1000))
+        M = tile.values / size  # a power of two: exact
+        part = lanczos.leading_part(M, rank, WIDTH, FAILURE / L, generators[tile.layer])
+        if part is None:
+            if stack.memory is not None:
+                check_memory(stack, stack.memory)
+            part = _leading_part_by_svd(M.double(), rank)
+        B[tile.layer], A[tile.layer] = part.B * size, part.A
+        low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
+        lows.append(low)
+        errors.append(error)
+        highs.append(high)
     lows, errors, highs = (stack.sharding.all_gather_floats(x) for x in (lows, errors, highs))
     interval, factors = (math.fsum(lows), math.fsum(highs)), LoraFactors(B, A, sharding=stack.sharding)
     return LoraSolution(math.fsum(errors), interval, errors, factors)

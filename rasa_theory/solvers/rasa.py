@@ -167,13 +167,16 @@ def _lowest(
     if isinstance(options.start, RasaFactors):
         start = _fitting(options.start, stack, budget).scaled(1 / stack.scale)
         options = dataclasses.replace(options, start=start)
-    return Race(stack.unit(), budget, options, in_units(stack, callback), previous).run()
+    with stack.suitable_threads():
+        return Race(stack.unit(), budget, options, in_units(stack, callback), previous).run()
 
 
 def _solution(stack: LayerStack, run: RasaDescent, options: SolverOptions, passes: int) -> RasaSolution:
     """The lowest point of a run in units of the input; `passes` were counted before the run."""
-    factors = run.best.scaled(stack.scale)
-    errors = squared_errors(stack, factors)
+    with stack.suitable_threads():
+        factors = run.best.scaled(stack.scale)
+        errors = squared_errors(stack, factors)
+        largest_ratio = cancellation(run.unit, run.best)
     return RasaSolution(
         error=math.fsum(errors),
         layer_errors=errors,
@@ -183,7 +186,7 @@ def _solution(stack: LayerStack, run: RasaDescent, options: SolverOptions, passe
         sweep=options.sweep,
         stop_reason=run.stop_reason or StopReason.SWEEP_LIMIT,
         data_passes=stack.data_passes - passes,
-        cancellation=cancellation(run.unit, run.best),
+        cancellation=largest_ratio,
     )
 
 

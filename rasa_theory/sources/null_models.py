@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least, one_of, real_number
 from rasa_theory.problem import Factored, LayerStack, LoraFactors, balanced
 from rasa_theory.sources.synthetic import gaussian, seeded_generator
@@ -45,8 +46,8 @@ def turned_apart(stack: LayerStack, seed: int = 0) -> LayerStack:
     """
     values, L, (b, a) = _values_of(stack), stack.layers, stack.shape
     generator = seeded_generator(seed)
-    U = torch.linalg.qr(gaussian(generator, L, b, b)).Q
-    V = torch.linalg.qr(gaussian(generator, L, a, a)).Q
+    U = linalg.thin_qr(gaussian(generator, L, b, b))[0]
+    V = linalg.thin_qr(gaussian(generator, L, a, a))[0]
     return LayerStack(U.to(values) @ values @ V.to(values), stack.name)
 
 
@@ -67,7 +68,7 @@ def with_common_bases(stack: LayerStack, seed: int = 0) -> LayerStack:
     _check_whole(stack)
     S = stack.spectra.svd().S.cpu()
     generator = seeded_generator(seed)
-    U, V = (torch.linalg.qr(gaussian(generator, n, S.shape[1])).Q for n in stack.shape)
+    U, V = (linalg.thin_qr(gaussian(generator, n, S.shape[1]))[0] for n in stack.shape)
     signs = gaussian(generator, *S.shape).sign()
     return LayerStack((U * (S * signs)[:, None]) @ V.mT, stack.name, device=stack.device)
 
@@ -100,7 +101,7 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
     if not 0 <= real_number("size", size) < math.inf:
         raise InputError(f"size must be finite and not negative, got {size}", "size")
     generator = seeded_generator(seed)
-    U, V = (torch.linalg.qr(gaussian(generator, n, m)).Q for n in (b, a))
+    U, V = (linalg.thin_qr(gaussian(generator, n, m))[0] for n in (b, a))
     signs = gaussian(generator, L, 1, m).sign()
     unit = float(stack.spectra.svd().S[:, r].mean())
     sizes = size * unit * signs * (1 + _SPREAD * gaussian(generator, L, 1, m))
@@ -148,7 +149,7 @@ def resized(
         V = torch.arange(1, n + 1, dtype=torch.float64)[:, None] ** (-_ANISOTROPY / 2) * V
     elif bases == "one side equal":
         V = V[:1].expand(L, -1, -1)
-    U, V = torch.linalg.qr(U).Q, torch.linalg.qr(V).Q
+    U, V = linalg.thin_qr(U)[0], linalg.thin_qr(V)[0]
     return LayerStack((U * _interpolated(logs, L).exp()[:, None]) @ V.mT, f"L = {L}")
 
 
@@ -173,7 +174,7 @@ def random_loras(factors: LoraFactors, seed: int = 0) -> LoraFactors:
         raise InputError(f"rank {r} of the factors exceeds min(b, a) = {min(b, a)}; drop the terms that are dependent")
     sigma = stack.spectra.singular_values()[:, :r].cpu()
     generator = seeded_generator(seed)
-    U, V = (torch.linalg.qr(gaussian(generator, L, n, r)).Q for n in (b, a))
+    U, V = (linalg.thin_qr(gaussian(generator, L, n, r))[0] for n in (b, a))
     return LoraFactors(*balanced(U * sigma[:, None], V.mT))
 
 

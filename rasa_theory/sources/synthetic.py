@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least, whole_number
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
@@ -177,6 +178,6 @@ def _bases(layers: int, n: int, m: int, overlap: float, generator: torch.Generat
     """
     common = gaussian(generator, n, m)
     own = gaussian(generator, layers, n, m)
-    Q, R = torch.linalg.qr(math.sqrt(overlap) * common + math.sqrt(1 - overlap) * own)
+    Q, R = linalg.thin_qr(math.sqrt(overlap) * common + math.sqrt(1 - overlap) * own)
     signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return torch.mul(Q, signs.unsqueeze(-2))

@@ -11,9 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
-from rasa_theory.distributed import Processes
+from rasa_theory import linalg
+from rasa_theory.distributed import Processes, end_with_parent
 from rasa_theory.verification.evidence import Subject, VerificationSettings
-from rasa_theory.verification.instances import draw_instance
+from rasa_theory.verification.instances import Instance, draw_instance
 from rasa_theory.verification.trial import Outcome, Trial, run_trial
 
 _Findings = tuple[dict[str, Outcome], bool, bool]
@@ -45,13 +46,13 @@ def trials(
     """All laws on every instance, in order, in `jobs` processes.
 
     A `subject` is tested in place of the package, in this process, since it cannot be sent to others. Raises
-    BrokenProcessPool if a process dies.
+    BrokenProcessPool if a process dies. The processes end with this one, even if it is killed.
     """
     if jobs == 1 or subject is not None:
         for key in keys:
-            yield run_trial(draw_instance(*key), subject or Subject(), settings)
+            yield run_trial(_drawn(key), subject or Subject(), settings)
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         waiting: deque[tuple[InstanceKey, Future[_Findings]]] = deque()
         for key in islice(keys, 2 * jobs):
@@ -61,7 +62,7 @@ def trials(
             outcomes, strict, crossed = future.result()
             for next_key in islice(keys, 1):
                 waiting.append((next_key, pool.submit(_findings, next_key, settings)))
-            yield Trial(draw_instance(*key), outcomes, strict, crossed)
+            yield Trial(_drawn(key), outcomes, strict, crossed)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -72,14 +73,22 @@ def shared_trials(keys: Iterator[InstanceKey], settings: VerificationSettings, p
         own = [_findings(key, settings) for key in turn[processes.process : processes.process + 1]]
         for key, gathered in zip(turn, processes.all_gather_objects(own), strict=False):
             ((outcomes, strict, crossed),) = gathered
-            yield Trial(draw_instance(*key), outcomes, strict, crossed)
+            yield Trial(_drawn(key), outcomes, strict, crossed)
 
 
 def _findings(key: InstanceKey, settings: VerificationSettings) -> _Findings:
     """A trial without its instance, whose tensors would have to be sent."""
-    trial = run_trial(draw_instance(*key), Subject(), settings)
+    trial = run_trial(_drawn(key), Subject(), settings)
     return trial.outcomes, trial.strict, trial.crossed
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _drawn(key: InstanceKey) -> Instance:
+    """The instance of a key, which is small."""
+    with linalg.one_thread():
+        return draw_instance(*key)
+
+
+def _begin_worker() -> None:
+    """Prepare a process of the pool: the parent alone handles interrupts, and its end is the worker's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

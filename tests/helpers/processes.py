@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rasa_theory.distributed import ALONE, Processes
+from rasa_theory.distributed import ALONE, Processes, end_with_parent
 
 _PATIENCE = timedelta(seconds=60)
 
@@ -60,6 +60,7 @@ class _Failed:
 
 
 def _work(process: int, size: int, meeting: str, pipe: Any) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=process, world_size=size, timeout=_PATIENCE)
     groups = {n: dist.new_group(range(n), timeout=_PATIENCE) for n in range(2, size + 1)}

@@ -197,18 +197,6 @@ def test_the_tolerance():
     assert not linalg.not_above(1.0, math.nan, 1.0)
 
 
-def test_small_matrices_run_on_one_thread():
-    torch.set_num_threads(2)
-    try:
-        with linalg.suitable_threads(torch.empty(9, 512, 512)):
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-        with linalg.suitable_threads(torch.empty(512, 513)):
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_tf32_is_allowed_within_only():
     flags = torch.backends.cuda.matmul
     before = flags.allow_tf32

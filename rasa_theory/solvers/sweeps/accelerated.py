@@ -31,8 +31,9 @@ def core_sweeps(K: Tensor, factors: RasaFactors, common: tuple[int, int], count:
     # the loose end at a thousandth of the gain since the first sweep. The first sweep itself is left out of that gain,
     # since it takes up the new directions and would hide all others.
     sweep = sweeps_on(K, common, replayed=K.device.type == "cuda" and factors.sharding.alone)
-    descent = Descent(BestSoFar(Extrapolated(sweep, _beyond)), *sweep(factors))
-    descent.advance(count - 1, _gains_little)
+    with linalg.suitable_threads(K):  # the core is small even where the layers are not
+        descent = Descent(BestSoFar(Extrapolated(sweep, _beyond)), *sweep(factors))
+        descent.advance(count - 1, _gains_little)
     return descent.point, min(descent.history)
 
 
