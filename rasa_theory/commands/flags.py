@@ -11,7 +11,7 @@ from rasa_theory.commands.console import memory_size
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes, local_process
 from rasa_theory.problem import compute_device
-from rasa_theory.solvers import STARTS, SolverOptions
+from rasa_theory.solvers import EFFORTS, STARTS, SolverOptions
 from rasa_theory.sources import Catalogue, open_source
 
 NAMES = {"max_sweeps": "sweeps", "shared_rank": "k"}
@@ -100,9 +100,28 @@ def open_catalogue(args: argparse.Namespace, default: str | None = None, alone: 
 
 
 def add_solver(parser: argparse.ArgumentParser) -> None:
-    """Add --start, --certificate, --sweeps, --rtol and --seed."""
+    """Add --start, --effort, --max-cancellation, --certificate, --sweeps, --rtol and --seed."""
     add, options = parser.add_argument, SolverOptions
-    add("--start", choices=("best", *STARTS), default="best", help="where the solver starts (%(default)s: a race)")
+    add(
+        "--start",
+        choices=("best", *STARTS),
+        default="best",
+        help="where the solver starts (%(default)s: a search with many starts of all kinds)",
+    )
+    add(
+        "--effort",
+        choices=EFFORTS,
+        default=options.effort,
+        help="of the search: quick takes seconds; thorough goes on until nothing has changed for as long as it took to "
+        "get there, for a number to publish (%(default)s)",
+    )
+    add(
+        "--max-cancellation",
+        type=float,
+        default=options.max_cancellation,
+        metavar="C",
+        help="the bound on terms: none exceeds C >= 1 times the norm of its layer (%(default)s); inf: no bound",
+    )
     add(
         "--certificate",
         choices=CERTIFICATES,
@@ -122,7 +141,14 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
 
 def solver_options(args: argparse.Namespace) -> SolverOptions:
     """Return the solver options of the flags that `add_solver` adds; --certificate is not one of them."""
-    return SolverOptions(start=args.start, max_sweeps=args.sweeps, rtol=args.rtol, seed=args.seed)
+    return SolverOptions(
+        start=args.start,
+        effort=args.effort,
+        max_sweeps=args.sweeps,
+        rtol=args.rtol,
+        seed=args.seed,
+        max_cancellation=args.max_cancellation,
+    )
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:

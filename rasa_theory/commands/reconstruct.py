@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes
 from rasa_theory.problem import RankBudget, check_memory, compute_dtype
 from rasa_theory.reconstruction import (
+    SEARCHING,
     WEIGHTS,
     ResultsFolder,
     StudyJob,
@@ -32,7 +32,6 @@ from rasa_theory.reconstruction import (
     take_up,
     verdict_lines,
 )
-from rasa_theory.solvers import SolverOptions
 from rasa_theory.sources import DEFAULT, Catalogue, synthetic_catalogue
 
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
@@ -80,13 +79,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
     flags.add_solver(parser)
-    add(
-        "--max-cancellation",
-        type=float,
-        default=SolverOptions.max_cancellation,
-        metavar="X",
-        help="stop where a term of a layer exceeds the norm of the layer by this factor (%(default)s); inf allows all",
-    )
     add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
     add(
@@ -164,7 +156,7 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
 
 def _settings(args: argparse.Namespace, processes: Processes) -> StudySettings:
     """Return the settings of the study. Raises InputError for values out of range."""
-    solver = dataclasses.replace(flags.solver_options(args), max_cancellation=args.max_cancellation)
+    solver = flags.solver_options(args)
     settings = StudySettings(args.rank, args.k, solver, args.certificate, args.seeds, args.weight)
     check_certificate(args.certificate, processes.alone)
     return settings
@@ -202,15 +194,23 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, as_jso
         print(json.dumps(results, indent=1, allow_nan=False))
 
 
+def progress_line(progress: StudyProgress) -> str:
+    """One line for the progress bar: stack, k, current task, its step, and the error there."""
+    valued, step = "error", f"sweep {progress.sweep}"
+    if progress.doing == SEARCHING:
+        valued, step = "lowest error", f"step {progress.sweep} of {progress.max_sweeps}"
+    elif progress.doing.endswith("floor"):
+        valued, step = "at", f"iteration {progress.sweep}"
+    value = "" if progress.ratio is None else f", {valued} {progress.ratio:.4f} e_lora"
+    return f"{progress.stack}, k = {progress.k}: {progress.doing}, {step}{value}"
+
+
 @contextlib.contextmanager
 def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
-    """Show a progress bar for a study: tasks done, stack, k, current task, sweep, error, and the time left."""
+    """Show a progress bar for a study: tasks done, `progress_line`, and the time left."""
     with progress_bar(stacks * sum(settings.tasks(k) for k in settings.ks), "tasks", quiet) as show:
 
         def watch(progress: StudyProgress) -> None:
-            counted, valued = ("iteration", "at") if progress.doing.endswith("floor") else ("sweep", "error")
-            value = "" if progress.ratio is None else f", {valued} {progress.ratio:.4f} e_lora"
-            where = f"{progress.stack}, k = {progress.k}: {progress.doing}"
-            show(progress.tasks_done, f"{where}, {counted} {progress.sweep}{value}")
+            show(progress.tasks_done, progress_line(progress))
 
         yield watch

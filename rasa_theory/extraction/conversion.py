@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,12 +58,14 @@ def extract_stack(
     rasa_errors = lora_errors
     rasa_size = lora_size
     floor = Bound(0.0, "none")
+    search = None
     written: LoraFactors | RasaFactors = lora_factors
     written_ranks = lora_ranks
     if settings.k != 0:
         budget, solution = _solve_rasa(stack, settings, callback)
         floor = lower_bound(stack, budget, settings.certificate)
         k = budget.shared_rank
+        search = None if solution.search is None else dataclasses.asdict(solution.search)
         rasa_errors = solution.layer_errors
         rasa_size = solution.factors.parameters
         if settings.format != "lora":
@@ -84,6 +87,7 @@ def extract_stack(
         "parameters": {"lora": lora_size, "rasa": rasa_size, "stored": stored_size},
         "lower_bound": floor.value,
         "lower_bound_name": floor.name,
+        "search": search,
     }
     return Extracted(tensors, row)
 
@@ -113,6 +117,7 @@ def _row(
         "e_rasa": math.fsum(row["e_rasa"] for row in module_rows),
         "lower_bound": 0.0,
         "lower_bound_name": "none",
+        "search": None,
         "e_stored": math.fsum(row["e_stored"] for row in module_rows),
         "parameters": {"lora": 0, "rasa": 0, "stored": 0},
         "ranks": {row["module"]: row["rank"] for row in module_rows if row["rank"] > 0},

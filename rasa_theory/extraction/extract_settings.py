@@ -61,4 +61,4 @@ class ExtractSettings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, for the comparison with an earlier run."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"solver": self.solver.plain()}

@@ -19,7 +19,7 @@ from rasa_theory.distributed import Processes, balanced_shares
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
 from rasa_theory.extraction.conversion import extract_stack
 from rasa_theory.extraction.job import Job
-from rasa_theory.solvers import Callback
+from rasa_theory.solvers import Callback, Progress
 from rasa_theory.sources import StackSource
 
 Show = Callable[[int, str], None]
@@ -103,7 +103,13 @@ def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[i
 
 
 def _solver_progress(show: Show, folder: ExtractionFolder, source: StackSource) -> Callback:
-    return lambda progress: show(folder.finished_parts, f"{source.name}: from {progress.start}, sweep {progress.sweep}")
+    def say(progress: Progress) -> None:
+        step = f"from {progress.start}, sweep {progress.sweep}"
+        if progress.start == "search":
+            step = f"searching, step {progress.sweep} of {progress.max_sweeps}"
+        show(folder.finished_parts, f"{source.name}: {step}")
+
+    return say
 
 
 def _norm_file(n: int) -> str:

@@ -1,6 +1,6 @@
 """Sums and products over the local layers of a stack, batched.
 
-`LayerSharding.all_reduce_together` adds the sums of the other processes. Starts and exchanges need the leading parts of
+`LayerSharding.all_reduce_together` adds the sums of the other processes. Starts and searches need the leading parts of
 all layers at once, so these are gathered instead.
 """
 

@@ -140,7 +140,7 @@ def orthonormal_beside(U: Tensor, X: Tensor) -> Tensor:
     X = unit_columns(X)
     for n in range(_ATTEMPTS):
         inside = U.mT @ X
-        if n >= 2 and bool(inside.abs().max() <= _dependent(X)):
+        if n >= 2 and bool((inside.abs() <= _dependent(X)).all()):  # also of no matrices at all
             return X
         rest = X - U @ inside
         depends = torch.linalg.vector_norm(rest, dim=-2, keepdim=True) <= _dependent(X)

@@ -15,7 +15,7 @@ from rasa_theory.bounds import common_space_floor
 from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
-from rasa_theory.methods.method import Method, at_most, largest
+from rasa_theory.methods.method import EFFORT, Method, at_most, largest
 from rasa_theory.methods.products import leading_terms, left, right, seeded
 from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers import RasaDescent, SolverOptions, solve_rasa
@@ -116,7 +116,7 @@ def _tucker(unit: LayerStack, R: int, seed: int) -> UnitFit:
 
 def _cp(unit: LayerStack, R: int, seed: int) -> UnitFit:
     L, k = unit.layers, R // unit.layers
-    options = SolverOptions(seed=seed)
+    options = SolverOptions(effort=EFFORT, seed=seed)
     if R % L == 0 and k <= min(unit.shape):
         solution = solve_rasa(unit, RankBudget(k, k), options)
         factors, history = solution.factors, tuple(solution.history)

@@ -9,6 +9,9 @@ from rasa_theory.common import InputError
 from rasa_theory.methods.fit import Fit, Settings
 from rasa_theory.problem import LayerStack
 
+EFFORT = "quick"
+"""The effort of `solve_rasa` within a method: a few starts and no moves, as all other methods have."""
+
 
 @dataclass(frozen=True)
 class Method:

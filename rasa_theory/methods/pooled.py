@@ -8,7 +8,7 @@ import torch
 
 from rasa_theory.bounds import lower_bound
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
-from rasa_theory.methods.method import Method, largest
+from rasa_theory.methods.method import EFFORT, Method, largest
 from rasa_theory.problem import LayerStack, RankBudget, lora_parameters
 from rasa_theory.solvers import SolverOptions, solve_rasa
 
@@ -26,12 +26,12 @@ def fit_rasa(stack: LayerStack, rank: int, shared_rank: int, seed: int = 0) -> F
     - shared_rank: k, from 0 to r.
     - seed: seed of the random starts.
 
-    **Returns:** a `Fit` with the best solution of several starts, and the closed certified floor.
+    **Returns:** a `Fit` with the best solution of a quick search, and the closed certified floor.
 
     **Raises:** InputError if a rank is out of its range.
     """
     budget, unit = RankBudget(rank, shared_rank), stack.unit()
-    factors = solve_rasa(unit, budget, SolverOptions(seed=seed)).factors.to(torch.float64)
+    factors = solve_rasa(unit, budget, SolverOptions(effort=EFFORT, seed=seed)).factors.to(torch.float64)
     solution = UnitFit(
         factors.update,
         tuple(factors.named().values()),

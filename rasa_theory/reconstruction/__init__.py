@@ -5,11 +5,12 @@ from rasa_theory.reconstruction.driver import StudyState, study, study_steps
 from rasa_theory.reconstruction.results_folder import ResultsFolder
 from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_job import StudyJob, run_study, stacks_left, take_up
-from rasa_theory.reconstruction.study_progress import StudyProgress
+from rasa_theory.reconstruction.study_progress import SEARCHING, StudyProgress
 from rasa_theory.reconstruction.study_settings import WEIGHTS, StudySettings
 from rasa_theory.reconstruction.summary import history_csv, table, verdict_lines
 
 __all__ = [
+    "SEARCHING",
     "WEIGHTS",
     "Gain",
     "ResultsFolder",

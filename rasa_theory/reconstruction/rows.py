@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +59,7 @@ class StudyPoint:
 
     def row(self, settings: StudySettings) -> dict[str, Any]:
         """The point as plain data, with the laws behind Theorem 3.1 checked."""
-        solution, lora = self.solution, self.lora
+        solution, lora, solver = self.solution, self.lora, settings.solver
         drop, checks = check_theorem(self.stack, self.budget, lora, solution, self.floor)
         lora_size = lora_parameters(self.stack.layers, self.stack.shape, self.budget.rank)
         return {
@@ -76,6 +78,9 @@ class StudyPoint:
             "seconds": self.seconds,
             "data_passes": solution.data_passes,
             "cancellation": solution.cancellation,
+            "max_cancellation": solver.max_cancellation if math.isfinite(solver.max_cancellation) else None,
+            "effort": solver.effort,
+            "search": None if solution.search is None else dataclasses.asdict(solution.search),
             "history": solution.history,
             "iterations_to_beat_lora": median_iterations([attempt.iterations for attempt in self.attempts]),
             "attempts": [
@@ -89,5 +94,5 @@ class StudyPoint:
             },
             "update_rank": solution.factors.update_rank,
             "checks": checks,
-            "theorem_3_1": verdict(checks, settings.solver.start),
+            "theorem_3_1": verdict(checks, solver.start),
         }

@@ -9,13 +9,17 @@ from rasa_theory.bounds import SearchProgress
 from rasa_theory.reconstruction.study_settings import StudySettings
 from rasa_theory.solvers import Progress
 
+SEARCHING = "searching"
+"""`StudyProgress.doing` while many starts and moves are tried on a small core."""
+
 
 @dataclass(frozen=True)
 class StudyProgress:
     """One message to a watcher: the stack and k, the task in hand, its step, and the error there.
 
     - ratio: the error in units of e_lora, None if e_lora is 0. While a floor is searched for, it is the floor.
-    - sweep: the sweep of the solver, or the iteration of the search for a floor.
+    - sweep: the sweep of the solver, the step of its search, or the iteration of the search for a floor.
+    - max_sweeps: the number of those that are planned.
     - tasks_done: tasks finished so far, on all stacks; `StudySettings.tasks` says how many there are for each k.
     """
 
@@ -57,7 +61,8 @@ class StudyReporter:
         self._tasks_done = self._tasks_before + self._settings.tasks(self._k)
 
     def solving(self, progress: Progress) -> None:
-        self._tell(f"solving from {progress.start}", progress.sweep, progress.max_sweeps, progress.error)
+        doing = SEARCHING if progress.start == "search" else f"solving from {progress.start}"
+        self._tell(doing, progress.sweep, progress.max_sweeps, progress.error)
 
     def attempting(self, progress: Progress) -> None:
         self._tell("random attempts", progress.sweep, progress.max_sweeps, progress.error)

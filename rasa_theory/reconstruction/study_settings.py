@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +37,8 @@ class StudySettings:
         one_of("weight", self.weight, WEIGHTS)
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain data for JSON, which has no infinity; the solver's start must be the name of one."""
-        settings = dataclasses.asdict(self)
-        if math.isinf(self.solver.max_cancellation):
-            settings["solver"]["max_cancellation"] = "inf"
-        return settings
+        """The settings as plain data for JSON; the solver's start must be the name of one."""
+        return dataclasses.asdict(self) | {"solver": self.solver.plain()}
 
     def tasks(self, k: int) -> int:
         """The number of tasks that progress counts for one k: the solve, the attempts, and a search for a floor."""

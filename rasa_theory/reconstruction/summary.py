@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ _COLUMNS = (
     "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
 )  # fmt: skip
 _SHOWN = 3
+_WIDTH = 100
 _EXPLANATION = (
     "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum; e_rasa(k) lies between floor "
     "and best found."
@@ -30,7 +32,25 @@ def table(results: dict[str, Any]) -> str:
             floor = f"{values[2]} {run['lower_bound_name']}"
             stop = run["stop_reason"].lower().replace("_", " ")
             rows.append((row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop))
-    return "\n".join([*aligned(rows), _EXPLANATION])
+    return "\n".join([*aligned(rows), _EXPLANATION, *_search_lines(results)])
+
+
+def _search_lines(results: dict[str, Any]) -> list[str]:
+    """The number of starts of every search that came near the lowest of them; no line where nothing was searched."""
+    ks = {run["k"] for row in results["stacks"] for run in row["runs"] if run["search"] is not None}
+    stacks = []
+    for row in results["stacks"]:
+        counts = [
+            f"{run['search']['near_best']} of {run['search']['starts']}" + (f" (k = {run['k']})" if len(ks) > 1 else "")
+            for run in row["runs"]
+            if run["search"] is not None
+        ]
+        if counts:
+            stacks.append(f"{row['name']} {', '.join(counts)}")
+    if not stacks:
+        return []
+    text = f"Starts of the search within 0.1 % of e_lora of the lowest of them: {'; '.join(stacks)}."
+    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _ratio(error: float, e_lora: float) -> str:

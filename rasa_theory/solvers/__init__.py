@@ -19,23 +19,41 @@ from rasa_theory.solvers.descent import (
     SweepFailed,
     decreases_less,
 )
-from rasa_theory.solvers.exchange import Exchanges, leading_terms, pool_losses, sign_patterns
 from rasa_theory.solvers.lora import LoraSolution, solve_lora
 from rasa_theory.solvers.mixing_drop import drop_allowance, mixing_drop, resolve_mixing
 from rasa_theory.solvers.options import SolverOptions, is_at_most_lora
-from rasa_theory.solvers.race import ahead, with_exchanges
+from rasa_theory.solvers.rank_one import leading_terms
 from rasa_theory.solvers.rasa import RasaSolution, iterate_path, move_to_pool, solve_path, solve_rasa
 from rasa_theory.solvers.rasa_descent import DIVERGED, Callback, Progress, RasaDescent
+from rasa_theory.solvers.search import (
+    EFFORTS,
+    Batch,
+    BatchedSweeps,
+    Candidate,
+    Effort,
+    Multipliers,
+    PoolSearch,
+    SearchCore,
+    SearchSummary,
+    inside,
+    moved,
+    refitted,
+)
 from rasa_theory.solvers.starts import STARTS
 from rasa_theory.solvers.starts.allocation import allocation_start
 from rasa_theory.solvers.starts.common_subspace import common_start
+from rasa_theory.solvers.starts.greedy import few_layers_start, greedy_start
 from rasa_theory.solvers.starts.lora import lora_start
+from rasa_theory.solvers.starts.near_allocation import near_allocation_start
 from rasa_theory.solvers.starts.pencil import pencil_start
 from rasa_theory.solvers.starts.random import random_start
+from rasa_theory.solvers.starts.scattered import scattered_start
 from rasa_theory.solvers.starts.start import Start
+from rasa_theory.solvers.starts.subspace import subspace_start
 from rasa_theory.solvers.sweeps import SWEEPS
 from rasa_theory.solvers.sweeps.accelerated import ReplayedSweep, SweepOnCore, core_sweeps, sweeps_on
 from rasa_theory.solvers.sweeps.bases import Side
+from rasa_theory.solvers.sweeps.bounded import bounded_sweeps, largest_excess
 from rasa_theory.solvers.sweeps.core import CoreSweep, gradient
 from rasa_theory.solvers.sweeps.joint import JointSweep
 from rasa_theory.solvers.sweeps.paper import PaperSweep
@@ -44,25 +62,33 @@ from rasa_theory.solvers.updates import joint_sweep, update_private
 
 __all__ = [
     "DIVERGED",
+    "EFFORTS",
     "STARTS",
     "SWEEPS",
     "Attempt",
+    "Batch",
+    "BatchedSweeps",
     "BestSoFar",
     "Callback",
+    "Candidate",
     "CoreSweep",
     "Descent",
-    "Exchanges",
+    "Effort",
     "Extrapolated",
     "Guarded",
     "JointSweep",
     "LoraSolution",
     "Memoryless",
+    "Multipliers",
     "PaperSweep",
+    "PoolSearch",
     "Progress",
     "RasaDescent",
     "RasaSolution",
     "RasaSweep",
     "ReplayedSweep",
+    "SearchCore",
+    "SearchSummary",
     "Side",
     "SolverOptions",
     "Start",
@@ -70,36 +96,42 @@ __all__ = [
     "Sweep",
     "SweepFailed",
     "SweepOnCore",
-    "ahead",
     "allocation_start",
+    "bounded_sweeps",
     "cancellation",
     "common_start",
     "core_sweeps",
     "decreases_less",
     "drop_allowance",
+    "few_layers_start",
     "gradient",
+    "greedy_start",
+    "inside",
     "is_at_most_lora",
     "iterate_path",
     "joint_sweep",
+    "largest_excess",
     "leading_terms",
     "lora_start",
     "measurable",
     "median_iterations",
     "mixing_drop",
     "move_to_pool",
+    "moved",
+    "near_allocation_start",
     "pencil_start",
-    "pool_losses",
     "random_attempt",
     "random_start",
+    "refitted",
     "resolve_mixing",
-    "sign_patterns",
+    "scattered_start",
     "solve_lora",
     "solve_path",
     "solve_rasa",
+    "subspace_start",
     "sweeps_on",
     "term_norms",
     "term_size",
     "update_private",
     "updates",
-    "with_exchanges",
 ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from rasa_theory.common import InputError, at_least, fraction, one_of
 from rasa_theory.problem import RasaFactors
+from rasa_theory.solvers.search import EFFORTS
 from rasa_theory.solvers.starts import STARTS
 from rasa_theory.solvers.sweeps import SWEEPS
 
@@ -18,16 +22,19 @@ class SolverOptions:
 
     **Arguments:**
 
-    - start: "best" for a race of all starts, two of them random, and then exchanges of pool terms. Or the name of one
-      start, or RasaFactors in units of the input. "common" and "pencil" need conditions on the stack. Where they do not
-      hold, "allocation" takes their place, and the solution says so.
+    - start: "best" for a search with many starts of all kinds. Or the name of one start, or RasaFactors in units of the
+      input. "common" and "pencil" need conditions on the stack. Where they do not hold, "allocation" takes their place,
+      and the solution says so.
+    - effort: of the search, "quick", "default" or "thorough". A thorough search goes on until nothing has changed for
+      as long as it took to get there.
     - sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or "paper".
-    - max_sweeps: the largest number of sweeps for the answer, counted anew after an exchange.
+    - max_sweeps: the largest number of sweeps for the answer, counted from the result of the search.
     - rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
-    - seed: of the random starts, pencils and exchanges, from 0 to 2^62 - 1.
-    - max_cancellation: the solver stops, with the iterate before, where a term exceeds this times the norm of its
-      layer. Often no minimum is attained, and terms that grow and cancel gain ever less. At 8 the factors can be stored
-      in half precision.
+    - seed: of the random starts, pencils and moves, from 0 to 2^62 - 1.
+    - max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer, so
+      that the problem has a minimum: without a bound terms often grow and cancel for ever, and gain ever less. At 8 the
+      factors can be stored in half precision; `math.inf` is for the infimum. "core" sweeps go on inside the bound, the
+      others stop there.
 
     **Raises:**
 
@@ -35,6 +42,7 @@ class SolverOptions:
     """
 
     start: str | RasaFactors = "best"
+    effort: str = "default"
     sweep: str = "core"
     max_sweeps: int = 100
     rtol: float = 1e-6
@@ -45,6 +53,7 @@ class SolverOptions:
         if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
             name = repr(self.start) if isinstance(self.start, str) else f"of type {type(self.start).__name__}"
             raise InputError(f"unknown start {name}; known: {', '.join(('best', *STARTS))}, or RasaFactors", "start")
+        one_of("effort", self.effort, EFFORTS)
         one_of("sweep", self.sweep, SWEEPS)
         object.__setattr__(self, "max_sweeps", at_least("max_sweeps", self.max_sweeps, 1))
         object.__setattr__(self, "seed", at_least("seed", self.seed, 0))
@@ -53,6 +62,13 @@ class SolverOptions:
             raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}", "max_cancellation")
         if self.seed >= _SEEDS:
             raise InputError(f"seed must be below 2^62, got {self.seed}", "seed")
+
+    def plain(self) -> dict[str, Any]:
+        """The options as plain data for JSON, which has no infinity; `start` must be the name of one."""
+        options = dataclasses.asdict(self)
+        if math.isinf(self.max_cancellation):
+            options["max_cancellation"] = "inf"
+        return options
 
 
 def is_at_most_lora(start: str | RasaFactors) -> bool:

@@ -17,6 +17,7 @@ from rasa_theory.solvers.descent import StopReason
 from rasa_theory.solvers.options import SolverOptions
 from rasa_theory.solvers.race import Race
 from rasa_theory.solvers.rasa_descent import Callback, RasaDescent, in_units
+from rasa_theory.solvers.search import SearchSummary
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class RasaSolution:
     - error: the direct residual of `factors`, squared, summed over layers, in units of the input.
     - layer_errors: its L summands.
     - factors: the `RasaFactors`, in units of the input.
-    - history: the squared error after every sweep of the best run, history[0] at its start. After an exchange of pool
-      terms it begins anew, with history[0] after the exchange.
-    - start: the name of the start that this run came from; "given" for factors of the caller, "previous k" on a path.
+    - history: the squared error after every sweep of the best run on the stack, history[0] at its start, which is the
+      result of the search if there was one.
+    - start: the name of the start that this run came from, with or without moves; "given" for factors of the caller,
+      "previous k" on a path.
     - sweep: the name of the sweep.
     - stop_reason: why it ended.
     - data_passes: how often all of M was read, the race and the final residual included.
     - cancellation: the largest ratio of the norm of a term to ||M_i||.
+    - search: the number of starts, how many came near the lowest, and the moves; None if there was no search.
     """
 
     error: float
@@ -46,10 +49,11 @@ class RasaSolution:
     stop_reason: StopReason
     data_passes: int
     cancellation: float
+    search: SearchSummary | None = None
 
     @property
     def sweeps(self) -> int:
-        """The number of sweeps recorded in `history`, i.e. since the last exchange of pool terms."""
+        """The number of sweeps recorded in `history`."""
         return len(self.history) - 1
 
 
@@ -66,7 +70,7 @@ def solve_rasa(
     - stack: the L updates M_i (b, a).
     - budget: rank r per layer, k of it shared.
     - options: the start, the sweep and when to stop; the defaults if None.
-    - callback: called with a `Progress` after every sweep.
+    - callback: called with a `Progress` after every sweep on the stack and every step of a search.
 
     **Returns:**
 
@@ -79,7 +83,7 @@ def solve_rasa(
     options = options or SolverOptions()
     budget.check_fits(stack)
     passes = stack.data_passes
-    return _solution(stack, _lowest(stack, budget, options, callback, None), options, passes)
+    return _solution(stack, *_race(stack, budget, options, callback, None), options, passes)
 
 
 def solve_path(
@@ -127,8 +131,8 @@ def iterate_path(
         budget.check_fits(stack)
         passes = stack.data_passes
         previous = None if best is None else move_to_pool(best, budget)
-        run = _lowest(stack, budget, options, callback, previous)
-        yield budget.shared_rank, _solution(stack, run, options, passes)
+        run, summary = _race(stack, budget, options, callback, previous)
+        yield budget.shared_rank, _solution(stack, run, summary, options, passes)
         best = run.best
 
 
@@ -156,22 +160,25 @@ def move_to_pool(factors: RasaFactors, budget: RankBudget) -> RasaFactors:
 # ---- the border: units of the input outside, units of the stack's scale inside
 
 
-def _lowest(
+def _race(
     stack: LayerStack,
     budget: RankBudget,
     options: SolverOptions,
     callback: Callback | None,
     previous: RasaFactors | None,
-) -> RasaDescent:
-    """The lowest run, in units of the stack's scale, as `previous` is."""
+) -> tuple[RasaDescent, SearchSummary | None]:
+    """The lowest run of a race, in units of the stack's scale, as `previous` is; and the summary of its search."""
     if isinstance(options.start, RasaFactors):
         start = _fitting(options.start, stack, budget).scaled(1 / stack.scale)
         options = dataclasses.replace(options, start=start)
     with stack.suitable_threads():
-        return Race(stack.unit(), budget, options, in_units(stack, callback), previous).run()
+        race = Race(stack.unit(), budget, options, in_units(stack, callback), previous)
+        return race.run(), race.summary
 
 
-def _solution(stack: LayerStack, run: RasaDescent, options: SolverOptions, passes: int) -> RasaSolution:
+def _solution(
+    stack: LayerStack, run: RasaDescent, summary: SearchSummary | None, options: SolverOptions, passes: int
+) -> RasaSolution:
     """The lowest point of a run in units of the input; `passes` were counted before the run."""
     with stack.suitable_threads():
         factors = run.best.scaled(stack.scale)
@@ -187,6 +194,7 @@ def _solution(stack: LayerStack, run: RasaDescent, options: SolverOptions, passe
         stop_reason=run.stop_reason or StopReason.SWEEP_LIMIT,
         data_passes=stack.data_passes - passes,
         cancellation=largest_ratio,
+        search=summary,
     )
 
 

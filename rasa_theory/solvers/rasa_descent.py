@@ -15,16 +15,17 @@ from rasa_theory.solvers.descent import Best, BestSoFar, Descent, Guarded, decre
 from rasa_theory.solvers.sweeps import SWEEPS
 
 DIVERGED = 1e4
-"""The default limit on `cancellation` of a `RasaDescent`: beyond it terms diverge. `solve_rasa` stops at 8 instead."""
+"""The default limit on `cancellation` of a `RasaDescent`: beyond it terms diverge. That of `solve_rasa` is 8."""
+_ROUNDING = 1e-3  # by which a term at the limit may exceed it, since factors are rounded to the dtype of the stack
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The argument of a callback, which is called after every sweep.
+    """The argument of a callback, which is called after every sweep on the stack, and after every step of a search.
 
-    - start: name of the start.
-    - sweep: number of sweeps done from this start, or since its last exchange of pool terms.
-    - max_sweeps: the number of sweeps after which this descent pauses or ends.
+    - start: name of the start, or "search".
+    - sweep: number of sweeps done from this start, or of steps of the search. These are its heats and rounds of moves.
+    - max_sweeps: the number of sweeps after which this descent pauses or ends, or of the steps that the search plans.
     - error: squared error, summed over layers, in units of the input.
     """
 
@@ -51,8 +52,9 @@ def in_units(stack: LayerStack, callback: Callback | None) -> Callback | None:
 class RasaDescent(Descent[RasaFactors, Best[RasaFactors, Any]]):
     """A `Descent` from `factors` on a stack in units of its scale, which is `unit`; errors are in its units, too.
 
-    A sweep after which terms exceed both `max_cancellation` times ||M_i|| and the terms of the start is rejected and
-    ends it. `best` is the lowest point so far. Raises InputError if the error of the start is not finite.
+    No term may exceed both `max_cancellation` times ||M_i|| and the terms of the start. A sweep that goes beyond is
+    rejected and ends the descent; core sweeps stay inside. `best` is the lowest point so far. Raises InputError if the
+    error of the start is not finite.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class RasaDescent(Descent[RasaFactors, Best[RasaFactors, Any]]):
         if not math.isfinite(error):
             raise InputError(f"the error of start {start!r} is {error}; a start needs finite factors")
         limit = max(max_cancellation, cancellation(unit, factors))
-        guarded = Guarded(SWEEPS[sweep](unit), lambda point: cancellation(unit, point) > limit)
+        allowed = limit * (1 + _ROUNDING)
+        guarded = Guarded(SWEEPS[sweep](unit, limit), lambda point: cancellation(unit, point) > allowed)
         super().__init__(BestSoFar(guarded), factors.normalised(), error)
 
     @property

@@ -204,7 +204,7 @@ def _allocation_meets_optimum(e: Evidence) -> Margin:
 
 
 def _answer_meets_optimum(e: Evidence) -> Margin:
-    """Where allocation is the optimum, always; else where the race had its sweeps and ended by itself.
+    """Where allocation is the optimum, always; else where the solver had its sweeps and ended by itself.
 
     Cut short it may end at a closed-form start: of equal layers those are saddles. Sweeps end when one of them gains
     less than rtol of the error; the families for which this is asked converge by more than half a sweep, so that less

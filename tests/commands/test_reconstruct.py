@@ -25,6 +25,8 @@ import rasa_theory as rt
 from rasa_theory.commands import flags, reconstruct
 from rasa_theory.commands.console import memory_size
 from rasa_theory.common import write_file
+from rasa_theory.reconstruction import StudyProgress, summary
+from rasa_theory.solvers import EFFORTS, STARTS
 
 study = importlib.import_module("rasa_theory.reconstruction.driver")
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "results.schema.json").read_text(encoding="utf-8"))
@@ -119,6 +121,76 @@ def test_same_seed_same_numbers(stack_file: Path, capsys: pytest.CaptureFixture[
     for entry in (first, second):
         del entry["seconds"]
     assert first == second
+
+
+def test_effort_search_and_bound_are_said_of_every_run(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(stack_file), "--rank", "3", "--k", "0,1,2", "--seeds", "0", "--out", "none"]
+    status, results, err = run(arguments, capsys)
+    assert status == 0
+    check_laws(results)
+    none, *searched = results["stacks"][0]["runs"]
+    assert none["search"] is None
+    assert [(one["effort"], one["max_cancellation"]) for one in (none, *searched)] == [("default", 8.0)] * 3
+    assert all(one["cancellation"] <= 8 * 1.001 for one in searched)
+    assert all(1 <= one["search"]["near_best"] <= one["search"]["starts"] for one in searched)
+    assert all(one["search"]["moves"] > 0 for one in searched)
+    said = "Starts of the search within 0.1 % of e_lora of the lowest of them: updates"
+    first, second = (f"{one['search']['near_best']} of {one['search']['starts']}" for one in searched)
+    assert f"{said} {first} (k = 1), {second} (k = 2)." in " ".join(err.split())
+
+    _, quick, err = run([*arguments[:5], "1", *arguments[6:], "--effort", "quick", "--max-cancellation", "inf"], capsys)
+    jsonschema.validate(quick, SCHEMA)
+    (one,) = quick["stacks"][0]["runs"]
+    assert (one["effort"], one["max_cancellation"], one["search"]["moves"]) == ("quick", None, 0)
+    assert one["search"]["starts"] < searched[0]["search"]["starts"]
+    near_best, starts = one["search"]["near_best"], one["search"]["starts"]
+    assert f"{said} {near_best} of {starts}." in " ".join(err.split())
+
+
+def test_lines_about_the_search_fit_a_terminal() -> None:
+    search = {"starts": 29, "near_best": 7, "moves": 48, "moves_kept": 1}
+    runs = [{"k": k, "search": search} for k in (1, 2)]
+    rows = [{"name": f"model.layers.*.self_attn.{n}_proj.weight", "runs": runs} for n in "qkvo"]
+    lines = summary._search_lines({"stacks": rows})
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 100
+    assert "self_attn.o_proj.weight 7 of 29 (k = 1), 7 of 29 (k = 2)." in " ".join(lines)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_can_be_asked_for(start: str, stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(stack_file), "--rank", "3", "--start", start, "--sweeps", "2", "--seeds", "0"]
+    status, results, err = run([*arguments, "--out", "none"], capsys)
+    assert status == 0
+    jsonschema.validate(results, SCHEMA)
+    (one,) = results["stacks"][0]["runs"]
+    assert one["search"] is None
+    assert "Starts of the search" not in err
+    assert one["start"] in ((start, "allocation") if STARTS[start].is_worth_racing is not None else (start,))
+
+
+def test_progress_of_the_search_is_said() -> None:
+    told: list[StudyProgress] = []
+    stack = rt.LayerStack(np.random.default_rng(0).standard_normal((2, 110, 100)), "updates")  # larger than its core
+    solver = rt.SolverOptions(max_sweeps=2)
+    rt.study([stack], rank=2, ks=(1,), solver=solver, seeds=0, watch=told.append)
+    steps = [one for one in told if one.doing == "searching"]
+    first = [one.sweep for one in steps[: steps[0].max_sweeps + 1]]
+    assert first == list(range(steps[0].max_sweeps + 1))
+    assert steps[0].max_sweeps == len(EFFORTS["default"].heats) + EFFORTS["default"].rounds
+    e_lora = rt.solve_lora(stack, 2).error
+    lowest = rt.solve_rasa(stack, rt.RankBudget(2, 1), solver).error / e_lora
+    ratios = [one.ratio or 0.0 for one in steps[: len(first)]]
+    assert lowest * 0.99 <= ratios[-1] < ratios[0]
+    assert reconstruct.progress_line(StudyProgress("query", 1, "searching", 2, 5, 0.99512, 0)) == (
+        "query, k = 1: searching, step 2 of 5, lowest error 0.9951 e_lora"
+    )
+    assert reconstruct.progress_line(StudyProgress("query", 1, "solving from lora", 2, 5, None, 0)) == (
+        "query, k = 1: solving from lora, sweep 2"
+    )
+    assert reconstruct.progress_line(StudyProgress("query", 1, "dual floor", 2, 5, 0.9, 0)) == (
+        "query, k = 1: dual floor, iteration 2, at 0.9000 e_lora"
+    )
 
 
 def test_layer_weights_scale_errors_and_scale_factors_back(
@@ -316,6 +388,10 @@ def test_interrupted_as_a_file_is_made_nothing_is_left(tmp_path: Path, monkeypat
         (["--k", "one"], "'one' is not a whole number"),
         (["--rank", "11"], r"rank 11 exceeds min(b, a) = 10 of stack 'updates' (12 x 10)"),
         (["--start", "warm"], "invalid choice: 'warm'"),
+        (["--effort", "slow"], "argument --effort: invalid choice: 'slow'"),
+        (["--max-cancellation", "0.5"], "max_cancellation must be at least 1, got 0.5 (--max-cancellation)"),
+        (["--max-cancellation", "nan"], "max_cancellation must be at least 1, got nan (--max-cancellation)"),
+        (["--max-cancellation", "all"], "argument --max-cancellation: invalid float value: 'all'"),
         (["--rtol", "nan"], "rtol must be at least 0 and below 1, got nan"),
         (["--rtol", "x"], "argument --rtol: invalid float value: 'x'"),
         (["--sweeps", "0"], "max_sweeps must be at least 1, got 0 (--sweeps)"),
@@ -390,6 +466,7 @@ def test_a_stack_larger_than_the_memory_gives_the_same_results(
 ) -> None:
     np.save(tmp_path / "updates.npy", np.random.default_rng(0).standard_normal((30, 12, 10)) * np.logspace(0, -1, 10))
     arguments = ["--source", str(tmp_path / "updates.npy"), "--rank", "2", "--seeds", "2", "--sweeps", "5", "--tf32"]
+    arguments += ["--effort", "quick"]
     found = []
     for weight in ("none", "layer"):
         for limit in ([], ["--memory", "15KiB"]):  # of a stack of 28 KiB

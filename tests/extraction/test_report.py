@@ -58,6 +58,19 @@ def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, c
     assert not (tmp_path / ".extract").exists()
 
 
+def test_the_report_says_how_it_was_searched(llamas, tmp_path):
+    folder, _ = llamas
+    few = ("--rank", "3", "--sweeps", "2", "--modules", "*self_attn.v*")
+    assert run(folder, tmp_path / "quick", *few, "--effort", "quick", "--max-cancellation", "inf") == 0
+    report = report_of(tmp_path / "quick")
+    solver = report["plan"]["settings"]["solver"]
+    assert (solver["effort"], solver["max_cancellation"]) == ("quick", "inf")
+    assert 1 <= report["stacks"][0]["search"]["near_best"] <= report["stacks"][0]["search"]["starts"]
+    assert report["stacks"][0]["search"]["moves"] == 0
+    assert run(folder, tmp_path / "none", *few, "--k", "0") == 0
+    assert report_of(tmp_path / "none")["stacks"][0]["search"] is None
+
+
 def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     """Of an embedding that lies on disk, of what is no weight of a module; not of what is 0 or cannot be read."""
     generator = torch.Generator().manual_seed(0)

@@ -192,6 +192,10 @@ def test_inputs_or_settings_that_changed_are_refused(llamas, tmp_path, monkeypat
     capsys.readouterr()
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--seed", "1") == 2
     assert "holds an extraction with other settings (solver)" in capsys.readouterr().err
+    assert run(tmp_path / "pair", tmp_path / "out", *options(), "--effort", "thorough") == 2
+    assert "holds an extraction with other settings (solver)" in capsys.readouterr().err
+    assert run(tmp_path / "pair", tmp_path / "out", *options(), "--max-cancellation", "inf") == 2
+    assert "holds an extraction with other settings (solver)" in capsys.readouterr().err
     assert run(tmp_path / "pair", tmp_path / "out", *options(), "--compute", "float32") == 2
     assert "holds an extraction with other settings (compute)" in capsys.readouterr().err
     shard = sorted((tmp_path / "pair" / "tuned").glob("*.safetensors"))[0]

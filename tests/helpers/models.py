@@ -61,7 +61,8 @@ def logits(model):
 
 
 def run(folder, out, *more):
-    return main(["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--out", str(out), "--quiet", *more])
+    pair = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
+    return main([*pair, "--out", str(out), "--quiet", "--effort", "quick", *more])
 
 
 def report_of(out):

@@ -39,6 +39,11 @@ def test_columns_beside_a_basis_are_orthonormal_even_where_nothing_new_is_given(
         assert float((inside - X).abs().max()) <= 1e-14
 
 
+def test_a_batch_of_no_matrices_has_no_columns_beside_it():
+    """Of a process that holds no layer."""
+    assert orthogonal.orthonormal_beside(torch.empty(0, 9, 3), torch.empty(0, 9, 2)).shape == (0, 9, 2)
+
+
 def test_completing_columns():
     C = torch.linalg.qr(torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     X = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -8,7 +8,6 @@ import torch
 
 from rasa_theory import LayerStack, RankBudget, RasaFactors, SolverOptions, pool_participation, solve_rasa
 from rasa_theory.problem import layer_losses, participation_ratio
-from rasa_theory.solvers import pool_losses
 from tests.helpers.problems import SHAPES, decaying, noise, orthogonal, random_factors
 
 
@@ -69,7 +68,7 @@ def test_losses_are_singular_values_and_neither_scale_nor_dtype_matters(L, b, a,
             values = np.linalg.svd(Bt[i] @ At[i] + D[i, j] * np.outer(B_S[:, j], A_S[j]), compute_uv=False)
             literal[i, j] = values[r - k] ** 2 if r - k < len(values) else 0
     assert found.losses.numpy() == pytest.approx(literal, abs=1e-12)
-    assert pool_losses(f).numpy() == pytest.approx(literal.sum(0), abs=1e-12)
+    assert layer_losses(f).sum(0).numpy() == pytest.approx(literal.sum(0), abs=1e-12)
     assert bool((found.by_loss >= 1 - 1e-12).all())
     assert bool((found.by_loss <= L + 1e-12).all())
     c = torch.linspace(0.5, 3, L * k, dtype=torch.float64)

@@ -1,6 +1,8 @@
 """The folder of a study: what an earlier run has finished is taken up, stack by stack."""
 
 import itertools
+import json
+import math
 import os
 from pathlib import Path
 
@@ -35,6 +37,20 @@ def test_finished_stacks_come_back_with_their_factors(tmp_path: Path) -> None:
     assert names(earlier) == ["stack 0", "stack 1"]
     assert earlier.factors.keys() == state.factors.keys()
     assert ResultsFolder(tmp_path, {"settings": "others"}).finished_stacks((0, 1)) is None
+
+
+def test_settings_that_differ_in_effort_or_bound_are_another_run() -> None:
+    plans = [
+        StudySettings(2, (1,), solver).plain()
+        for solver in (
+            rt.SolverOptions(),
+            rt.SolverOptions(effort="thorough"),
+            rt.SolverOptions(max_cancellation=4),
+            rt.SolverOptions(max_cancellation=math.inf),
+        )
+    ]
+    texts = {json.dumps(plan, allow_nan=False) for plan in plans}
+    assert len(texts) == len(plans)
 
 
 def test_a_stack_that_lacks_factors_is_done_again_and_the_others_are_kept(tmp_path: Path) -> None:

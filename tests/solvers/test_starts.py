@@ -286,20 +286,6 @@ def test_the_transposed_stack_has_the_transposed_factors(name):
     assert max(largest_angle(one, other)) <= 1e-6
 
 
-def test_a_solved_start_ends_the_race():
-    told = []
-    solve_rasa(LayerStack(planted(0, *SMALL[2]).values), RankBudget(3, 3), callback=told.append)
-    assert {progress.start for progress in told} == {"common"}
-
-
-def test_a_start_that_begins_above_allocation_is_not_raced():
-    stack, budget, told = LayerStack(noise(4, 20, 18)), RankBudget(3, 1), []
-    assert STARTS["pencil"].is_worth_racing(stack.unit(), budget)
-    assert reconstruction_error(stack, pencil_start(stack, budget)) > allocation_bound(stack, budget).value
-    solve_rasa(stack, budget, SolverOptions(max_sweeps=12), callback=told.append)
-    assert {progress.start for progress in told} == {"allocation", "lora", "random"}
-
-
 def test_common_finds_the_pools_spaces():
     shape = SMALL[0]
     truth, spectrum = planted_factors(0, *shape), subspaces.shared_subspace_spectrum

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rasa_theory import LayerStack, RankBudget, RasaSolution, SolverOptions, solve_rasa
 from rasa_theory.verification import (
     FAMILIES,
     LAWS,
@@ -103,6 +104,18 @@ def honest(family: str) -> Trial:
 def test_a_broken_law_is_noticed_and_an_honest_one_holds(law: str, family: str, broken: Subject) -> None:
     assert honest(family).outcomes[law].holds
     assert not run_trial(draw_instance(family, 0, seed=0), broken, FEW, [law]).outcomes[law].holds
+
+
+def test_answers_take_the_least_effort_so_that_an_instance_stays_quick() -> None:
+    efforts = []
+
+    def solve(stack: LayerStack, budget: RankBudget, options: SolverOptions) -> RasaSolution:
+        if options.start == "best":
+            efforts.append(options.effort)
+        return solve_rasa(stack, budget, options)
+
+    run_trial(draw_instance("gaussian", 0, seed=0), Subject(solve_rasa=solve), FEW, list(LAWS))
+    assert set(efforts) == {"quick"}
 
 
 def test_every_law_is_broken_above() -> None:

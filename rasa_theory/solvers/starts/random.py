@@ -37,4 +37,4 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
     ).to(stack.dtype, stack.device)
 
 
-RANDOM = Start("random", random_start, entries=2)
+RANDOM = Start("random", random_start, entries=6)

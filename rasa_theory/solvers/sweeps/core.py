@@ -12,8 +12,10 @@ from torch import Tensor
 from rasa_theory.linalg import batched, orthogonal
 from rasa_theory.problem import LayerStack, RasaFactors
 from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise, trusted_error
+from rasa_theory.solvers.search import Multipliers
 from rasa_theory.solvers.sweeps.accelerated import core_sweeps
 from rasa_theory.solvers.sweeps.bases import Side, padded
+from rasa_theory.solvers.sweeps.bounded import bounded_sweeps, largest_excess
 from rasa_theory.solvers.updates import with_private_terms
 
 _INNER = 20  # sweeps on the core after each pass, at most
@@ -24,13 +26,15 @@ _INNER_WHOLE = 8  # the same where the core is M itself, so that more sweeps sav
 class CoreState:
     """Factors, the bases of their two sides, and the core K_i = U_i^T M_i V_i (L, n, m).
 
-    The factors lie in the bases: B_S and B~_i in U_i, the rows of A_S and A~_i in V_i.
+    The factors lie in the bases: B_S and B~_i in U_i, the rows of A_S and A~_i in V_i. `multipliers` keep terms inside
+    the bound, from the first sweep on that went beyond it.
     """
 
     factors: RasaFactors
     columns: Side
     rows: Side
     K: Tensor
+    multipliers: Multipliers | None = None
 
     def transpose(self) -> None:
         """Become the same state of the transposed stack."""
@@ -59,8 +63,9 @@ class CoreSweep:
     name: ClassVar[str] = "core"
     heats: ClassVar[tuple[int, int]] = (2, 6)
 
-    def __init__(self, unit: LayerStack) -> None:
+    def __init__(self, unit: LayerStack, max_cancellation: float = math.inf) -> None:
         self._unit = unit
+        self._limits = max_cancellation * unit.layer_norms(torch.float64).clamp_min(unit.rounding)
 
     def begin(self, point: RasaFactors, error: float) -> CoreState:
         """New bases, for factors with private terms."""
@@ -108,7 +113,7 @@ class CoreSweep:
         K = state.K.double()
         c, d = columns.common.shape[1], rows.common.shape[1]
         count = _INNER_WHOLE if columns.is_whole and rows.is_whole else _INNER
-        inner, error = core_sweeps(K, start.to(torch.float64), (c, d), count)
+        inner, error = self._swept(K, start.to(torch.float64), (c, d), count, state)
         inner = inner.to(factors.mixing.dtype)
         state.factors = RasaFactors(
             private_B=columns.U @ inner.private_B,
@@ -120,6 +125,17 @@ class CoreSweep:
         )
         inside = factors.sharding.all_reduce(batched.total((K * K).sum((1, 2))))
         return view.norm_squared - float(inside) + error
+
+    def _swept(
+        self, K: Tensor, start: RasaFactors, common: tuple[int, int], count: int, state: CoreState
+    ) -> tuple[RasaFactors, float]:
+        """The factors after at most `count` sweeps on the core, inside the bound, and their squared error there."""
+        if state.multipliers is None:
+            swept, error = core_sweeps(K, start, common, count)
+            if largest_excess(swept, self._limits) <= 1:
+                return swept, error
+        swept, error, state.multipliers = bounded_sweeps(K, start, common, count, self._limits, state.multipliers)
+        return swept, error
 
 
 def gradient(Z: Tensor, columns: Side, factors: RasaFactors, layer_norms: Tensor) -> tuple[Tensor, Tensor]:

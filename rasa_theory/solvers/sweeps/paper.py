@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from rasa_theory.problem import LayerStack, RasaFactors, squared_error
@@ -18,7 +19,7 @@ class PaperSweep(MemorylessSweep):
     name: ClassVar[str] = "paper"
     heats: ClassVar[tuple[int, int]] = (12, 48)
 
-    def __init__(self, unit: LayerStack) -> None:
+    def __init__(self, unit: LayerStack, max_cancellation: float = math.inf) -> None:
         self._unit = unit
         self._layer_norms = unit.layer_norms()
 

@@ -1,0 +1,196 @@
+"""The search for the best pool: many starts on a small core, late cuts, and moves out of the minima that they find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory.linalg import suitable_threads
+from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers.search.batch import Batch, inside, with_private_terms
+from rasa_theory.solvers.search.core import SearchCore
+from rasa_theory.solvers.search.effort import Effort
+from rasa_theory.solvers.search.moves import moved
+from rasa_theory.solvers.search.sweeps import BatchedSweeps
+from rasa_theory.solvers.starts import STARTS
+
+_SAME = 1e-4  # two runs whose errors differ by less than this share are taken for one minimum
+_NEAR = 1e-3  # of e_lora: a run this close to the best counts as having found it
+_CHANGED = 1e-6  # of the error: what counts as a change
+_NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds take others
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Factors that a search ends with, and the name of the start that led to them."""
+
+    start: str
+    factors: RasaFactors
+
+
+@dataclass(frozen=True)
+class SearchSummary:
+    """What a reader can judge a search by.
+
+    - starts: the number of starts.
+    - near_best: how many of them led to an error within 0.1 % of e_lora of the lowest, before any moves.
+    - moves: the number of moves tried.
+    - moves_kept: how many rounds of moves ended lower.
+    """
+
+    starts: int
+    near_best: int
+    moves: int
+    moves_kept: int
+
+
+Watch = Callable[[int, int, float], None]
+"""Called after every step of a search with the number of steps done, the number planned, and the lowest error."""
+
+
+class _Runs:
+    """The runs of a search: swept together, each with the name and number of the starts that it stands for."""
+
+    def __init__(self, sweeps: BatchedSweeps, names: list[str]) -> None:
+        self.sweeps = sweeps
+        self.names = names
+        self.stands_for = [1] * len(names)
+
+    def cut(self, count: int) -> None:
+        """Go on with the `count` lowest, one of each minimum. It stands for those of its minimum that are left out."""
+        errors = self.sweeps.errors.tolist()
+        kept: list[int] = []
+        for n in sorted(range(len(errors)), key=lambda n: errors[n]):
+            same = [m for m in kept if errors[n] - errors[m] <= _SAME * errors[n]]
+            if same:
+                self.stands_for[same[0]] += self.stands_for[n]
+            elif len(kept) < count:
+                kept.append(n)
+        self.sweeps.select(torch.tensor(kept, device=self.sweeps.errors.device))
+        self.names = [self.names[n] for n in kept]
+        self.stands_for = [self.stands_for[n] for n in kept]
+
+    def run(self, heats: tuple[tuple[int, int], ...]) -> None:
+        for sweeps, left in heats:
+            self.sweeps.run(sweeps)
+            self.cut(left)
+
+    def join(self, other: _Runs) -> None:
+        self.sweeps.join(other.sweeps)
+        self.names, self.stands_for = self.names + other.names, self.stands_for + other.stands_for
+
+    def near(self, distance: float) -> int:
+        """The number of starts behind the runs whose error is within `distance` of the lowest."""
+        errors = self.sweeps.errors.tolist()
+        return sum(n for n, error in zip(self.stands_for, errors, strict=True) if error <= min(errors) + distance)
+
+
+class PoolSearch:
+    """A search on the core of a stack at `factors`, all in units of the stack's scale.
+
+    Terms stay below `max_cancellation` times ||M_i||. `watch` is called after every heat and every round of moves, with
+    the squared error on the stack.
+    """
+
+    def __init__(
+        self,
+        unit: LayerStack,
+        budget: RankBudget,
+        factors: RasaFactors,
+        effort: Effort,
+        seed: int,
+        max_cancellation: float = math.inf,
+        watch: Watch | None = None,
+    ) -> None:
+        self._unit, self._budget, self._seed, self._watch = unit, budget, seed, watch
+        self.core = SearchCore.at(unit, factors)
+        norms = unit.sharding.all_gather(unit.layer_norms(torch.float64)).to(self.core.K.device)
+        self._limits = max_cancellation * norms.clamp_min(unit.rounding)
+        self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
+        entries = sum(start.entries for start in STARTS.values())
+        self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
+        self._beside = unit.norm_squared - float((self.core.K**2).sum())  # the energy that the core leaves out
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def run(self, given: Sequence[Candidate] = ()) -> tuple[list[Candidate], SearchSummary]:
+        """The lowest distinct factors, lowest first, from all starts and from the factors given."""
+        return self._searched([*self._starts(), *self._projected(given)], self._effort.heats)
+
+    def around(self, given: Sequence[Candidate]) -> tuple[list[Candidate], SearchSummary]:
+        """The same from the factors given alone, by moves."""
+        return self._searched(self._projected(given), ())
+
+    def _searched(
+        self, candidates: list[Candidate], heats: tuple[tuple[int, int], ...]
+    ) -> tuple[list[Candidate], SearchSummary]:
+        """Sweeps and moves from candidates on the core; the lowest distinct ones, on the stack."""
+        K = self.core.K
+        with suitable_threads(K):
+            batch = with_private_terms(K, Batch.of([candidate.factors for candidate in candidates]))
+            runs = _Runs(self._swept(batch), [candidate.start for candidate in candidates])
+            self._tell(0, len(heats) + self._rounds(0), runs)
+            for n, heat in enumerate(heats):
+                runs.run((heat,))
+                self._tell(n + 1, len(heats) + self._rounds(0), runs)
+            near = runs.near(self._near)
+            tried, kept = self._moves(runs, len(heats))
+            runs.sweeps.run(self._effort.final)
+            batch, errors = inside(K, runs.sweeps.batch, self._limits)
+        factors = batch.factors()
+        results = [
+            Candidate(runs.names[n], self.core.lifted(factors[n], self._unit)) for n in errors.argsort().tolist()
+        ]
+        return results, SearchSummary(len(candidates), near, tried, kept)
+
+    def _projected(self, given: Sequence[Candidate]) -> list[Candidate]:
+        return [Candidate(candidate.start, self.core.projected(candidate.factors)) for candidate in given]
+
+    def _starts(self) -> Iterator[Candidate]:
+        """All entries of all starts on the core, those of `Start.entries` in units of `Effort.starts`."""
+        stack = LayerStack(self.core.K)
+        for start in STARTS.values():
+            for entry in range(math.ceil(self._effort.starts * start.entries)):
+                factors = start.make(stack, self._budget, self._seed + entry * _NEXT_SEED)
+                if factors is not None:
+                    yield Candidate(start.name, factors)
+
+    def _swept(self, batch: Batch) -> BatchedSweeps:
+        return BatchedSweeps(self.core.K, batch, self._limits)
+
+    def _moves(self, runs: _Runs, steps_before: int) -> tuple[int, int]:
+        """Rounds of moves from the lowest runs, which stay; the number of moves, and of rounds that paid."""
+        effort, K = self._effort, self.core.K
+        done = kept = last_change = 0
+        while effort.moves and done < self._rounds(last_change):
+            runs.cut(effort.parents)
+            before = float(runs.sweeps.errors.min())
+            batch, origin = moved(K, runs.sweeps.batch, effort.moves, self._generator)
+            children = _Runs(self._swept(batch), [runs.names[n] for n in origin.tolist()])
+            children.run(effort.move_heats)
+            runs.sweeps.run(effort.between)
+            runs.join(children)
+            runs.cut(effort.parents)
+            done += 1
+            if float(runs.sweeps.errors.min()) < (1 - _CHANGED) * before:
+                kept, last_change = kept + 1, done
+            self._tell(steps_before + done, steps_before + self._rounds(last_change), runs)
+        return done * effort.moves, kept
+
+    def _rounds(self, last_change: int) -> int:
+        """The number of rounds to do, if the last change was in round `last_change`."""
+        return max(self._effort.rounds, 2 * last_change) if self._effort.until_idle else self._effort.rounds
+
+    def _tell(self, done: int, planned: int, runs: _Runs) -> None:
+        if self._watch is not None:
+            self._watch(done, planned, max(0.0, self._beside + float(runs.sweeps.errors.min())))
+
+
+def cost_of_sweep(K: Tensor, budget: RankBudget) -> float:
+    """The number of floating-point operations of one sweep of one run on K (L, n, m), about."""
+    L, n, m = K.shape
+    R, q = budget.pool_rank(L), budget.private_rank
+    return 4.0 * L * n * m * (q + R) + 4.0 * L * (n + m) * R * (R + q) + L * R**3

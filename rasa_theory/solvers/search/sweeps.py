@@ -1,0 +1,182 @@
+"""Joint sweeps on many factors of one core side by side, each from beyond its last point and inside the bound."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from rasa_theory.linalg import orthogonal
+from rasa_theory.solvers.descent import Extrapolated
+from rasa_theory.solvers.search.batch import Batch, along
+
+_RIDGE = 1e-12  # of the mean diagonal of a Gram matrix
+_ROUNDING = 1e-14  # of the diagonal before the private directions are taken off
+# Multipliers aim a little inside the bound, so that hardly anything has to be cut off in the end. They begin small,
+# since a bound costs little by itself: a term that doubles beyond 8 ||M_i|| gains some 1e-5 of the error.
+_INSIDE = 0.99
+_FIRST = 1e-6
+_FASTEST = 4.0  # factor of a multiplier in one sweep
+
+
+class Multipliers(NamedTuple):
+    """Weights mu (S, L, R) on the squared norms of pool terms, and nu (S, L) on those of B~_i A~_i."""
+
+    pool: Tensor
+    private: Tensor
+
+    @classmethod
+    def zero(cls, D: Tensor) -> Multipliers:
+        return cls(torch.zeros_like(D), D.new_zeros(D.shape[:2]))
+
+    def cost(self, sizes: Multipliers) -> Tensor:
+        """Sum of the weighted squared norms: (S,)."""
+        return (self.pool * sizes.pool).sum((1, 2)) + (self.private * sizes.private).sum(1)
+
+    def where(self, condition: Tensor, other: Multipliers) -> Multipliers:
+        return Multipliers(*(torch.where(along(condition, x), x, y) for x, y in zip(self, other, strict=True)))
+
+    def select(self, index: Tensor) -> Multipliers:
+        return Multipliers(self.pool[index], self.private[index])
+
+    def joined(self, other: Multipliers) -> Multipliers:
+        return Multipliers(torch.cat([self.pool, other.pool]), torch.cat([self.private, other.private]))
+
+    def updated(self, sizes: Multipliers, limits: Tensor) -> Multipliers:
+        """The multipliers of the next sweep, from the squared norms (same shapes) and their limits (L,)."""
+        return Multipliers(
+            _updated(self.pool, sizes.pool / limits[:, None]), _updated(self.private, sizes.private / limits)
+        )
+
+
+def _updated(multipliers: Tensor, excess: Tensor) -> Tensor:
+    """Multiplied by `excess`, the squared norm over its limit: they begin above 1, and switch themselves off below."""
+    started = torch.where(excess > 1, multipliers.clamp_min(_FIRST), multipliers)
+    grown = started * excess.clamp(1 / _FASTEST, _FASTEST)
+    return torch.where(grown < _FIRST / 16, 0.0, grown)
+
+
+class BatchedSweeps:
+    """A batch on K (L, n, m) that descends by joint sweeps; `errors` (S,) are the squared errors of `batch`.
+
+    Minimises sum_i ||E_i||^2 + sum_ij mu_ij t_ij^2 + sum_i nu_i ||B~_i A~_i||^2, t_ij the norms of pool terms. The
+    multipliers mu and nu grow where a norm exceeds its layer's entry of `limits` (L,), and fall to zero elsewhere. Only
+    the first common[0] rows of B move, and the first common[1] columns of A.
+    """
+
+    # The sweep is `updates.joint_sweep`, written for S factors at once. On a small core its time is that of the calls,
+    # not of the arithmetic, so 24 factors side by side cost little more than one. Extrapolation is that of
+    # `Extrapolated`, but nothing is done twice: where a sweep from beyond the last point does not pay, that factor
+    # starts its next sweep from the point itself.
+
+    def __init__(
+        self,
+        K: Tensor,
+        batch: Batch,
+        limits: Tensor,
+        common: tuple[int | None, int | None] = (None, None),
+        multipliers: Multipliers | None = None,
+    ) -> None:
+        self._K, self._limits, self._common = K, limits, common
+        self._norm = float((K * K).sum())
+        self.multipliers = multipliers or Multipliers.zero(batch.D)
+        self.batch = self._before = batch
+        self.errors = K.new_full(batch.D.shape[:1], torch.inf)
+        self._sizes = Multipliers.zero(batch.D)
+        self._stride = torch.zeros_like(self.errors)
+
+    def run(self, sweeps: int) -> Self:
+        """Do this many sweeps."""
+        for _ in range(sweeps):
+            self._sweep()
+        return self
+
+    def select(self, index: Tensor) -> None:
+        """Go on with the factors at `index` alone."""
+        self.batch, self._before = self.batch.select(index), self._before.select(index)
+        self.multipliers, self._sizes = self.multipliers.select(index), self._sizes.select(index)
+        self.errors, self._stride = self.errors[index], self._stride[index]
+
+    def join(self, other: BatchedSweeps) -> None:
+        """Go on with the factors of `other` as well."""
+        self.batch, self._before = self.batch.joined(other.batch), self._before.joined(other._before)
+        self.multipliers, self._sizes = self.multipliers.joined(other.multipliers), self._sizes.joined(other._sizes)
+        self.errors = torch.cat([self.errors, other.errors])
+        self._stride = torch.cat([self._stride, other._stride])
+
+    def _sweep(self) -> None:
+        now, stride = self.batch, self._stride
+        batch, values = self._swept(now.beyond(self._before, stride))
+        sizes = Multipliers(batch.D**2, (batch.At**2).sum((2, 3)))  # the columns of B~_i are orthonormal
+        errors = values - self.multipliers.cost(sizes)
+        lower = values < self.errors + self.multipliers.cost(self._sizes)
+        self.batch, self._before = batch.where(lower, now), now.where(lower, self._before)
+        self.errors = torch.where(lower, errors, self.errors)
+        self._sizes = sizes.where(lower, self._sizes)
+        longer = torch.where(stride > 0, Extrapolated.GROWTH * stride, 1.0)
+        shorter = torch.where(stride > Extrapolated.SMALLEST, Extrapolated.SHRINKAGE * stride, 0.0)
+        self._stride = torch.where(lower, longer, shorter)
+        self.multipliers = self.multipliers.updated(self._sizes, (_INSIDE * self._limits) ** 2)
+
+    def _swept(self, batch: Batch) -> tuple[Batch, Tensor]:
+        half, _ = batched_half(self._K, self._norm, batch, self.multipliers, self._common[0])
+        half, values = batched_half(self._K.mT, self._norm, half.transpose(), self.multipliers, self._common[1])
+        return half.transpose(), values
+
+
+def batched_half(
+    K: Tensor, norm: float, batch: Batch, multipliers: Multipliers, leading: int | None
+) -> tuple[Batch, Tensor]:
+    """`updates.joint_half` for S factors, with multipliers; `norm` is ||K||^2.
+
+    With w_i = 1 / (1 + nu_i) the best B~_i is w_i (K_i - B_S D_i A_S) A~_i^T, so C_i = A_S A_S^T - w_i W_i W_i^T and
+    P_i = K_i A_S^T - w_i K_i A~_i^T W_i^T. The multipliers mu_ij add sum_i mu_ij d_ij^2 to the diagonal of the Gram
+    matrix for B_S, and mu_ij to that for d_i. Returns the batch and the value minimised (S,).
+    """
+    _, At, B, A, D = batch
+    mu, nu = multipliers
+    q = At.shape[2]
+    P = products(K, A.mT[:, None])  # (S, L, n, R)
+    C = (A @ A.mT)[:, None]  # (S, 1, R, R)
+    energy: Tensor | float = 0.0
+    if q:
+        At = torch.linalg.qr(At.mT)[0].mT
+        W = A[:, None] @ At.mT  # (S, L, R, q)
+        w = (1 / (1 + nu))[..., None, None]
+        KAt = products(K, At.mT)  # (S, L, n, q)
+        P = P - w * (KAt @ W.mT)
+        C = C - w * (W @ W.mT)
+        energy = (w * KAt * KAt).sum((1, 2, 3))
+    G = (C * D[..., None] * D[:, :, None]).sum(1) + torch.diag_embed((mu * D * D).sum(1))  # (S, R, R)
+    g = ((P * D[:, :, None]).sum(1) - B @ G)[:, :leading]
+    X = solved(G, g.mT, (D * D).sum(1).mean(1)).mT
+    B = B + torch.nn.functional.pad(X, (0, 0, 0, B.shape[1] - X.shape[1]))
+    norms = torch.linalg.vector_norm(B, dim=1)
+    B, D = orthogonal.unit_columns(B), D * norms[:, None]
+    G = (B.mT @ B)[:, None] * C + torch.diag_embed(mu)  # (S, L, R, R)
+    p = (B[:, None] * P).sum(2)  # (S, L, R)
+    D = D + solved(G, (p - (G @ D[..., None])[..., 0])[..., None], D.new_ones(()))[..., 0]
+    explained = (D * (2 * p - (G @ D[..., None])[..., 0])).sum((1, 2)) + energy
+    Bt = w * (KAt - B[:, None] @ (D[..., None] * W)) if q else batch.Bt
+    return Batch(Bt, At, B, A, D), norm - explained
+
+
+def products(K: Tensor, X: Tensor) -> Tensor:
+    """K_i X_si for all s, with one product a layer: (L, n, m), (S, L or 1, m, p) -> (S, L, n, p)."""
+    S, layers, m, p = X.shape
+    together = K @ X.permute(1, 2, 0, 3).reshape(layers, m, S * p)
+    return together.reshape(*K.shape[:2], S, p).permute(2, 0, 1, 3).contiguous()
+
+
+def solved(G: Tensor, g: Tensor, size: Tensor) -> Tensor:
+    """G^-1 g, with a ridge at rounding level, for positive semidefinite G (.., R, R) and g (.., R, p).
+
+    An increment from the residual, so it never raises what is minimised, whatever the ridge is. G is a difference of
+    matrices of about `size` (..), so it can be rounding alone, and indefinite: where Cholesky fails the result is 0.
+    """
+    ridge = torch.maximum(_RIDGE * G.diagonal(dim1=-2, dim2=-1).mean(-1), _ROUNDING * size)
+    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    ridge = ridge.clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
+    factor, info = torch.linalg.cholesky_ex(G + ridge * eye)
+    return torch.where((info == 0)[..., None, None], torch.cholesky_solve(g, factor), 0.0)

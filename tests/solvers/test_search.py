@@ -1,0 +1,287 @@
+"""The search for the best pool: its core, moves, runs and plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from rasa_theory import LayerStack, RankBudget, RasaFactors, SolverOptions, StopReason, load, solve_rasa
+from rasa_theory.solvers import EFFORTS, STARTS, Batch, Candidate, PoolSearch, SearchCore, allocation_start
+from rasa_theory.solvers import leading_terms as large_terms
+from rasa_theory.solvers.search import moved, moves, search, with_private_terms
+from rasa_theory.sources.null_models import with_hidden_dyads
+from tests.helpers.problems import equal_up_to_scale, falling, orthogonal, random_factors
+
+BUDGET = RankBudget(3, 1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit_columns(batch: Batch) -> bool:
+    norms = torch.cat([torch.linalg.vector_norm(batch.B, dim=1), torch.linalg.vector_norm(batch.A, dim=2)])
+    return torch.allclose(norms, torch.ones_like(norms))
+
+
+# ---- large rank-one terms
+
+
+def test_the_terms_of_an_orthogonally_decomposable_tensor_are_found() -> None:
+    """Each time exactly one of them; the largest more often than the smallest."""
+    U, V, W = (torch.as_tensor(orthogonal(n, n)[:, :3]) for n in (9, 8, 4))
+    E = torch.einsum("bj,ij,aj->iba", U, W * torch.tensor([3.0, 2.0, 1.0]), V)
+    terms = large_terms(E.expand(40, 4, 9, 8), generator())
+    sizes = torch.linalg.vector_norm(terms.D, dim=1)
+    which = (sizes[:, None] - torch.tensor([3.0, 2.0, 1.0])).abs().argmin(1)
+    products = terms.D[:, :, None, None] * terms.B[:, None, :, None] * terms.A[:, None, None]
+    exact = torch.stack([torch.einsum("b,i,a->iba", U[:, j], W[:, j], V[:, j]) for j in range(3)])
+    scale = torch.tensor([3.0, 2.0, 1.0])[which, None, None, None]
+    assert torch.allclose(products, scale * exact[which], atol=1e-4)
+    assert torch.allclose(torch.linalg.vector_norm(terms.B, dim=1), torch.ones(40).double())
+    counts = torch.bincount(which, minlength=3)
+    assert int(counts[0]) > int(counts[2])
+
+
+# ---- moves
+
+
+@pytest.mark.parametrize(("r", "k"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize("parents", [1, 3])
+def test_moved_batches_are_sound_and_depend_on_the_seed_alone(r: int, k: int, parents: int) -> None:
+    K = torch.as_tensor(falling(3, 9, 7))
+    batch = with_private_terms(K, Batch.of([random_factors(3, 9, 7, r, k, seed) for seed in range(parents)]))
+    (one, origin), (two, _), (other, _) = (moved(K, batch, 10, generator(seed)) for seed in (0, 0, 1))
+    assert [x.shape[1:] for x in one] == [x.shape[1:] for x in batch]
+    assert len(one.D) == len(origin) == 10
+    assert set(origin.tolist()) == set(range(parents))
+    assert all(bool(torch.isfinite(x).all()) for x in one)
+    assert unit_columns(one)
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+    assert not torch.allclose(one.B, other.B)
+
+
+def test_the_loss_of_a_pool_term_is_its_part_outside_the_private_spaces() -> None:
+    """Orthogonal to them, inside them, and at an angle on both sides."""
+    e = torch.eye(6, dtype=torch.float64)
+    half = 0.5 * e[0] + 0.75**0.5 * e[3]
+    B, A = torch.stack([e[1], e[0], half], 1), torch.stack([e[1], e[0], 0.6 * e[0] + 0.8 * e[2]])
+    D = torch.tensor([[2.0, 5.0, 3.0], [1.0, 5.0, 2.0]]).double()
+    batch = Batch(e[:, :1].expand(1, 2, 6, 1), e[:1].expand(1, 2, 1, 6), B[None], A[None], D[None])
+    assert moves.pool_losses(batch)[0].tolist() == pytest.approx([5.0, 0.0, 0.75 * 0.64 * 13.0], abs=1e-12)
+
+
+def test_an_exchange_finds_a_planted_term_in_the_residual() -> None:
+    """A pool with one useless term: it gives place to the dyad that all layers share."""
+    U, V = (torch.as_tensor(orthogonal(n, n)) for n in (9, 8))
+    D = torch.tensor([[3.0, 2.0, 0.0], [2.0, -2.0, 0.0], [-3.0, 2.0, 0.0]]).double()
+    K = (U[:, :3] * (D + torch.tensor([0, 0, 1.0]))[:, None]) @ V[:, :3].mT
+    spoiled = RasaFactors(K.new_zeros(3, 9, 0), K.new_zeros(3, 0, 8), U[:, [0, 1, 7]], V[:, [0, 1, 7]].mT, D + 1e-6)
+    parents = Batch.of([spoiled])
+    found = moves.exchanged(K, parents, torch.zeros(20, dtype=torch.long), generator())
+    left = (found.residual(K) ** 2).sum((1, 2, 3))
+    assert float((parents.residual(K) ** 2).sum()) > 2.9
+    assert int((left <= 1e-6).sum()) >= 15
+
+
+def test_a_term_of_one_layer_is_shared_with_the_weights_that_suit_all() -> None:
+    """The pool does nothing; what the private term of each layer approximates is in all layers."""
+    u, v = (torch.as_tensor(orthogonal(n, n)) for n in (9, 8))
+    d = torch.tensor([3.0, 2.0, -1.0]).double()
+    K = d[:, None, None] * torch.outer(u[:, 0], v[:, 0])
+    private = K.new_zeros(3, 9, 1), v[:, :1].mT.expand(3, 1, 8)
+    factors = RasaFactors(private[0] + u[:, :1], private[1], u[:, 1:4], v[:, 1:4].mT, 0.001 * torch.ones(3, 3).double())
+    found = moves.shared(K, Batch.of([factors]), torch.zeros(8, dtype=torch.long), generator())
+    largest = found.D.abs().amax(1)
+    sizes = torch.linalg.vector_norm(found.D, dim=1).amax(1)
+    assert bool((largest.amax(1) > 0.5).all())
+    assert bool((sizes <= float(torch.linalg.vector_norm(d)) + 1e-6).all())
+
+
+def test_children_of_two_take_each_term_from_one_of_them() -> None:
+    K = torch.as_tensor(falling(3, 9, 7))
+    parents = Batch.of([random_factors(3, 9, 7, 2, 2, seed) for seed in range(3)])
+    origin = torch.tensor([0, 1, 2, 0, 1, 2])
+    found = moves.crossed(K, parents, origin, generator())
+    mixed = 0
+    for n, own in enumerate(origin.tolist()):
+        sources = []
+        for j in range(6):
+            source = [m for m in range(3) if torch.equal(found.D[n, :, j], parents.D[m, :, j])]
+            assert torch.equal(found.B[n, :, j], parents.B[source[0], :, j])
+            assert torch.equal(found.A[n, j], parents.A[source[0], j])
+            sources += source
+        assert len(set(sources) - {own}) <= 1
+        mixed += own in sources and len(set(sources)) == 2
+    assert mixed >= 4
+
+
+# ---- the core
+
+
+def hidden(L: int = 3, b: int = 120, a: int = 110) -> tuple[LayerStack, torch.Tensor, torch.Tensor]:
+    """A stack with three dyads that all layers share, and what was added."""
+    plain = LayerStack(falling(L, b, a))
+    stack = with_hidden_dyads(plain, 4, count=3, size=0.8, seed=0)
+    U, _, Vh = torch.linalg.svd(stack.values - plain.values, full_matrices=False)
+    return stack, U[0, :, :3], Vh[0, :3].mT
+
+
+def test_a_core_has_orthonormal_bases_that_hold_the_factors_and_hidden_dyads() -> None:
+    stack, U, V = hidden()
+    unit = stack.unit()
+    factors = allocation_start(unit, RankBudget(4, 1))
+    core = SearchCore.at(unit, factors)
+    assert not core.is_whole
+    assert core.K.dtype == torch.float64
+    assert torch.allclose(core.K, core.U.mT @ unit.values @ core.V, atol=1e-12)
+    for W, hidden_ones in ((core.U, U), (core.V, V)):
+        assert W.shape[1] < 70
+        assert torch.allclose(W.mT @ W, torch.eye(W.shape[1]).double(), atol=1e-12)
+        outside = hidden_ones - W @ (W.mT @ hidden_ones)
+        assert float(torch.linalg.vector_norm(outside, dim=0).max()) <= 0.3
+    own = torch.linalg.qr(torch.cat([*factors.private_B, factors.shared_B], 1))[0]
+    outside = U - own @ (own.mT @ U)  # the factors alone do not see them
+    assert float(torch.linalg.vector_norm(outside, dim=0).min()) >= 0.5
+    again = core.lifted(core.projected(factors), unit)
+    for i in range(3):
+        assert torch.allclose(again.update(i), factors.update(i), atol=1e-12)
+
+
+def test_small_stacks_are_their_own_core() -> None:
+    unit = LayerStack(falling(3, 30, 20)).unit()
+    core = SearchCore.at(unit, allocation_start(unit, BUDGET))
+    assert core.is_whole
+    assert torch.equal(core.K, unit.values)
+
+
+# ---- runs
+
+
+class Fixed:
+    """Sweeps that stay where they are."""
+
+    def __init__(self, errors: list[float]) -> None:
+        self.errors = torch.tensor(errors, dtype=torch.float64)
+
+    def select(self, index: torch.Tensor) -> None:
+        self.errors = self.errors[index]
+
+
+def runs(errors: list[float]) -> search._Runs:
+    return search._Runs(Fixed(errors), [f"run {n}" for n in range(len(errors))])  # type: ignore[arg-type]
+
+
+def test_a_cut_keeps_the_lowest_of_distinct_minima_and_counts_their_doubles() -> None:
+    cut = runs([0.3, 0.2, 0.2 * (1 + 5e-5), 0.1, 0.25, 0.1 * (1 + 2e-5), 0.3])
+    cut.cut(3)
+    assert cut.names == ["run 3", "run 1", "run 4"]
+    assert cut.sweeps.errors.tolist() == [0.1, 0.2, 0.25]
+    assert cut.stands_for == [2, 2, 1]
+
+
+def test_near_the_best_are_those_within_a_distance_with_all_that_they_stand_for() -> None:
+    cut = runs([0.1, 0.10001, 0.1000001, 0.15, 0.2])
+    cut.cut(4)
+    assert cut.near(1e-3) == 3
+    assert cut.near(0.06) == 4
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+def test_on_large_cores_everything_is_done_less_and_nothing_left_out(name: str) -> None:
+    effort = EFFORTS[name]
+    assert effort.within(1.0, 30) is effort
+    less = effort.within(1e12, 30)
+    assert 0 < less.starts < effort.starts
+    assert [sweeps for sweeps, _ in less.heats] == [sweeps for sweeps, _ in effort.heats]
+    counts = [left for _, left in (*less.heats, *less.move_heats)] + [less.parents]
+    before = [left for _, left in (*effort.heats, *effort.move_heats)] + [effort.parents]
+    assert all(1 <= x <= y for x, y in zip(counts, before, strict=True))
+    assert less.moves >= 1
+    half = effort.within(2 * effort.cost / cost(effort), 30)
+    assert half.starts == pytest.approx(effort.starts / 2, rel=1e-9)
+
+
+def cost(effort: search.Effort) -> float:
+    """The number of sweeps of single runs in a search from 30 starts per unit."""
+    total, left = 0.0, 30 * effort.starts
+    for sweeps, more in effort.heats:
+        total, left = total + left * sweeps, more
+    per_round, left = 0.0, effort.moves
+    for sweeps, more in effort.move_heats:
+        per_round, left = per_round + left * sweeps, more
+    return total + effort.rounds * (per_round + effort.parents * effort.between) + effort.parents * effort.final
+
+
+# ---- the search
+
+QUICK = EFFORTS["quick"]
+
+
+def found_by(
+    effort: search.Effort, seed: int = 0, limit: float = math.inf
+) -> tuple[list[Candidate], search.SearchSummary]:
+    unit = LayerStack(falling(3, 12, 10)).unit()
+    return PoolSearch(unit, BUDGET, allocation_start(unit, BUDGET), effort, seed, limit).run()
+
+
+def test_the_same_seed_gives_the_same_result_and_another_one_other_starts() -> None:
+    (one, summary), (two, same), (other, _) = (found_by(QUICK, seed) for seed in (0, 0, 1))
+    assert summary == same
+    assert [candidate.start for candidate in one] == [candidate.start for candidate in two]
+    assert all(torch.equal(x.factors.mixing, y.factors.mixing) for x, y in zip(one, two, strict=True))
+    assert not torch.equal(one[0].factors.mixing, other[0].factors.mixing)
+
+
+def test_results_are_distinct_come_lowest_first_and_stay_inside_the_bound() -> None:
+    effort = dataclasses.replace(EFFORTS["default"], heats=((30, 8), (30, 5)), rounds=1, parents=4, final=100)
+    unit = LayerStack(falling(3, 12, 10)).unit()
+    results, summary = found_by(effort, limit=2.0)
+    errors = [float(((unit.values - torch.stack([c.factors.update(i) for i in range(3)])) ** 2).sum()) for c in results]
+    assert errors == sorted(errors)
+    assert len({round(error, 9) for error in errors}) == len(results) <= 4
+    norms = torch.linalg.matrix_norm(unit.values)
+    for candidate in results:
+        f = candidate.factors.normalised()
+        assert bool((f.mixing.abs() <= 2.0 * norms[:, None] * (1 + 1e-9)).all())
+        assert bool((torch.linalg.matrix_norm(f.private_B @ f.private_A) <= 2.0 * norms * (1 + 1e-9)).all())
+    assert {candidate.start for candidate in results} <= set(STARTS)
+    assert 1 <= summary.near_best <= summary.starts
+    assert summary.moves == effort.moves
+
+
+def test_a_search_until_idle_ends() -> None:
+    """Small numbers for a thorough search; rounds go on to twice the last one that changed anything."""
+    effort = dataclasses.replace(
+        EFFORTS["thorough"], starts=0.3, heats=((10, 4),), rounds=2, moves=4, move_heats=((10, 2),), parents=2,
+        between=5, final=5,
+    )  # fmt: skip
+    unit, budget = LayerStack(equal_up_to_scale().values).unit(), RankBudget(3, 1)  # few sweeps reach the optimum
+    _, summary = PoolSearch(unit, budget, allocation_start(unit, budget), effort, 0).run()
+    done = summary.moves // effort.moves
+    assert done >= 2
+    assert summary.moves_kept <= done / 2 + 1
+
+
+def test_moves_alone_start_from_what_is_given() -> None:
+    unit = LayerStack(falling(3, 12, 10)).unit()
+    start = allocation_start(unit, BUDGET)
+    pool = PoolSearch(unit, BUDGET, start, EFFORTS["default"].returning(), 0)
+    results, summary = pool.around([Candidate("mine", start)])
+    assert {candidate.start for candidate in results} == {"mine"}
+    assert summary.starts == 1
+
+
+@pytest.mark.parametrize("effort", ["quick", "default"])
+def test_the_bound_is_kept_where_sweeps_without_one_would_never_end(effort: str) -> None:
+    """A crop of the bundled updates, on which terms grow and cancel: core sweeps go on inside the bound."""
+    stack = LayerStack(load("minilm-code")[0][0].values[:3, :64, :64])
+    solution = solve_rasa(stack, RankBudget(6, 3), SolverOptions(effort=effort, max_sweeps=20, max_cancellation=2.0))
+    assert solution.cancellation <= 2.0 * (1 + 1e-3)
+    assert solution.stop_reason in (StopReason.CONVERGED, StopReason.SWEEP_LIMIT)
