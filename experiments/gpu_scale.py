@@ -16,7 +16,7 @@ with norm s_p, so that the tail goes on where the power law ends.
 
 The start is made of the terms that a randomised subspace iteration finds: q leading ones of a layer private, the R next
 largest of all layers in the pool. e_lora is the certified interval of `solve_lora(.., method="fast")`, and
-`e_rasa_over_e_lora` one too. `--default` runs the default solver as well, with its exact SVDs and its race of starts.
+`e_rasa_over_e_lora` one too. `--default` runs the default solver as well, with its exact SVDs and its search.
 `--figure` draws what the file holds (needs matplotlib).
 """
 

@@ -1,4 +1,4 @@
-"""Do solves recover planted factors? Recovery against noise, from the default race and from a random pool.
+"""Do solves recover planted factors? Recovery against noise, from the default search and from a random pool.
 
     python -m experiments.recovery
 
@@ -105,7 +105,7 @@ def plot(rows: list[Row]) -> Figure:
             label = ", ".join(map(str, shape)) if start == "best" else None
             _draw(axes, noises, group, 0.11 * (n - (len(shapes) - 1) / 2), look, start == "best", label)
     rate, distance = axes
-    rate.plot([], [], "-", color=style.GREY, label="default race")
+    rate.plot([], [], "-", color=style.GREY, label="default search")
     rate.plot([], [], "--", color=style.GREY, label="random pool")
     entries = rate.get_legend_handles_labels()
     style.legend(figure, *entries, loc="outside upper center", ncols=3, title="planted with (L, b, a, r, k), found by")

@@ -28,11 +28,11 @@ STARTS = (*REFERENCE, "errors")
 COPIED = ("e_lora", "allocation", "reference", "unbounded", "best_of_24", "share", *CODE_COLUMNS)
 OURS = (
     *KEY, "effort", *COPIED, "reference_seconds", "error", "seconds", "cancellation", "stop_reason", "start",
-    "sweeps", "data_passes",
+    "sweeps", "data_passes", "starts", "near_best",
 )  # fmt: skip
 MOST_STARTS = {WHOLE: 20}
 """Sizes at which 50 starts would take too long."""
-EFFORTS = {"default": rt.SolverOptions()}
+EFFORTS = {effort: rt.SolverOptions(effort=effort) for effort in ("quick", "default", "thorough")}
 
 
 def key(problem: Problem) -> Row:
@@ -128,6 +128,8 @@ def our_row(problem: Problem, effort: str, reference: Row) -> Row:
             "cancellation": solution.cancellation,
             "stop_reason": solution.stop_reason.name,
             "start": solution.start,
+            "starts": solution.search.starts if solution.search else None,
+            "near_best": solution.search.near_best if solution.search else None,
             "sweeps": solution.sweeps,
             "data_passes": solution.data_passes,
         }

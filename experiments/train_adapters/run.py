@@ -71,7 +71,7 @@ def execute(run: Run, task: Task, device: str, tuning: bool, keep: Path | None =
         stacks = updates(encoder, plain, adapter)
         row["updates"] = {kind: about(stack) for kind, stack in stacks.items()}
         if run.method == "full":
-            start = "best" if settings.steps > 10 else "allocation"  # for function only, without a race
+            start = "best" if settings.steps > 10 else "allocation"  # for function only, without a search
             row["reconstruction"] = {
                 f"{r},{k}": {kind: reconstruction(stack, r, k, start) for kind, stack in stacks.items()}
                 for r, k in BUDGETS
