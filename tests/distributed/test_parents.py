@@ -89,23 +89,7 @@ def test_a_process_of_torchrun_ends_with_it(tmp_path: Path) -> None:
 
 def test_any_other_process_outlives_its_parent(tmp_path: Path) -> None:
     """A command may be started by a shell that ends at once."""
-    code = TORCHRUN.replace("work()", "work_a_little()") + ""
-    code = (
-        """
-def work_a_little():
-    import time
-    spec = importlib.util.spec_from_file_location("parents", PATH)
-    parents = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(parents)
-    parents.end_with_parent()
-    print("computing", flush=True)
-    time.sleep(2.5)
-    print("finished", flush=True)
-    sys.exit()
-"""
-        + code
-    )
-    run = start(tmp_path, code)
+    run = start(tmp_path, BRIEF + TORCHRUN.replace("work()", "work_briefly()"))
     assert run.stdout.readline() == "computing\n"  # type: ignore[union-attr]
     run.kill()
     assert run.communicate(timeout=PATIENCE)[0] == "finished\n"
