@@ -6,7 +6,7 @@ one of `SWEEPS`, wrapped by `Guarded` and `BestSoFar`. Everything below `solve_r
 """
 
 from rasa_theory.solvers import updates
-from rasa_theory.solvers.accuracy import cancellation, measurable, term_norms, term_size
+from rasa_theory.solvers.accuracy import cancellation, largest_excess, measurable, term_norms, term_size
 from rasa_theory.solvers.attempts import Attempt, median_iterations, random_attempt
 from rasa_theory.solvers.descent import (
     BestSoFar,
@@ -53,7 +53,7 @@ from rasa_theory.solvers.starts.subspace import subspace_start
 from rasa_theory.solvers.sweeps import SWEEPS
 from rasa_theory.solvers.sweeps.accelerated import ReplayedSweep, SweepOnCore, core_sweeps, sweeps_on
 from rasa_theory.solvers.sweeps.bases import Side
-from rasa_theory.solvers.sweeps.bounded import bounded_sweeps, largest_excess
+from rasa_theory.solvers.sweeps.bounded import bounded_sweeps
 from rasa_theory.solvers.sweeps.core import CoreSweep, gradient
 from rasa_theory.solvers.sweeps.joint import JointSweep
 from rasa_theory.solvers.sweeps.paper import PaperSweep

@@ -32,16 +32,24 @@ def layer_term_norms(factors: RasaFactors) -> Tensor:
 
 
 def cancellation(stack: LayerStack, factors: RasaFactors) -> float:
-    """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i||.
+    """The largest norm of B~_i A~_i or of a pool term d_ij b_j a_j^T in any layer, over ||M_i|| as in `layer_sizes`.
 
-    At most about 1 where nothing cancels. Norms of layers below rounding are replaced by the rounding level, so that
-    zero layers do not divide by zero.
+    At most about 1 where nothing cancels.
     """
-    norms = stack.layer_norms(torch.float64).clamp_min(stack.rounding)
+    return largest_excess(factors, layer_sizes(stack))
+
+
+def layer_sizes(stack: LayerStack) -> Tensor:
+    """||M_i|| of the layers held, or the rounding level of the stack where that is larger, (L,) in float64."""
+    return stack.layer_norms(torch.float64).clamp_min(stack.rounding)
+
+
+def largest_excess(factors: RasaFactors, limits: Tensor) -> float:
+    """The largest norm of B~_i A~_i or of a pool term of layer i over `limits` (L,), where 0 counts as 1."""
     Bt, At, *_ = factors.named().values()
     private = ((Bt.mT @ Bt) * (At @ At.mT)).sum((1, 2)).clamp_min(0).sqrt()
     terms = torch.cat([private[:, None], _pool_term_norms(factors)], 1).amax(1)
-    return factors.sharding.all_reduce_max(terms / torch.where(norms > 0, norms, 1))
+    return factors.sharding.all_reduce_max(terms / torch.where(limits > 0, limits, 1))
 
 
 def term_size(stack: LayerStack, factors: RasaFactors) -> float:

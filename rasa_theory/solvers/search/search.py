@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rasa_theory.linalg import suitable_threads
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers.accuracy import layer_sizes
 from rasa_theory.solvers.search.batch import Batch, inside, with_private_terms
 from rasa_theory.solvers.search.core import SearchCore
 from rasa_theory.solvers.search.effort import Effort
@@ -108,8 +109,7 @@ class PoolSearch:
     ) -> None:
         self._unit, self._budget, self._seed, self._watch = unit, budget, seed, watch
         self.core = SearchCore.at(unit, factors)
-        norms = unit.sharding.all_gather(unit.layer_norms(torch.float64)).to(self.core.K.device)
-        self._limits = max_cancellation * norms.clamp_min(unit.rounding)
+        self._limits = max_cancellation * unit.sharding.all_gather(layer_sizes(unit)).to(self.core.K.device)
         self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
         entries = sum(start.entries for start in STARTS.values())
         self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rasa_theory.problem import RasaFactors
 from rasa_theory.solvers.search import Batch, BatchedSweeps, Multipliers, inside
-
-
-def largest_excess(factors: RasaFactors, limits: Tensor) -> float:
-    """The largest norm of a term of layer i over `limits` (L,): above 1 beyond the bound. The pool is of unit terms."""
-    Bt, At, *_, D = factors.named().values()
-    private = ((Bt.mT @ Bt) * (At @ At.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    terms = torch.cat([private[:, None], D.abs()], 1).amax(1)
-    return float(factors.sharding.all_reduce_max(terms / limits))
 
 
 def bounded_sweeps(

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rasa_theory.linalg import batched, orthogonal
 from rasa_theory.problem import LayerStack, RasaFactors
-from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise, trusted_error
+from rasa_theory.solvers.accuracy import largest_excess, layer_sizes, layer_term_norms, residual_noise, trusted_error
 from rasa_theory.solvers.search import Multipliers
 from rasa_theory.solvers.sweeps.accelerated import core_sweeps
 from rasa_theory.solvers.sweeps.bases import Side, padded
-from rasa_theory.solvers.sweeps.bounded import bounded_sweeps, largest_excess
+from rasa_theory.solvers.sweeps.bounded import bounded_sweeps
 from rasa_theory.solvers.updates import with_private_terms
 
 _INNER = 20  # sweeps on the core after each pass, at most
@@ -65,7 +65,7 @@ class CoreSweep:
 
     def __init__(self, unit: LayerStack, max_cancellation: float = math.inf) -> None:
         self._unit = unit
-        self._limits = max_cancellation * unit.layer_norms(torch.float64).clamp_min(unit.rounding)
+        self._limits = max_cancellation * layer_sizes(unit)
 
     def begin(self, point: RasaFactors, error: float) -> CoreState:
         """New bases, for factors with private terms."""
