@@ -131,16 +131,11 @@ def _best_pool(unit: LayerStack, R: int, options: SolverOptions) -> tuple[RasaFa
     """The lowest of several runs without private terms, for any R: its factors and the errors of its sweeps."""
     runs = []
     for terms in (leading_terms(unit, R, options.seed), *_random_terms(unit, R, options.seed)):
-        run = RasaDescent(unit, _without_private(unit, terms), options.sweep, "given", options.max_cancellation)
+        factors = RasaFactors.from_pool(terms, private_rank=0).to(unit.dtype, unit.device)
+        run = RasaDescent(unit, factors, options.sweep, "given", options.max_cancellation)
         runs.append(run.run(options.max_sweeps, options.rtol))
     best = min(runs, key=lambda run: run.best_error)
     return best.best, tuple(best.history)
-
-
-def _without_private(unit: LayerStack, pool: RankOneTerms) -> RasaFactors:
-    L, (b, a) = unit.layers, unit.shape
-    no_B, no_A = pool.D.new_zeros(L, b, 0), pool.D.new_zeros(L, 0, a)
-    return RasaFactors(no_B, no_A, pool.B, pool.A, pool.D).to(unit.dtype, unit.device)
 
 
 def _random_terms(unit: LayerStack, R: int, seed: int) -> Iterator[RankOneTerms]:

@@ -13,6 +13,7 @@ from rasa_theory.common import InputError
 from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import batched
 from rasa_theory.problem.budget import RankBudget
+from rasa_theory.problem.terms import RankOneTerms
 
 _ALL = slice(None)
 
@@ -131,6 +132,26 @@ class RasaFactors:
                 "mixing": (self.mixing, (L, R)),
             }
         )
+
+    @classmethod
+    def from_pool(cls, pool: RankOneTerms, private_rank: int, sharding: LayerSharding | None = None) -> RasaFactors:
+        """Build factors with this pool and no private terms.
+
+        **Arguments:**
+
+        - `pool`: R terms, with the weights of all L layers.
+        - `private_rank`: q; the private factors are zero.
+        - `sharding`: the layers that each process holds; None stands for one process that holds all.
+
+        **Returns:**
+
+        - `RasaFactors`: those of the layers held.
+        """
+        sharding = sharding or LayerSharding((len(pool.D),))
+        B, A, D = pool
+        no_B = B.new_zeros(sharding.local_layers, len(B), private_rank)
+        no_A = A.new_zeros(sharding.local_layers, private_rank, A.shape[1])
+        return cls(no_B, no_A, B, A, D[sharding.local], sharding=sharding)
 
     @classmethod
     def from_lora(cls, lora: LoraFactors, budget: RankBudget, pooled: str = "smallest") -> RasaFactors:

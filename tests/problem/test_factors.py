@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rasa_theory import InputError, LayerStack, LoraFactors, RankBudget, RasaFactors, reconstruction_error, solve_lora
-from rasa_theory.problem import balanced, lora_parameters
+from rasa_theory.problem import RankOneTerms, balanced, lora_parameters
 from rasa_theory.solvers import move_to_pool
 from tests.helpers.problems import noise, random_factors
 
@@ -35,6 +35,15 @@ def test_the_embedding_of_lora_has_the_same_updates(pooled, shared_rank):
     assert factors.private_B.shape == (L, b, r - shared_rank)
     for i in range(L):
         assert torch.allclose(factors.update(i), lora().update(i), rtol=0, atol=1e-13)
+
+
+def test_a_pool_alone_has_no_private_terms():
+    f = rasa()
+    factors = RasaFactors.from_pool(RankOneTerms(f.shared_B, f.shared_A, f.mixing), 2)
+    assert factors.private_B.shape == (L, b, 2)
+    for i in range(L):
+        expected = f.shared_B @ torch.diag(f.mixing[i]) @ f.shared_A
+        assert torch.allclose(factors.update(i), expected, rtol=0, atol=1e-14)
 
 
 def test_the_embedding_gives_away_the_terms_that_it_is_told_to():

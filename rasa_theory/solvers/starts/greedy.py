@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rasa_theory.linalg import suitable_threads
-from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers.rank_one import leading_terms
 from rasa_theory.solvers.starts.start import Start
 
@@ -46,9 +46,7 @@ def _pursuit(stack: LayerStack, budget: RankBudget, layers: torch.Tensor, genera
             B_S[:, j], A_S[j] = term.B[0], term.A[0]
             D[:, j] = (E @ A_S[j]) @ B_S[:, j]
             E = E - D[:, j, None, None] * torch.outer(B_S[:, j], A_S[j])
-    held = stack.sharding.local_layers
-    none = S.new_zeros(held, b, q), S.new_zeros(held, q, a)
-    factors = RasaFactors(*none, B_S, A_S, D[stack.sharding.local], sharding=stack.sharding)
+    factors = RasaFactors.from_pool(RankOneTerms(B_S, A_S, D), q, stack.sharding)
     return factors.to(stack.dtype, stack.device)
 
 

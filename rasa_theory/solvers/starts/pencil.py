@@ -125,10 +125,7 @@ def _error_beside(K: Tensor, pool: RankOneTerms, q: int) -> float:
 
 def beside_pool(unit: LayerStack, pool: RankOneTerms, private_rank: int) -> RasaFactors:
     """Factors with this pool, of all layers, and the best private terms of rank q beside it."""
-    (b, a), q, sharding = unit.shape, private_rank, unit.sharding
-    no_B = torch.zeros(sharding.local_layers, b, q)
-    no_A = torch.zeros(sharding.local_layers, q, a)
-    factors = RasaFactors(no_B, no_A, pool.B, pool.A, pool.D[sharding.local], sharding=sharding)
+    factors = RasaFactors.from_pool(pool, private_rank, unit.sharding)
     factors = factors.to(torch.float64, unit.device).normalised()
     return updates.update_private(unit, factors.to(unit.dtype))
 

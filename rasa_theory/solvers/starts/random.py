@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers.starts.start import Start
 
 
@@ -26,15 +26,8 @@ def random_start(stack: LayerStack, budget: RankBudget, seed: int = 0, size: flo
     else:
         pool = torch.einsum("lr,rs,ls->", D, (B_S.mT @ B_S) * (A_S @ A_S.mT), D)  # sum_i ||B_S D_i A_S||^2
         D *= size * (stack.norm_squared / pool) ** 0.5
-    held = stack.sharding.local_layers
-    return RasaFactors(
-        private_B=torch.zeros(held, b, q, dtype=torch.float64),
-        private_A=torch.zeros(held, q, a, dtype=torch.float64),
-        shared_B=B_S,
-        shared_A=A_S,
-        mixing=D[stack.sharding.local],
-        sharding=stack.sharding,
-    ).to(stack.dtype, stack.device)
+    factors = RasaFactors.from_pool(RankOneTerms(B_S, A_S, D), q, stack.sharding)
+    return factors.to(stack.dtype, stack.device)
 
 
 RANDOM = Start("random", random_start, entries=6)

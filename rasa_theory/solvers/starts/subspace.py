@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.linalg import batched, orthogonal
-from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers.starts.start import Start
 
 _RIDGE = 1e-6  # of unit terms' Gram matrix
@@ -42,9 +42,7 @@ def subspace_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Rasa
     G = (B_S.mT @ B_S) * (A_S @ A_S.mT) + _RIDGE * torch.eye(R, dtype=S.dtype, device=S.device)
     g = ((B_S.mT @ U) * S[:, None] * (A_S @ Vh.mT)).sum(2)  # diag(B_S^T M_i A_S^T): (L, R)
     D = torch.linalg.solve(G, g.mT).mT
-    held = stack.sharding.local_layers
-    none = S.new_zeros(held, b, q), S.new_zeros(held, q, a)
-    factors = RasaFactors(*none, B_S, A_S, D[stack.sharding.local], sharding=stack.sharding)
+    factors = RasaFactors.from_pool(RankOneTerms(B_S, A_S, D), q, stack.sharding)
     return factors.to(stack.dtype, stack.device)
 
 
