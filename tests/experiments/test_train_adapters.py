@@ -135,11 +135,11 @@ def test_factors_of_data_are_of_every_kind(start: str) -> None:
 
 @pytest.mark.parametrize(("method", "rank", "k"), METHODS[:3])
 def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
-    run = run_of(method, rank, k)
+    run = run_of(method, rank, k, rate=0.1)  # so that three steps move more than rounding does
     row = json.loads(json.dumps(experiment.execute(run, task(), "cpu", False, tmp_path)))
     assert [look["step"] for look in row["looks"]] == [0, 2, 3]
     assert all(abs(x) < 1e-6 for x in row["looks"][0]["drift"].values())
-    assert all(abs(x) < 1e-2 for x in row["looks"][-1]["drift"].values())  # of three steps; 0 on some processors
+    assert row["looks"][-1]["drift"]["reference"] > 1e-9
     assert len(row["losses"]) == 3
     assert len(row["updates"]) == 6
     assert all(norm > 0 for of in row["updates"].values() for norm in of["norms"])
