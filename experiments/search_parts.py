@@ -41,7 +41,7 @@ from rasa_theory.solvers.search import (
     PoolSearch,
     SearchCore,
     search,
-    with_private_terms,
+    update_private,
 )  # fmt: skip
 from rasa_theory.solvers.starts import STARTS
 
@@ -195,7 +195,7 @@ class Lbfgs:
 
     @property
     def batch(self) -> Batch:
-        return with_private_terms(self._K, self._objective.parts(self._state.x).normalised())
+        return update_private(self._K, self._objective.parts(self._state.x).normalised())
 
     def run(self, sweeps: int) -> None:
         for _ in range(round(self.ITERATIONS * sweeps)):
@@ -464,10 +464,10 @@ def core_lines(rows: Sequence[Row]) -> list[str]:
     ]
     for name in CORES:
         own = [row for row in rows if row["variant"] == name]
-        found = ", ".join(str(row["found"]) for row in own)
+        counts = ", ".join(str(row["found"]) for row in own)
         errors = ", ".join(f"{row['error']:.5f}" for row in own)
         seconds = statistics.mean(row["seconds"] for row in own)
-        table.append(f"| {name.removeprefix('core: ')} | {found} | {errors} | {seconds:.2f} |")
+        table.append(f"| {name.removeprefix('core: ')} | {counts} | {errors} | {seconds:.2f} |")
     return table
 
 

@@ -422,8 +422,8 @@ WHOLE = Size(6, 384, 384, 8, 1)
 @functools.cache
 def _real(source: str) -> dict[str, Array]:
     """Kind of module -> (6, 384, 384): the "updates" bundled with the package, or the "weights" before them."""
-    found = {"updates": stacks.updates, "weights": stacks.weights}[source](stacks.Plan())
-    return {name: stack.values.numpy() for name, stack in found.items()}
+    by_module = {"updates": stacks.updates, "weights": stacks.weights}[source](stacks.Plan())
+    return {name: stack.values.numpy() for name, stack in by_module.items()}
 
 
 # ---- all problems

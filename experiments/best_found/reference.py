@@ -181,8 +181,8 @@ class Model:
             return value, slope
 
         options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 10, "ftol": 1e-10, "gtol": 1e-7}
-        found = minimize(cost, packed(balanced(point)), jac=True, method="L-BFGS-B", options=options)
-        return unpacked(found.x)
+        minimum = minimize(cost, packed(balanced(point)), jac=True, method="L-BFGS-B", options=options)
+        return unpacked(minimum.x)
 
 
 def added(point: Point, step: Point, factor: float) -> Point:

@@ -217,12 +217,12 @@ def enclose(
             at_centre, lows[part] = problem.bounds(angles[part], half[part])
             high = min(high, float(at_centre.min()))
         done += len(angles)
-        kept = lows < high - tolerance
-        discarded = min(discarded, float(lows[~kept].min(initial=math.inf)))
-        watch(done, int(kept.sum()))
-        if not kept.any() or done + 4 * int(kept.sum()) > max_boxes:
+        remaining = lows < high - tolerance
+        discarded = min(discarded, float(lows[~remaining].min(initial=math.inf)))
+        watch(done, int(remaining.sum()))
+        if not remaining.any() or done + 4 * int(remaining.sum()) > max_boxes:
             return Enclosure(min(discarded, float(lows.min()), high), high, done)
-        angles, half = angles[kept], half[kept]
+        angles, half = angles[remaining], half[remaining]
         for _ in range(min(2, angles.shape[1])):
             angles, half = _halved(angles, half)
 

@@ -140,8 +140,8 @@ def with_table(page: str, rows: list[Row]) -> str:
     lines = page.splitlines(keepends=True)
     inside = [n for n, line in enumerate(lines) if line.startswith("|")]
     sides = ("---", *("---:",) * (len(HEAD) - 2), "---")
-    made = [f"| {' | '.join(words)} |\n" for words in (HEAD, sides, *map(cells, rows))]
-    return "".join([*lines[: inside[0]], *made, *lines[inside[-1] + 1 :]])
+    new_rows = [f"| {' | '.join(words)} |\n" for words in (HEAD, sides, *map(cells, rows))]
+    return "".join([*lines[: inside[0]], *new_rows, *lines[inside[-1] + 1 :]])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from experiments import search_parts as parts
 from experiments.support.rows import read_rows
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.solvers import allocation_start, random_start
-from rasa_theory.solvers.search import Batch, BatchedSweeps, SearchCore, inside, search, with_private_terms
+from rasa_theory.solvers.search import Batch, BatchedSweeps, SearchCore, inside, search, update_private
 from rasa_theory.solvers.starts import STARTS
 from tests.helpers.problems import noise
 
@@ -25,7 +25,7 @@ BUDGET = RankBudget(2, 1)
 
 def starts(count: int) -> Batch:
     batch = Batch.of([random_start(LayerStack(K), BUDGET, seed, 0.7) for seed in range(count)])
-    return with_private_terms(K, batch)
+    return update_private(K, batch)
 
 
 def test_a_short_run_has_a_row_for_every_variant_and_goes_on_from_the_file(

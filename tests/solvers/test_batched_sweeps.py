@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rasa_theory import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers import Batch, BatchedSweeps, Multipliers, inside, random_start, refitted, updates
-from rasa_theory.solvers.search import sweeps, with_private_terms
+from rasa_theory.solvers.search import sweeps, update_private
 from tests.helpers.problems import falling, noise, orthogonal_columns, random_factors
 
 RANKS = pytest.mark.parametrize(("r", "k"), [(3, 1), (2, 2)])  # q = 2 and q = 0
@@ -82,7 +82,7 @@ def test_beyond_is_a_straight_line_with_unit_columns() -> None:
 def test_private_terms_are_the_best_beside_the_pool_and_refitted_weights_lower_the_error(r: int, k: int) -> None:
     K = torch.as_tensor(noise(3, 6, 5))
     batch = Batch.of([random_factors(3, 6, 5, r, k, seed) for seed in range(2)])
-    best = with_private_terms(K, batch)
+    best = update_private(K, batch)
     left = torch.linalg.svdvals(K - batch.pool_updates())[..., r - k :]
     errors = (best.residual(K) ** 2).sum((1, 2, 3))
     assert torch.allclose(errors, (left**2).sum((1, 2)))
@@ -174,7 +174,7 @@ def test_layers_without_curvature_do_not_blow_up(seed: int) -> None:
     K, budget = torch.as_tensor(M), RankBudget(3, 1)
     batch = Batch.of([random_start(LayerStack(K), budget, 10 * seed + n, 0.7) for n in range(10)])
     limits = 8 * torch.linalg.matrix_norm(K).clamp_min(1e-14)
-    running = BatchedSweeps(K, with_private_terms(K, batch), limits)
+    running = BatchedSweeps(K, update_private(K, batch), limits)
     for _ in range(300):
         running.run(1)
         assert torch.allclose(running.errors, (running.batch.residual(K) ** 2).sum((1, 2, 3)), atol=1e-6)
@@ -253,7 +253,7 @@ def test_multipliers_begin_small_grow_beyond_the_limit_and_switch_off_below() ->
 def test_where_the_bound_is_not_active_the_multipliers_switch_off() -> None:
     """Multipliers that are there for no reason hold the terms small at first, and are gone after some sweeps."""
     K = torch.as_tensor(orthogonal_columns().values)
-    batch = with_private_terms(K, Batch.of([random_start(LayerStack(K), RankBudget(2, 1), 0, 0.7)]))
+    batch = update_private(K, Batch.of([random_start(LayerStack(K), RankBudget(2, 1), 0, 0.7)]))
     limits, multipliers = 8 * torch.linalg.matrix_norm(K), random_multipliers(batch.D, 1.0)
     running = BatchedSweeps(K, batch, limits, multipliers=multipliers).run(3)
     free = BatchedSweeps(K, batch, limits).run(200)

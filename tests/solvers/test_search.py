@@ -11,7 +11,7 @@ import torch
 from rasa_theory import LayerStack, RankBudget, RasaFactors, SolverOptions, StopReason, load, solve_rasa
 from rasa_theory.solvers import EFFORTS, STARTS, Batch, Candidate, PoolSearch, SearchCore, allocation_start
 from rasa_theory.solvers import leading_terms as large_terms
-from rasa_theory.solvers.search import moved, moves, search, with_private_terms
+from rasa_theory.solvers.search import moved, moves, search, update_private
 from rasa_theory.sources.null_models import with_hidden_dyads
 from tests.helpers.problems import equal_up_to_scale, falling, orthogonal, random_factors
 
@@ -53,7 +53,7 @@ def test_the_terms_of_an_orthogonally_decomposable_tensor_are_found() -> None:
 @pytest.mark.parametrize("parents", [1, 3])
 def test_moved_batches_are_sound_and_depend_on_the_seed_alone(r: int, k: int, parents: int) -> None:
     K = torch.as_tensor(falling(3, 9, 7))
-    batch = with_private_terms(K, Batch.of([random_factors(3, 9, 7, r, k, seed) for seed in range(parents)]))
+    batch = update_private(K, Batch.of([random_factors(3, 9, 7, r, k, seed) for seed in range(parents)]))
     (one, origin), (two, _), (other, _) = (moved(K, batch, 10, generator(seed)) for seed in (0, 0, 1))
     assert [x.shape[1:] for x in one] == [x.shape[1:] for x in batch]
     assert len(one.D) == len(origin) == 10

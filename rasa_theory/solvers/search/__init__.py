@@ -4,7 +4,7 @@
 `Batch` (batch), cuts to the lowest in heats, and tries `moved` (moves) batches, as its `Effort` (effort) says.
 """
 
-from rasa_theory.solvers.search.batch import Batch, inside, refitted, with_private_terms
+from rasa_theory.solvers.search.batch import Batch, inside, refitted, update_private
 from rasa_theory.solvers.search.core import SearchCore
 from rasa_theory.solvers.search.effort import EFFORTS, Effort
 from rasa_theory.solvers.search.moves import moved
@@ -13,5 +13,5 @@ from rasa_theory.solvers.search.sweeps import BatchedSweeps, Multipliers
 
 __all__ = [
     "EFFORTS", "Batch", "BatchedSweeps", "Candidate", "Effort", "Multipliers", "PoolSearch", "SearchCore",
-    "SearchSummary", "Watch", "inside", "moved", "refitted", "with_private_terms",
+    "SearchSummary", "Watch", "inside", "moved", "refitted", "update_private",
 ]  # fmt: skip

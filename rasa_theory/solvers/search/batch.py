@@ -79,7 +79,7 @@ def along(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def with_private_terms(K: Tensor, batch: Batch) -> Batch:
+def update_private(K: Tensor, batch: Batch) -> Batch:
     """B~_i A~_i = the best rank-q approximation of K_i - B_S D_i A_S."""
     q = batch.Bt.shape[3]
     if q == 0:
@@ -92,10 +92,10 @@ def refitted(K: Tensor, batch: Batch, rounds: int = 2) -> Batch:
     """The same pools, after exact updates of the private terms, and `rounds` more of D and of the private terms."""
     G = (batch.B.mT @ batch.B) * (batch.A @ batch.A.mT)  # (S, R, R)
     G = G + _RIDGE * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    batch = with_private_terms(K, batch)
+    batch = update_private(K, batch)
     for _ in range(rounds):
         g = (batch.B[:, None] * ((K - batch.Bt @ batch.At) @ batch.A.mT[:, None])).sum(2)  # (S, L, R)
-        batch = with_private_terms(K, batch._replace(D=torch.linalg.solve(G, g.mT).mT))
+        batch = update_private(K, batch._replace(D=torch.linalg.solve(G, g.mT).mT))
     return batch
 
 
@@ -105,7 +105,7 @@ def inside(K: Tensor, batch: Batch, limits: Tensor) -> tuple[Batch, Tensor]:
     Pool terms are cut at the limit. Private terms are the best of rank q beside them within their own limit.
     """
     D = torch.minimum(torch.maximum(batch.D, -limits[:, None]), limits[:, None])
-    batch = with_private_terms(K, batch._replace(D=D))
+    batch = update_private(K, batch._replace(D=D))
     sizes = torch.linalg.matrix_norm(batch.Bt)  # rows of A~_i are orthonormal
     batch = batch._replace(Bt=batch.Bt * (limits / sizes).clamp_max(1)[..., None, None])
     return batch, (batch.residual(K) ** 2).sum((1, 2, 3))

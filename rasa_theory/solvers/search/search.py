@@ -12,7 +12,7 @@ from torch import Tensor
 from rasa_theory.linalg import suitable_threads
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.accuracy import layer_sizes
-from rasa_theory.solvers.search.batch import Batch, inside, with_private_terms
+from rasa_theory.solvers.search.batch import Batch, inside, update_private
 from rasa_theory.solvers.search.core import SearchCore
 from rasa_theory.solvers.search.effort import Effort
 from rasa_theory.solvers.search.moves import moved
@@ -130,7 +130,7 @@ class PoolSearch:
         """Sweeps and moves from candidates on the core; the lowest distinct ones, on the stack."""
         K = self.core.K
         with suitable_threads(K):
-            batch = with_private_terms(K, Batch.of([candidate.factors for candidate in candidates]))
+            batch = update_private(K, Batch.of([candidate.factors for candidate in candidates]))
             runs = _Runs(self._swept(batch), [candidate.start for candidate in candidates])
             self._tell(0, len(heats) + self._rounds(0), runs)
             for n, heat in enumerate(heats):
