@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rasa_theory.common import FailedElsewhere, InputError, ProcessLost, __version__, writable_folder
+from rasa_theory.common import (
+    FailedElsewhere,
+    InputError,
+    ProcessLost,
+    __version__,
+    keeping_interrupts,
+    writable_folder,
+)
 from rasa_theory.distributed import ALONE, Processes, first_launched, lacks_memory, meeting
 from rasa_theory.formats import Exclusion, LeftOut
 
@@ -54,7 +61,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
     """
     processes = ALONE
     try:
-        with meeting() as processes:
+        with keeping_interrupts(), meeting() as processes:
             status = action(processes)
             sys.stdout.flush()
     except (InputError, ProcessLost, MemoryError, RuntimeError, BrokenPipeError, KeyboardInterrupt) as error:

@@ -16,7 +16,7 @@ from typing import Any
 from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
-from rasa_theory.common import InputError, environment, read_run_json
+from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
     FORMATS,
@@ -177,7 +177,8 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bo
     """Extract all stacks, with progress bars; if interrupted, say how to resume and return False."""
     is_quiet = quiet or not processes.first
     try:
-        extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
+        with keeping_interrupts():
+            extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if processes.first:

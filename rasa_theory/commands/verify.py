@@ -19,7 +19,7 @@ import torch
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar
 from rasa_theory.commands.flags import with_examples
-from rasa_theory.common import InputError, environment, write_file
+from rasa_theory.common import InputError, environment, keeping_interrupts, write_file
 from rasa_theory.distributed import Processes
 from rasa_theory.solvers import SolverOptions
 from rasa_theory.verification import (
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
     interrupted = False
     broken = False
     try:
-        with progress_bar(instances, "instances", args.quiet or not processes.first) as show:
+        with keeping_interrupts(), progress_bar(instances, "instances", args.quiet or not processes.first) as show:
             show(0, "")
             for trial in trials:
                 file = _write_replay(trial, settings, out) if args.replay is None and processes.first else args.replay

@@ -4,6 +4,7 @@ from rasa_theory.common.checks import at_least, fraction, one_of, positive, real
 from rasa_theory.common.environment import environment
 from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite, ProcessLost, UnsoundFile
 from rasa_theory.common.files import identity, unfinished, writable_folder, write_file
+from rasa_theory.common.interrupts import keeping_interrupts
 from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, plan_of, read_run_json, write_json
 from rasa_theory.common.tables import aligned, csv_text
 from rasa_theory.common.version import __version__
@@ -25,6 +26,7 @@ __all__ = [
     "environment",
     "fraction",
     "identity",
+    "keeping_interrupts",
     "locked",
     "one_of",
     "plan_of",

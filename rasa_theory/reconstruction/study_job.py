@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rasa_theory.common import Plan, plan_of
+from rasa_theory.common import Plan, keeping_interrupts, plan_of
 from rasa_theory.distributed import Processes
 from rasa_theory.problem import RankBudget
 from rasa_theory.reconstruction.driver import StudyState, study_steps
@@ -107,12 +107,13 @@ def run_study(
     points_left = len(sources) * len(job.settings.ks)
     stacks = (source.load(job.dtype, job.device, processes, job.tf32) for source in sources)
     try:
-        for _ in study_steps(stacks, job.settings, state, watch):
-            points_left -= 1
-            if points_left == 0:
-                del state.results["unfinished"]
-            if output is not None:
-                output.write(state)
+        with keeping_interrupts():
+            for _ in study_steps(stacks, job.settings, state, watch):
+                points_left -= 1
+                if points_left == 0:
+                    del state.results["unfinished"]
+                if output is not None:
+                    output.write(state)
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if state.results["theorem_3_1"] == "holds":

@@ -295,15 +295,23 @@ def test_a_reader_that_leaves_is_no_error(stack_file: Path) -> None:
         assert process.wait() == 0
 
 
+@pytest.mark.parametrize("error", [None, ImportError])
 def test_interruption_keeps_what_was_finished(
-    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stack_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception] | None,
 ) -> None:
+    """Also where it arrives as the cause of another error."""
     real, calls = study.random_attempt, []
 
     def interrupted(*arguments: Any) -> rt.Attempt:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 and error is None:
             raise KeyboardInterrupt
+        if len(calls) == 3:
+            raise error from KeyboardInterrupt()
         return real(*arguments)
 
     monkeypatch.setattr(study, "random_attempt", interrupted)
