@@ -349,7 +349,6 @@ def shorter(effort: Effort) -> Effort:
         rounds=min(effort.rounds, 1),
         moves=effort.moves // 4,
         move_heats=((6, 2),),
-        between=effort.between // 10,
         final=effort.final // 10,
     )
 

@@ -5,6 +5,7 @@ All in units of the stack's scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rasa_theory.bounds import allocation_bound
@@ -33,7 +34,8 @@ class Race:
     # 2. `PoolSearch` looks for pools on a core of the stack at the allocation start. The core is small, so some thirty
     #    starts cost about as much as one descent on the stack.
     # 3. Its three lowest results, the runs of step 1, and the allocation start do n1 sweeps on the stack, and the two
-    #    lowest n2. The allocation start is there for the promise of an error of at most e_alloc.
+    #    lowest n2. The allocation start is there for the promise of an error of at most e_alloc. Where the core is all
+    #    of M the search has done these sweeps, and its lowest result goes on alone, unless allocation is lower.
     # 4. A core at the allocation start lacks directions that descents on the stack have found since. So moves are tried
     #    again on the core at the lowest run, up to a few times, as long as n2 sweeps from there end lower.
     # 5. The lowest run sweeps to its end.
@@ -124,15 +126,17 @@ class Race:
     def _racers(self) -> Iterator[RasaDescent]:
         unit, budget = self._unit, self._budget
         yield from self._exact_runs()
-        allocation = self._named(STARTS["allocation"])
-        yield self._started(allocation)
+        allocation = self._started(self._named(STARTS["allocation"]))
         if unit.layers == 1 or budget.shared_rank == 0 or unit.norm_squared == 0:
-            return  # the allocation start is the optimum
-        candidates, self.summary = self._search(allocation.factors, self._effort, self._options.seed).run(
-            self._previous
-        )
-        for candidate in candidates[:_FINALISTS]:
-            yield self._started(candidate)
+            yield allocation  # which is the optimum
+            return
+        search = self._search(allocation.best, self._effort, self._options.seed)
+        candidates, self.summary = search.run(self._previous)
+        is_whole = search.core.is_whole
+        finalists = [self._started(candidate) for candidate in candidates[: 1 if is_whole else _FINALISTS]]
+        if not is_whole or allocation.best_error < min((run.best_error for run in finalists), default=math.inf):
+            yield allocation
+        yield from finalists
 
     def _exact_runs(self) -> Iterator[RasaDescent]:
         """Runs of the starts with conditions, if they are `is_worth_racing` and begin below e_alloc."""

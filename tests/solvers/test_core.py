@@ -18,6 +18,8 @@ from rasa_theory import (
     solve_rasa,
 )
 from rasa_theory.solvers import CoreSweep, Side, allocation_start, gradient, random_start, update_private
+from rasa_theory.solvers.accuracy import cancellation, layer_sizes
+from rasa_theory.solvers.sweeps.bounded import bounded_sweeps
 from tests.helpers import reference
 from tests.helpers.problems import falling
 
@@ -208,3 +210,16 @@ def test_bases_stay_orthonormal_where_the_layers_share_their_singular_vectors(sc
             assert largest(side.U.mT @ side.U - torch.eye(side.width, dtype=side.U.dtype)) <= 1e-12
         direct = reconstruction_error(unit, sweep.point(state))
         assert abs(error - direct) <= 1e-12 * unit.norm_squared
+
+
+def test_sweeps_from_a_point_at_the_bound_go_on():
+    """The multipliers need some sweeps to settle: eight of them alone end above the start."""
+    unit = LayerStack(load("minilm-code")[0][0].values[:3, :12, :10]).unit()
+    options = SolverOptions(start="near-allocation", seed=3, max_sweeps=3, max_cancellation=1.2)
+    start = solve_rasa(unit, RankBudget(3, 3), options)
+    assert start.cancellation == pytest.approx(1.2)
+    limits = 1.2 * layer_sizes(unit)
+    factors, error, _ = bounded_sweeps(unit.values, start.factors, unit.shape, 8, limits, None)
+    assert error == pytest.approx(reconstruction_error(unit, factors), rel=1e-9)
+    assert error < 0.99 * start.error
+    assert cancellation(unit, factors) <= 1.2 * (1 + 1e-9)

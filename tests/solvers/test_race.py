@@ -96,16 +96,27 @@ def test_whatever_the_search_finds_the_error_is_at_most_that_of_allocation(searc
 def test_the_lowest_results_descend_the_two_lowest_longer_and_the_lowest_to_its_end(
     search: type[FakeSearch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "is_whole", True)
-    search.found = [good(), poor(0), poor(1), poor(2), poor(3)]
+    search.found, search.moved = [good(), poor(0), poor(1), poor(2), poor(3)], [poor(4), poor(5), poor(6)]
     told: list[Progress] = []
     first, second = race.SWEEPS["joint"].heats
     options = SolverOptions(max_sweeps=second + 3, rtol=0, sweep="joint", max_cancellation=math.inf)
     solution = solve_rasa(STACK, BUDGET, options, callback=told.append)
-    assert runs_of(told) == ["allocation", "good", "poor", "poor"]
-    counts = [sum(p.sweep == n for p in told) for n in range(1, second + 4)]
-    assert counts == first * [4] + (second - first) * [2] + 3 * [1]
+    moves_begin = [n for n, p in enumerate(told) if p.sweep == 1][4]
+    assert runs_of(told[:moves_begin]) == ["allocation", "good", "poor", "poor"]
+    counts = [sum(p.sweep == n for p in told[:moves_begin]) for n in range(1, second + 1)]
+    assert counts == first * [4] + (second - first) * [2]
+    assert told[-1].sweep == second + 3
     assert solution.error < error(search.found[0])
+
+
+def test_after_a_search_on_all_of_the_stack_its_lowest_result_goes_on_alone(
+    search: type[FakeSearch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "is_whole", True)
+    search.found = [good(), poor(0)]
+    told: list[Progress] = []
+    assert solve_rasa(STACK, BUDGET, OPTIONS, callback=told.append).start == "good"
+    assert runs_of(told) == ["good"]
 
 
 def test_lowest() -> None:
@@ -198,10 +209,8 @@ def test_the_solution_for_the_k_before_takes_part(search: type[FakeSearch], star
     told: list[Progress] = []
     options = SolverOptions(start=start, max_sweeps=1, rtol=0, sweep="joint")
     path = solve_path(STACK, 2, [0, 1, 2], options, callback=told.append)
-    assert runs_of(told) == [
-        *(["allocation"] if start == "best" else [start]),
-        *2 * ["allocation" if start == "best" else start, "previous k"],
-    ]
+    first = "allocation" if start == "best" else start
+    assert runs_of(told) == [first, *2 * [first, "previous k"]]
     assert search.given == ([["previous k"], ["previous k"]] if start == "best" else [])
     for k in (1, 2):
         assert not_above(path[k].error, path[k - 1].error, STACK.rounding)

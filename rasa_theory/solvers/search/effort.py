@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -15,9 +16,9 @@ class Effort:
     - rounds: how often moves are tried from the lowest runs. With `until_idle` they go on until as many rounds in a row
       changed nothing as there were before the last change, and at least this many.
     - moves: the number of moves in a round.
-    - move_heats: pairs (sweeps, runs that go on) for the moves.
+    - move_heats: pairs (sweeps, the number of moves that go on), while the runs that they come from go on as well.
     - parents: the number of distinct runs that a round begins and ends with.
-    - between, final: sweeps of these in every round, and at the end.
+    - final: sweeps of these at the end; several times as many where the core is all of M.
     - returns: how often moves are tried again on the core at the lowest run on the stack, at most.
     - cost: the largest number of floating-point operations, about. A search on a large core does less of everything.
     """
@@ -28,22 +29,25 @@ class Effort:
     moves: int
     move_heats: tuple[tuple[int, int], ...]
     parents: int
-    between: int
     final: int
     returns: int
     cost: float
     until_idle: bool = False
 
     def returning(self) -> Effort:
-        """The plan for moves from one run on the stack: a single round, and few sweeps of what has descended before."""
-        return replace(self, rounds=1, between=self.between // 2, final=self.final // 4)
+        """The plan for moves from one run on the stack: a single round."""
+        return replace(self, rounds=1)
 
-    def within(self, cost_of_sweep: float, entries: int) -> Effort:
+    def entries(self, of_start: int) -> int:
+        """How often a start takes part, if it does so `of_start` times for `starts` = 1; always once if that is 1."""
+        return of_start if of_start == 1 else math.ceil(self.starts * of_start)
+
+    def within(self, cost_of_sweep: float, entries: Sequence[int]) -> Effort:
         """The same plan with fewer starts and moves, if `cost` does not allow more; at least a tenth of them.
 
-        `cost_of_sweep` is that of one run, and `entries` is the number of starts for `starts` = 1.
+        `cost_of_sweep` is that of one run, and `entries` are those of all starts for `starts` = 1.
         """
-        runs, total = self.starts * entries, 0.0
+        runs, total = sum(map(self.entries, entries)), 0.0
         for sweeps, left in self.heats:
             total += runs * sweeps
             runs = left
@@ -52,7 +56,8 @@ class Effort:
         for sweeps, left in self.move_heats:
             per_round += moves * sweeps
             moves = left
-        total += self.rounds * (per_round + self.parents * self.between) + self.parents * self.final
+            per_round += self.parents * sweeps
+        total += self.rounds * per_round + self.parents * self.final
         share = min(1.0, self.cost / (total * cost_of_sweep))
         if share == 1.0:
             return self
@@ -72,8 +77,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(0.5, ((40, 4), (40, 2)), 0, 0, (), 2, 0, 60, 0, 3e9),
-    "default": Effort(2.0, ((50, 24), (80, 8)), 3, 16, ((60, 6), (80, 3)), 2, 80, 150, 3, 6e9),
-    "thorough": Effort(6.0, ((80, 48), (120, 16)), 4, 32, ((80, 12), (120, 6)), 4, 100, 400, 20, 1e12, until_idle=True),
+    "quick": Effort(0.5, ((40, 4), (40, 2)), 0, 0, (), 2, 60, 0, 3e9),
+    "default": Effort(2.5, ((50, 40), (80, 10)), 2, 32, ((50, 10), (50, 6)), 8, 40, 3, 1e10),
+    "thorough": Effort(8.0, ((80, 96), (150, 32)), 4, 64, ((80, 24), (120, 12)), 16, 60, 20, 1e12, until_idle=True),
 }
 """The efforts by name. All numbers were chosen by trial on the stacks of `experiments.best_found`."""

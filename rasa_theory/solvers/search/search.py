@@ -17,10 +17,12 @@ from rasa_theory.solvers.search.core import SearchCore
 from rasa_theory.solvers.search.effort import Effort
 from rasa_theory.solvers.search.moves import moved
 from rasa_theory.solvers.search.sweeps import BatchedSweeps
-from rasa_theory.solvers.starts import STARTS
+from rasa_theory.solvers.starts import STARTS, Start
 
 _SAME = 1e-4  # two runs whose errors differ by less than this share are taken for one minimum
 _NEAR = 1e-3  # of e_lora: a run this close to the best counts as having found it
+_FINAL_CHUNKS = 6  # times `Effort.final` sweeps at the end, at most
+_SETTLED = 1e-4  # of the error: the least gain for which more follow
 _CHANGED = 1e-6  # of the error: what counts as a change
 _NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds take others
 
@@ -61,24 +63,28 @@ class _Runs:
         self.names = names
         self.stands_for = [1] * len(names)
 
-    def cut(self, count: int) -> None:
-        """Go on with the `count` lowest, one of each minimum. It stands for those of its minimum that are left out."""
+    def cut(self, count: int, after: int = 0) -> None:
+        """Go on with the `count` lowest, one of each minimum. It stands for those of its minimum that are left out.
+
+        The first `after` runs stay, and are not counted.
+        """
         errors = self.sweeps.errors.tolist()
-        kept: list[int] = []
-        for n in sorted(range(len(errors)), key=lambda n: errors[n]):
-            same = [m for m in kept if errors[n] - errors[m] <= _SAME * errors[n]]
+        kept = list(range(after))
+        for n in sorted(range(after, len(errors)), key=lambda n: errors[n]):
+            same = [m for m in kept if abs(errors[n] - errors[m]) <= _SAME * errors[n]]
             if same:
                 self.stands_for[same[0]] += self.stands_for[n]
-            elif len(kept) < count:
+            elif len(kept) < after + count:
                 kept.append(n)
         self.sweeps.select(torch.tensor(kept, device=self.sweeps.errors.device))
         self.names = [self.names[n] for n in kept]
         self.stands_for = [self.stands_for[n] for n in kept]
 
-    def run(self, heats: tuple[tuple[int, int], ...]) -> None:
+    def run(self, heats: tuple[tuple[int, int], ...], after: int = 0) -> None:
+        """Sweep and cut as `heats` say; the first `after` runs stay."""
         for sweeps, left in heats:
             self.sweeps.run(sweeps)
-            self.cut(left)
+            self.cut(left, after)
 
     def join(self, other: _Runs) -> None:
         self.sweeps.join(other.sweeps)
@@ -111,7 +117,7 @@ class PoolSearch:
         self.core = SearchCore.at(unit, factors)
         self._limits = max_cancellation * unit.sharding.all_gather(layer_sizes(unit)).to(self.core.K.device)
         self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
-        entries = sum(start.entries for start in STARTS.values())
+        entries = [start.entries for start in _starts_of_search()]
         self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
         self._beside = unit.norm_squared - float((self.core.K**2).sum())  # the energy that the core leaves out
         self._generator = torch.Generator().manual_seed(seed)
@@ -138,13 +144,30 @@ class PoolSearch:
                 self._tell(n + 1, len(heats) + self._rounds(0), runs)
             near = runs.near(self._near)
             tried, kept = self._moves(runs, len(heats))
-            runs.sweeps.run(self._effort.final)
-            batch, errors = inside(K, runs.sweeps.batch, self._limits)
+            batch, errors = self._settled(runs)
         factors = batch.factors()
         results = [
             Candidate(runs.names[n], self.core.lifted(factors[n], self._unit)) for n in errors.argsort().tolist()
         ]
         return results, SearchSummary(len(candidates), near, tried, kept)
+
+    def _settled(self, runs: _Runs) -> tuple[Batch, Tensor]:
+        """The runs inside the bound, and their squared errors, after more sweeps.
+
+        A core that is all of M leaves nothing for the stack to improve, so the sweeps go on as long as a run gains
+        so much that it could end as the lowest.
+        """
+        batch, errors = self._final(runs)
+        for left in range(_FINAL_CHUNKS if self.core.is_whole else 0, 0, -1):
+            before = errors
+            batch, errors = self._final(runs)
+            within_reach = errors - left * (before - errors).clamp_min(0)
+            if not bool((within_reach < (1 - _SETTLED) * errors.min()).any()):
+                break
+        return batch, errors
+
+    def _final(self, runs: _Runs) -> tuple[Batch, Tensor]:
+        return inside(self.core.K, runs.sweeps.run(self._effort.final).batch, self._limits)
 
     def _projected(self, given: Sequence[Candidate]) -> list[Candidate]:
         return [Candidate(candidate.start, self.core.projected(candidate.factors)) for candidate in given]
@@ -152,8 +175,8 @@ class PoolSearch:
     def _starts(self) -> Iterator[Candidate]:
         """All entries of all starts on the core, those of `Start.entries` in units of `Effort.starts`."""
         stack = LayerStack(self.core.K)
-        for start in STARTS.values():
-            for entry in range(math.ceil(self._effort.starts * start.entries)):
+        for start in _starts_of_search():
+            for entry in range(self._effort.entries(start.entries)):
                 factors = start.make(stack, self._budget, self._seed + entry * _NEXT_SEED)
                 if factors is not None:
                     yield Candidate(start.name, factors)
@@ -169,10 +192,9 @@ class PoolSearch:
             runs.cut(effort.parents)
             before = float(runs.sweeps.errors.min())
             batch, origin = moved(K, runs.sweeps.batch, effort.moves, self._generator)
-            children = _Runs(self._swept(batch), [runs.names[n] for n in origin.tolist()])
-            children.run(effort.move_heats)
-            runs.sweeps.run(effort.between)
-            runs.join(children)
+            parents = len(runs.names)
+            runs.join(_Runs(self._swept(batch), [runs.names[n] for n in origin.tolist()]))
+            runs.run(effort.move_heats, after=parents)
             runs.cut(effort.parents)
             done += 1
             if float(runs.sweeps.errors.min()) < (1 - _CHANGED) * before:
@@ -187,6 +209,11 @@ class PoolSearch:
     def _tell(self, done: int, planned: int, runs: _Runs) -> None:
         if self._watch is not None:
             self._watch(done, planned, max(0.0, self._beside + float(runs.sweeps.errors.min())))
+
+
+def _starts_of_search() -> Iterator[Start]:
+    """All starts but those with conditions: where these hold, the race tries them on the stack before a search."""
+    return (start for start in STARTS.values() if start.is_worth_racing is None)
 
 
 def cost_of_sweep(K: Tensor, budget: RankBudget) -> float:

@@ -7,6 +7,9 @@ from torch import Tensor
 from rasa_theory.problem import RasaFactors
 from rasa_theory.solvers.search import Batch, BatchedSweeps, Multipliers, inside
 
+_TRIES = 4  # at most this many times as many sweeps as asked for
+_GAIN = 1e-5  # of the error: a change worth ending for
+
 
 def bounded_sweeps(
     K: Tensor,
@@ -16,17 +19,20 @@ def bounded_sweeps(
     limits: Tensor,
     multipliers: Multipliers | None,
 ) -> tuple[RasaFactors, float, Multipliers]:
-    """The factors after `count` sweeps on K (L, n, m) with multipliers, moved inside the bound if that is lower.
+    """The factors after `count` sweeps on K (L, n, m) with multipliers, moved inside the bound.
 
-    Only the first common[0] rows of B_S move, and the first common[1] columns of A_S. Returns the factors, their
-    squared error, and the multipliers for the next sweeps. With several processes each does the same for all layers.
+    The sweeps go on where that is not lower, for multipliers may take some time to settle; after a few times as many
+    the factors stay what they were. Only the first common[0] rows of B_S move, and the first common[1] columns of A_S.
+    Returns the factors, their squared error, and the multipliers for the next sweeps. With several processes each does
+    the same for all layers.
     """
     sharding = factors.sharding
     K, limits = sharding.all_gather(K), sharding.all_gather(limits)
     start = Batch.of([factors.gathered()])
-    sweeps = BatchedSweeps(K, start, limits, common, multipliers).run(count)
-    batch, errors = inside(K, sweeps.batch, limits)
+    sweeps = BatchedSweeps(K, start, limits, common, multipliers)
     before = float((start.residual(K) ** 2).sum())
-    if float(errors[0]) < before:
-        return batch.factors()[0].sharded(sharding), float(errors[0]), sweeps.multipliers
+    for _ in range(_TRIES):
+        batch, errors = inside(K, sweeps.run(count).batch, limits)
+        if float(errors[0]) < (1 - _GAIN) * before:
+            return batch.factors()[0].sharded(sharding), float(errors[0]), sweeps.multipliers
     return factors, before, sweeps.multipliers
