@@ -3,6 +3,7 @@
     python -m experiments.best_found reference               the plain search on every problem, by far the longest part
     python -m experiments.best_found ours --effort default   the solver of the package where there is a reference
     python -m experiments.best_found table                   a line per kind, and the picture
+    python -m experiments.best_found hidden                  shared dyads hidden in whole bundled updates
 
 A problem is a kind of stack, a size (L, b, a, r, k) and a seed; `kinds.py` lists them all. The reference is in
 `reference.py`, which shares no code with the package. Both are upper bounds on e_rasa(k) at points where no term
@@ -14,5 +15,7 @@ thread. Written to --out:
                             of 20 random starts of CP codes of others
     best_found.csv          one row per problem and effort: the solver's error, seconds, stop reason and largest term
                             beside the reference
+    best_found_hidden.csv   one row per bundled stack, size of the dyads, seed and effort: the solver's error beside
+                            that of a descent from the dyads themselves, in units of the input
     best_found.png          errors of both over the reference, in rising order
 """

@@ -12,6 +12,7 @@ import torch
 import rasa_theory as rt
 from experiments.benchmark.codes import their_sweeps
 from experiments.best_found import __doc__ as description
+from experiments.best_found import hidden
 from experiments.best_found.compare import CODES, excess, lines, plot, rounding
 from experiments.best_found.kinds import WHOLE, Array, Problem, Size, problems
 from experiments.best_found.reference import Model, search
@@ -154,8 +155,10 @@ def run_ours(path: Path, references: list[Row], effort: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("reference", "ours", "table"))
-    parser.add_argument("--effort", choices=sorted(EFFORTS), default="default", help="of the solver, for `ours`")
+    parser.add_argument("command", choices=("reference", "ours", "table", "hidden"))
+    parser.add_argument(
+        "--effort", choices=sorted(EFFORTS), default="default", help="of the solver, for `ours`, `hidden`"
+    )
     parser.add_argument("--kinds", nargs="+", help="only these kinds, for `reference` and `ours`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds, for `reference` and `ours`")
     parser.add_argument("--starts", type=int, default=50, help="of the plain search (default: 50)")
@@ -175,6 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
         run_reference(references, chosen, options.starts, options.iterations)
     elif options.command == "ours":
         run_ours(ours, [row for row in Table(references, STARTS, KEY).rows if is_chosen(row)], options.effort)
+    elif options.command == "hidden":
+        print("\n".join(hidden.lines(list(hidden.rows(options.out / "best_found_hidden.csv", options.effort)))))
     else:
         rows = Table(ours, OURS, (*KEY, "effort")).rows
         print("\n".join(lines(rows)))

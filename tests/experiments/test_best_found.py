@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from experiments.best_found import compare, run
+import rasa_theory as rt
+from experiments.best_found import compare, hidden, run
 from experiments.best_found.kinds import SIZES, SYNTHETIC, Array, Problem, Size, basis, problems
 from experiments.best_found.reference import Model, Point, added, balanced, search, start
 from experiments.support.rows import read_rows
+from rasa_theory.solvers import allocation_start
 
 L, B, A = 3, 12, 10
 
@@ -207,3 +210,15 @@ def test_the_table_counts_what_is_above_and_below() -> None:
     assert outside.endswith(": 1")
     heights = {float(y) for line in compare.plot(rows).axes[0].get_lines() for y in line.get_ydata()}
     assert {100 * compare.excess(row) for row in rows} <= heights
+
+
+def test_the_truth_holds_exactly_what_is_hidden() -> None:
+    """Three dyads in the pool, and the terms that the stack without them has."""
+    plain = rt.LayerStack(rng().standard_normal((3, 30, 24)))
+    stack = rt.null_models.with_hidden_dyads(plain, 8, 3, 0.5, 0)
+    factors = hidden.truth(plain, stack.values - plain.values)
+    rest = allocation_start(plain, hidden.BUDGET)
+    assert factors.shared_B.shape == (30, 3)
+    pool = torch.stack([(factors.shared_B * factors.mixing[i]) @ factors.shared_A for i in range(3)])
+    assert torch.allclose(pool, stack.values - plain.values, atol=1e-12)
+    assert torch.equal(factors.private_B, rest.private_B)
