@@ -309,7 +309,7 @@ class Variant:
 
 DEFAULT = EFFORTS["default"]
 NO_MOVES = replace(DEFAULT, rounds=0, moves=0)
-EARLY = ((2, 24), (4, 8))
+EARLY = tuple((sweeps, left) for sweeps, (_, left) in zip((2, 4), DEFAULT.heats, strict=True))
 LATE = sum(sweeps for sweeps, _ in DEFAULT.heats) - 6  # what early cuts leave out for the runs that go on
 ALL_STARTS = sum(start.entries for start in STARTS.values())
 KINDS = {
@@ -322,6 +322,7 @@ KINDS = {
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "no moves": Variant(NO_MOVES),
+    "moves from the two lowest runs": Variant(replace(DEFAULT, parents=2)),
     "one start of each kind": Variant(replace(DEFAULT, starts=1.0), dict.fromkeys(STARTS, 1)),
     "one start of each kind, no moves": Variant(replace(NO_MOVES, starts=1.0), dict.fromkeys(STARTS, 1)),
     **{f"{name} starts alone, no moves": Variant(NO_MOVES, entries) for name, entries in KINDS.items()},

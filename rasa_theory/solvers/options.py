@@ -32,9 +32,10 @@ class SolverOptions:
     - rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
     - seed: of the random starts, pencils and moves, from 0 to 2^62 - 1.
     - max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer, so
-      that the problem has a minimum: without a bound terms often grow and cancel for ever, and gain ever less. At 8 the
-      factors can be stored in half precision; `math.inf` is for the infimum. "core" sweeps go on inside the bound, the
-      others stop there.
+      that the problem has a minimum: without a bound terms often grow and cancel for ever, and gain ever less. Factors
+      rounded to half precision have an error higher by about u^2 times the squared norms of all terms, u = 2^-11 for
+      float16 and 2^-9 for bfloat16. `math.inf` is for the infimum. "core" sweeps go on inside the bound, the others
+      stop there.
 
     **Raises:**
 

@@ -22,6 +22,7 @@ from matplotlib.text import Text
 
 import rasa_theory as rt
 from experiments import adapter_claims, figures, iteration_count, registry
+from experiments.best_found.compare import excess
 from experiments.compression import figure as compression_figure
 from experiments.support.rows import read_rows, write_rows
 from rasa_theory.plotting import style
@@ -236,6 +237,8 @@ def expected_heights(name: str, path: Path) -> list[float]:
         rates = [statistics.fmean(row["recovered"] for row in group) for group in groups.values()]
         noisy = [[row["distance"] for row in group] for (_, noise, _), group in groups.items() if noise > 0]
         return [*rates, *map(statistics.median_low, noisy)]
+    if name == "best_found":
+        return [100 * excess(row, column) for row in rows for column in ("error", "best_of_24")]
     if name == "passes":
         return [row["error"] for row in rows]
     if name == "growth":
