@@ -17,5 +17,5 @@ thread. Written to --out:
                             beside the reference
     best_found_hidden.csv   one row per bundled stack, size of the dyads, seed and effort: the solver's error beside
                             that of a descent from the dyads themselves, in units of the input
-    best_found.png          errors of both over the reference, in rising order
+    best_found.png          errors less the reference in units of e_lora, in rising order
 """

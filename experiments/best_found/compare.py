@@ -26,9 +26,9 @@ def lowest(row: Row) -> float:
 
 
 def excess(row: Row, column: str = "error") -> float:
-    """An error over the reference, less 1: negative where it is lower. Errors below `rounding` count as equal."""
-    reference, nothing = lowest(row), rounding(row)
-    return float(max(row[column], nothing) / max(reference, nothing)) - 1
+    """An error less the reference, in units of e_lora; errors below `rounding` count as equal."""
+    nothing = rounding(row)
+    return float(max(row[column], nothing) - max(lowest(row), nothing)) / max(row["e_lora"], nothing)
 
 
 def efforts(rows: list[Row]) -> dict[str, list[Row]]:
@@ -40,7 +40,7 @@ def efforts(rows: list[Row]) -> dict[str, list[Row]]:
 def lines(rows: list[Row]) -> Iterator[str]:
     """A line per effort and kind: the number of problems above and below the reference, the worst, and seconds."""
     for effort, group in efforts(rows).items():
-        yield f"effort {effort}, errors over the reference"
+        yield f"effort {effort}, errors less the reference, in % of e_lora"
         yield f"{'kind':30} {'n':>4} {'>0.1%':>6} {'>1%':>5} {'<-0.1%':>6} {'worst':>9} {'median s':>9}"
         for kind in (*sorted({row["kind"] for row in group}), "all"):
             own = [row for row in group if kind in (row["kind"], "all")]
@@ -55,7 +55,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Errors over the reference in rising order: of the solver at each effort, and of 24 plain starts."""
+    """Errors less the reference in rising order: of the solver at each effort, and of 24 plain starts."""
     figure = style.new_figure(3.6)
     ax = style.panels(figure)[0, 0]
     groups = efforts(rows)
@@ -68,6 +68,6 @@ def plot(rows: list[Row]) -> Figure:
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set_xlim(0, 1)
     style.grid(ax)
-    style.name(ax, "share of the problems", "error over the reference, %")
+    style.name(ax, "share of the problems", "error less the reference, % of $e_{\\mathrm{LoRA}}$")
     style.legend(ax, loc="upper left")
     return figure
