@@ -28,7 +28,7 @@ def lowest(row: Row) -> float:
 def excess(row: Row, column: str = "error") -> float:
     """An error less the reference, in units of e_lora; errors below `rounding` count as equal."""
     nothing = rounding(row)
-    return float(max(row[column], nothing) - max(lowest(row), nothing)) / max(row["e_lora"], nothing)
+    return float((max(row[column], nothing) - max(lowest(row), nothing)) / max(row["e_lora"], nothing))
 
 
 def efforts(rows: list[Row]) -> dict[str, list[Row]]:
