@@ -191,6 +191,7 @@ def test_an_interrupted_run_goes_on_and_the_solver_stands_beside_the_reference(t
 def ours(error: float, reference: float, seconds: float = 1.0, **more: object) -> dict[str, object]:
     row = {"kind": "one", "effort": "default", "e_lora": 0.8, "reference": reference, "error": error}
     row |= {"seconds": seconds, "cancellation": 1.0, "best_of_24": reference, "tensorly": None, "pyttb": None}
+    row["unbounded"] = reference - 0.004
     return row | more
 
 
@@ -204,9 +205,10 @@ def test_excess_is_over_the_lowest_admissible_error_and_ignores_rounding() -> No
 def test_the_table_counts_what_is_above_and_below() -> None:
     rows = [ours(0.5, 0.5), ours(0.501, 0.5), ours(0.516, 0.5, 3.0), ours(0.49, 0.5, cancellation=9.0)]
     rows[0]["best_of_24"] = 0.6
-    *_, one, _, plain, outside = compare.lines(rows)
+    *_, one, _, plain, price, outside = compare.lines(rows)
     assert one.split() == ["one", "4", "2", "1", "1", "+2.000%", "1.00"]
     assert plain.endswith("alone: 1 above 0.1 %")
+    assert "0.5000 % of e_lora (median), 0.50 % at most, above 0.1 % in 4" in price
     assert outside.endswith(": 1")
     heights = {float(y) for line in compare.plot(rows).axes[0].get_lines() for y in line.get_ydata()}
     assert {100 * compare.excess(row) for row in rows} <= heights
