@@ -127,7 +127,7 @@ def test_reads_are_in_order_and_none_exceeds_the_limit(stack_file: Path, monkeyp
     rt.solve_lora(stack, 2)
     rt.allocation_bound(stack, budget)
     rt.lower_bound(stack, budget)
-    rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=3))
+    rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=3, effort="quick"))
     ends = [start for start, stop in reads if start == 0]
     assert all(stop == following or following == 0 for (_, stop), (following, _) in pairwise(reads))
     assert len(ends) == stack.passes.total - before

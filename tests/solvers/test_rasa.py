@@ -133,7 +133,7 @@ def test_rasa_is_between_the_floor_and_allocation_and_that_is_at_most_lora(probl
 @given(problem=nasty_stacks())
 def test_the_path_is_nested(problem, sweep):
     stack = problem.stack
-    options = SolverOptions(sweep=sweep, max_sweeps=2, effort="quick")
+    options = SolverOptions(sweep=sweep, max_sweeps=2, start="allocation")
     path = solve_path(stack, problem.r, [problem.r, *range(problem.r + 1)], options)
     assert list(path) == list(range(problem.r + 1))
     assert path[0].error <= solve_lora(stack, problem.r).interval[1]
@@ -285,15 +285,15 @@ def quasi_newton(M, r, k, seed, starts=10):
 
 
 @pytest.mark.parametrize(
-    ("L", "b", "a", "r", "k", "often"), [(2, 6, 6, 1, 1, 7), pytest.param(2, 8, 8, 2, 1, 5, marks=pytest.mark.slow)]
+    ("L", "b", "a", "r", "k", "often"), [(2, 6, 6, 1, 1, 4), pytest.param(2, 8, 8, 2, 1, 3, marks=pytest.mark.slow)]
 )
 def test_as_low_as_ten_quasi_newton_runs(L, b, a, r, k, often):
-    """On spectra that fall by halves: not above by 1e-6 on `often` of eight seeds at least, never by 2 %.
+    """On spectra that fall by halves: not above by 1e-6 on `often` of four seeds at least, never by 2 %.
 
     On flat random spectra so small it is no law: there the infimum is often not attained, and sweeps crawl.
     """
     excess = []
-    for seed in range(8):
+    for seed in range(4):
         U, S, Vh = np.linalg.svd(noise(L, b, a, seed), full_matrices=False)
         M = (U * 2.0 ** -np.arange(S.shape[1])) @ Vh
         error = solve_rasa(LayerStack(M), RankBudget(r, k), exactly(12)).error
@@ -383,7 +383,7 @@ def test_terms_stay_as_small_as_asked_and_the_price_is_small():
 def test_factors_in_half_precision_reproduce_the_error():
     """Rounding is independent: the error rises by about the unit roundoff squared times the squared norms of terms."""
     stack = LayerStack(load("minilm-code")[0][0].values[:, :96, :96])
-    run, rises = solve_rasa(stack, RankBudget(8, 4), SolverOptions(max_sweeps=25)), {}
+    run, rises = solve_rasa(stack, RankBudget(8, 4), SolverOptions(max_sweeps=25, effort="quick")), {}
     f = run.factors.normalised()
     terms = float((f.mixing**2).sum() + ((f.private_B @ f.private_A) ** 2).sum())
     for dtype in (torch.float16, torch.bfloat16):

@@ -18,7 +18,8 @@ class Effort:
     - moves: the number of moves in a round.
     - move_heats: pairs (sweeps, the number of moves that go on), while the runs that they come from go on as well.
     - parents: the number of distinct runs that a round begins and ends with.
-    - final: sweeps of these at the end; several times as many where the core is all of M.
+    - final: sweeps of these at the end.
+    - more: how often as many follow, at most, where the core is all of M.
     - returns: how often moves are tried again on the core at the lowest run on the stack, at most.
     - cost: the largest number of floating-point operations, about. A search on a large core does less of everything.
     """
@@ -30,6 +31,7 @@ class Effort:
     move_heats: tuple[tuple[int, int], ...]
     parents: int
     final: int
+    more: int
     returns: int
     cost: float
     until_idle: bool = False
@@ -77,8 +79,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(0.5, ((40, 4), (40, 2)), 0, 0, (), 2, 60, 0, 3e9),
-    "default": Effort(2.5, ((50, 40), (80, 10)), 2, 32, ((50, 10), (50, 6)), 8, 40, 3, 1e10),
-    "thorough": Effort(8.0, ((80, 96), (150, 32)), 4, 64, ((80, 24), (120, 12)), 16, 60, 20, 1e12, until_idle=True),
+    "quick": Effort(0.5, ((40, 4), (40, 2)), 0, 0, (), 2, 60, 0, 0, 3e9),
+    "default": Effort(2.5, ((50, 40), (80, 10)), 2, 32, ((50, 10), (50, 6)), 8, 40, 6, 3, 1e10),
+    "thorough": Effort(8.0, ((80, 96), (150, 32)), 4, 64, ((80, 24), (120, 12)), 16, 60, 20, 20, 1e12, True),
 }
 """The efforts by name. All numbers were chosen by trial on the stacks of `experiments.best_found`."""

@@ -21,7 +21,6 @@ from rasa_theory.solvers.starts import STARTS, Start
 
 _SAME = 1e-4  # two runs whose errors differ by less than this share are taken for one minimum
 _NEAR = 1e-3  # of e_lora: a run this close to the best counts as having found it
-_FINAL_CHUNKS = 6  # times `Effort.final` sweeps at the end, at most
 _SETTLED = 1e-4  # of the error: the least gain for which more follow
 _CHANGED = 1e-6  # of the error: what counts as a change
 _NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds take others
@@ -158,7 +157,7 @@ class PoolSearch:
         so much that it could end as the lowest.
         """
         batch, errors = self._final(runs)
-        for left in range(_FINAL_CHUNKS if self.core.is_whole else 0, 0, -1):
+        for left in range(self._effort.more if self.core.is_whole else 0, 0, -1):
             before = errors
             batch, errors = self._final(runs)
             within_reach = errors - left * (before - errors).clamp_min(0)
@@ -167,7 +166,8 @@ class PoolSearch:
         return batch, errors
 
     def _final(self, runs: _Runs) -> tuple[Batch, Tensor]:
-        return inside(self.core.K, runs.sweeps.run(self._effort.final).batch, self._limits)
+        runs.sweeps.run(self._effort.final)
+        return inside(self.core.K, runs.sweeps.batch, self._limits)
 
     def _projected(self, given: Sequence[Candidate]) -> list[Candidate]:
         return [Candidate(candidate.start, self.core.projected(candidate.factors)) for candidate in given]
