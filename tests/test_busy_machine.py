@@ -90,10 +90,10 @@ def small_stack() -> rt.LayerStack:
 BUDGET = rt.RankBudget(2, 1)
 WORK: dict[str, Callable[[rt.LayerStack], object]] = {
     "solve_lora": lambda stack: rt.solve_lora(stack, 2),
-    "solve_rasa": lambda stack: rt.solve_rasa(stack, BUDGET, rt.SolverOptions(max_sweeps=3)),
+    "solve_rasa": lambda stack: rt.solve_rasa(stack, BUDGET, rt.SolverOptions(max_sweeps=3, effort="quick")),
     "random_attempt": lambda stack: rt.random_attempt(stack, BUDGET, 1.0, 0, iterations=3),
     "lower_bound": lambda stack: rt.lower_bound(stack, BUDGET, "dual", rt.FloorOptions(max_iterations=3)),
-    "study": lambda stack: rt.study([stack], 2, (1,), seeds=1, solver=rt.SolverOptions(max_sweeps=3)),
+    "study": lambda stack: rt.study([stack], 2, (1,), seeds=1, solver=rt.SolverOptions(max_sweeps=3, effort="quick")),
     "methods": lambda stack: rt.methods.at_parameters(stack, 200, ["lora", "share_lora", "tied_lora"]),
 }
 

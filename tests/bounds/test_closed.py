@@ -105,7 +105,7 @@ def test_a_floor_of_plain_cp_is_one_below_every_k(k):
     assert (
         own
         < 0.98 * floor.value
-        < solve_rasa(stack, RankBudget(4, k), SolverOptions(sweep="joint", max_sweeps=30)).error
+        < solve_rasa(stack, RankBudget(4, k), SolverOptions(sweep="joint", max_sweeps=30, effort="quick")).error
     )
 
 

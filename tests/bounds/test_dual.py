@@ -82,7 +82,7 @@ def test_factors_that_are_not_finite_give_no_floor():
 def test_it_gains_on_the_closed_form_and_one_iteration_is_valid(seed, k):
     stack, budget = LayerStack(decaying(3, 32, 32, seed)), RankBudget(4, k)
     e_lora = solve_lora(stack, 4).error
-    error = solve_rasa(stack, budget, SolverOptions(sweep="joint", max_sweeps=50)).error
+    error = solve_rasa(stack, budget, SolverOptions(sweep="joint", max_sweeps=50, effort="quick")).error
     values = [search_dual(stack.unit(), budget, FloorOptions(n), None) * stack.scale**2 for n in (1, 240)]
     assert values[0] < values[1] <= error
     assert values[1] >= lower_bound(stack, budget).value + 0.01 * e_lora

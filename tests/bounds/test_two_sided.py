@@ -191,7 +191,7 @@ def test_the_floor_of_planted_factors_and_noise_is_below_the_noise(seed, size):
 def test_it_gains_on_one_side_and_one_iteration_is_valid(seed, k):
     stack, budget = LayerStack(decaying(3, 32, 32, seed)), RankBudget(4, k)
     e_lora = solve_lora(stack, 4).error
-    error = solve_rasa(stack, budget, SolverOptions(sweep="joint", max_sweeps=50)).error
+    error = solve_rasa(stack, budget, SolverOptions(sweep="joint", max_sweeps=50, effort="quick")).error
     dual = lower_bound(stack, budget, "dual").value
     values = [search_two_sided(stack.unit(), budget, FloorOptions(n), None) * stack.scale**2 for n in (1, 240)]
     assert values[0] < values[1] <= error

@@ -209,7 +209,7 @@ def test_narrow_values_stay_as_they_are_and_compute_as_if_converted(
 
     monkeypatch.setattr(InMemory, "rows", counted)
     monkeypatch.setattr(rt.LayerStack, "values", property(lambda self: pytest.fail("the whole stack is converted")))
-    rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=2))
+    rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=2, effort="quick"))
     rt.lower_bound(stack, budget)
     assert max(sizes) == 8 * 6
 

@@ -53,14 +53,14 @@ def test_layers_without_common_directions_gain_by_allocation_alone() -> None:
 
 def test_equal_spectra_have_nothing_to_allocate() -> None:
     stack = synthetic_stack(4, (12, 10), "power:0.7", 0.5, 0)
-    parts = rt.gain(stack, rt.RankBudget(3, 1), rt.SolverOptions(max_sweeps=10))
+    parts = rt.gain(stack, rt.RankBudget(3, 1), rt.SolverOptions(max_sweeps=10, effort="quick"))
     assert parts.allocation == pytest.approx(0, abs=CLOSE)
     assert parts.sharing > 0.01
 
 
 def test_the_parts_and_the_floor_add_up() -> None:
     stack, budget = rt.LayerStack(noise(3, 9, 8)), rt.RankBudget(2, 1)
-    parts = rt.gain(stack, budget, rt.SolverOptions(max_sweeps=10))
+    parts = rt.gain(stack, budget, rt.SolverOptions(max_sweeps=10, effort="quick"))
     left = parts.floor.value / parts.e_lora
     assert parts.allocation + parts.sharing + parts.unknown + left == pytest.approx(1, abs=CLOSE)
     assert min(parts.allocation, parts.sharing, parts.unknown) >= 0
@@ -68,7 +68,7 @@ def test_the_parts_and_the_floor_add_up() -> None:
 
 def test_a_solution_that_is_there_is_not_solved_again_and_a_better_floor_leaves_less_unknown() -> None:
     stack, budget = rt.LayerStack(noise(3, 9, 8)), rt.RankBudget(2, 1)
-    solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=10))
+    solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=10, effort="quick"))
     parts = rt.gain(stack, budget, solution=solution)
     assert parts.e_rasa == solution.error
     better = rt.gain(stack, budget, solution=solution, certificate="two-sided")

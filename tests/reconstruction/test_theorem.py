@@ -28,7 +28,7 @@ driver = importlib.import_module("rasa_theory.reconstruction.driver")
 
 STACK, BUDGET = LayerStack(100 * noise(3, 9, 8)), RankBudget(3, 1)
 LORA = solve_lora(STACK, 3)
-SOLUTION = solve_rasa(STACK, BUDGET, SolverOptions(max_sweeps=20))
+SOLUTION = solve_rasa(STACK, BUDGET, SolverOptions(max_sweeps=20, effort="quick"))
 FLOOR = Bound(0.5 * SOLUTION.error, "clipped")
 
 
@@ -62,7 +62,7 @@ def test_a_floor_above_the_answer_is_noticed():
 def test_a_drop_that_is_not_what_solving_d_gives_is_noticed(dtype, amount, monkeypatch):
     """In units of what the measured drop is known to; errors at given factors are measured in float64 always."""
     stack, real = LayerStack(STACK.values, dtype=dtype), study.resolve_mixing
-    lora, solution = solve_lora(stack, 3), solve_rasa(stack, BUDGET, SolverOptions(max_sweeps=20))
+    lora, solution = solve_lora(stack, 3), solve_rasa(stack, BUDGET, SolverOptions(max_sweeps=20, effort="quick"))
 
     def doctored(stack, factors):
         solved, _ = real(stack, factors)
@@ -85,7 +85,10 @@ def test_terms_that_cancel_are_no_violation(number):
     """Layers that differ by 1e-6: re-solving D makes terms of 40 ||M||."""
     draw = draw_instance("near-duplicates", number, seed=0).draw
     stack, budget = LayerStack(draw.values), draw.budget
-    lora, solution = solve_lora(stack, budget.rank), solve_rasa(stack, budget, SolverOptions(max_sweeps=1))
+    lora, solution = (
+        solve_lora(stack, budget.rank),
+        solve_rasa(stack, budget, SolverOptions(max_sweeps=1, effort="quick")),
+    )
     _, checks = study.check_theorem(stack, budget, lora, solution, lower_bound(stack, budget))
     assert all(checks.values())
 
