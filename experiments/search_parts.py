@@ -311,7 +311,9 @@ DEFAULT = EFFORTS["default"]
 NO_MOVES = replace(DEFAULT, rounds=0, moves=0)
 EARLY = tuple((sweeps, left) for sweeps, (_, left) in zip((2, 4), DEFAULT.heats, strict=True))
 LATE = sum(sweeps for sweeps, _ in DEFAULT.heats) - 6  # what early cuts leave out for the runs that go on
-ALL_STARTS = sum(start.entries for start in STARTS.values())
+IN_SEARCH = [name for name, start in STARTS.items() if start.is_worth_racing is None]
+ALL_STARTS = sum(DEFAULT.entries(STARTS[name].entries) for name in IN_SEARCH)
+ALONE = replace(NO_MOVES, starts=1.0)
 KINDS = {
     "allocation": {"allocation": 1, "near-allocation": ALL_STARTS - 1},
     "random": {"random": ALL_STARTS},
@@ -323,11 +325,11 @@ VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "no moves": Variant(NO_MOVES),
     "moves from the two lowest runs": Variant(replace(DEFAULT, parents=2)),
-    "one start of each kind": Variant(replace(DEFAULT, starts=1.0), dict.fromkeys(STARTS, 1)),
-    "one start of each kind, no moves": Variant(replace(NO_MOVES, starts=1.0), dict.fromkeys(STARTS, 1)),
-    **{f"{name} starts alone, no moves": Variant(NO_MOVES, entries) for name, entries in KINDS.items()},
+    "one start of each kind": Variant(replace(DEFAULT, starts=1.0), dict.fromkeys(IN_SEARCH, 1)),
+    "one start of each kind, no moves": Variant(ALONE, dict.fromkeys(IN_SEARCH, 1)),
+    **{f"{name} starts alone, no moves": Variant(ALONE, entries) for name, entries in KINDS.items()},
     "early cuts": Variant(replace(DEFAULT, heats=EARLY)),
-    "early cuts, no moves": Variant(replace(NO_MOVES, heats=EARLY, final=LATE + NO_MOVES.final)),
+    "early cuts, no moves": Variant(replace(NO_MOVES, heats=(*EARLY, (LATE, EARLY[-1][1])))),
     "no extrapolation": Variant(extrapolates=False),
     "no bound": Variant(bound=math.inf),
     "stop at the bound": Variant(sweeps=StoppedSweeps),
@@ -351,6 +353,7 @@ def shorter(effort: Effort) -> Effort:
         moves=effort.moves // 4,
         move_heats=((6, 2),),
         final=effort.final // 10,
+        more=1,
     )
 
 

@@ -50,7 +50,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
             yield f"{kind:30} {len(own):4} {above:6} {far:5} {below:6} {100 * max(over):+8.3f}% {seconds:9.2f}"
         plain = sum(excess(row, "best_of_24") > 1e-3 for row in group)
         yield f"the first 24 starts of the plain search alone: {plain} above 0.1 %"
-        price = [100 * (row["reference"] - row["unbounded"]) / max(row["e_lora"], rounding(row)) for row in group]
+        price = [100 * (excess(row, "reference") - excess(row, "unbounded")) for row in group]
         yield (
             f"the bound costs the plain search {statistics.median(price):.4f} % of e_lora (median), "
             f"{max(price):.2f} % at most, above 0.1 % in {sum(x > 0.1 for x in price)}"

@@ -1,7 +1,7 @@
-"""Three dyads that all layers share, hidden in bundled updates: does the search come as low as it does from the truth?
+"""Three dyads that all layers share, hidden in bundled updates: does the search come as low as a descent from them?
 
-The truth is a pool of the three dyads, and of the terms that the allocation start of the stack without them has beside
-these. A descent from there is no search, so what it reaches is known to be there for the finding.
+The descent starts from a pool of the three dyads and the largest terms of the allocation start of the stack without
+them. So its error is one that a perfect search would reach.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def truth(plain: rt.LayerStack, hidden: torch.Tensor) -> rt.RasaFactors:
     """The factors with the dyads of `hidden` (L, b, a) in the pool, in units of the input."""
     start = allocation_start(plain, BUDGET)
     keep = start.mixing.abs().amax(0).argsort(descending=True)[: BUDGET.pool_rank(plain.layers) - DYADS]
-    rows = torch.linalg.svd(hidden.reshape(-1, hidden.shape[2]), full_matrices=False)[2][:DYADS]
+    right_basis = torch.linalg.svd(hidden.reshape(-1, hidden.shape[2]), full_matrices=False)[2][:DYADS]
     columns = torch.linalg.svd(hidden.transpose(0, 1).reshape(hidden.shape[1], -1), full_matrices=False)[0][:, :DYADS]
-    core = columns.T @ hidden @ rows.T  # (L, 3, 3), diagonal in the basis of the dyads
+    core = columns.T @ hidden @ right_basis.T  # (L, 3, 3), diagonal in the basis of the dyads
     mixed = torch.einsum("l,lij->ij", torch.arange(1.0, len(core) + 1).to(core), core)
     left, _, right = torch.linalg.svd(mixed)
-    B, A = columns @ left, right @ rows
+    B, A = columns @ left, right @ right_basis
     D = torch.diagonal(B.T @ hidden @ A.T, dim1=1, dim2=2)
     pool = RankOneTerms(
         torch.cat([B, start.shared_B[:, keep]], 1),

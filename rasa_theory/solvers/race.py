@@ -31,11 +31,12 @@ class Race:
     #
     # 1. Starts with conditions, which are exact where they hold, do n1 sweeps. One whose error reaches rounding level
     #    ends the race, since nothing can be lower.
-    # 2. `PoolSearch` looks for pools on a core of the stack at the allocation start. The core is small, so some thirty
-    #    starts cost about as much as one descent on the stack.
+    # 2. `PoolSearch` looks for pools on a core of the stack at the allocation start. The core is small, so that
+    #    many starts cost about as much as one descent on the stack.
     # 3. Its three lowest results, the runs of step 1, and the allocation start do n1 sweeps on the stack, and the two
     #    lowest n2. The allocation start is there for the promise of an error of at most e_alloc. Where the core is all
-    #    of M the search has done these sweeps, and its lowest result goes on alone, unless allocation is lower.
+    #    of M, the search has swept on M itself. Only its lowest result goes on, beside the runs of step 1, and the
+    #    allocation start if that is lower.
     # 4. A core at the allocation start lacks directions that descents on the stack have found since. So moves are tried
     #    again on the core at the lowest run, up to a few times, as long as n2 sweeps from there end lower.
     # 5. The lowest run sweeps to its end.

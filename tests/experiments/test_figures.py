@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import rasa_theory as rt
-from experiments import adapter_claims, figures, iteration_count, registry
+from experiments import adapter_claims, figures, floors, iteration_count, registry
 from experiments.best_found.compare import excess
 from experiments.compression import figure as compression_figure
 from experiments.support.rows import read_rows, write_rows
@@ -416,3 +416,16 @@ def test_files_are_the_same_each_time(kind: str, monkeypatch: pytest.MonkeyPatch
 def test_a_figure_of_results_without_attempts_says_so() -> None:
     figure = rt.plot_iterations({"stacks": []})
     assert [text.get_text() for text in figure.axes[0].texts] == ["no random attempts in these results"]
+
+
+def test_floors_stay_what_they_are_beside_a_solver_that_has_changed() -> None:
+    sizes = np.array([1, 2, 4])[:, None, None]
+    stack = rt.LayerStack(sizes * np.random.default_rng(0).standard_normal((3, 12, 10)), "q")
+    e_lora = rt.solve_lora(stack, 2).error
+    allocation = rt.allocation_bound(stack, rt.RankBudget(2, 1)).value / e_lora
+    row = {"stack": "q", "k": 1, "best_found": 2.0, "allocation": allocation, "two_sided": 0.25, "gap": 1.75}
+    (changed,) = floors.solved_anew({"q": stack}, 2, [row])
+    assert changed["best_found"] == pytest.approx(rt.solve_rasa(stack, rt.RankBudget(2, 1)).error / e_lora)
+    assert (changed["two_sided"], changed["gap"]) == (0.25, changed["best_found"] - 0.25)
+    with pytest.raises(ValueError, match="not of rank 3"):
+        floors.solved_anew({"q": stack}, 3, [row])

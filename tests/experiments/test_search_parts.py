@@ -13,7 +13,7 @@ from experiments import search_parts as parts
 from experiments.support.rows import read_rows
 from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.solvers import allocation_start, random_start
-from rasa_theory.solvers.search import Batch, BatchedSweeps, SearchCore, inside, search, update_private
+from rasa_theory.solvers.search import Batch, BatchedSweeps, PoolSearch, SearchCore, inside, search, update_private
 from rasa_theory.solvers.starts import STARTS
 from tests.helpers.problems import noise
 
@@ -57,8 +57,10 @@ def test_parts_are_back_in_place_after_a_variant() -> None:
 def test_starts_of_one_kind_are_as_many_as_those_of_all() -> None:
     for name in parts.KINDS:
         with parts.VARIANTS[f"{name} starts alone, no moves"].in_place():
-            assert sum(start.entries for start in STARTS.values()) == parts.ALL_STARTS
-    assert sum(start.entries for start in STARTS.values()) == parts.ALL_STARTS
+            assert sum(parts.ALONE.entries(start.entries) for start in STARTS.values()) == parts.ALL_STARTS
+    unit = LayerStack(noise(3, 9, 8)).unit()
+    pool = PoolSearch(unit, BUDGET, allocation_start(unit, BUDGET), parts.DEFAULT, 0)
+    assert len(list(pool._starts())) == parts.ALL_STARTS
 
 
 def test_gradient_of_the_penalised_error() -> None:

@@ -22,7 +22,7 @@ from rasa_theory.solvers import EFFORTS, STARTS, Batch, Candidate, PoolSearch, S
 from rasa_theory.solvers import leading_terms as large_terms
 from rasa_theory.solvers.search import moved, moves, search, update_private
 from rasa_theory.sources.null_models import with_hidden_dyads
-from tests.helpers.problems import equal_up_to_scale, falling, orthogonal, random_factors
+from tests.helpers.problems import equal_up_to_scale, falling, orthogonal, planted, random_factors
 
 BUDGET = RankBudget(3, 1)
 
@@ -222,9 +222,15 @@ def test_starts_that_use_no_seed_take_part_once() -> None:
 
 
 def test_in_a_cut_the_first_runs_stay_and_only_others_are_left_out() -> None:
-    cut = runs([0.3, 0.2, 0.1, 0.200001, 0.25, 0.28])
-    cut.cut(2, after=2)
-    assert cut.sweeps.errors.tolist() == [0.3, 0.2, 0.1, 0.25]
+    cut = runs([0.3, 0.2, 0.1, 0.200001, 0.25, 0.28, 0.199999])
+    cut.cut(3, after=2)
+    assert cut.sweeps.errors.tolist() == [0.3, 0.2, 0.1, 0.199999, 0.25]  # a little lower than a first run is kept
+
+
+def test_errors_that_rounding_makes_negative_are_one_minimum() -> None:
+    cut = runs([-1e-16, -2e-16, 0.1])
+    cut.cut(3)
+    assert cut.stands_for == [2, 1]
 
 
 def cost(effort: search.Effort) -> float:
@@ -283,6 +289,43 @@ def test_on_all_of_the_stack_a_search_goes_on_as_long_as_a_run_could_end_lowest(
     ended = [reconstruction_error(unit, candidate.factors) for candidate in results]
     options = SolverOptions(start=results[0].factors, max_sweeps=100, rtol=0, sweep="joint")
     assert ended[0] <= (1 + 1e-3) * solve_rasa(unit, BUDGET, options).error
+
+
+@pytest.mark.parametrize("limit", [1.05, 1.2, 8.0])
+def test_the_end_of_a_search_keeps_the_lowest_of_every_run(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the bound more sweeps can end higher, since multipliers change."""
+    seen, real = [], PoolSearch._final
+
+    def final(self: PoolSearch, runs: search._Runs) -> tuple[Batch, torch.Tensor]:
+        batch, errors = real(self, runs)
+        seen.append(errors)
+        return batch, errors
+
+    monkeypatch.setattr(PoolSearch, "_final", final)
+    unit, budget = LayerStack(load("minilm-code")[0][0].values[:3, :12, :10]).unit(), RankBudget(3, 3)
+    effort = dataclasses.replace(QUICK, final=10, more=6)
+    results, _ = PoolSearch(unit, budget, allocation_start(unit, budget), effort, 0, limit).run()
+    ended = [reconstruction_error(unit, candidate.factors) for candidate in results]
+    assert len(seen) > 1
+    assert ended[0] == pytest.approx(float(torch.stack(seen).min()), rel=1e-9)
+
+
+def test_a_thorough_search_ends_where_nothing_is_left() -> None:
+    """Rounding makes such errors negative, of which every other is lower by some share."""
+    unit, budget = LayerStack(planted(0, 5, 9, 8, 1, 1).values).unit(), RankBudget(1, 1)
+    effort = dataclasses.replace(EFFORTS["thorough"], starts=1.0)
+    results, summary = PoolSearch(unit, budget, allocation_start(unit, budget), effort, 0).run()
+    assert reconstruction_error(unit, results[0].factors) <= 1e-12 * unit.norm_squared
+    assert summary.moves <= 4 * effort.rounds * effort.moves
+
+
+def test_returning_moves_are_a_single_round() -> None:
+    unit = LayerStack(falling(3, 12, 10)).unit()
+    start, errors = allocation_start(unit, BUDGET), list[float]()
+    effort = dataclasses.replace(EFFORTS["thorough"], moves=4).returning()
+    pool = PoolSearch(unit, BUDGET, start, effort, 0, watch=lambda done, planned, error: errors.append(error))
+    assert pool.around([Candidate("mine", start)])[1].moves == 4
+    assert all(map(math.isfinite, errors))
 
 
 def test_a_search_until_idle_ends() -> None:

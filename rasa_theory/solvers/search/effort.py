@@ -18,10 +18,11 @@ class Effort:
     - moves: the number of moves in a round.
     - move_heats: pairs (sweeps, the number of moves that go on), while the runs that they come from go on as well.
     - parents: the number of distinct runs that a round begins and ends with.
-    - final: sweeps of these at the end.
-    - more: how often as many follow, at most, where the core is all of M.
+    - final: the number of sweeps of each remaining run at the end.
+    - more: at most this many further rounds of `final` sweeps, where the core is all of M.
     - returns: how often moves are tried again on the core at the lowest run on the stack, at most.
-    - cost: the largest number of floating-point operations, about. A search on a large core does less of everything.
+    - cost: the largest number of floating-point operations, about, without `more` and rounds beyond `rounds`. A search
+      on a large core does less of everything.
     """
 
     starts: float
@@ -38,10 +39,10 @@ class Effort:
 
     def returning(self) -> Effort:
         """The plan for moves from one run on the stack: a single round."""
-        return replace(self, rounds=1)
+        return replace(self, rounds=1, until_idle=False)
 
     def entries(self, of_start: int) -> int:
-        """How often a start takes part, if it does so `of_start` times for `starts` = 1; always once if that is 1."""
+        """The number of entries of a start that has `of_start` of them for `starts` = 1; a single one stays single."""
         return of_start if of_start == 1 else math.ceil(self.starts * of_start)
 
     def within(self, cost_of_sweep: float, entries: Sequence[int]) -> Effort:

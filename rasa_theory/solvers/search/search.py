@@ -21,7 +21,8 @@ from rasa_theory.solvers.starts import STARTS, Start
 
 _SAME = 1e-4  # two runs whose errors differ by less than this share are taken for one minimum
 _NEAR = 1e-3  # of e_lora: a run this close to the best counts as having found it
-_SETTLED = 1e-4  # of the error: the least gain for which more follow
+_SETTLED = 1e-4  # the relative gain below which no further sweeps follow
+_NOTHING = 1e-14  # of ||K||^2: an error that is rounding alone
 _CHANGED = 1e-6  # of the error: what counts as a change
 _NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds take others
 
@@ -67,10 +68,10 @@ class _Runs:
 
         The first `after` runs stay, and are not counted.
         """
-        errors = self.sweeps.errors.tolist()
+        errors = self.sweeps.errors.clamp_min(0).tolist()  # rounding can make them negative
         kept = list(range(after))
         for n in sorted(range(after, len(errors)), key=lambda n: errors[n]):
-            same = [m for m in kept if abs(errors[n] - errors[m]) <= _SAME * errors[n]]
+            same = [m for m in kept if 0 <= errors[n] - errors[m] <= _SAME * errors[n]]
             if same:
                 self.stands_for[same[0]] += self.stands_for[n]
             elif len(kept) < after + count:
@@ -118,7 +119,8 @@ class PoolSearch:
         self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
         entries = [start.entries for start in _starts_of_search()]
         self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
-        self._beside = unit.norm_squared - float((self.core.K**2).sum())  # the energy that the core leaves out
+        self._energy = float((self.core.K**2).sum())
+        self._beside = unit.norm_squared - self._energy  # what the core leaves out
         self._generator = torch.Generator().manual_seed(seed)
 
     def run(self, given: Sequence[Candidate] = ()) -> tuple[list[Candidate], SearchSummary]:
@@ -137,6 +139,7 @@ class PoolSearch:
         with suitable_threads(K):
             batch = update_private(K, Batch.of([candidate.factors for candidate in candidates]))
             runs = _Runs(self._swept(batch), [candidate.start for candidate in candidates])
+            runs.sweeps.run(1)  # for their errors
             self._tell(0, len(heats) + self._rounds(0), runs)
             for n, heat in enumerate(heats):
                 runs.run((heat,))
@@ -144,10 +147,12 @@ class PoolSearch:
             near = runs.near(self._near)
             tried, kept = self._moves(runs, len(heats))
             batch, errors = self._settled(runs)
-        factors = batch.factors()
-        results = [
-            Candidate(runs.names[n], self.core.lifted(factors[n], self._unit)) for n in errors.argsort().tolist()
-        ]
+        factors, results, before = batch.factors(), list[Candidate](), -math.inf
+        for n in errors.argsort().tolist():
+            error = float(errors[n])
+            if error - before > _SAME * error:
+                results.append(Candidate(runs.names[n], self.core.lifted(factors[n], self._unit)))
+                before = error
         return results, SearchSummary(len(candidates), near, tried, kept)
 
     def _settled(self, runs: _Runs) -> tuple[Batch, Tensor]:
@@ -157,15 +162,16 @@ class PoolSearch:
         so much that it could end as the lowest.
         """
         batch, errors = self._final(runs)
-        for left in range(self._effort.more if self.core.is_whole else 0, 0, -1):
-            before = errors
-            batch, errors = self._final(runs)
-            within_reach = errors - left * (before - errors).clamp_min(0)
-            if not bool((within_reach < (1 - _SETTLED) * errors.min()).any()):
+        for remaining in reversed(range(self._effort.more if self.core.is_whole else 0)):
+            other, after = self._final(runs)  # not always lower, since multipliers change
+            gains = (errors - after).clamp_min(0)
+            batch, errors = other.where(after < errors, batch), torch.minimum(after, errors)
+            if not bool((errors - remaining * gains < (1 - _SETTLED) * errors.min()).any()):
                 break
         return batch, errors
 
     def _final(self, runs: _Runs) -> tuple[Batch, Tensor]:
+        """The runs inside the bound, and their squared errors, after `Effort.final` sweeps."""
         runs.sweeps.run(self._effort.final)
         return inside(self.core.K, runs.sweeps.batch, self._limits)
 
@@ -191,6 +197,8 @@ class PoolSearch:
         while effort.moves and done < self._rounds(last_change):
             runs.cut(effort.parents)
             before = float(runs.sweeps.errors.min())
+            if before <= _NOTHING * self._energy:
+                break
             batch, origin = moved(K, runs.sweeps.batch, effort.moves, self._generator)
             parents = len(runs.names)
             runs.join(_Runs(self._swept(batch), [runs.names[n] for n in origin.tolist()]))
@@ -212,7 +220,10 @@ class PoolSearch:
 
 
 def _starts_of_search() -> Iterator[Start]:
-    """All starts but those with conditions: where these hold, the race tries them on the stack before a search."""
+    """All starts without conditions. The race tries those with conditions on the stack, before the search.
+
+    By trial they found nothing that others miss on cores where their conditions do not hold.
+    """
     return (start for start in STARTS.values() if start.is_worth_racing is None)
 
 

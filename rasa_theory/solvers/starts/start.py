@@ -13,7 +13,8 @@ class Start:
     """A start by name.
 
     `make`(unit, budget, seed) returns factors in units of the stack's scale, on which `unit` is, or None where its
-    conditions do not hold. `entries` is how often it takes part in the race, each time with another seed. A start with
+    conditions do not hold. `entries` is how often it takes part in a search, each time with another seed; a start
+    without random numbers has one entry, and takes part once at every effort. A start with
     conditions has `is_worth_racing`(unit, budget), which is cheap; such starts go first, and race only if they also
     begin below e_alloc(k). `is_at_most_lora` promises an error of at most e_lora, up to rounding.
     """
