@@ -475,10 +475,11 @@ def core_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def with_tables(page: str, rows: Sequence[Row]) -> str:
-    """The page with its two Markdown tables replaced by those of `rows`."""
+    """The page with its first two Markdown tables replaced by those of `rows`."""
     tables = iter(("\n".join(lines(rows)), "\n".join(core_lines(rows))))
     blocks = itertools.groupby(page.splitlines(), lambda line: line.startswith("|"))
-    return "".join((next(tables) if is_table else "\n".join(block)) + "\n" for is_table, block in blocks)
+    parts = ((is_table, "\n".join(block)) for is_table, block in blocks)
+    return "".join((next(tables, text) if is_table else text) + "\n" for is_table, text in parts)
 
 
 def main(arguments: list[str] | None = None) -> None:
