@@ -20,7 +20,6 @@ REFERENCES = [
     ("border_rank", SIZES[0], 0.004794055598694326),
     ("drift", SIZES[3], 0.07318941202576584),
     ("hidden_dyads_80", SIZES[3], 0.3596182975249903),
-    pytest.param("common_columns", SIZES[1], 0.14133753074289934, marks=SLOW),
     pytest.param("orthogonal_terms", SIZES[3], 0.2351288798080388, marks=SLOW),
     pytest.param("common_columns_and_rows", SIZES[0], 0.1835981682494222, marks=SLOW),
     pytest.param("two_clusters", SIZES[0], 0.28589715380773845, marks=SLOW),
