@@ -134,7 +134,8 @@ def test_rasa_is_between_the_floor_and_allocation_and_that_is_at_most_lora(probl
 @given(problem=nasty_stacks())
 def test_the_path_is_nested(problem, sweep):
     stack = problem.stack
-    options = SolverOptions(sweep=sweep, max_sweeps=2, start="allocation")
+    start = "best" if sweep == "core" else "allocation"
+    options = SolverOptions(sweep=sweep, max_sweeps=2, start=start, effort="quick")
     path = solve_path(stack, problem.r, [problem.r, *range(problem.r + 1)], options)
     assert list(path) == list(range(problem.r + 1))
     assert path[0].error <= solve_lora(stack, problem.r).interval[1]
@@ -286,15 +287,15 @@ def quasi_newton(M, r, k, seed, starts=10):
 
 
 @pytest.mark.parametrize(
-    ("L", "b", "a", "r", "k", "often"), [(2, 6, 6, 1, 1, 4), pytest.param(2, 8, 8, 2, 1, 3, marks=pytest.mark.slow)]
+    ("L", "b", "a", "r", "k", "often"), [(2, 6, 6, 1, 1, 7), pytest.param(2, 8, 8, 2, 1, 5, marks=pytest.mark.slow)]
 )
 def test_as_low_as_ten_quasi_newton_runs(L, b, a, r, k, often):
-    """On spectra that fall by halves: not above by 1e-6 on `often` of four seeds at least, never by 2 %.
+    """On spectra that fall by halves: not above by 1e-6 on `often` of eight seeds at least, never by 2 %.
 
     On flat random spectra so small it is no law: there the infimum is often not attained, and sweeps crawl.
     """
     excess = []
-    for seed in range(4):
+    for seed in range(8):
         U, S, Vh = np.linalg.svd(noise(L, b, a, seed), full_matrices=False)
         M = (U * 2.0 ** -np.arange(S.shape[1])) @ Vh
         error = solve_rasa(LayerStack(M), RankBudget(r, k), exactly(12, effort="default")).error
