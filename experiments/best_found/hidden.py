@@ -25,24 +25,17 @@ SEEDS = (0, 1, 2)
 FOUND = 1e-3  # of e_lora, above what the descent from the truth reaches
 
 
-def truth(plain: rt.LayerStack, hidden: torch.Tensor) -> rt.RasaFactors:
-    """The factors with the dyads of `hidden` (L, b, a) in the pool, in units of the input."""
+def truth(plain: rt.LayerStack, dyads: RankOneTerms) -> rt.RasaFactors:
+    """Factors with the dyads in the pool, and all else from the allocation start of the stack without them."""
     start = allocation_start(plain, BUDGET)
-    keep = start.mixing.abs().amax(0).argsort(descending=True)[: BUDGET.pool_rank(plain.layers) - DYADS]
-    right_basis = torch.linalg.svd(hidden.reshape(-1, hidden.shape[2]), full_matrices=False)[2][:DYADS]
-    columns = torch.linalg.svd(hidden.transpose(0, 1).reshape(hidden.shape[1], -1), full_matrices=False)[0][:, :DYADS]
-    core = columns.T @ hidden @ right_basis.T  # (L, 3, 3), diagonal in the basis of the dyads
-    mixed = torch.einsum("l,lij->ij", torch.arange(1.0, len(core) + 1).to(core), core)
-    left, _, right = torch.linalg.svd(mixed)
-    B, A = columns @ left, right @ right_basis
-    D = torch.diagonal(B.T @ hidden @ A.T, dim1=1, dim2=2)
-    pool = RankOneTerms(
-        torch.cat([B, start.shared_B[:, keep]], 1),
-        torch.cat([A, start.shared_A[keep]]),
-        torch.cat([D, start.mixing[:, keep]], 1),
+    largest = start.mixing.abs().amax(0).argsort(descending=True)[: BUDGET.pool_rank(plain.layers) - DYADS]
+    return rt.RasaFactors(
+        start.private_B,
+        start.private_A,
+        torch.cat([dyads.B, start.shared_B[:, largest]], 1),
+        torch.cat([dyads.A, start.shared_A[largest]]),
+        torch.cat([dyads.D, start.mixing[:, largest]], 1),
     )
-    factors = rt.RasaFactors.from_pool(pool, BUDGET.private_rank)
-    return rt.RasaFactors(start.private_B, start.private_A, factors.shared_B, factors.shared_A, factors.mixing)
 
 
 def rows(path: Path, effort: str) -> Iterator[Row]:
@@ -60,17 +53,18 @@ def rows(path: Path, effort: str) -> Iterator[Row]:
 
 def solved(plain: rt.LayerStack, relative: float, seed: int, effort: str) -> Row:
     """What the search finds, beside the descent from the truth."""
+    dyads = rt.null_models.hidden_dyads(plain, BUDGET.rank, DYADS, relative, seed)
     stack = rt.null_models.with_hidden_dyads(plain, BUDGET.rank, DYADS, relative, seed)
-    start = truth(plain, (stack.values - plain.values).double())
-    known = rt.solve_rasa(stack, BUDGET, rt.SolverOptions(start=start))
+    descent = rt.solve_rasa(stack, BUDGET, rt.SolverOptions(start=truth(plain, dyads)))
     began = time.process_time()
-    found = rt.solve_rasa(stack, BUDGET, rt.SolverOptions(effort=effort))
+    solution = rt.solve_rasa(stack, BUDGET, rt.SolverOptions(effort=effort))
+    seconds = time.process_time() - began
     return {
         "e_lora": rt.solve_lora(stack, BUDGET.rank).error,
-        "from_truth": known.error,
-        "error": found.error,
-        "seconds": round(time.process_time() - began, 2),
-        "start": found.start,
+        "from_truth": descent.error,
+        "error": solution.error,
+        "seconds": round(seconds, 2),
+        "start": solution.start,
     }
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least, one_of, real_number
-from rasa_theory.problem import Factored, LayerStack, LoraFactors, balanced
+from rasa_theory.problem import Factored, LayerStack, LoraFactors, RankOneTerms, balanced
 from rasa_theory.sources.synthetic import gaussian, seeded_generator
 
-__all__ = ["BASES", "random_loras", "resized", "turned_apart", "with_common_bases", "with_hidden_dyads"]
+__all__ = [
+    "BASES", "hidden_dyads", "random_loras", "resized", "turned_apart", "with_common_bases", "with_hidden_dyads",
+]  # fmt: skip
 
 BASES = ("independent", "half common", "one side common", "one side equal")
 """The overlaps between layers that `resized` can make."""
@@ -92,7 +94,17 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
 
     **Raises:** `InputError` if a number is out of range, or the stack is sharded over several processes.
     """
-    values, L, (b, a) = _values_of(stack), stack.layers, stack.shape
+    values, dyads = _values_of(stack), hidden_dyads(stack, rank, count, size, seed)
+    return LayerStack(values + ((dyads.B * dyads.D[:, None]) @ dyads.A).to(values), stack.name)
+
+
+def hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float = 0.8, seed: int = 0) -> RankOneTerms:
+    """The dyads that `with_hidden_dyads` adds to a stack: B (b, count), A (count, a) and their sizes D (L, count).
+
+    Arguments and errors are those of `with_hidden_dyads`. Columns of B and rows of A are orthonormal.
+    """
+    _check_whole(stack)
+    L, (b, a) = stack.layers, stack.shape
     r, m = at_least("rank", rank, 0), at_least("count", count, 1)
     if r >= min(b, a):
         raise InputError(f"rank must be below min(b, a) = {min(b, a)}, got {r}", "rank")
@@ -102,10 +114,9 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
         raise InputError(f"size must be finite and not negative, got {size}", "size")
     generator = seeded_generator(seed)
     U, V = (linalg.thin_qr(gaussian(generator, n, m))[0] for n in (b, a))
-    signs = gaussian(generator, L, 1, m).sign()
+    signs = gaussian(generator, L, m).sign()
     unit = float(stack.spectra.svd().S[:, r].mean())
-    sizes = size * unit * signs * (1 + _SPREAD * gaussian(generator, L, 1, m))
-    return LayerStack(values + ((U * sizes) @ V.mT).to(values), stack.name)
+    return RankOneTerms(U, V.mT, size * unit * signs * (1 + _SPREAD * gaussian(generator, L, m)))
 
 
 def resized(

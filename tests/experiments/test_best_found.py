@@ -191,7 +191,7 @@ def test_an_interrupted_run_goes_on_and_the_solver_stands_beside_the_reference(t
 def ours(error: float, reference: float, seconds: float = 1.0, **more: object) -> dict[str, object]:
     row = {"kind": "one", "effort": "default", "e_lora": 0.8, "reference": reference, "error": error}
     row |= {"seconds": seconds, "cancellation": 1.0, "best_of_24": reference, "tensorly": None, "pyttb": None}
-    row["unbounded"] = reference
+    row |= {"unbounded": reference, "reference_seconds": 5.0}
     return row | more
 
 
@@ -209,7 +209,7 @@ def test_the_table_counts_what_is_above_and_below() -> None:
         row["unbounded"] = unbounded
     *_, one, _, plain, price, outside = compare.lines(rows)
     assert one.split() == ["one", "4", "2", "1", "1", "+2.000%", "1.00"]
-    assert plain.endswith("alone: 1 above 0.1 %")
+    assert plain.split() == ["24", "plain", "starts", "4", "1", "1", "0", "+12.500%", "2.40"]
     assert "0.3750 % of e_lora (median), 2.00 % at most, above 0.1 % in 3" in price
     assert outside.endswith(": 1")
     heights = {float(y) for line in compare.plot(rows).axes[0].get_lines() for y in line.get_ydata()}
@@ -220,7 +220,7 @@ def test_the_truth_holds_exactly_what_is_hidden() -> None:
     """Three dyads in the pool, and the two largest terms that the stack without them has."""
     plain = rt.LayerStack(rng().standard_normal((5, 30, 24)))
     stack = rt.null_models.with_hidden_dyads(plain, 8, 3, 0.5, 0)
-    factors = hidden.truth(plain, stack.values - plain.values)
+    factors = hidden.truth(plain, rt.null_models.hidden_dyads(plain, 8, 3, 0.5, 0))
     rest = allocation_start(plain, hidden.BUDGET)
     largest = rest.mixing.abs().amax(0).argsort(descending=True)[:2]
     assert torch.equal(factors.shared_B[:, 3:], rest.shared_B[:, largest])
