@@ -15,6 +15,7 @@ floors.png shows the same:
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -62,19 +63,18 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
 
 def solved_anew(bundled: dict[str, rt.LayerStack], rank: int, rows: list[Row]) -> list[Row]:
     """The same rows with the errors of the solver as it is now. Raises ValueError for rows of another rank."""
-    errors = {}
-    for row in rows:
-        stack, budget = bundled[row["stack"]], rt.RankBudget(rank, row["k"])
-        allocation = rt.allocation_bound(stack, budget).value / rt.solve_lora(stack, rank).error
-        if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
-            raise ValueError(f"the row of {row['stack']}, k = {row['k']} is not of rank {rank}")
-    for name in tqdm({row["stack"]: None for row in rows}):
-        ks = [row["k"] for row in rows if row["stack"] == name]
-        e_lora = rt.solve_lora(bundled[name], rank).error
-        for k, solution in rt.solve_path(bundled[name], rank, ks).items():
-            errors[name, k] = solution.error / e_lora
-    best = [errors[row["stack"], row["k"]] for row in rows]
-    return [row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(rows, best, strict=True)]
+    anew = []
+    for name, group in itertools.groupby(tqdm(rows), key=lambda row: row["stack"]):
+        stack, own = bundled[name], list(group)
+        e_lora = rt.solve_lora(stack, rank).error
+        for row in own:
+            allocation = rt.allocation_bound(stack, rt.RankBudget(rank, row["k"])).value / e_lora
+            if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
+                raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {rank}")
+        solutions = rt.solve_path(stack, rank, [row["k"] for row in own])
+        best = [solutions[row["k"]].error / e_lora for row in own]
+        anew += [row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True)]
+    return anew
 
 
 LOOKS = {
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     stacks = [bundled[name] for name in options.stacks or bundled]
     table = options.out / "floors.csv"
     if options.solver_only:
-        if options.stacks or options.ks != [1, 2, 4, 8]:
+        if options.stacks or options.ks != parser.get_default("ks"):
             parser.error("--solver-only solves all rows of the file; leave out --stacks and --ks")
         rows = solved_anew(bundled, options.rank, read_rows(table))
         write_rows(table, COLUMNS, rows)

@@ -41,6 +41,7 @@ from rasa_theory.solvers.search import (
     PoolSearch,
     SearchCore,
     search,
+    starts_of_search,
     update_private,
 )  # fmt: skip
 from rasa_theory.solvers.starts import STARTS
@@ -311,8 +312,8 @@ DEFAULT = EFFORTS["default"]
 NO_MOVES = replace(DEFAULT, rounds=0, moves=0)
 EARLY = tuple((sweeps, left) for sweeps, (_, left) in zip((2, 4), DEFAULT.heats, strict=True))
 LATE = sum(sweeps for sweeps, _ in DEFAULT.heats) - 6  # what early cuts leave out for the runs that go on
-IN_SEARCH = [name for name, start in STARTS.items() if start.is_worth_racing is None]
-ALL_STARTS = sum(DEFAULT.entries(STARTS[name].entries) for name in IN_SEARCH)
+ALL_STARTS = sum(DEFAULT.entries(start.entries) for start in starts_of_search())
+ONE_EACH = {start.name: 1 for start in starts_of_search()}
 ALONE = replace(NO_MOVES, starts=1.0)
 KINDS = {
     "allocation": {"allocation": 1, "near-allocation": ALL_STARTS - 1},
@@ -325,8 +326,8 @@ VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "no moves": Variant(NO_MOVES),
     "moves from the two lowest runs": Variant(replace(DEFAULT, parents=2)),
-    "one start of each kind": Variant(replace(DEFAULT, starts=1.0), dict.fromkeys(IN_SEARCH, 1)),
-    "one start of each kind, no moves": Variant(ALONE, dict.fromkeys(IN_SEARCH, 1)),
+    "one start of each kind": Variant(replace(DEFAULT, starts=1.0), ONE_EACH),
+    "one start of each kind, no moves": Variant(ALONE, ONE_EACH),
     **{f"{name} starts alone, no moves": Variant(ALONE, entries) for name, entries in KINDS.items()},
     "early cuts": Variant(replace(DEFAULT, heats=EARLY)),
     "early cuts, no moves": Variant(replace(NO_MOVES, heats=(*EARLY, (LATE, EARLY[-1][1])))),

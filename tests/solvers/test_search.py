@@ -282,7 +282,7 @@ def test_results_are_distinct_come_lowest_first_and_stay_inside_the_bound() -> N
 
 
 def test_on_all_of_the_stack_a_search_goes_on_as_long_as_a_run_could_end_lowest() -> None:
-    """Its errors hardly fall any more: ten times as many sweeps gain less than a thousandth."""
+    """Its errors hardly fall any more: a hundred more sweeps gain less than a thousandth."""
     effort = dataclasses.replace(QUICK, heats=((5, 2),), final=10, more=40)
     results, _ = found_by(effort)
     unit = LayerStack(falling(3, 12, 10)).unit()

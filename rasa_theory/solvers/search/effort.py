@@ -80,8 +80,17 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(0.5, ((40, 4), (40, 2)), 0, 0, (), 2, 60, 0, 0, 3e9),
-    "default": Effort(2.5, ((50, 40), (80, 10)), 2, 32, ((50, 10), (50, 6)), 8, 40, 6, 3, 1e10),
-    "thorough": Effort(8.0, ((80, 96), (150, 32)), 4, 64, ((80, 24), (120, 12)), 16, 60, 20, 20, 1e12, True),
-}
+    "quick": Effort(
+        starts=0.5, heats=((40, 4), (40, 2)), rounds=0, moves=0, move_heats=(), parents=2, final=60, more=0, returns=0,
+        cost=3e9,
+    ),
+    "default": Effort(
+        starts=2.5, heats=((50, 40), (80, 10)), rounds=2, moves=32, move_heats=((50, 10), (50, 6)), parents=8,
+        final=40, more=6, returns=3, cost=1e10,
+    ),
+    "thorough": Effort(
+        starts=8.0, heats=((80, 96), (150, 32)), rounds=4, moves=64, move_heats=((80, 24), (120, 12)), parents=16,
+        final=60, more=20, returns=20, cost=1e12, until_idle=True,
+    ),
+}  # fmt: skip
 """The efforts by name. All numbers were chosen by trial on the stacks of `experiments.best_found`."""

@@ -117,7 +117,7 @@ class PoolSearch:
         self.core = SearchCore.at(unit, factors)
         self._limits = max_cancellation * unit.sharding.all_gather(layer_sizes(unit)).to(self.core.K.device)
         self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
-        entries = [start.entries for start in _starts_of_search()]
+        entries = [start.entries for start in starts_of_search()]
         self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
         self._energy = float((self.core.K**2).sum())
         self._beside = unit.norm_squared - self._energy  # what the core leaves out
@@ -181,7 +181,7 @@ class PoolSearch:
     def _starts(self) -> Iterator[Candidate]:
         """All entries of all starts on the core, those of `Start.entries` in units of `Effort.starts`."""
         stack = LayerStack(self.core.K)
-        for start in _starts_of_search():
+        for start in starts_of_search():
             for entry in range(self._effort.entries(start.entries)):
                 factors = start.make(stack, self._budget, self._seed + entry * _NEXT_SEED)
                 if factors is not None:
@@ -219,7 +219,7 @@ class PoolSearch:
             self._watch(done, planned, max(0.0, self._beside + float(runs.sweeps.errors.min())))
 
 
-def _starts_of_search() -> Iterator[Start]:
+def starts_of_search() -> Iterator[Start]:
     """All starts without conditions. The race tries those with conditions on the stack, before the search.
 
     By trial they found nothing that others miss on cores where their conditions do not hold.

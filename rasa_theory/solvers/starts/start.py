@@ -14,9 +14,9 @@ class Start:
 
     `make`(unit, budget, seed) returns factors in units of the stack's scale, on which `unit` is, or None where its
     conditions do not hold. `entries` is how often it takes part in a search, each time with another seed; a start
-    without random numbers has one entry, and takes part once at every effort. A start with
-    conditions has `is_worth_racing`(unit, budget), which is cheap; such starts go first, and race only if they also
-    begin below e_alloc(k). `is_at_most_lora` promises an error of at most e_lora, up to rounding.
+    without random numbers has one entry, and takes part once at every effort. A start with conditions has
+    `is_worth_racing`(unit, budget), which is cheap; such starts go first, and race only if they also begin below
+    e_alloc(k). `is_at_most_lora` promises an error of at most e_lora, up to rounding.
     """
 
     name: str
