@@ -68,11 +68,11 @@ def test_parts_of_batches() -> None:
     assert torch.equal(mixed.Bt, torch.stack([one.Bt[0], other.Bt[1]]))
 
 
-def test_beyond_is_a_straight_line_with_unit_columns() -> None:
+def test_beyond_is_a_straight_line_with_unit_columns_where_sweeps_look() -> None:
     one, other = (Batch.of([random_factors(3, 6, 5, 3, 1, seed)] * 2) for seed in range(2))
     found = one.beyond(other, torch.tensor([0.0, 1.5]).double())
     assert torch.allclose(all_updates(found)[0], all_updates(one)[0], atol=1e-13)
-    line = Batch(*(x + 1.5 * (x - y) for x, y in zip(one, other, strict=True)))
+    line = Batch(one.Bt, *(x + 1.5 * (x - y) for x, y in zip(one[1:], other[1:], strict=True)))
     assert torch.allclose(all_updates(found)[1], all_updates(line)[1], atol=1e-12)
     assert torch.allclose(torch.linalg.vector_norm(found.B, dim=1), torch.ones(2, 3).double())
     assert torch.allclose(torch.linalg.vector_norm(found.A, dim=2), torch.ones(2, 3).double())

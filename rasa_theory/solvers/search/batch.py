@@ -55,9 +55,15 @@ class Batch(NamedTuple):
         return Batch(*(torch.where(along(condition, x), x, y) for x, y in pairs))
 
     def beyond(self, before: Batch, stride: Tensor) -> Batch:
-        """x + s (x - x_before) for a stride s (S,), with unit columns in the pool."""
-        pairs = zip(self, before, strict=True)
-        return Batch(*(x + along(stride, x) * (x - y) for x, y in pairs)).normalised()
+        """x + s (x - x_before) for a stride s (S,), with unit columns in the pool.
+
+        B~_i stays as it is, since a sweep begins by solving for it.
+        """
+
+        def extended(x: Tensor, y: Tensor) -> Tensor:
+            return torch.lerp(y, x, along(1 + stride, x))
+
+        return Batch(self.Bt, *(extended(x, y) for x, y in zip(self[1:], before[1:], strict=True))).normalised()
 
     def normalised(self) -> Batch:
         """The same updates with unit columns in B and unit rows in A. Zero columns and rows stay zero."""

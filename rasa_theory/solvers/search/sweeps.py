@@ -108,7 +108,8 @@ class BatchedSweeps:
     def _sweep(self) -> None:
         now, stride = self.batch, self._stride
         batch, values = self._swept(now.beyond(self._before, stride))
-        sizes = Multipliers(batch.D**2, (batch.At**2).sum((2, 3)))  # the columns of B~_i are orthonormal
+        # ||B~_i A~_i|| = ||A~_i||, since the columns of B~_i are orthonormal.
+        sizes = Multipliers(batch.D**2, torch.linalg.vector_norm(batch.At, dim=(2, 3)) ** 2)
         errors = values - self.multipliers.cost(sizes)
         lower = values < self.errors + self.multipliers.cost(self._sizes)
         self.batch, self._before = batch.where(lower, now), now.where(lower, self._before)
@@ -130,43 +131,50 @@ def batched_half(
 ) -> tuple[Batch, Tensor]:
     """`updates.joint_half` for S factors, with multipliers; `norm` is ||K||^2.
 
-    With w_i = 1 / (1 + nu_i) the best B~_i is w_i (K_i - B_S D_i A_S) A~_i^T, so C_i = A_S A_S^T - w_i W_i W_i^T and
-    P_i = K_i A_S^T - w_i K_i A~_i^T W_i^T. The multipliers mu_ij add sum_i mu_ij d_ij^2 to the diagonal of the Gram
-    matrix for B_S, and mu_ij to that for d_i. Returns the batch and the value minimised (S,).
+    With w_i = 1 / (1 + nu_i) and W_i = A~_i A_S^T the best B~_i is w_i (K_i A~_i^T - B_S D_i W_i^T), so
+    C_i = A_S A_S^T - w_i W_i^T W_i and P_i = K_i A_S^T - w_i K_i A~_i^T W_i. Products with P_i are those with its two
+    parts, since P_i itself would be as large as both. The multipliers mu_ij add sum_i mu_ij d_ij^2 to the diagonal of
+    the Gram matrix for B_S, and mu_ij to that for d_i. Returns the batch and the value minimised (S,).
     """
     _, At, B, A, D = batch
     mu, nu = multipliers
-    q = At.shape[2]
-    P = products(K, A.mT[:, None])  # (S, L, n, R)
+    KA = pool_products(K, A)  # (L, n, S, R)
+    h = (KA * layers_first(D)[:, None]).sum(0).transpose(0, 1)  # sum_i P_i D_i: (S, n, R)
     C = (A @ A.mT)[:, None]  # (S, 1, R, R)
-    energy: Tensor | float = 0.0
-    if q:
-        At = torch.linalg.qr(At.mT)[0].mT
-        W = A[:, None] @ At.mT  # (S, L, R, q)
-        w = (1 / (1 + nu))[..., None, None]
-        KAt = products(K, At.mT)  # (S, L, n, q)
-        P = P - w * (KAt @ W.mT)
-        C = C - w * (W @ W.mT)
-        energy = (w * KAt * KAt).sum((1, 2, 3))
+    if q := At.shape[2]:
+        At = torch.linalg.qr(layers_first(At).mT)[0].mT  # (L, S, q, m)
+        AtK = (At.flatten(1, 2) @ K.mT).unflatten(1, (-1, q))  # (L, S, q, n)
+        W = At @ A.mT  # (L, S, q, R)
+        w = layers_first(1 / (1 + nu))[..., None, None]  # (L, S, 1, 1)
+        wW = w * W
+        h = h - (AtK.mT @ (wW * layers_first(D)[:, :, None])).sum(0)
+        C = C - layers_first(W.mT @ wW)
     G = (C * D[..., None] * D[:, :, None]).sum(1) + torch.diag_embed((mu * D * D).sum(1))  # (S, R, R)
-    g = ((P * D[:, :, None]).sum(1) - B @ G)[:, :leading]
-    X = solved(G, g.mT, (D * D).sum(1).mean(1)).mT
+    X = solved(G, (h - B @ G)[:, :leading].mT, (D * D).sum(1).mean(1)).mT
     B = B + torch.nn.functional.pad(X, (0, 0, 0, B.shape[1] - X.shape[1]))
     norms = torch.linalg.vector_norm(B, dim=1)
     B, D = orthogonal.unit_columns(B), D * norms[:, None]
     G = (B.mT @ B)[:, None] * C + torch.diag_embed(mu)  # (S, L, R, R)
-    p = (B[:, None] * P).sum(2)  # (S, L, R)
+    p = layers_first((KA * B.transpose(0, 1)).sum(1))  # b_j^T P_i e_j: (S, L, R)
+    if q:
+        p = p - layers_first(((AtK @ B) * wW).sum(2))
     D = D + solved(G, (p - (G @ D[..., None])[..., 0])[..., None], D.new_ones(()))[..., 0]
-    explained = (D * (2 * p - (G @ D[..., None])[..., 0])).sum((1, 2)) + energy
-    Bt = w * (KAt - B[:, None] @ (D[..., None] * W)) if q else batch.Bt
-    return Batch(Bt, At, B, A, D), norm - explained
+    value = norm - (D * (2 * p - (G @ D[..., None])[..., 0])).sum((1, 2))
+    if not q:
+        return Batch(batch.Bt, At, B, A, D), value
+    value = value - (w[..., 0, 0] * torch.linalg.vector_norm(AtK, dim=(2, 3)) ** 2).sum(0)
+    Bt = (AtK - (W * layers_first(D)[:, :, None]) @ B.mT).mul_(w).mT
+    return Batch(layers_first(Bt), layers_first(At), B, A, D), value
 
 
-def products(K: Tensor, X: Tensor) -> Tensor:
-    """K_i X_si for all s, with one product a layer: (L, n, m), (S, L or 1, m, p) -> (S, L, n, p)."""
-    S, layers, m, p = X.shape
-    together = K @ X.permute(1, 2, 0, 3).reshape(layers, m, S * p)
-    return together.reshape(*K.shape[:2], S, p).permute(2, 0, 1, 3).contiguous()
+def layers_first(X: Tensor) -> Tensor:
+    """(S, L, ..) to (L, S, ..) or back, as a view. Private parts lie in memory in this order: products copy nothing."""
+    return X.transpose(0, 1)
+
+
+def pool_products(K: Tensor, A: Tensor) -> Tensor:
+    """K_i A_s^T for all i and s by one product: (L, n, m), (S, R, m) -> (L, n, S, R)."""
+    return (K.flatten(0, 1) @ A.flatten(0, 1).T).reshape(*K.shape[:2], *A.shape[:2])
 
 
 def solved(G: Tensor, g: Tensor, size: Tensor) -> Tensor:
