@@ -17,7 +17,7 @@ import rasa_theory as rt
 from rasa_theory import linalg
 from rasa_theory.common import InputError
 from rasa_theory.distributed import LayerSharding, Processes
-from rasa_theory.solvers import RasaDescent, cancellation, term_size, updates
+from rasa_theory.solvers import RasaDescent, SearchCore, allocation_start, cancellation, term_size, updates
 from rasa_theory.sources import open_source, planted_stack
 from tests.helpers.problems import decaying
 from tests.helpers.processes import Pool
@@ -91,6 +91,26 @@ def test_fewer_layers_than_processes(pool: Pool) -> None:
 def test_small_stacks_in_two_processes(pool: Pool, shape: tuple[int, int, int], rank: int, k: int, seed: int) -> None:
     options = {"start": "allocation", "max_sweeps": 2, "sweep": "joint"}
     check_same(pool, (2,), decaying(*shape, seed), rank, min(rank, k), options)
+
+
+def core(processes: Processes, values: Any) -> tuple[Any, Any, Any]:
+    stack = dealt(processes, values)
+    unit = stack.unit()
+    found = SearchCore.at(unit, allocation_start(unit, rt.RankBudget(3, 1)))
+    return found.K.numpy(), found.U.numpy(), found.V.numpy()
+
+
+def test_the_core_of_a_search_is_the_same_to_the_bit_in_all_processes(pool: Pool) -> None:
+    """Sides of 120 and 110, so that its bases are smaller; as a whole the same as in one process."""
+    values = decaying(5, 120, 110, 1)
+    ((K, U, V),) = pool.run(1, core, values)
+    assert K.shape[0] == 5
+    assert all(W.shape[1] < len(W) for W in (U, V))
+    answers = pool.run(3, core, values)
+    for name, *found in zip("KUV", *answers, strict=True):
+        assert all(np.array_equal(one, found[0]) for one in found), name
+    projections = (U @ K @ V.T, *(other_U @ other_K @ other_V.T for other_K, other_U, other_V in answers))
+    assert np.allclose(projections, projections[0], rtol=0, atol=1e-9 * np.linalg.norm(projections[0]))
 
 
 def test_planted_factors_are_found(pool: Pool) -> None:
