@@ -365,14 +365,14 @@ def test_on_a_border_rank_tensor_the_error_falls_while_the_terms_grow(sweep):
 @pytest.mark.slow
 def test_terms_stay_as_small_as_asked_and_the_price_is_small():
     """On a crop of the bundled updates, bounded by 2, by 8 and not at all; the descent goes on inside the bound."""
-    stack = LayerStack(load("minilm-code")[0][0].values[:, :96, :96])
-    budget, limits = RankBudget(8, 4), (2.0, 8.0, math.inf)
+    stack = LayerStack(load("minilm-code")[0][0].values[:, :64, :64])
+    budget, limits = RankBudget(6, 3), (2.0, 8.0, math.inf)
     runs = [solve_rasa(stack, budget, SolverOptions(max_sweeps=25, max_cancellation=x, rtol=0)) for x in limits]
-    e_lora = solve_lora(stack, 8).error
+    e_lora = solve_lora(stack, 6).error
     for run, limit in zip(runs, limits, strict=True):
         f, norms = plain(run.factors), np.sqrt(stack.layer_norms_squared)
         terms = [np.linalg.norm(f.Bt[i] @ f.At[i]) / norms[i] for i in range(6)]
-        for j in range(24):
+        for j in range(18):
             dyad = np.linalg.norm(np.outer(f.B_S[:, j], f.A_S[j]))
             terms += list(np.abs(f.D[:, j]) * dyad / norms)
         assert run.cancellation == pytest.approx(max(terms), rel=1e-12)
