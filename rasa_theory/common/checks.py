@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -28,27 +29,29 @@ def at_least(name: str, value: Any, least: int) -> int:
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return `value`, an int or a float. Raises InputError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return `value` as a float; it may be of any real type, NumPy's included. Raises InputError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"{name} must be a number, got {value!r}", name)
-    return value
+    return float(value)
 
 
 def positive(name: str, value: Any) -> float:
     """Return `value`. Raises InputError if it is no number above 0."""
-    if not real_number(name, value) > 0:
+    number = real_number(name, value)
+    if not number > 0:
         raise InputError(f"{name} must be positive, got {value}", name)
-    return float(value)
+    return number
 
 
 def fraction(name: str, value: Any) -> float:
     """Return `value`. Raises InputError if it is no number with 0 <= value < 1."""
-    if not 0 <= real_number(name, value) < 1:
+    number = real_number(name, value)
+    if not 0 <= number < 1:
         raise InputError(f"{name} must be at least 0 and below 1, got {value}", name)
-    return float(value)
+    return number
 
 
 def one_of(name: str, value: Any, values: Collection[str]) -> None:
     """Raise InputError, with the list of valid values, if `value` is none of `values`."""
-    if value not in values:
+    if not isinstance(value, str) or value not in values:
         raise InputError(f"unknown {name} {value!r}; known: {', '.join(values)}", name)

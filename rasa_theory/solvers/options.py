@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rasa_theory.common import InputError, at_least, fraction, one_of
+from rasa_theory.common import InputError, at_least, fraction, one_of, real_number
 from rasa_theory.problem import RasaFactors
 from rasa_theory.solvers.search import EFFORTS
 from rasa_theory.solvers.starts import STARTS
@@ -31,11 +31,12 @@ class SolverOptions:
     - max_sweeps: the largest number of sweeps for the answer, counted from the result of the search.
     - rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
     - seed: of the random starts, pencils and moves, from 0 to 2^62 - 1.
-    - max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer, so
-      that the problem has a minimum: without a bound terms often grow and cancel for ever, and gain ever less. Factors
-      rounded to half precision have an error higher by about u^2 times the squared norms of all terms, u = 2^-11 for
-      float16 and 2^-9 for bfloat16. `math.inf` is for the infimum. "core" sweeps go on inside the bound, the others
-      stop there.
+    - max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer (or
+      the rounding level of the stack, where that is larger), so that the problem has a minimum: without a bound terms
+      often grow and cancel for ever, and gain ever less. A start that is named or given may have larger terms, which
+      are the bound then. Factors rounded to half precision have an error higher by about u^2 times the squared norms of
+      all terms, u = 2^-11 for float16 and 2^-9 for bfloat16. `math.inf` is for the infimum. "core" sweeps go on inside
+      the bound, the others stop there.
 
     **Raises:**
 
@@ -58,9 +59,10 @@ class SolverOptions:
         one_of("sweep", self.sweep, SWEEPS)
         object.__setattr__(self, "max_sweeps", at_least("max_sweeps", self.max_sweeps, 1))
         object.__setattr__(self, "seed", at_least("seed", self.seed, 0))
-        fraction("rtol", self.rtol)
-        if not (isinstance(self.max_cancellation, int | float) and self.max_cancellation >= 1):
-            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation!r}", "max_cancellation")
+        object.__setattr__(self, "rtol", fraction("rtol", self.rtol))
+        object.__setattr__(self, "max_cancellation", real_number("max_cancellation", self.max_cancellation))
+        if not self.max_cancellation >= 1:
+            raise InputError(f"max_cancellation must be at least 1, got {self.max_cancellation}", "max_cancellation")
         if self.seed >= _SEEDS:
             raise InputError(f"seed must be below 2^62, got {self.seed}", "seed")
 

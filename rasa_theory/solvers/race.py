@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from rasa_theory.bounds import allocation_bound
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
+from rasa_theory.solvers.accuracy import cancellation
 from rasa_theory.solvers.options import SolverOptions
 from rasa_theory.solvers.rasa_descent import Callback, Progress, RasaDescent
 from rasa_theory.solvers.search import EFFORTS, Candidate, Effort, PoolSearch, SearchSummary
@@ -140,13 +141,13 @@ class Race:
         yield from finalists
 
     def _exact_runs(self) -> Iterator[RasaDescent]:
-        """Runs of the starts with conditions, if they are `is_worth_racing` and begin below e_alloc."""
-        unit, budget = self._unit, self._budget
+        """Runs of the starts with conditions that are `is_worth_racing`, keep the bound and begin below e_alloc."""
+        unit, budget, limit = self._unit, self._budget, self._options.max_cancellation
         e_alloc = allocation_bound(unit, budget).value
         for start in STARTS.values():
             if start.is_worth_racing is not None and start.is_worth_racing(unit, budget):
                 factors = start.make(unit, budget, self._options.seed)
-                if factors is not None:
+                if factors is not None and cancellation(unit, factors) <= limit:
                     run = self._started(Candidate(start.name, factors))
                     if run.best_error < e_alloc:
                         yield run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,6 +149,31 @@ def test_errors_are_the_residuals_of_the_batch_and_never_rise_without_a_bound(r:
         if limit == math.inf:
             assert bool((running.errors <= before * (1 + 1e-12)).all())
         before = running.errors
+
+
+@RANKS
+def test_strides_grow_where_they_pay_and_shrink_where_they_do_not(r: int, k: int) -> None:
+    """Sweep by sweep beside the rule for one factor."""
+    stack, f = started(r, k, 1)
+    K, norm = stack.values, stack.norm_squared
+    running = BatchedSweeps(K, Batch.of([f]), NO_LIMIT)
+    point = before = Batch.of([f])
+    error, stride, strides = math.inf, 0.0, []
+    for _ in range(40):
+        running.run(1)
+        batch = point.beyond(before, torch.tensor([stride]).double())
+        for side in (K, K.mT):
+            batch, value = sweeps.batched_half(side, norm, batch, Multipliers.zero(batch.D), None)
+            batch = batch.transpose()
+        if float(value) < error:
+            before, point, error = point, batch, float(value)
+            stride = 1.3 * stride if stride else 1.0
+        else:
+            stride = stride / 2 if stride > 0.5 else 0.0
+        strides.append(stride)
+        assert float(running.errors[0]) == pytest.approx(error, rel=1e-6)  # rounding grows
+    assert any(late < early for early, late in pairwise(strides))
+    assert max(strides) > 2
 
 
 def test_runs_are_cut_and_joined_with_all_that_they_remember() -> None:

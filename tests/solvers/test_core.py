@@ -19,6 +19,7 @@ from rasa_theory import (
 )
 from rasa_theory.solvers import CoreSweep, Side, allocation_start, gradient, random_start, update_private
 from rasa_theory.solvers.accuracy import cancellation, layer_sizes
+from rasa_theory.solvers.sweeps import bounded
 from rasa_theory.solvers.sweeps.bounded import bounded_sweeps
 from tests.helpers import reference
 from tests.helpers.problems import falling
@@ -210,6 +211,23 @@ def test_bases_stay_orthonormal_where_the_layers_share_their_singular_vectors(sc
             assert largest(side.U.mT @ side.U - torch.eye(side.width, dtype=side.U.dtype)) <= 1e-12
         direct = reconstruction_error(unit, sweep.point(state))
         assert abs(error - direct) <= 1e-12 * unit.norm_squared
+
+
+def test_sweeps_at_the_bound_go_on_with_the_multipliers_of_those_before(monkeypatch):
+    unit = LayerStack(load("minilm-code")[0][0].values[:3, :12, :10]).unit()
+    given, real = [], bounded.BatchedSweeps
+
+    def watched(K, batch, limits, common, multipliers):
+        given.append(multipliers)
+        return real(K, batch, limits, common, multipliers)
+
+    monkeypatch.setattr(bounded, "BatchedSweeps", watched)
+    f, limits, before = random_start(unit, RankBudget(3, 3), 0, 0.5), 1.2 * layer_sizes(unit), None
+    for _ in range(3):
+        f, _, multipliers = bounded_sweeps(unit.values, f, unit.shape, 20, limits, before)
+        assert given[-1] is before
+        assert multipliers.pool.any()
+        before = multipliers
 
 
 def test_sweeps_from_a_point_at_the_bound_go_on():

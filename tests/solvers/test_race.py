@@ -32,9 +32,11 @@ class FakeSearch:
     found: ClassVar[list[Candidate]] = []
     moved: ClassVar[list[Candidate]] = []
     given: ClassVar[list[list[str]]] = []
+    seeds: ClassVar[list[int]] = []
     is_whole = False
 
     def __init__(self, *arguments: Any) -> None:
+        self.seeds.append(arguments[4])
         self.core = SimpleNamespace(is_whole=self.is_whole)
 
     def run(self, given: Any = ()) -> tuple[list[Candidate], SearchSummary]:
@@ -51,6 +53,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> type[FakeSearch]:
         found: ClassVar[list[Candidate]] = []
         moved: ClassVar[list[Candidate]] = []
         given: ClassVar[list[list[str]]] = []
+        seeds: ClassVar[list[int]] = []
 
     monkeypatch.setattr(race, "PoolSearch", Search)
     return Search
@@ -124,6 +127,21 @@ def test_lowest() -> None:
     assert [run.best_error for run in race.lowest(runs, 2)] == [1.0, 2.0]
 
 
+# ---- the bound
+
+
+def test_a_start_with_conditions_that_is_beyond_the_bound_is_not_raced() -> None:
+    """Two layers that nearly fail to be diagonal together: the exact factors have terms of 5,000 times their layers."""
+    J = np.diag([1, 1.0001, 2, 3.0]) + np.diag([1.0, 0, 0], 1)
+    stack, budget = LayerStack(np.stack([np.eye(4), J])), RankBudget(2, 2)
+    bounded, free = (
+        solve_rasa(stack, budget, SolverOptions(max_cancellation=c, effort="quick")) for c in (8.0, math.inf)
+    )
+    assert bounded.cancellation <= 8 * (1 + 1e-3)
+    assert free.cancellation > 1000
+    assert free.error < bounded.error
+
+
 # ---- moves on the stack
 
 
@@ -136,6 +154,7 @@ def test_moves_go_on_as_long_as_they_end_lower(search: type[FakeSearch]) -> None
     solution = solve_rasa(STACK, BUDGET, SolverOptions(max_sweeps=1, rtol=0, sweep="paper"))
     assert solution.error <= error(points[1])
     assert [candidate.factors for candidate in search.moved] == [points[3].factors]
+    assert search.seeds == [0, 1, 2, 3]  # of the search, and of moves from three points
 
 
 def test_moves_that_end_higher_are_not_kept(search: type[FakeSearch]) -> None:
@@ -144,6 +163,20 @@ def test_moves_that_end_higher_are_not_kept(search: type[FakeSearch]) -> None:
     assert solution.start == "good"
     assert solution.error <= error(search.found[0])
     assert len(search.moved) == 1
+
+
+def test_the_run_that_moves_come_from_sweeps_on_as_long_as_their_result(search: type[FakeSearch]) -> None:
+    search.found, search.moved = [good()], [poor(0)]
+    told: list[Progress] = []
+    second = race.SWEEPS["joint"].heats[1]
+    options = SolverOptions(max_sweeps=5 * second, rtol=0, sweep="joint", max_cancellation=math.inf)
+    solve_rasa(STACK, BUDGET, options, callback=told.append)
+    moves_begin = [n for n, p in enumerate(told) if p.sweep == 1][-1]
+    assert max(p.sweep for p in told[:moves_begin]) == second
+    after = [p for p in told[moves_begin:] if p.start != "poor"]
+    assert {p.start for p in after} <= {"good", "allocation"}
+    assert [p.sweep for p in after[:second]] == list(range(second + 1, 2 * second + 1))
+    assert after[second - 1].max_sweeps == 2 * second
 
 
 def test_no_moves_on_the_stack_where_the_core_was_all_of_it(

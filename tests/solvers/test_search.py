@@ -16,6 +16,7 @@ from rasa_theory import (
     StopReason,
     load,
     reconstruction_error,
+    solve_lora,
     solve_rasa,
 )
 from rasa_theory.solvers import EFFORTS, STARTS, Batch, Candidate, PoolSearch, SearchCore, allocation_start
@@ -128,6 +129,41 @@ def test_children_of_two_take_each_term_from_one_of_them() -> None:
     assert mixed >= 4
 
 
+def test_of_two_parents_a_child_always_has_terms_of_the_other() -> None:
+    K = torch.as_tensor(falling(3, 9, 7))
+    parents = Batch.of([random_factors(3, 9, 7, 4, 4, seed) for seed in range(2)])
+    found = moves.crossed(K, parents, torch.zeros(10, dtype=torch.long), generator())
+    assert all(not torch.equal(found.D[n], parents.D[0]) for n in range(10))
+
+
+def test_a_shaken_term_turns_and_changes_its_weights() -> None:
+    K = torch.as_tensor(falling(3, 9, 7))
+    parents = Batch.of([random_factors(3, 9, 7, 3, 1, 0)])
+    found = moves.shaken(K, parents, torch.zeros(4, dtype=torch.long), generator())
+    turned = (found.B * parents.B).sum(1).abs()
+    assert bool(((turned > 0.8) & (turned < 1 - 1e-4)).all())
+    ratios = found.D / parents.D  # one factor for all layers comes from turning alone
+    assert bool((ratios.std(1) > 1e-3).all())
+
+
+def test_exchanges_replace_up_to_half_of_the_pool() -> None:
+    """Six planted dyads, of which the pool knows the three large ones: in some draws three places change at once."""
+    U, V = (torch.as_tensor(orthogonal(n, n)) for n in (9, 8))
+    sizes = torch.tensor([3.0, 2.9, 2.8, 2.0, 1.9, 1.8]).double()
+    D = sizes * torch.tensor([[1.0] * 6, [-1.0] * 6, [1.0, -1.0] * 3]).double()
+    K = (U[:, :6] * D[:, None]) @ V[:, :6].mT
+    known = torch.cat([D[:, :3], 1e-6 * torch.ones(3, 3).double()], 1)
+    spoiled = RasaFactors(
+        K.new_zeros(3, 9, 0), K.new_zeros(3, 0, 8), U[:, [0, 1, 2, 6, 7, 8]], V[:, [0, 1, 2, 6, 7, 6]].mT, known
+    )
+    left = []
+    for seed in range(12):
+        found = moves.exchanged(K, Batch.of([spoiled]), torch.zeros(1, dtype=torch.long), generator(seed))
+        left.append(float((found.residual(K) ** 2).sum()))
+    assert min(left) <= 1e-6
+    assert max(left) > 1
+
+
 # ---- the core
 
 
@@ -213,6 +249,7 @@ def test_on_large_cores_everything_is_done_less_and_nothing_left_out(name: str) 
     before = [left for _, left in (*effort.heats, *effort.move_heats)] + [effort.parents]
     assert all(1 <= x <= y for x, y in zip(counts, before, strict=True))
     assert less.moves >= 1
+    assert less.starts >= 0.1 * effort.starts
     half = effort.within(2 * effort.cost / cost(effort), [2, 28])
     assert half.starts == pytest.approx(effort.starts / 2, rel=1e-9)
 
@@ -339,6 +376,97 @@ def test_a_search_until_idle_ends() -> None:
     done = summary.moves // effort.moves
     assert done >= 2
     assert summary.moves_kept <= done / 2 + 1
+
+
+def test_a_thorough_search_ends_where_terms_meet_the_bound() -> None:
+    """There the errors of sweeps rise and fall with the multipliers, for ever."""
+    values = falling(3, 9, 7)
+    values[1] = 0
+    unit = LayerStack(values).unit()
+    effort = dataclasses.replace(
+        EFFORTS["thorough"], starts=0.5, heats=((20, 8),), moves=4, move_heats=((10, 4),), parents=4, more=2
+    )
+
+    def watch(done: int, planned: int, error: float) -> None:
+        assert done <= 50
+
+    for limit in (1.0, 2.0, 8.0):
+        pool = PoolSearch(unit, BUDGET, allocation_start(unit, BUDGET), effort, 0, limit, watch)
+        assert pool.run()[1].moves >= effort.rounds * effort.moves
+
+
+def searching(effort: search.Effort, stack: LayerStack, budget: RankBudget, **options: object) -> PoolSearch:
+    unit = stack.unit()
+    return PoolSearch(unit, budget, allocation_start(unit, budget), effort, 0, **options)  # type: ignore[arg-type]
+
+
+def test_rounds_go_on_to_twice_the_last_one_that_changed_anything() -> None:
+    stack = LayerStack(falling(3, 12, 10))
+    idle, fixed = (searching(EFFORTS[name], stack, BUDGET) for name in ("thorough", "default"))
+    rounds = EFFORTS["thorough"].rounds
+    assert [idle._rounds(n) for n in (0, rounds // 2, rounds, 10 * rounds)] == [rounds, rounds, 2 * rounds, 20 * rounds]
+    assert [fixed._rounds(n) for n in (0, 10)] == 2 * [EFFORTS["default"].rounds]
+
+
+def test_near_the_best_is_a_thousandth_of_what_lora_leaves() -> None:
+    stack = LayerStack(falling(3, 12, 10))
+    near = searching(QUICK, stack, BUDGET)._near * stack.scale**2
+    assert near == pytest.approx(1e-3 * solve_lora(stack, BUDGET.rank).error, rel=1e-12)
+
+
+def test_every_entry_of_a_start_is_another_one() -> None:
+    effort = dataclasses.replace(QUICK, starts=2.0)
+    starts = list(searching(effort, LayerStack(falling(4, 12, 10)), BUDGET)._starts())
+    for name in {candidate.start for candidate in starts}:
+        pools = [candidate.factors.shared_B for candidate in starts if candidate.start == name]
+        assert not any(torch.allclose(x, y) for n, x in enumerate(pools) for y in pools[:n]), name
+
+
+def test_the_error_told_is_that_on_the_stack() -> None:
+    """On a core that is not all of it. The last step is before the final sweeps, which end lower."""
+    stack, told = hidden()[0], list[float]()
+    unit, budget = stack.unit(), RankBudget(4, 1)
+    effort = dataclasses.replace(QUICK, starts=0.1, heats=((100, 1),), parents=1)
+    pool = searching(effort, stack, budget, watch=lambda done, planned, error: told.append(error))
+    (result, *_), _ = pool.run()
+    assert not pool.core.is_whole
+    error = reconstruction_error(unit, result.factors)
+    assert error * (1 - 1e-6) <= told[-1] <= error * 1.02
+
+
+@pytest.mark.parametrize(("gain", "calls"), [(0.01, 5), (0.0, 2)])
+def test_final_sweeps_go_on_while_a_run_could_still_end_lowest(
+    gain: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs, the higher one 2.5 gains above: with steady gains it needs three more rounds to be the lowest."""
+    effort = dataclasses.replace(QUICK, more=4)
+    pool = searching(effort, LayerStack(falling(3, 12, 10)), BUDGET)
+    batch = Batch.of([random_factors(3, 12, 10, 3, 1, seed) for seed in range(2)])
+    done = 0
+
+    def final(self: PoolSearch, runs: search._Runs) -> tuple[Batch, torch.Tensor]:
+        nonlocal done
+        done += 1
+        return batch, torch.tensor([1.0, 1.025 - gain * (done - 1)], dtype=torch.float64)
+
+    monkeypatch.setattr(PoolSearch, "_final", final)
+    _, errors = pool._settled(runs([0.0, 0.0]))
+    assert done == calls
+    assert float(errors.min()) == pytest.approx(min(1.0, 1.025 - gain * (calls - 1)))
+
+
+def test_the_runs_that_moves_come_from_stay_until_the_moves_have_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, real = [], search._Runs.run
+
+    def watched(self: search._Runs, heats: tuple[tuple[int, int], ...], after: int = 0) -> None:
+        parents = self.names[:after]
+        real(self, heats, after)
+        kept.append((after, self.names[:after] == parents))
+
+    monkeypatch.setattr(search._Runs, "run", watched)
+    effort = dataclasses.replace(QUICK, rounds=2, moves=6, move_heats=((5, 1),), parents=3)
+    searching(effort, LayerStack(falling(3, 12, 10)), BUDGET).run()
+    assert all(1 <= parents <= 3 and stayed for parents, stayed in kept[-2:])
 
 
 def test_moves_alone_start_from_what_is_given() -> None:

@@ -23,7 +23,7 @@ _SAME = 1e-4  # two runs whose errors differ by less than this share are taken f
 _NEAR = 1e-3  # of e_lora: a run this close to the best counts as having found it
 _SETTLED = 1e-4  # the relative gain below which no further sweeps follow
 _NOTHING = 1e-14  # of ||K||^2: an error that is rounding alone
-_CHANGED = 1e-6  # of the error: what counts as a change
+_CHANGED = 1e-5  # of the error: what counts as a change
 _NEXT_SEED = 1_000_003  # between the seeds of a start's entries; large, so that neighbouring seeds take others
 
 
@@ -194,10 +194,12 @@ class PoolSearch:
         """Rounds of moves from the lowest runs, which stay; the number of moves, and of rounds that paid."""
         effort, K = self._effort, self.core.K
         done = kept = last_change = 0
+        lowest = math.inf
         while effort.moves and done < self._rounds(last_change):
-            runs.cut(effort.parents)
-            before = float(runs.sweeps.errors.min())
-            if before <= _NOTHING * self._energy:
+            if done == 0:
+                runs.cut(effort.parents)
+                lowest = self._lowest(runs)
+            if lowest <= _NOTHING * self._energy:
                 break
             batch, origin = moved(K, runs.sweeps.batch, effort.moves, self._generator)
             parents = len(runs.names)
@@ -205,10 +207,16 @@ class PoolSearch:
             runs.run(effort.move_heats, after=parents)
             runs.cut(effort.parents)
             done += 1
-            if float(runs.sweeps.errors.min()) < (1 - _CHANGED) * before:
+            error = self._lowest(runs)
+            if error < (1 - _CHANGED) * lowest:
                 kept, last_change = kept + 1, done
+            lowest = min(error, lowest)
             self._tell(steps_before + done, steps_before + self._rounds(last_change), runs)
         return done * effort.moves, kept
+
+    def _lowest(self, runs: _Runs) -> float:
+        """The lowest squared error of the runs inside the bound. At the bound errors of the sweeps rise and fall."""
+        return float(inside(self.core.K, runs.sweeps.batch, self._limits)[1].min())
 
     def _rounds(self, last_change: int) -> int:
         """The number of rounds to do, if the last change was in round `last_change`."""
