@@ -112,8 +112,8 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=EFFORTS,
         default=options.effort,
-        help="of the search: quick takes seconds; thorough goes on until nothing has changed for as long as it took to "
-        "get there, for a number to publish (%(default)s)",
+        help="how long the solver searches (%(default)s); quick: a few seconds for each stack and k; thorough: until "
+        "nothing has changed for as long as it took to get there, for a number to publish",
     )
     add(
         "--max-cancellation",
