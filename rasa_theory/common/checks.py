@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Collection
@@ -29,10 +30,16 @@ def at_least(name: str, value: Any, least: int) -> int:
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return `value` as a float; it may be of any real type, NumPy's included. Raises InputError for anything else."""
+    """Return `value` as a float; it may be of any real type, NumPy's included. Raises InputError for anything else.
+
+    Whole numbers that no float can hold are infinite.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"{name} must be a number, got {value!r}", name)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def positive(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def test_a_check_says_what_it_wants_and_names_the_parameter(check: Callable[[], 
 
 
 def test_what_passes_is_returned() -> None:
+    assert [real_number("n", value) for value in (10**400, -(10**400))] == [math.inf, -math.inf]
     assert [type(real_number("n", value)) for value in (np.int64(4), np.float32(4), 4)] == 3 * [float]
     assert (whole_number("n", 3), at_least("n", 0, 0), real_number("n", 1), positive("n", 0.5)) == (3, 0, 1, 0.5)
     assert (fraction("n", 0), one_of("n", "y", ("y",))) == (0, None)
