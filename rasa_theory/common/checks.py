@@ -34,7 +34,8 @@ def real_number(name: str, value: Any) -> float:
 
     Whole numbers that no float can hold are infinite.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number:
         raise InputError(f"{name} must be a number, got {value!r}", name)
     try:
         return float(value)
