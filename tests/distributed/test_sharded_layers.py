@@ -93,20 +93,21 @@ def test_small_stacks_in_two_processes(pool: Pool, shape: tuple[int, int, int], 
     check_same(pool, (2,), decaying(*shape, seed), rank, min(rank, k), options)
 
 
-def core(processes: Processes, values: Any) -> tuple[Any, Any, Any]:
-    stack = dealt(processes, values)
-    unit = stack.unit()
-    found = SearchCore.at(unit, allocation_start(unit, rt.RankBudget(3, 1)))
-    return found.K.numpy(), found.U.numpy(), found.V.numpy()
+def core_arrays(processes: Processes, values: Any) -> tuple[Any, Any, Any]:
+    """K, U and V of the core at the allocation start."""
+    unit = dealt(processes, values).unit()
+    start = allocation_start(unit, rt.RankBudget(3, 1))
+    core = SearchCore.at(unit, start)
+    return core.K.numpy(), core.U.numpy(), core.V.numpy()
 
 
 def test_the_core_of_a_search_is_the_same_to_the_bit_in_all_processes(pool: Pool) -> None:
     """Sides of 120 and 110, so that its bases are smaller; as a whole the same as in one process."""
     values = decaying(5, 120, 110, 1)
-    ((K, U, V),) = pool.run(1, core, values)
+    ((K, U, V),) = pool.run(1, core_arrays, values)
     assert K.shape[0] == 5
     assert all(W.shape[1] < len(W) for W in (U, V))
-    answers = pool.run(3, core, values)
+    answers = pool.run(3, core_arrays, values)
     for name, *found in zip("KUV", *answers, strict=True):
         assert all(np.array_equal(one, found[0]) for one in found), name
     projections = (U @ K @ V.T, *(other_U @ other_K @ other_V.T for other_K, other_U, other_V in answers))

@@ -59,6 +59,11 @@ def test_the_terms_of_an_orthogonally_decomposable_tensor_are_found() -> None:
 # ---- moves
 
 
+def of_the_first(count: int) -> torch.Tensor:
+    """The origin of `count` children that all come from parent 0."""
+    return torch.zeros(count, dtype=torch.long)
+
+
 @pytest.mark.parametrize(("r", "k"), [(3, 1), (2, 2)])
 @pytest.mark.parametrize("parents", [1, 3])
 def test_moved_batches_are_sound_and_depend_on_the_seed_alone(r: int, k: int, parents: int) -> None:
@@ -91,7 +96,7 @@ def test_an_exchange_finds_a_planted_term_in_the_residual() -> None:
     K = (U[:, :3] * (D + torch.tensor([0, 0, 1.0]))[:, None]) @ V[:, :3].mT
     spoiled = RasaFactors(K.new_zeros(3, 9, 0), K.new_zeros(3, 0, 8), U[:, [0, 1, 7]], V[:, [0, 1, 7]].mT, D + 1e-6)
     parents = Batch.of([spoiled])
-    found = moves.exchanged(K, parents, torch.zeros(20, dtype=torch.long), generator())
+    found = moves.exchanged(K, parents, of_the_first(20), generator())
     left = (found.residual(K) ** 2).sum((1, 2, 3))
     assert float((parents.residual(K) ** 2).sum()) > 2.9
     assert int((left <= 1e-6).sum()) >= 15
@@ -104,7 +109,7 @@ def test_a_term_of_one_layer_is_shared_with_the_weights_that_suit_all() -> None:
     K = d[:, None, None] * torch.outer(u[:, 0], v[:, 0])
     private = K.new_zeros(3, 9, 1), v[:, :1].mT.expand(3, 1, 8)
     factors = RasaFactors(private[0] + u[:, :1], private[1], u[:, 1:4], v[:, 1:4].mT, 0.001 * torch.ones(3, 3).double())
-    found = moves.shared(K, Batch.of([factors]), torch.zeros(8, dtype=torch.long), generator())
+    found = moves.shared(K, Batch.of([factors]), of_the_first(8), generator())
     largest = found.D.abs().amax(1)
     sizes = torch.linalg.vector_norm(found.D, dim=1).amax(1)
     assert bool((largest.amax(1) > 0.5).all())
@@ -132,14 +137,14 @@ def test_children_of_two_take_each_term_from_one_of_them() -> None:
 def test_of_two_parents_a_child_always_has_terms_of_the_other() -> None:
     K = torch.as_tensor(falling(3, 9, 7))
     parents = Batch.of([random_factors(3, 9, 7, 4, 4, seed) for seed in range(2)])
-    found = moves.crossed(K, parents, torch.zeros(10, dtype=torch.long), generator())
+    found = moves.crossed(K, parents, of_the_first(10), generator())
     assert all(not torch.equal(found.D[n], parents.D[0]) for n in range(10))
 
 
 def test_a_shaken_term_turns_and_changes_its_weights() -> None:
     K = torch.as_tensor(falling(3, 9, 7))
     parents = Batch.of([random_factors(3, 9, 7, 3, 1, 0)])
-    found = moves.shaken(K, parents, torch.zeros(4, dtype=torch.long), generator())
+    found = moves.shaken(K, parents, of_the_first(4), generator())
     turned = (found.B * parents.B).sum(1).abs()
     assert bool(((turned > 0.8) & (turned < 1 - 1e-4)).all())
     ratios = found.D / parents.D  # one factor for all layers comes from turning alone
@@ -147,18 +152,18 @@ def test_a_shaken_term_turns_and_changes_its_weights() -> None:
 
 
 def test_exchanges_replace_up_to_half_of_the_pool() -> None:
-    """Six planted dyads, of which the pool knows the three large ones: in some draws three places change at once."""
+    """Of six planted dyads the pool holds the three largest. Some draws exchange its three other terms at once."""
     U, V = (torch.as_tensor(orthogonal(n, n)) for n in (9, 8))
     sizes = torch.tensor([3.0, 2.9, 2.8, 2.0, 1.9, 1.8]).double()
     D = sizes * torch.tensor([[1.0] * 6, [-1.0] * 6, [1.0, -1.0] * 3]).double()
     K = (U[:, :6] * D[:, None]) @ V[:, :6].mT
-    known = torch.cat([D[:, :3], 1e-6 * torch.ones(3, 3).double()], 1)
-    spoiled = RasaFactors(
-        K.new_zeros(3, 9, 0), K.new_zeros(3, 0, 8), U[:, [0, 1, 2, 6, 7, 8]], V[:, [0, 1, 2, 6, 7, 6]].mT, known
-    )
+    weights = D.clone()
+    weights[:, 3:] = 1e-6  # of terms that do nothing
+    B, A = U[:, [0, 1, 2, 6, 7, 8]], V[:, [0, 1, 2, 6, 7, 6]].mT
+    spoiled = RasaFactors(K.new_zeros(3, 9, 0), K.new_zeros(3, 0, 8), B, A, weights)
     left = []
     for seed in range(12):
-        found = moves.exchanged(K, Batch.of([spoiled]), torch.zeros(1, dtype=torch.long), generator(seed))
+        found = moves.exchanged(K, Batch.of([spoiled]), of_the_first(1), generator(seed))
         left.append(float((found.residual(K) ** 2).sum()))
     assert min(left) <= 1e-6
     assert max(left) > 1

@@ -193,14 +193,12 @@ class PoolSearch:
     def _moves(self, runs: _Runs, steps_before: int) -> tuple[int, int]:
         """Rounds of moves from the lowest runs, which stay; the number of moves, and of rounds that paid."""
         effort, K = self._effort, self.core.K
+        if effort.moves == 0 or effort.rounds == 0:
+            return 0, 0
+        runs.cut(effort.parents)
+        lowest = self._lowest(runs)
         done = kept = last_change = 0
-        lowest = math.inf
-        while effort.moves and done < self._rounds(last_change):
-            if done == 0:
-                runs.cut(effort.parents)
-                lowest = self._lowest(runs)
-            if lowest <= _NOTHING * self._energy:
-                break
+        while lowest > _NOTHING * self._energy and done < self._rounds(last_change):
             batch, origin = moved(K, runs.sweeps.batch, effort.moves, self._generator)
             parents = len(runs.names)
             runs.join(_Runs(self._swept(batch), [runs.names[n] for n in origin.tolist()]))
