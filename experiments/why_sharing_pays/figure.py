@@ -133,7 +133,7 @@ def draw_owners(ax: Axes, table: Results) -> None:
         ax.plot(x, y, linestyle="none", ms=4, label=label, **look)
     ax.set_xticks(range(len(sources)), [source.replace(" ", "\n") for source in sources])
     style.name(ax, "stacks, four kinds of each", "participation ratio", "layers that a term serves, k = 1")
-    style.legend(ax, loc="center left", bbox_to_anchor=(0.0, 0.56), borderaxespad=0, handletextpad=0.2)
+    style.legend(ax, loc="center right", bbox_to_anchor=(1.0, 0.68), borderaxespad=0, handletextpad=0.2)
 
 
 def draw_losses(ax: Axes, table: Results) -> None:
