@@ -1,6 +1,6 @@
 """Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
-from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms
+from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms, terms_within_reach
 from rasa_theory.bounds.bound import Bound, BoundName
 from rasa_theory.bounds.closed import (
     allocation_bound,
@@ -15,12 +15,14 @@ from rasa_theory.bounds.closed import (
 )
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
 from rasa_theory.bounds.floor import CERTIFICATES, check_certificate, lower_bound
+from rasa_theory.bounds.probable import FAILURE, estimates, probable_floor
 from rasa_theory.bounds.search import Evaluation, FloorOptions, Search, SearchProgress, SearchScale
 from rasa_theory.bounds.smoothing import capped_weights, smoothed_ky_fan
 from rasa_theory.bounds.two_sided import Division, ProjectedProblem, search_two_sided, two_sided_value
 
 __all__ = [
     "CERTIFICATES",
+    "FAILURE",
     "Bound",
     "BoundName",
     "Division",
@@ -41,9 +43,11 @@ __all__ = [
     "closed_floors",
     "common_space_floor",
     "dual_value",
+    "estimates",
     "floor_slack",
     "largest_terms",
     "lower_bound",
+    "probable_floor",
     "rank_floor",
     "rounding_allowance",
     "search_dual",
@@ -51,5 +55,6 @@ __all__ = [
     "smoothed_ky_fan",
     "split_floor",
     "stack_floor",
+    "terms_within_reach",
     "two_sided_value",
 ]

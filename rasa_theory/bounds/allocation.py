@@ -13,7 +13,9 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError, at_least
-from rasa_theory.problem import RankBudget
+from rasa_theory.problem import SVD, LayerStack, RankBudget
+
+_AHEAD = 4  # terms of a layer beyond r that are taken at first
 
 
 def greedy_order(worth: Tensor) -> Tensor:
@@ -36,6 +38,24 @@ def allocate_pool(sigma: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
     q, L = budget.private_rank, len(sigma)
     layer, index = largest_terms(sigma[:, q:], budget.pool_rank(L))
     return layer, q + index
+
+
+def terms_within_reach(stack: LayerStack, budget: RankBudget) -> SVD:
+    """Leading singular terms of the layers held, among which are all that `allocate_pool` can choose.
+
+    A layer gets at most R terms of the pool. Where terms come from products, more are taken as long as the next one of
+    some layer could be among the R largest.
+    """
+    spectra, q, R = stack.spectra, budget.private_rank, budget.pool_rank(stack.layers)
+    most = min(q + R, *stack.shape)
+    count = min(budget.rank + _AHEAD, most)
+    while True:
+        svd = spectra.leading(count)
+        S, following = (stack.sharding.all_gather(x) for x in (svd.S, spectra.following(count)))
+        least = S[:, q:].flatten().sort(descending=True).values[:R]
+        if count >= most or R == 0 or bool((following <= least[-1]).all()):
+            return svd
+        count = min(2 * count, most)
 
 
 @dataclass(frozen=True)

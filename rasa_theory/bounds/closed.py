@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.bounds.allocation import allocate_pool
+from rasa_theory.bounds.allocation import allocate_pool, terms_within_reach
 from rasa_theory.bounds.bound import Bound, BoundName
 from rasa_theory.distributed import LayerSharding
 from rasa_theory.problem import LayerStack, RankBudget
@@ -45,7 +45,14 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     - InputError: r > min(b, a).
     """
     budget.check_fits(stack)
-    S = stack.unit().spectra.singular_values()
+    unit = stack.unit()
+    if unit.spectra.is_leading:
+        S = unit.sharding.all_gather(terms_within_reach(unit, budget).S)
+        taken = S**2
+        layer, index = allocate_pool(S, budget)
+        captured = float(taken[:, : budget.private_rank].sum() + taken[layer, index].sum())
+        return Bound(max(unit.norm_squared - captured, 0.0) * stack.scale**2, BoundName.ALLOCATION)
+    S = unit.spectra.singular_values()
     rest = S**2
     rest[:, : budget.private_rank] = 0
     rest[allocate_pool(S, budget)] = 0

@@ -7,10 +7,11 @@ import torch
 from rasa_theory.bounds.bound import Bound, BoundName
 from rasa_theory.bounds.closed import closed_floors
 from rasa_theory.bounds.dual import search_dual
+from rasa_theory.bounds.probable import probable_floor
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
 from rasa_theory.bounds.two_sided import search_two_sided
 from rasa_theory.common import InputError, one_of
-from rasa_theory.problem import LayerStack, RankBudget
+from rasa_theory.problem import SPECTRA, LayerStack, RankBudget
 
 CERTIFICATES = ("closed", "dual", "two-sided")
 """Kinds of certificate. Each includes those before it, and takes longer."""
@@ -33,6 +34,7 @@ def lower_bound(
     certificate: str = "closed",
     options: FloorOptions | None = None,
     watch: SearchWatch | None = None,
+    spectra: str = "auto",
 ) -> Bound:
     """A certified floor below e_rasa(k): no factors of this budget have a lower error.
 
@@ -56,6 +58,8 @@ def lower_bound(
     - certificate: "closed" (immediate), "dual" (up to 2 `options.max_seconds`) or "two-sided" (up to 2 more).
     - options: limits of the searches. None: `FloorOptions()`.
     - watch: called after every iteration of a search with its `SearchProgress`.
+    - spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. From leading directions the closed floors
+      are those of `probable_floor`: they hold but for a probability of 1e-10, and their name says so.
 
     **Returns:**
 
@@ -67,16 +71,20 @@ def lower_bound(
     """
     budget.check_fits(stack)
     check_certificate(certificate, stack.sharding.alone)
-    unit = stack.unit()
+    one_of("spectra", spectra, SPECTRA)
+    unit = stack.with_spectra(spectra, budget).unit()
     with stack.suitable_threads():
-        floors = closed_floors(unit, budget)
-        if budget.private_rank > 0:
-            floors += closed_floors(unit, RankBudget(budget.rank, budget.rank))
+        if unit.spectra.is_leading:
+            floors = [probable_floor(unit, budget)]
+        else:
+            floors = closed_floors(unit, budget)
+            if budget.private_rank > 0:
+                floors += closed_floors(unit, RankBudget(budget.rank, budget.rank))
         if certificate != "closed" and _is_open(unit, budget):
             unit_watch = None if watch is None else _in_units(stack, watch)
             floors += _searched_floors(unit, budget, certificate, options or FloorOptions(), unit_watch)
     best = max(floors, key=lambda floor: floor.value)  # the first of equals, so "zero" if nothing is above it
-    return Bound(best.value * stack.scale**2, best.name)
+    return Bound(best.value * stack.scale**2, best.name, best.failure)
 
 
 def _searched_floors(

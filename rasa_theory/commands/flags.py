@@ -10,7 +10,7 @@ from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.commands.console import memory_size
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes, local_process
-from rasa_theory.problem import compute_device
+from rasa_theory.problem import SPECTRA, compute_device
 from rasa_theory.solvers import EFFORTS, STARTS, SolverOptions
 from rasa_theory.sources import Catalogue, open_source
 
@@ -100,7 +100,7 @@ def open_catalogue(args: argparse.Namespace, default: str | None = None, alone: 
 
 
 def add_solver(parser: argparse.ArgumentParser) -> None:
-    """Add --start, --effort, --max-cancellation, --certificate, --sweeps, --rtol and --seed."""
+    """Add --start, --effort, --max-cancellation, --certificate, --sweeps, --rtol, --spectra and --seed."""
     add, options = parser.add_argument, SolverOptions
     add(
         "--start",
@@ -136,6 +136,13 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="stop when a sweep gains less than this share (%(default)s)",
     )
+    add(
+        "--spectra",
+        choices=SPECTRA,
+        default=options.spectra,
+        help="leading: all from products with M, for large layers; floors then hold but for a probability of 1e-10; "
+        "exact: from SVDs; auto: exact below some 768 rows or columns, or where ranks are large (%(default)s)",
+    )
     add("--seed", type=int, default=0, metavar="S", help="seed of everything random (%(default)s)")
 
 
@@ -148,6 +155,7 @@ def solver_options(args: argparse.Namespace) -> SolverOptions:
         rtol=args.rtol,
         seed=args.seed,
         max_cancellation=args.max_cancellation,
+        spectra=args.spectra,
     )
 
 

@@ -41,15 +41,18 @@ def extract_stack(
 
     `ranks`, one for each layer, replace r where the settings have a target. A stack of zeros has ranks 0 and no
     tensors. All errors are squared, in units of the input, by layer and summed. A LoRA without RaSA of layers larger
-    than 1024 comes from the certified leading part, and the full spectra are not reported. Raises InputError if
+    than 1024 comes from the certified leading part, as all else does where `LayerStack.with_spectra` takes leading
+    directions; the full spectra are not reported then. Raises InputError if
     r > min(b, a), or if the dtype of the files cannot hold the factors.
     """
     L = stack.layers
     if stack.norm_squared == 0:
         return Extracted({}, _row(stack, modules, settings, [_module_row(name) for name in modules.names]))
     lora_ranks = [settings.rank or 0] * L if ranks is None else list(ranks)
-    exact = settings.exact(stack.shape)
-    lora = solve_lora(stack, max(1, *lora_ranks), "exact" if exact else "fast", settings.solver.seed)
+    exact = settings.exact(stack)
+    if settings.k != 0:
+        stack = stack.with_spectra("exact" if exact else "leading", RankBudget(settings.rank or 1, 0))
+    lora = solve_lora(stack, max(1, *lora_ranks), "exact" if exact or settings.k != 0 else "fast", settings.solver.seed)
     lora_factors = lora.factors if ranks is None else _truncated(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, lora_factors)
     lora_size = sum(lora_ranks) * sum(stack.shape)
@@ -63,7 +66,7 @@ def extract_stack(
     written_ranks = lora_ranks
     if settings.k != 0:
         budget, solution = _solve_rasa(stack, settings, callback)
-        floor = lower_bound(stack, budget, settings.certificate)
+        floor = lower_bound(stack, budget, settings.certificate, spectra=settings.solver.spectra)
         k = budget.shared_rank
         search = None if solution.search is None else dataclasses.asdict(solution.search)
         rasa_errors = solution.layer_errors
@@ -87,6 +90,7 @@ def extract_stack(
         "parameters": {"lora": lora_size, "rasa": rasa_size, "stored": stored_size},
         "lower_bound": floor.value,
         "lower_bound_name": floor.name,
+        "lower_bound_failure": floor.failure,
         "search": search,
     }
     return Extracted(tensors, row)
@@ -117,6 +121,7 @@ def _row(
         "e_rasa": math.fsum(row["e_rasa"] for row in module_rows),
         "lower_bound": 0.0,
         "lower_bound_name": "none",
+        "lower_bound_failure": 0.0,
         "search": None,
         "e_stored": math.fsum(row["e_stored"] for row in module_rows),
         "parameters": {"lora": 0, "rasa": 0, "stored": 0},

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from rasa_theory.bounds import CERTIFICATES, RankTarget
 from rasa_theory.common import InputError, one_of
-from rasa_theory.problem import RankBudget
+from rasa_theory.problem import RankBudget, takes_leading
 from rasa_theory.solvers import SolverOptions
 
 FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 LARGEST_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
+
+
+class Layered(Protocol):
+    """A stack, or one that is not read yet."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,15 @@ class ExtractSettings:
         if self.format == "rasa" and self.k is None:
             raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules", "k")
 
-    def exact(self, shape: tuple[int, int]) -> bool:
-        """True if layers of this shape take exact SVDs; false for a LoRA without a pool and min(b, a) > 1024."""
-        return self.k != 0 or min(shape) <= LARGEST_EXACT
+    def exact(self, stack: Layered) -> bool:
+        """True if the layers of the stack take exact SVDs.
+
+        A LoRA without a pool does up to min(b, a) = 1024, and a target for ranks always. Else see
+        `LayerStack.with_spectra`.
+        """
+        if self.k == 0:
+            return min(stack.shape) <= LARGEST_EXACT
+        return not takes_leading(self.solver.spectra, stack.shape, stack.layers * (self.rank or 1))
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, for the comparison with an earlier run."""

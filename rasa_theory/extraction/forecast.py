@@ -41,8 +41,7 @@ def _memory(job: Job) -> int:
     settings = job.settings
     dense = STORED[settings.dtype].itemsize if settings.format == "diff" else 0
     stacks = [
-        s.memory(job.dtype, settings.exact(s.shape)) + s.layers * math.prod(s.shape) * dense
-        for s in job.catalogue.stacks
+        s.memory(job.dtype, settings.exact(s)) + s.layers * math.prod(s.shape) * dense for s in job.catalogue.stacks
     ]
     return max([*stacks, *(4 * s.layers * math.prod(s.shape) for s in job.unnamed)])
 
@@ -88,7 +87,7 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
 
     def is_searched(s: StackSource) -> bool:
         rank = settings.rank
-        return rank is not None and not settings.exact(s.shape) and worth_it(s.shape, rank)
+        return rank is not None and not settings.exact(s) and worth_it(s.shape, rank)
 
     searched = [s for s in job.catalogue.stacks if is_searched(s)]
     decomposed = [s for s in job.catalogue.stacks if not is_searched(s)]

@@ -110,7 +110,7 @@ def check(job: Job, out: Path | None) -> None:
         try:
             RankBudget(settings.rank or 1, 0).check_fits(source)
             if job.memory is not None:
-                check_memory(source, job.memory, settings.exact(source.shape))
+                check_memory(source, job.memory, settings.exact(source))
         except InputError as error:
             problems.append(str(error))
     if settings.format == "rasa":

@@ -19,8 +19,10 @@ from rasa_theory.linalg.dense import (
     tail_energy,
     terms_reaching,
     tf32,
+    widened,
 )
 from rasa_theory.linalg.lanczos import worth_it
+from rasa_theory.linalg.majorant import Majorant, Operator, leading_guess, majorant
 from rasa_theory.linalg.orthogonal import thin_qr
 from rasa_theory.linalg.recording import Algebra, Checked, Recorded, Unchecked
 from rasa_theory.linalg.solve import (
@@ -36,6 +38,8 @@ __all__ = [
     "Algebra",
     "Checked",
     "LinAlgError",
+    "Majorant",
+    "Operator",
     "Recorded",
     "Unchecked",
     "batched",
@@ -45,6 +49,8 @@ __all__ = [
     "lanczos",
     "largest_nonnegative",
     "leading_eigenpairs",
+    "leading_guess",
+    "majorant",
     "not_above",
     "one_thread",
     "orthogonal",
@@ -66,5 +72,6 @@ __all__ = [
     "terms_reaching",
     "tf32",
     "thin_qr",
+    "widened",
     "worth_it",
 ]

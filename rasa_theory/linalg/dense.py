@@ -185,6 +185,12 @@ def rounding(norm: float, shape: tuple[int, int], eps: float) -> float:
     return 10 * max(shape) * eps * norm
 
 
+def widened(error: float, rounding: float) -> tuple[float, float]:
+    """The interval of squared errors whose roots are within `rounding` of the root of `error`."""
+    root = math.sqrt(error)
+    return max(root - rounding, 0.0) ** 2, (root + rounding) ** 2
+
+
 def not_above(x: float, y: float, tolerance: float) -> bool:
     """True if the squared error x is at most y, up to a `tolerance` in units of norm. NaN is above everything."""
     return math.sqrt(max(x, 0.0)) <= math.sqrt(max(y, 0.0)) + tolerance if x == x and y == y else False

@@ -45,6 +45,8 @@ import torch
 from torch import Tensor
 
 from rasa_theory.linalg import dense, orthogonal
+from rasa_theory.linalg.chebyshev import largest_argument
+from rasa_theory.linalg.majorant import Majorant
 
 ALLOWANCE = 20.0  # for rounding in the captured energy, see "Rounding" above
 PROBES = 16  # p, the number of columns of Omega
@@ -63,17 +65,10 @@ _LARGEST_SHARE = 2  # the basis has at most min(b, a) / 2 columns: the search is
 _DEPENDENT = 1e-4  # relative size of a column, in single precision, that is mostly rounding after two projections
 
 
-# `_largest` solves for log(lambda / beta) by bisection, and returns the upper end, which is never too small.
-_BISECTIONS = 60  # 2^-60 of an interval is below the spacing of floating-point numbers
-_ROUNDED_UP = (
-    1e-12  # relative: far above the rounding of the logarithms and exponentials, far below the accuracy that tau needs
-)
-
-
 class LeadingPart(NamedTuple):
     """Factors B (b, r) and A (r, a), A with orthonormal rows, and their error ||M - B A||_F^2.
 
-    `low` and `high` enclose the least error of rank r. All three are squared.
+    `low` and `high` enclose the least error of rank r. All three are squared. `majorant` is that of M^T M.
     """
 
     B: Tensor
@@ -81,6 +76,7 @@ class LeadingPart(NamedTuple):
     error: float
     low: float
     high: float
+    majorant: Majorant
 
 
 class RitzBasis(NamedTuple):
@@ -158,8 +154,32 @@ def leading_part(
                     B, A = _refined(M, B)
                     error = float(((M - B @ A) ** 2).sum())
                 low = max(norm_squared - most - allowance, 0.0)
-                return LeadingPart(B, A, error, min(low, error), error + allowance)
+                return LeadingPart(B, A, error, min(low, error), error + allowance, _majorant(basis, tau, M))
     return None
+
+
+def leading_part_by_svd(M: Tensor, rank: int) -> LeadingPart:
+    """The best approximation of M (b, a) in float64, from its SVD."""
+    U, S, Vh = dense.svd(M)
+    b, a = M.shape
+    eps = float(torch.finfo(M.dtype).eps)
+    norm = float(torch.linalg.vector_norm(S))
+    error = float(dense.tail_energy(S, rank))
+    low, high = dense.widened(error, dense.rounding(norm, (b, a), eps))
+    tau = float(S[rank]) ** 2 if rank < len(S) else 0.0
+    V, theta = Vh[:rank].mT, S[:rank] ** 2
+    rounding = ALLOWANCE * math.sqrt(rank) * max(b, a) * eps * norm**2
+    majorant = Majorant(V, theta, S.new_zeros(len(theta), len(theta)), tau, rounding)
+    return LeadingPart(U[:, :rank] * S[:rank], Vh[:rank], error, low, high, majorant)
+
+
+def _majorant(basis: RitzBasis, tau: float, M: Tensor) -> Majorant:
+    """The majorant that the certificate rests on, in the basis of the Ritz vectors."""
+    columns = len(basis.theta)
+    rounding = math.sqrt(columns) * max(M.shape) * float(torch.finfo(M.dtype).eps) * float((M * M).sum())
+    eye = torch.eye(columns, dtype=M.dtype, device=M.device)
+    square = 1.1 * basis.S.mT @ basis.RtR @ basis.S + 11 * (5 * rounding) ** 2 * eye
+    return Majorant(basis.V @ basis.S, basis.theta, square, tau, ALLOWANCE * rounding)
 
 
 def _refined(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,31 +218,10 @@ def norm_bounds(M: Tensor, V: Tensor, omega: Tensor, beta: float, quantile: floa
         EY = dense.product(M, orthogonal.outside(V, Y))
         floor = math.sqrt(quantile) - 8 * k * s * (1 + s) * sizes
         value = (float(torch.linalg.matrix_norm(EY)) + kappa * size) / floor if floor > 0 else math.inf
-        yield _largest(k, beta, value)
+        yield largest_argument(k, beta, value, 0.5)
         HY = orthogonal.outside(V, dense.product(M.mT, EY))
         before, Y = Y, (2 / beta) * HY - Y if k == 0 else (4 / beta) * HY - 2 * Y - before
         sizes += size
-
-
-def _largest(k: int, beta: float, value: float) -> float:
-    """The largest lambda with sqrt(lambda) T_k(2 lambda / beta - 1) <= `value`, or beta if that is larger."""
-    low, high = 0.0, 2 * math.log(value) - math.log(beta) if value > 0 else 0.0  # of log(lambda / beta), since T_k >= 1
-    if not low < high < math.inf:
-        return beta if high <= low else math.inf
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        lengthened = middle + math.log(beta)
-        if lengthened / 2 + _log_chebyshev(k, 2 * math.exp(min(middle, 700.0)) - 1) > math.log(value):
-            high = middle
-        else:
-            low = middle
-    return beta * math.exp(min(high, 700.0)) * (1 + _ROUNDED_UP)
-
-
-def _log_chebyshev(k: int, x: float) -> float:
-    """log T_k(x), x >= 1."""
-    y = k * math.acosh(max(x, 1.0))
-    return y + math.log1p(math.exp(-2 * y)) - math.log(2)
 
 
 def ritz(M: Tensor, V: Tensor) -> RitzBasis:

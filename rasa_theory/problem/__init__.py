@@ -8,7 +8,7 @@ from rasa_theory.problem.inputs import compute_device, compute_dtype
 from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
 from rasa_theory.problem.residual import layer_errors, layer_residuals, reconstruction_error
-from rasa_theory.problem.spectra import SVD, StackSpectra
+from rasa_theory.problem.spectra import SPECTRA, SVD, StackSpectra, takes_leading
 from rasa_theory.problem.spectrum import SpectralRanks, spectral_ranks
 from rasa_theory.problem.squared_error import squared_error, squared_errors
 from rasa_theory.problem.stack import LayerStack
@@ -25,6 +25,7 @@ from rasa_theory.problem.terms import RankOneTerms
 from rasa_theory.problem.weighting import normalised_layers
 
 __all__ = [
+    "SPECTRA",
     "SVD",
     "Difference",
     "Divided",
@@ -66,5 +67,6 @@ __all__ = [
     "squared_error",
     "squared_errors",
     "subspaces",
+    "takes_leading",
     "unrelated_level",
 ]

@@ -173,12 +173,16 @@ class StackEntries:
         L, b, a = self.storage.shape
         product = X.new_zeros(L, X.shape[-1], a if transposed else b).mT  # laid out as `linalg.product` does
         X_i = X.expand(L, -1, -1)
-        for i, rows, M in self._tiles(1.0, max(1, self.cached_elements // a) if self.device.type == "cpu" else b):
+        for i, rows, M in self._tiles(1.0, self.cached_rows(a) or b):
             if transposed:
                 product[i] += linalg.product(M.mT, X_i[i, rows])
             else:
                 product[i, rows] = linalg.product(M, X_i[i])
         return product
+
+    def cached_rows(self, columns: int) -> int | None:
+        """The number of rows of this length that stay in the cache of a CPU; None on other devices."""
+        return max(1, self.cached_elements // columns) if self.device.type == "cpu" else None
 
     def tiles(self, purpose: Purpose, gain: float = 1.0, rows: int | None = None) -> Iterator[Tile]:
         """Yield gain M in blocks of at most `rows` rows of one layer; None: of `tile_elements` entries."""

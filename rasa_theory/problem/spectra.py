@@ -6,17 +6,31 @@ once for all views of a stack, and everything that needs one asks `LayerStack.sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.linalg import orthogonal
+from rasa_theory.linalg import Majorant, Operator, orthogonal
 from rasa_theory.problem.entries import Purpose, StackEntries
+from rasa_theory.problem.leading import LeadingParts
 from rasa_theory.problem.memory import exceeds_share
 from rasa_theory.problem.storage import Factored, Spill
+
+SPECTRA = ("auto", "exact", "leading")
+"""Where solvers and floors take their directions from: SVDs, or products with M."""
+_SMALL = 768  # layers with fewer rows or columns are decomposed, which is as fast, and exact
+_WIDE = 8  # leading directions pay if they are at most an eighth of all
+
+
+def takes_leading(spectra: str, shape: tuple[int, int], count: int) -> bool:
+    """True if `count` directions of layers of this shape come from products rather than from decompositions."""
+    if spectra == "auto":
+        return min(shape) >= _SMALL and _WIDE * count <= min(shape)
+    return spectra == "leading"
 
 
 class SVD(NamedTuple):
@@ -25,6 +39,10 @@ class SVD(NamedTuple):
     U: Tensor
     S: Tensor
     Vh: Tensor
+
+    def first(self, count: int) -> SVD:
+        """The `count` leading terms."""
+        return SVD(self.U[:, :, :count], self.S[:, :count], self.Vh[:, :count])
 
 
 class Decompositions(Protocol):
@@ -40,11 +58,85 @@ class Decompositions(Protocol):
 class StackSpectra:
     """The decompositions of one view of a stack, in its scale and orientation; `stack.spectra` returns it.
 
-    All views of a stack share the same `decompositions`, so each is computed once, whichever view asks first.
+    All views of a stack share the same decompositions, so each is computed once, whichever view asks first. Where
+    `is_leading`, nothing is asked for but leading directions, from products with M.
     """
 
-    def __init__(self, decompositions: Decompositions, scale: float, transposed: bool) -> None:
-        self._decompositions, self._scale, self._transposed = decompositions, scale, transposed
+    def __init__(
+        self, exact: Decompositions, leading: LeadingParts, scale: float, transposed: bool, is_leading: bool
+    ) -> None:
+        self._exact, self._leading, self._scale, self._transposed = exact, leading, scale, transposed
+        self.is_leading = is_leading
+
+    # ---- leading directions
+
+    def leading(self, count: int) -> SVD:
+        """The `count` leading singular terms of the layers held: U (L, b, n), S (L, n), Vh (L, n, a), n <= count.
+
+        Exact, or within `leading.GOAL` of the energy of a layer, if `is_leading`.
+        """
+        if not self.is_leading:
+            return self.svd().first(count)
+        layers = self._leading.layers(False).first(count)
+        L, (b, a) = len(layers), self._leading.shape
+        U, S, Vh = (self._leading.empty(*shape) for shape in ((L, b, count), (L, count), (L, count, a)))
+        for i, layer in enumerate(layers):
+            U[i], S[i], Vh[i] = layer.U[:, :count], layer.S[:count] * self._scale, layer.Vh[:count]
+        return self._oriented(SVD(U, S, Vh))
+
+    def following(self, count: int) -> Tensor:
+        """Upper bounds on sigma_{i,count+1} of the layers held, (L,); the numbers themselves, if they are exact."""
+        if not self.is_leading:
+            S = self.svd().S
+            return S[:, count] if count < S.shape[1] else torch.zeros_like(S[:, 0])
+        layers = self._leading.layers(False).first(count)
+        energies = [max(layer.majorant.eigenvalue(count + 1), 0.0) * layer.size**2 for layer in layers]
+        return torch.tensor(energies, dtype=torch.float64, device=self._leading.device).sqrt() * self._scale
+
+    def tail_energy(self, rank: int) -> float:
+        """sum_i sum_{j>rank} sigma_ij^2 over all L layers."""
+        if not self.is_leading:
+            return float((self.singular_values()[:, rank:] ** 2).sum())
+        captured = (self.leading(rank).S ** 2).sum(1).tolist()
+        return max(0.0, self._leading.norm_squared * self._scale**2 - math.fsum(self._leading.gathered(captured)))
+
+    def most_captured(self, count: int) -> list[float]:
+        """Upper bounds on sum_{j<=count} sigma_ij^2 of all L layers, allowing for rounding, where `is_leading`."""
+        layers = self._leading.layers(False).first(count)
+        energies = [layer.majorant.ky_fan(count) * (layer.size * self._scale) ** 2 for layer in layers]
+        return self._leading.gathered(energies)
+
+    def common(self, count: int) -> Tensor:
+        """The `count` leading eigenvectors of sum_i M_i M_i^T over all L layers, largest first: (b, count)."""
+        if not self.is_leading:
+            return linalg.leading_eigenpairs(self.gram(), count)[1].flip(1)
+        return self._leading.common(not self._transposed).first(count)[:, :count]
+
+    def layer_majorants(self, count: int) -> list[Majorant]:
+        """The majorants of M_i^T M_i of the layers held, for sums of `count` eigenvalues, in units of this view."""
+        layers = self._leading.layers(self._transposed).first(count)
+        return [layer.majorant.scaled((layer.size * self._scale) ** 2) for layer in layers]
+
+    def common_pairs(self, count: int) -> tuple[Tensor, Tensor]:
+        """About the leading eigenpairs of sum_i M_i^T M_i, largest first: (w,), (a, w), w >= count if there are."""
+        common = self._leading.common(self._transposed)
+        V = common.first(count)
+        values = (V * common.operator.apply(V)).sum(0)
+        order = values.argsort(descending=True)
+        return values[order] * self._scale**2, V[:, order]
+
+    def common_majorant(self, count: int, goal: float, excess: Callable[[Majorant], float] | None = None) -> Majorant:
+        """The majorant of sum_i M_i^T M_i over all L layers for sums of `count` eigenvalues, see `linalg.majorant`.
+
+        For the view with scale 1.
+        """
+        return self._leading.common(self._transposed).majorant(count, goal, excess)
+
+    def common_operator(self) -> Operator:
+        """sum_i M_i^T M_i, which is applied by one pass and one reduction; of the view `unit()` of a stack."""
+        return self._leading.common(self._transposed).operator
+
+    # ---- whole decompositions
 
     def svd(self) -> SVD:
         """Exact SVDs of the layers held, in float64. One pass for all views.
@@ -52,17 +144,20 @@ class StackSpectra:
         The layers of a factored stack are B_i A_i, not rounded. They are completed to m = min(b, a) terms by zero
         singular values, with singular vectors in arbitrary directions orthogonal to the others.
         """
-        U, S, Vh = self._decompositions.svd()
-        S = S * self._scale
-        return SVD(Vh.mT, S, U.mT) if self._transposed else SVD(U, S, Vh)
+        U, S, Vh = self._exact.svd()
+        return self._oriented(SVD(U, S * self._scale, Vh))
+
+    def _oriented(self, svd: SVD) -> SVD:
+        U, S, Vh = svd
+        return SVD(Vh.mT, S, U.mT) if self._transposed else svd
 
     def singular_values(self) -> Tensor:
         """Singular values of all L layers, falling: (L, min(b, a)) in float64. One pass, none after `svd`."""
-        return self._decompositions.singular_values() * self._scale
+        return self._exact.singular_values() * self._scale
 
     def gram(self) -> Tensor:
         """sum_i M_i M_i^T over all L layers, (b, b) in float64. One pass for each orientation."""
-        return self._decompositions.gram(self._transposed) * self._scale**2
+        return self._exact.gram(self._transposed) * self._scale**2
 
 
 class ExactDecompositions:

@@ -31,9 +31,9 @@ def squared_errors(stack: LayerStack, factors: RasaFactors | LoraFactors) -> lis
     check_same_layers(stack, factors)
     exact = factors.to(torch.float64, stack.device)
     errors = [0.0] * stack.sharding.local_layers
-    for tile in stack.tiles():
-        residual = (tile.values.double() - exact.update(tile.layer, tile.rows)) / stack.scale
-        errors[tile.layer] += float((residual * residual).sum())
+    for tile in stack.cached_tiles():
+        residual = exact.update(tile.layer, tile.rows).sub_(tile.values.double()).div_(stack.scale)
+        errors[tile.layer] += float(residual.mul_(residual).sum())
     return [e * stack.scale**2 for e in stack.sharding.all_gather_floats(errors)]
 
 

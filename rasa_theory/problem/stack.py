@@ -13,10 +13,12 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory.common import whole_number
 from rasa_theory.distributed import LayerSharding
+from rasa_theory.problem.budget import RankBudget
 from rasa_theory.problem.entries import PassCounts, Purpose, StackEntries, Tile
 from rasa_theory.problem.inputs import as_storage
+from rasa_theory.problem.leading import LeadingParts
 from rasa_theory.problem.memory import check_memory
-from rasa_theory.problem.spectra import ExactDecompositions, StackSpectra
+from rasa_theory.problem.spectra import ExactDecompositions, StackSpectra, takes_leading
 
 
 class LayerStack:
@@ -71,8 +73,8 @@ class LayerStack:
         shards = LayerSharding((storage.shape[0],)) if sharding is None else sharding
         limit = None if memory is None else whole_number("memory", memory)
         self._entries = StackEntries(storage, name, computed, place, limit, shards, tf32)
-        self._decompositions = ExactDecompositions(self._entries)
-        self._gain, self._transposed = 1.0, False
+        self._exact, self._leading = ExactDecompositions(self._entries), LeadingParts(self._entries)
+        self._gain, self._transposed, self._by_products = 1.0, False, False
 
     # ---- views
 
@@ -84,15 +86,26 @@ class LayerStack:
         """Return the view with every M_i transposed. Nothing is copied."""
         return self._view(self._gain, not self._transposed)
 
+    def with_spectra(self, spectra: str, budget: RankBudget) -> LayerStack:
+        """Return the view whose `spectra` suit work at this budget. Nothing is copied.
+
+        "exact": decompositions. "leading": leading directions from products with M. "auto": these where they cost less,
+        see `takes_leading`.
+        """
+        view = self._view(self._gain, self._transposed)
+        view._by_products = takes_leading(spectra, self.shape, self.layers * budget.rank)
+        return view
+
     def _view(self, gain: float, transposed: bool) -> LayerStack:
         """Another view of the same entries.
 
-        A view is the pair (gain, transposed) beside two objects that all views share: the entries, with the norms and
-        the pass counts, and their decompositions, with the caches. `__init__` would read M again, so it is not called.
+        A view is gain, orientation and kind of spectra beside objects that all views share: the entries, with the norms
+        and the pass counts, and their decompositions, with the caches. `__init__` would read M again, so it is not
+        called.
         """
         view = LayerStack.__new__(LayerStack)
-        view._entries, view._decompositions = self._entries, self._decompositions
-        view._gain, view._transposed = gain, transposed
+        view._entries, view._exact, view._leading = self._entries, self._exact, self._leading
+        view._gain, view._transposed, view._by_products = gain, transposed, self._by_products
         return view
 
     # ---- facts
@@ -205,6 +218,10 @@ class LayerStack:
         tiles = self._entries.transposed_tiles if self._transposed else self._entries.tiles
         return tiles(Purpose.PRODUCTS, self._gain, rows)
 
+    def cached_tiles(self) -> Iterator[Tile]:
+        """Yield M in blocks of rows that stay in the cache of a CPU while they are worked on. This is one pass."""
+        return self.tiles(self._entries.cached_rows(self.shape[1]))
+
     @property
     def values(self) -> Tensor:
         """M as one tensor (L, b, a) of `dtype`, borrowed if it is stored so, else copied. Solvers do not use it."""
@@ -218,8 +235,8 @@ class LayerStack:
 
     @property
     def spectra(self) -> StackSpectra:
-        """SVDs, singular values and Gram matrices of this view, computed once for all views."""
-        return StackSpectra(self._decompositions, self.scale, self._transposed)
+        """SVDs, singular values, Gram matrices and leading directions of this view, computed once for all views."""
+        return StackSpectra(self._exact, self._leading, self.scale, self._transposed, self._by_products)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self._gain == 1.0 else x * self._gain

@@ -80,10 +80,10 @@ def leading_subspaces(stack: LayerStack, rank: int) -> tuple[Tensor, Tensor]:
 
     Columns are 0 if their singular value is rounding noise of the layer.
     """
-    U, S, Vh = stack.unit().spectra.svd()
+    U, S, Vh = stack.unit().spectra.leading(rank)
     noise = linalg.rounding(1.0, stack.shape, stack.eps) * S[:, :1]
-    real = (S[:, None, :rank] > noise[..., None]).to(U.dtype)
-    return U[:, :, :rank] * real, Vh[:, :rank].mT * real
+    real = (S[:, None] > noise[..., None]).to(U.dtype)
+    return U * real, Vh.mT * real
 
 
 def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,13 +79,15 @@ def gain(
     budget.check_fits(stack)
     if solution is not None:
         _check_fits(solution.factors, stack, budget)
+    spectra = (solver or SolverOptions()).spectra
+    stack = stack.with_spectra(spectra, budget)
     best = solve_rasa(stack, budget, solver) if solution is None else solution
     lora = solve_lora(stack, budget.rank)
     return Gain(
         e_lora=lora.error if lora.interval[0] > 0 else 0.0,  # shares of a rounding error mean nothing
         e_allocation=allocation_bound(stack, budget).value,
         e_rasa=best.error,
-        floor=lower_bound(stack, budget, certificate),
+        floor=lower_bound(stack, budget, certificate, spectra=spectra),
     )
 
 

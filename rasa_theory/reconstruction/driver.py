@@ -92,6 +92,7 @@ def study_steps(
         state.results["environment"] = state.results["environment"] or environment(
             stack.device, stack.dtype, stack.sharding.processes.world_size
         )
+        stack = stack.with_spectra(settings.solver.spectra, RankBudget(settings.rank, 0))
         with stack.suitable_threads():
             lora = solve_lora(stack, settings.rank)
             row = stack_row(stack, lora)
@@ -127,7 +128,7 @@ def _point(
     seconds = time.perf_counter() - started
     reporter.task_done()
     attempts = _attempts(stack, budget, lora, settings, reporter)
-    floor = lower_bound(stack, budget, settings.certificate, None, reporter.searching)
+    floor = lower_bound(stack, budget, settings.certificate, None, reporter.searching, settings.solver.spectra)
     reporter.end_k()
     return StudyPoint(stack, budget, lora, solution, attempts, floor, seconds)
 

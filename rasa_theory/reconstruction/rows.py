@@ -70,6 +70,7 @@ class StudyPoint:
             "ratio": solution.error / lora.error if lora.error > 0 else None,
             "lower_bound": self.floor.value,
             "lower_bound_name": self.floor.name,
+            "lower_bound_failure": self.floor.failure,
             "mixing_drop": drop,
             "start": solution.start,
             "sweep": solution.sweep,

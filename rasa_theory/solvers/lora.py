@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import InputError
@@ -15,6 +14,7 @@ from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, check_memor
 
 METHODS = ("exact", "fast")
 WIDTH = 1e-6  # largest width of the interval of method "fast", in units of ||M_i||^2; else the SVD is computed
+_EPS = float(torch.finfo(torch.float64).eps)
 FAILURE = 1e-10  # largest probability that the interval of one call is wrong
 
 
@@ -64,6 +64,8 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     with stack.suitable_threads():
+        if stack.spectra.is_leading:
+            return _from_leading(stack, rank)
         return _exact(stack, rank) if method == "exact" else _fast(stack, rank, seed)
 
 
@@ -71,9 +73,27 @@ def _exact(stack: LayerStack, rank: int) -> LoraSolution:
     U, S, Vh = stack.unit().spectra.svd()
     errors = [e * stack.scale**2 for e in stack.sharding.all_gather_floats(linalg.tail_energy(S, rank).tolist())]
     error = math.fsum(errors)
-    interval = _widened(error, stack.rounding)
+    interval = linalg.widened(error, stack.rounding)
     B = U[:, :, :rank] * (S[:, None, :rank] * stack.scale)
     factors = LoraFactors(B, Vh[:, :rank], sharding=stack.sharding).to(stack.dtype, stack.device)
+    return LoraSolution(error, interval, errors, factors)
+
+
+def _from_leading(stack: LayerStack, rank: int) -> LoraSolution:
+    """The solution from the leading terms that other work on the stack uses as well."""
+    unit, square = stack.unit(), stack.scale**2
+    U, S, Vh = unit.spectra.leading(rank)
+    norms = unit.layer_norms_squared
+    captured = stack.sharding.all_gather_floats((S**2).sum(1).tolist())
+    errors = [max(norm - x, 0.0) * square for norm, x in zip(norms, captured, strict=True)]
+    most = unit.spectra.most_captured(rank)
+    lows = [min(max(norm - x, 0.0) * square, error) for norm, x, error in zip(norms, most, errors, strict=True)]
+    error = math.fsum(errors)
+    interval = (
+        math.fsum(lows),
+        linalg.widened(error, linalg.rounding(math.sqrt(stack.norm_squared), stack.shape, _EPS))[1],
+    )
+    factors = LoraFactors(U * (S[:, None] * stack.scale), Vh, sharding=stack.sharding).to(stack.dtype, stack.device)
     return LoraSolution(error, interval, errors, factors)
 
 
@@ -93,7 +113,7 @@ def _fast(stack: LayerStack, rank: int, seed: int) -> LoraSolution:
         if part is None:
             if stack.memory is not None:
                 check_memory(stack, stack.memory)
-            part = _leading_part_by_svd(M.double(), rank)
+            part = lanczos.leading_part_by_svd(M.double(), rank)
         B[tile.layer], A[tile.layer] = part.B * size, part.A
         low, error, high = (x * size**2 for x in (part.low, part.error, part.high))
         lows.append(low)
@@ -108,17 +128,3 @@ def _generators(layers: int, seed: int) -> list[torch.Generator]:
     """A generator for each layer, so that results do not depend on the distribution of layers over processes."""
     seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(seed)).tolist()
     return [torch.Generator().manual_seed(one) for one in seeds]
-
-
-def _leading_part_by_svd(M: Tensor, rank: int) -> lanczos.LeadingPart:
-    U, S, Vh = linalg.svd(M)
-    error = float(linalg.tail_energy(S, rank))
-    eps = float(torch.finfo(M.dtype).eps)
-    low, high = _widened(error, linalg.rounding(float(torch.linalg.vector_norm(S)), (M.shape[0], M.shape[1]), eps))
-    return lanczos.LeadingPart(U[:, :rank] * S[:rank], Vh[:rank], error, low, high)
-
-
-def _widened(error: float, rounding: float) -> tuple[float, float]:
-    """The interval of squared errors whose roots are within `rounding` of the root of `error`."""
-    root = math.sqrt(error)
-    return max(root - rounding, 0.0) ** 2, (root + rounding) ** 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rasa_theory.common import InputError, at_least, fraction, one_of, real_number
-from rasa_theory.problem import RasaFactors
+from rasa_theory.problem import SPECTRA, RasaFactors
 from rasa_theory.solvers.search import EFFORTS
 from rasa_theory.solvers.starts import STARTS
 from rasa_theory.solvers.sweeps import SWEEPS
@@ -37,6 +37,8 @@ class SolverOptions:
       are the bound then. Factors rounded to half precision have an error higher by about u^2 times the squared norms of
       all terms, u = 2^-11 for float16 and 2^-9 for bfloat16. `math.inf` is for the infimum. "core" sweeps go on inside
       the bound, the others stop there.
+    - spectra: "exact", from SVDs of the layers, "leading", from leading directions by products with M, or "auto": as
+      `LayerStack.with_spectra` chooses.
 
     **Raises:**
 
@@ -50,6 +52,7 @@ class SolverOptions:
     rtol: float = 1e-6
     seed: int = 0
     max_cancellation: float = 8.0
+    spectra: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.start, RasaFactors) and self.start not in ("best", *STARTS):
@@ -57,6 +60,7 @@ class SolverOptions:
             raise InputError(f"unknown start {name}; known: {', '.join(('best', *STARTS))}, or RasaFactors", "start")
         one_of("effort", self.effort, EFFORTS)
         one_of("sweep", self.sweep, SWEEPS)
+        one_of("spectra", self.spectra, SPECTRA)
         object.__setattr__(self, "max_sweeps", at_least("max_sweeps", self.max_sweeps, 1))
         object.__setattr__(self, "seed", at_least("seed", self.seed, 0))
         object.__setattr__(self, "rtol", fraction("rtol", self.rtol))

@@ -82,6 +82,7 @@ def solve_rasa(
     """
     options = options or SolverOptions()
     budget.check_fits(stack)
+    stack = stack.with_spectra(options.spectra, budget)
     passes = stack.data_passes
     return _solution(stack, *_race(stack, budget, options, callback, None), options, passes)
 
@@ -126,6 +127,7 @@ def iterate_path(
     """Yield (k, solution) as `solve_path` finishes them."""
     options = options or SolverOptions()
     budgets = [RankBudget(rank, k) for k in sorted(set(ks))]
+    stack = stack.with_spectra(options.spectra, RankBudget(rank, 0))
     best: RasaFactors | None = None
     for budget in budgets:
         budget.check_fits(stack)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.distributed import LayerSharding
-from rasa_theory.linalg import Algebra, Checked, batched
+from rasa_theory.linalg import Algebra, Checked, batched, lanczos
 from rasa_theory.problem import LayerStack, RasaFactors, scale_into_mixing
 from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise
 
 _CHECKED = Checked()
+_PRIVATE_GOAL = 1e-10  # of ||E||^2: what a private SVD from products may leave more than the best one
+_PRIVATE_FAILURE = 1e-10  # the probability that it leaves more
 
 
 def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False) -> RasaFactors:
@@ -36,8 +38,17 @@ def update_private(stack: LayerStack, factors: RasaFactors, exact: bool = False)
     B_S, A_S, D = factors.shared_B, factors.shared_A, factors.mixing
     Bt, At = torch.empty_like(factors.private_B), torch.empty_like(factors.private_A)
     for i, _, M in stack.tiles(rows=b):
-        Bt[i], At[i] = linalg.best_low_rank(M - (B_S * D[i]) @ A_S, q, exact=exact)
+        E = M - (B_S * D[i]) @ A_S
+        part = _by_products(E, q) if stack.spectra.is_leading and not exact else None
+        Bt[i], At[i] = linalg.best_low_rank(E, q, exact=exact) if part is None else part
     return dataclasses.replace(factors, private_B=Bt, private_A=At)
+
+
+def _by_products(E: Tensor, q: int) -> tuple[Tensor, Tensor] | None:
+    """The best rank-q approximation of E from products, to rounding; None where only a decomposition can tell."""
+    size = 2.0 ** math.frexp(float(E.abs().max()))[1]
+    part = lanczos.leading_part(E / size, q, _PRIVATE_GOAL, _PRIVATE_FAILURE, torch.Generator().manual_seed(0))
+    return None if part is None else ((part.B * size).to(E), part.A.to(E))
 
 
 def with_private_terms(stack: LayerStack, factors: RasaFactors) -> RasaFactors:

@@ -32,6 +32,11 @@ _PATH_SWEEPS = 2
 _RANDOM_SWEEPS = {"joint": 8, "paper": 30}
 
 
+def _probable_floor(stack: LayerStack, budget: RankBudget) -> Bound:
+    """The closed floor from products alone, also where layers are small."""
+    return lower_bound(stack, budget, spectra="leading")
+
+
 @dataclass(frozen=True)
 class Subject:
     """The functions under test: those of the package, or others in their place, so that a test can break a law."""
@@ -43,6 +48,7 @@ class Subject:
     allocation_bound: Callable[[LayerStack, RankBudget], Bound] = allocation_bound
     closed_floors: Callable[[LayerStack, RankBudget], list[Bound]] = closed_floors
     lower_bound: Callable[[LayerStack, RankBudget, str], Bound] = lower_bound
+    probable_floor: Callable[[LayerStack, RankBudget], Bound] = _probable_floor
     embed: Callable[[LoraFactors, RankBudget, str], RasaFactors] = RasaFactors.from_lora
     resolve_mixing: Callable[[LayerStack, RasaFactors], tuple[RasaFactors, float]] = resolve_mixing
 
@@ -118,6 +124,11 @@ class Evidence:
     def certificate(self) -> Bound:
         """The certified floor of the kind in the settings."""
         return self.subject.lower_bound(self.stack, self.budget, self.settings.certificate)
+
+    @functools.cached_property
+    def probable(self) -> Bound:
+        """The closed floor from products alone."""
+        return self.subject.probable_floor(self.stack, self.budget)
 
     @functools.cached_property
     def answer(self) -> RasaSolution:

@@ -77,6 +77,10 @@ def _certificate(e: Evidence) -> Margin:
     return excess(e.certificate.value, e.lowest, e.stack.rounding)
 
 
+def _probable_floor(e: Evidence) -> Margin:
+    return excess(e.probable.value, e.lowest, e.stack.rounding)
+
+
 def _certificate_is_the_best(e: Evidence) -> Margin:
     return excess(max(e.closed.floors.values()), e.certificate.value, e.stack.rounding)
 
@@ -271,6 +275,7 @@ LAWS = {
     "clipped_floor": Law("the clipped floor is not above it", _floor("clipped")),
     "split_floor": Law("the split floor is not above it", _floor("split")),
     "certificate": Law("the floor of --certificate is not above it", _certificate),
+    "probable_floor": Law("the closed floor from products alone is not above it", _probable_floor),
     "certificate_is_the_best": Law("no closed floor is above the floor of --certificate", _certificate_is_the_best),
     "allocation_nested": Law("e_alloc(k+1) <= e_alloc(k)", _allocation_nested),
     "path_nested": Law("e_rasa(k+1) <= e_rasa(k) along a path", _path_nested),

@@ -73,7 +73,7 @@ def no_svd(monkeypatch):
     def refuse(*_):
         raise AssertionError("the SVD was taken")
 
-    monkeypatch.setattr(lora, "_leading_part_by_svd", refuse)
+    monkeypatch.setattr(lanczos, "leading_part_by_svd", refuse)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -177,8 +177,8 @@ def test_a_direction_that_the_search_cannot_see_is_seen_by_the_probes(monkeypatc
         block[-1] = 0
         return block
 
-    by_svd = lora._leading_part_by_svd
-    monkeypatch.setattr(lora, "_leading_part_by_svd", lambda *args: svds.append(args) or by_svd(*args))
+    by_svd = lanczos.leading_part_by_svd
+    monkeypatch.setattr(lanczos, "leading_part_by_svd", lambda *args: svds.append(args) or by_svd(*args))
     monkeypatch.setattr(lanczos, "random_block", blind)
     solution = solve_lora(LayerStack(M), 4, method="fast")
     assert holds(solution, M, 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rasa_theory import LayerStack, RankBudget, RasaSolution, SolverOptions, solve_rasa
+from rasa_theory import Bound, LayerStack, RankBudget, RasaSolution, SolverOptions, lower_bound, solve_rasa
 from rasa_theory.verification import (
     FAMILIES,
     LAWS,
@@ -54,6 +54,7 @@ BROKEN: list[tuple[str, str, Subject]] = [
     ("split_floor", "shared-bases", floor("split")),
     ("certificate", "equal", certificate(1.01)),
     ("certificate_is_the_best", "equal", certificate(0.99)),
+    ("probable_floor", "equal", Subject(probable_floor=lambda *given: Bound(1.01 * lower_bound(*given).value, "x"))),
     ("allocation_nested", "gaussian", allocation(lambda stack, budget: 1.0 + (budget.shared_rank > 0))),
     ("path_nested", "gaussian", path(lambda found: dict(zip(found, reversed(found.values()), strict=True)))),
     ("path_begins_at_lora", "gaussian", path(lambda found: found | {0: found[max(found)]})),

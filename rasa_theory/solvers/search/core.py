@@ -12,6 +12,7 @@ from rasa_theory.linalg import batched, orthogonal
 from rasa_theory.problem import LayerStack, RasaFactors
 
 _SMALL = 96  # a side of at most this many dimensions is searched whole
+_BLOCKS = 4  # of Krylov spaces for approximate leading directions
 _BESIDE = 16  # the least number of directions beside those of the factors; else half as many as these have
 
 
@@ -61,8 +62,26 @@ def _basis(unit: LayerStack, factors: RasaFactors) -> Tensor:
         return torch.eye(b, dtype=torch.float64, device=unit.device)
     columns = torch.cat([batched.beside(sharding.all_gather(exact.private_B)), exact.shared_B], 1)
     Q = orthogonal.orthonormal_columns(columns[:, columns.any(0)][:, : b - _BESIDE])
+    more = min(max(_BESIDE, Q.shape[1] // 2), b - Q.shape[1])
+    if unit.spectra.is_leading:
+        return torch.cat([Q, orthogonal.orthonormal_beside(Q, _leading_of_rest(unit, factors, Q, more))], 1)
     rest = (orthogonal.outside(Q, tile.values.double() - exact.update(tile.layer)) for tile in unit.tiles(rows=b))
     gram = sharding.sum_in_order(Q.new_zeros(b, b), (E_i @ E_i.mT for E_i in rest))
-    more = min(max(_BESIDE, Q.shape[1] // 2), b - Q.shape[1])
     shared = linalg.symmetric_eigenpairs(gram)[1][:, -more:].flip(1)
     return torch.cat([Q, orthogonal.orthonormal_beside(Q, shared)], 1)
+
+
+def _leading_of_rest(unit: LayerStack, factors: RasaFactors, Q: Tensor, count: int) -> Tensor:
+    """About the leading eigenvectors of sum_i E_i E_i^T outside Q, from products: (b, count) in float64."""
+    held = factors.to(unit.dtype).as_lora()
+
+    def apply(X: Tensor) -> Tensor:
+        W = Q.to(X)
+        X = orthogonal.outside(W, X)
+        Y = unit.left(X) - held.A.mT @ (held.B.mT @ X)
+        products = unit.right(Y) - held.B @ (held.A @ Y)
+        return orthogonal.outside(W, unit.sharding.sum_in_order(torch.zeros_like(X), iter(products)))
+
+    S = linalg.Operator(apply, unit.shape[0], unit.norm_squared, 0.0, unit.dtype, unit.device)
+    generator = torch.Generator().manual_seed(0)
+    return linalg.leading_guess(S, count, 0.0, generator, _BLOCKS)[:, :count].double()

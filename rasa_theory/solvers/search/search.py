@@ -116,7 +116,7 @@ class PoolSearch:
         self._unit, self._budget, self._seed, self._watch = unit, budget, seed, watch
         self.core = SearchCore.at(unit, factors)
         self._limits = max_cancellation * unit.sharding.all_gather(layer_sizes(unit)).to(self.core.K.device)
-        self._near = _NEAR * float((unit.spectra.singular_values()[:, budget.rank :] ** 2).sum())
+        self._near = _NEAR * unit.spectra.tail_energy(budget.rank)
         entries = [start.entries for start in starts_of_search()]
         self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
         self._energy = float((self.core.K**2).sum())

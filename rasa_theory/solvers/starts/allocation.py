@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rasa_theory.bounds import allocate_pool
+from rasa_theory.bounds import allocate_pool, terms_within_reach
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.starts.start import Start
 
@@ -14,10 +14,10 @@ def allocation_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
 
     Every pool term serves the one layer that it comes from. `seed` is not used.
     """
-    U, S, Vh = stack.spectra.svd()
+    U, S, Vh = terms_within_reach(stack, budget)
     (b, a), sharding = stack.shape, stack.sharding
     q, R = budget.private_rank, budget.pool_rank(stack.layers)
-    layer, index = allocate_pool(stack.spectra.singular_values(), budget)
+    layer, index = allocate_pool(stack.sharding.all_gather(S), budget)
     is_local = (layer >= sharding.first) & (layer < sharding.first + sharding.local_layers)
     terms = torch.nonzero(is_local)[:, 0]
     layer, index = layer[terms] - sharding.first, index[terms]

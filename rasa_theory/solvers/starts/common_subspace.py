@@ -89,12 +89,11 @@ def _above_noise(unit: LayerStack, rank: int) -> tuple[SVD, Tensor]:
 
     Weights (L, rank): 1 - (sigma_{i,rank+1} / sigma_ij)^2, and 0 for terms at rounding level.
     """
-    U, S, Vh = unit.spectra.svd()
-    following = S[:, rank : rank + 1] if rank < S.shape[1] else torch.zeros_like(S[:, :1])
+    U, S, Vh = unit.spectra.leading(rank)
+    following = unit.spectra.following(rank)[:, None]
     floor = torch.maximum(following, linalg.rounding(1.0, unit.shape, unit.eps) * S[:, :1])
-    leading = S[:, :rank]
-    weights = torch.where(leading > floor, 1 - (following / torch.where(leading > 0, leading, 1)) ** 2, 0)
-    return SVD(U[:, :, :rank], leading, Vh[:, :rank]), weights
+    weights = torch.where(floor < S, 1 - (following / torch.where(S > 0, S, 1)) ** 2, 0)
+    return SVD(U, S, Vh), weights
 
 
 def _split(U: Tensor, S: Tensor, weights: Tensor, q: int, R: int, sharding: LayerSharding) -> tuple[Tensor, Tensor]:

@@ -34,12 +34,11 @@ def few_layers_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Ra
 
 def _pursuit(stack: LayerStack, budget: RankBudget, layers: torch.Tensor, generator: torch.Generator) -> RasaFactors:
     """R large terms of the layers at `layers`, one after the other, with the weights of all layers."""
-    U, S, Vh = (stack.sharding.all_gather(part) for part in stack.spectra.svd())
     L, (b, a), q, R = stack.layers, stack.shape, budget.private_rank, budget.pool_rank(stack.layers)
     first = q if bool(torch.rand(1, generator=generator) < 0.5) else 0
-    E = (U[:, :, first:] * S[:, None, first:]) @ Vh[:, first:]
-    B_S, A_S, D = S.new_zeros(b, R), S.new_zeros(R, a), S.new_zeros(L, R)
-    layers = layers.to(S.device)
+    E = stack.sharding.all_gather(_beyond(stack, first))
+    B_S, A_S, D = E.new_zeros(b, R), E.new_zeros(R, a), E.new_zeros(L, R)
+    layers = layers.to(E.device)
     with suitable_threads(E):
         for j in range(R):
             term = leading_terms(E[layers][None], generator)
@@ -48,6 +47,15 @@ def _pursuit(stack: LayerStack, budget: RankBudget, layers: torch.Tensor, genera
             E = E - D[:, j, None, None] * torch.outer(B_S[:, j], A_S[j])
     factors = RasaFactors.from_pool(RankOneTerms(B_S, A_S, D), q, stack.sharding)
     return factors.to(stack.dtype, stack.device)
+
+
+def _beyond(stack: LayerStack, rank: int) -> torch.Tensor:
+    """What the best approximations of rank `rank` leave of the layers held, (L, b, a) in float64."""
+    if stack.spectra.is_leading:
+        U, S, Vh = stack.spectra.leading(max(rank, 1))
+        return stack.values.double() - (U[:, :, :rank] * S[:, None, :rank]) @ Vh[:, :rank]
+    U, S, Vh = stack.spectra.svd()
+    return (U[:, :, rank:] * S[:, None, rank:]) @ Vh[:, rank:]
 
 
 GREEDY = Start("greedy", greedy_start, entries=5)

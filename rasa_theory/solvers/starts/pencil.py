@@ -57,6 +57,9 @@ def pencil_is_worth_racing(unit: LayerStack, budget: RankBudget) -> bool:
 
 def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, Tensor]:
     """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
+    if unit.spectra.is_leading:
+        U, V = (view.spectra.common(unit.layers * budget.rank) for view in (unit, unit.transpose()))
+        return U, V, unit.sharding.all_gather(U.mT @ unit.right(V.to(unit.dtype)).double())
     svd = unit.spectra.svd()
     U, V = leading_of_all(svd, unit.layers * budget.rank, unit.sharding)
     return U, V, unit.sharding.all_gather(projected(svd, U, V))

@@ -24,8 +24,7 @@ def subspace_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> Rasa
     (b, a), q, R = stack.shape, budget.private_rank, budget.pool_rank(stack.layers)
     all_gather = stack.sharding.all_gather
     m = min(q + R, b, a)
-    svd = stack.spectra.svd()
-    U, S, Vh = all_gather(svd.U[:, :, :m]), all_gather(svd.S[:, :m]), all_gather(svd.Vh[:, :m])
+    U, S, Vh = (all_gather(part) for part in stack.spectra.leading(m))
     power = float(torch.rand(1, generator=generator, dtype=torch.float64))
 
     def noise(*shape: int) -> Tensor:

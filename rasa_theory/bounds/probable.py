@@ -1,0 +1,269 @@
+"""Closed floors below e_rasa(k) from products with M alone: they hold but for a probability of 1e-10.
+
+The forms of `closed`, with leading directions in place of eigenvectors and a `Majorant` in place of eigenvalues. Each
+floor holds for any directions; only the bound on what they leave out rests on random vectors. So one floor is chosen
+by Ritz values, and certified alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.bounds.bound import Bound, BoundName
+from rasa_theory.linalg import Majorant, Operator, lanczos, orthogonal
+from rasa_theory.problem import SVD, LayerStack, RankBudget
+
+FAILURE = 1e-10
+"""The largest probability that a probable floor is above e_rasa(k)."""
+_SHARE = FAILURE / 10  # for each of the bounds that a floor takes; `problem.leading` has the same for its own
+_GOAL = 1e-5  # of e_lora: by how much each of them may exceed the exact value
+_LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
+_WITHIN = 4  # terms of a layer beyond r, at most, for which the rank floor is considered
+_DENSE = 1024  # a matrix with at most this many rows is decomposed
+_EPS = float(torch.finfo(torch.float64).eps)
+
+
+class Choice(NamedTuple):
+    """A floor: its name, budget and orientation, and for the split floor its level's index."""
+
+    name: BoundName
+    budget: RankBudget
+    transposed: bool
+    level: int = 0
+
+
+def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
+    """The highest of the floors of `closed_floors`, for k and for k = r, from products: squared, in units of `unit`.
+
+    The name says so. It is below e_rasa(k) but for a probability of `FAILURE`.
+    """
+    goal = _GOAL * max(unit.spectra.tail_energy(budget.rank), _LEAST_GOAL * unit.norm_squared)
+    choice = min(estimates(unit, budget), key=lambda estimate: estimate[1])[0]
+    certify: dict[BoundName, Callable[[LayerStack, Choice, float], float]] = {
+        BoundName.RANK: _rank,
+        BoundName.STACK: _stack,
+        BoundName.CLIPPED: _clipped,
+        BoundName.SPLIT: _split,
+    }
+    view = unit.transpose() if choice.transposed else unit
+    value = certify[choice.name](view, choice, goal)
+    return Bound(value, f"{choice.name}, probable", FAILURE) if value > 0 else Bound(0.0, BoundName.ZERO)
+
+
+# ---- the choice, from Ritz values alone
+
+
+def estimates(unit: LayerStack, budget: RankBudget) -> list[tuple[Choice, float]]:
+    """All floors, and about the energy that they say can be captured: what certificates will find, and more exactly."""
+    budgets = [budget] if budget.private_rank == 0 else [budget, RankBudget(budget.rank, budget.rank)]
+    found = [
+        estimate
+        for transposed, view in ((False, unit), (True, unit.transpose()))
+        for estimate in _estimates(view, transposed, budgets)
+    ]
+    rank = budget.private_rank + budget.pool_rank(unit.layers)
+    if rank <= min(budget.rank + _WITHIN, *unit.shape):
+        found.append((Choice(BoundName.RANK, budget, False), math.fsum(unit.spectra.most_captured(rank))))
+    return found
+
+
+def _estimates(view: LayerStack, transposed: bool, budgets: list[RankBudget]) -> Iterator[tuple[Choice, float]]:
+    """The floors of one orientation."""
+    L, a, Lr = view.layers, view.shape[1], view.layers * budgets[0].rank
+    indices = [index for index in (Lr, Lr + Lr // 2) if index < a]
+    values, W = view.spectra.common_pairs(min(indices[-1] + 1 if indices else Lr, a))
+    yield Choice(BoundName.STACK, budgets[0], not transposed), float(values[:Lr].clamp_min(0).sum())
+    own = view.spectra.leading(min(budgets[0].rank + _WITHIN, *view.shape))
+    grams, products = [], []
+    for V, tile in zip(own.Vh.mT, view.tiles(rows=view.shape[0]), strict=True):
+        Q = torch.cat([W, orthogonal.orthonormal_beside(W, V[:, : a - W.shape[1]])], 1)
+        MQ = linalg.product(tile.values, Q.to(view.dtype)).double()
+        grams.append(MQ.mT @ MQ)
+        products.append(MQ[:, : W.shape[1]])
+    for one in budgets:
+        q, R = one.private_rank, one.pool_rank(L)
+        if q > 0:
+            yield Choice(BoundName.CLIPPED, one, transposed), _clipped_estimate(view, own, one)
+        for w in indices:
+            if not float(values[w]) > 0:
+                continue
+            f = (values[w] / values[:w].clamp_min(values[w])).sqrt()
+            kept, sqrt_C = f.new_ones(grams[0].shape[0]) if grams else f, (1 - f * f).clamp_min(0).sqrt()
+            kept[:w] = f
+            rows = columns = 0.0
+            thin = []
+            for G, MW in zip(grams, products, strict=True):
+                rows += float(linalg.ky_fan(kept[:, None] * G * kept, q))
+                captured, Z = _clipped_thin(MW[:, :w] * sqrt_C, q)
+                columns += captured
+                thin.append(Z)
+            rows, columns = _summed(view, rows), _summed(view, columns)
+            columns += _ky_fan_of_square(_gathered(thin, view, w), R, view, None)
+            yield Choice(BoundName.SPLIT, one, transposed, w), rows + R * float(values[w]) + columns
+
+
+def _clipped_estimate(view: LayerStack, own: SVD, budget: RankBudget) -> float:
+    q, R = budget.private_rank, budget.pool_rank(view.layers)
+    energy = own.S**2
+    following = energy[:, q] if energy.shape[1] > q else torch.zeros_like(energy[:, 0])
+    U, y = own.U[:, :, :q], energy[:, :q] - following[:, None]
+    captured = _summed(view, float(energy[:, :q].sum()))
+    if R == 0:
+        return captured
+    S = _pooled_operator(view, list(zip(U, y, strict=True)))
+    V = linalg.leading_guess(S, R, _GOAL * view.norm_squared, torch.Generator().manual_seed(2)).double()
+    values = linalg.symmetric_eigenvalues(V.mT @ S.apply(V))
+    return captured + float(linalg.largest_nonnegative(values, R))
+
+
+# ---- certificates; sums over columns are those over rows of the transposed view
+
+
+def _rank(view: LayerStack, choice: Choice, goal: float) -> float:
+    """`rank_floor`: ||M||^2 - sum_i KF_{q+R}(M_i^T M_i)."""
+    rank = choice.budget.private_rank + choice.budget.pool_rank(view.layers)
+    return view.norm_squared - math.fsum(view.spectra.most_captured(min(rank, *view.shape)))
+
+
+def _stack(view: LayerStack, choice: Choice, goal: float) -> float:
+    """`stack_floor`: ||M||^2 - KF_{Lr}(sum_i M_i M_i^T)."""
+    m = min(view.layers * choice.budget.rank, view.shape[0])
+    return view.norm_squared - view.transpose().spectra.common_majorant(m, goal).ky_fan(m)
+
+
+def _clipped(view: LayerStack, choice: Choice, goal: float) -> float:
+    """`clipped_floor` with Y_i = V_i diag(theta_ij - theta_{i,q+1})_+ V_i^T, V_i leading Ritz vectors of M_i M_i^T.
+
+    The proof there holds for any Y_i >= 0, with KF_q(Gamma_i - Y_i) for what remains of layer i.
+    """
+    q, R, rows = choice.budget.private_rank, choice.budget.pool_rank(view.layers), view.transpose()
+    captured, parts = 0.0, []
+    for majorant in rows.spectra.layer_majorants(min(q + 1, *view.shape)):
+        following = majorant.theta[q] if q < len(majorant.theta) else majorant.theta.new_zeros(())
+        y = (majorant.theta - following).clamp_min(0)
+        captured += float(y.sum()) + majorant.ky_fan(q, less=torch.diag(y))
+        parts.append((majorant.V, y))
+    S = _pooled_operator(view, parts)
+    pooled = linalg.majorant(S, R, goal, _SHARE, torch.Generator().manual_seed(2)).ky_fan(R) if R > 0 else 0.0
+    return view.norm_squared - _summed(view, captured) - pooled
+
+
+def _pooled_operator(view: LayerStack, parts: list[tuple[Tensor, Tensor]]) -> Operator:
+    """sum_i (M_i M_i^T - V_i diag(y_i) V_i^T), V_i (b, n) and y_i (n,) for the layers held."""
+    summed = view.transpose().spectra.common_operator()
+
+    def apply(X: Tensor) -> Tensor:
+        private = torch.zeros_like(X)
+        for V, y in parts:
+            W = V.to(X.dtype)
+            private += W @ (y.to(X.dtype)[:, None] * (W.mT @ X))
+        return summed.apply(X) - view.sharding.all_reduce(private)
+
+    return summed._replace(apply=apply, error=4 * summed.error)
+
+
+def _summed(view: LayerStack, value: float) -> float:
+    """The sum of a number over all processes."""
+    return float(view.sharding.all_reduce(torch.tensor([value], dtype=torch.float64, device=view.device)))
+
+
+def _split(view: LayerStack, choice: Choice, goal: float) -> float:
+    """`split_floor` with T = I - W diag(1 - f) W^T, f_j^2 = t / lambda_j, W and lambda the leading Ritz pairs.
+
+    S = sum_i M_i^T M_i. On the row side, A_i = M_i T, the clipping is left out:
+        sum_i tr (Q + Q_i) A_i^T A_i <= KF_R(T S T) + sum_i KF_q(A_i^T A_i),
+    which costs nothing, since T S T has L r eigenvalues or more at its level. On the column side M_i (I - T^2) M_i^T =
+    B_i B_i^T with B_i = M_i W diag(1 - f^2)^{1/2}, thin.
+
+    Rounding: A_i and B_i are off by E_i and F_i, ||E||, ||F|| <= e. Each side is a sum of ||Z_i B_i||^2 with projectors
+    Z_i, so that its root moves by at most e.
+    """
+    L, (b, a), budget = view.layers, view.shape, choice.budget
+    q, R = budget.private_rank, budget.pool_rank(L)
+    w = choice.level
+
+    def weights(found: Majorant) -> Tensor:
+        f = torch.ones_like(found.theta)
+        f[:w] = (found.theta[w].clamp_min(0) / found.theta[:w]).sqrt()
+        return f
+
+    def excess(found: Majorant) -> float:
+        return found.ky_fan(R, weights(found)) - R * float(found.theta[w])
+
+    majorant = view.spectra.common_majorant(w + 1, goal, excess)
+    f = weights(majorant)
+    W, f_W = majorant.V[:, :w], f[:w]
+    rows, columns, thin = majorant.ky_fan(R, f), 0.0, []
+    own_rows = 0.0
+    for n, tile in enumerate(view.tiles(rows=b)):
+        M = tile.values.double()
+        MW = linalg.product(M, W)
+        if q > 0:
+            own_rows += _most_captured(M - (MW * (1 - f_W)) @ W.mT, q, goal / L, view, n)
+        own, Z = _clipped_thin(MW * (1 - f_W**2).clamp_min(0).sqrt(), q)
+        columns += own
+        thin.append(Z)
+    own_rows, columns = _summed(view, own_rows), _summed(view, columns)
+    columns += _ky_fan_of_square(_gathered(thin, view, w), R, view, goal)
+    rows += own_rows
+    e = 20 * math.sqrt(w) * (a + b) * _EPS * math.sqrt(view.norm_squared)
+    gram = 10 * math.sqrt(R + 1) * (L * w + b) * _EPS * view.norm_squared
+    return view.norm_squared - (math.sqrt(rows) + e) ** 2 - (math.sqrt(columns) + e) ** 2 - gram
+
+
+def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int) -> float:
+    """An upper bound on KF_q(A^T A), about `goal` above it."""
+    generator = torch.Generator().manual_seed(1000 + view.sharding.first + n)
+    size = 2.0 ** math.frexp(float(A.abs().max()))[1]
+    energy = float((A * A).sum())
+    if energy == 0:
+        return 0.0
+    part = lanczos.leading_part(A / size, q, goal / energy, _SHARE / view.layers, generator)
+    if part is None:
+        S = linalg.singular_values(A)
+        return float((S[:q] ** 2).sum()) * (1 + 100 * max(A.shape) * _EPS)
+    return energy - part.low * size**2
+
+
+def _clipped_thin(B: Tensor, q: int) -> tuple[float, Tensor]:
+    """KF_q(B B^T), B (b, w), and Z (b, w) with Z Z^T = clip(B B^T)."""
+    if q == 0:
+        return 0.0, B
+    values, X = linalg.symmetric_eigenpairs(B.mT @ B)
+    values = values.clamp_min(0)
+    following = values[-1 - q] if q < len(values) else values.new_zeros(())
+    ratio = torch.where(values > following, following / torch.where(values > 0, values, 1), 1)
+    return float(values[-q:].sum()), B @ (X * ratio.sqrt())
+
+
+def _gathered(thin: list[Tensor], view: LayerStack, w: int) -> Tensor:
+    """[Z_1 .. Z_L] (b, L w) of all layers, from those held."""
+    local = torch.stack(thin) if thin else torch.empty(0, view.shape[0], w, dtype=torch.float64, device=view.device)
+    return linalg.batched.beside(view.sharding.all_gather(local))
+
+
+def _ky_fan_of_square(Z: Tensor, m: int, view: LayerStack, goal: float | None) -> float:
+    """An upper bound on KF_m(Z Z^T), Z (b, n), about `goal` above it; without a goal an estimate from below."""
+    if m == 0:
+        return 0.0
+    b, n = Z.shape
+    if min(b, n) <= _DENSE:
+        return float(linalg.ky_fan(Z.mT @ Z if n <= b else Z @ Z.mT, m))
+    single, energy = Z.to(view.dtype), float((Z * Z).sum())
+
+    def apply(X: Tensor) -> Tensor:
+        Y = Z if X.dtype == torch.float64 else single
+        return Y @ (Y.mT @ X)
+
+    S, generator = Operator(apply, b, energy, 1.1 * (b + n) * _EPS * energy, view.dtype, Z.device), torch.Generator()
+    generator.manual_seed(3)
+    if goal is None:
+        V = linalg.leading_guess(S, m, _GOAL * energy, generator).double()
+        return float(linalg.largest_nonnegative(linalg.symmetric_eigenvalues(V.mT @ apply(V)), m))
+    return linalg.majorant(S, m, goal, _SHARE, generator).ky_fan(m)
