@@ -1,7 +1,7 @@
 """Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
 from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms, terms_within_reach
-from rasa_theory.bounds.bound import Bound, BoundName
+from rasa_theory.bounds.bound import PROBABLE, Bound, BoundName
 from rasa_theory.bounds.closed import (
     allocation_bound,
     cappings,
@@ -23,6 +23,7 @@ from rasa_theory.bounds.two_sided import Division, ProjectedProblem, search_two_
 __all__ = [
     "CERTIFICATES",
     "FAILURE",
+    "PROBABLE",
     "Bound",
     "BoundName",
     "Division",

@@ -27,6 +27,10 @@ class BoundName(StrEnum):
     """A floor: the split one with any division of the part that counts on both sides. See `two_sided_value`."""
 
 
+PROBABLE = "probable: the floor is from products with random vectors, and holds but for a probability of 1e-10."
+"""What a reader of a table with such a floor has to know."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """A bound on e_rasa(k).

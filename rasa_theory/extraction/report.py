@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from rasa_theory.bounds import PROBABLE
 from rasa_theory.common import aligned, csv_text
 
 _CSV = (
@@ -61,7 +62,8 @@ def extraction_table(report: dict[str, Any]) -> str:
     zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(zero)}.", _WIDTH) if zero else []
     note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
-    return "\n".join([*text, *note, _EXPLANATION, sizes, *unchanged, *_left_out(report)])
+    probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
+    return "\n".join([*text, *note, _EXPLANATION, *probable, sizes, *unchanged, *_left_out(report)])
 
 
 def _common_prefix(kinds: Sequence[str]) -> str:

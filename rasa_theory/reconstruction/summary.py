@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rasa_theory import linalg
+from rasa_theory.bounds import PROBABLE
 from rasa_theory.common import aligned, csv_text
 
 _COLUMNS = (
@@ -32,7 +33,9 @@ def table(results: dict[str, Any]) -> str:
             floor = f"{values[2]} {run['lower_bound_name']}"
             stop = run["stop_reason"].lower().replace("_", " ")
             rows.append((row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop))
-    return "\n".join([*aligned(rows), _EXPLANATION, *_search_lines(results)])
+    failures = [run.get("lower_bound_failure", 0.0) for row in results["stacks"] for run in row["runs"]]
+    probable = [PROBABLE] if any(failures) else []  # files of earlier versions do not say it
+    return "\n".join([*aligned(rows), _EXPLANATION, *probable, *_search_lines(results)])
 
 
 def _search_lines(results: dict[str, Any]) -> list[str]:

@@ -76,6 +76,23 @@ def test_bases_that_grow_do_so_by_what_all_layers_show(pool: Pool, start: str) -
     check_same(pool, (2,), decaying(3, 90, 80, 1), 2, 1, {"start": start, "max_sweeps": 2})
 
 
+def solved_by_products(processes: Processes, values: Any, rank: int, k: int) -> tuple[float, ...]:
+    stack, budget = dealt(processes, values), rt.RankBudget(rank, k)
+    found = rt.solve_rasa(stack, budget, rt.SolverOptions(start="allocation", max_sweeps=2, spectra="leading"))
+    leading = stack.with_spectra("leading", budget)
+    lora, allocation = rt.solve_lora(leading, rank).error, rt.allocation_bound(leading, budget).value
+    return lora, allocation, found.error, rt.lower_bound(stack, budget, spectra="leading").value
+
+
+def test_leading_directions_are_those_of_one_process(pool: Pool) -> None:
+    values = decaying(5, 110, 120, 1)
+    (one,) = pool.run(1, solved_by_products, values, 2, 1)
+    for world_size in (2, 4):
+        answers = pool.run(world_size, solved_by_products, values, 2, 1)
+        assert all(answer == answers[0] for answer in answers)
+        assert np.allclose(answers[0], one, rtol=1e-7, atol=0)
+
+
 def test_fewer_layers_than_processes(pool: Pool) -> None:
     """The last processes hold none."""
     check_same(pool, (4,), decaying(2, 24, 20, 1), 3, 1, {"start": "random", "max_sweeps": 2})

@@ -11,6 +11,7 @@ from rasa_theory import LayerStack
 from rasa_theory.commands.extract import main
 from rasa_theory.extraction import ExtractSettings, extract_settings, extract_stack, spectral_facts
 from rasa_theory.formats import ModuleNames
+from rasa_theory.sources import synthetic_stack
 from tests.helpers.models import base_model, report_of, run
 
 peft = pytest.importorskip("peft")
@@ -90,6 +91,28 @@ def test_large_layers_without_a_pool_go_without_full_spectra(llamas, tmp_path, m
         assert y["stable_rank"] == pytest.approx(x["stable_rank"], rel=1e-5)
         assert y["rank_50"] == x["rank_50"] <= 9
         assert (y["entropy_rank"], y["rank_90"], y["rank_99"]) == (None, None, None)
+
+
+def test_a_pool_from_leading_directions_is_as_good_and_its_floor_says_so(tmp_path, capsys):
+    """Beside it: the memory of an SVD is not asked for."""
+    values = synthetic_stack(3, (130, 120), "power:0.7", 0.3, 0).values.float()
+    save_file({f"h.{i}.q.weight": M.clone() for i, M in enumerate(values)}, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "1", "--quiet"]
+    rows, said = [], []
+    for spectra, memory in (("exact", 128), ("leading", 64)):
+        out = tmp_path / spectra
+        limited = ["--memory", str(memory * 130 * 120), "--spectra", spectra, "--out", str(out)]
+        assert main([*arguments, *limited]) == 0
+        rows += report_of(out)["stacks"]
+        said.append("holds but for a probability of 1e-10" in capsys.readouterr().out)
+    assert said == [False, True]
+    exact, leading = rows
+    for name in ("e_lora", "e_rasa", "e_stored", "norm_squared"):
+        assert leading[name] == pytest.approx(exact[name], rel=1e-4)
+    assert abs(exact["lower_bound"] - leading["lower_bound"]) <= 1e-4 * exact["e_lora"]
+    assert leading["lower_bound_name"] == f"{exact['lower_bound_name']}, probable"
+    assert (exact["lower_bound_failure"], leading["lower_bound_failure"]) == (0, 1e-10)
+    assert (exact["modules"][0]["entropy_rank"] is None, leading["modules"][0]["entropy_rank"] is None) == (False, True)
 
 
 def test_memory_for_svds_is_demanded_only_where_they_are_taken(tmp_path, monkeypatch, capsys):

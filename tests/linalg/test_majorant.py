@@ -166,6 +166,14 @@ def test_tau_bounds_what_any_basis_leaves_out(name):
         assert min(bounds) >= true * (1 - 1e-12)
 
 
+def test_tau_scales_with_the_matrix():
+    S, V = matrix(SPECTRA["power"]), torch.eye(N, 3, dtype=torch.float64)
+    omega = torch.randn(N, PROBES, generator=generator(4), dtype=torch.float64)
+    whole = list(norm_bounds(operator(S), V, omega, 0.2, 0.1, 1e-12))
+    small = list(norm_bounds(operator(S / 1024), V, omega, 0.2 / 1024, 0.1, 1e-12 / 1024))
+    assert [x * 1024 for x in small] == pytest.approx(whole, rel=1e-12)
+
+
 def test_what_rounding_may_hide_is_no_bound():
     """Errors as large as the probes: nothing can be concluded."""
     S = matrix(SPECTRA["power"])
