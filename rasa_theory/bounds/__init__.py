@@ -15,7 +15,7 @@ from rasa_theory.bounds.closed import (
 )
 from rasa_theory.bounds.dual import dual_value, rounding_allowance, search_dual
 from rasa_theory.bounds.floor import CERTIFICATES, check_certificate, lower_bound
-from rasa_theory.bounds.probable import FAILURE, estimates, probable_floor
+from rasa_theory.bounds.probable import FAILURE, common_count, estimates, probable_floor
 from rasa_theory.bounds.search import Evaluation, FloorOptions, Search, SearchProgress, SearchScale
 from rasa_theory.bounds.smoothing import capped_weights, smoothed_ky_fan
 from rasa_theory.bounds.two_sided import Division, ProjectedProblem, search_two_sided, two_sided_value
@@ -42,6 +42,7 @@ __all__ = [
     "check_certificate",
     "clipped_floor",
     "closed_floors",
+    "common_count",
     "common_space_floor",
     "dual_value",
     "estimates",

@@ -23,6 +23,7 @@ FAILURE = 1e-10
 """The largest probability that a probable floor is above e_rasa(k)."""
 _SHARE = FAILURE / 10  # for each of the bounds that a floor takes; `problem.leading` has the same for its own
 _GOAL = 1e-5  # of e_lora: by how much each of them may exceed the exact value
+_ESTIMATE = 5e-5  # of ||M||^2: what an estimate may miss
 _LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
 _WITHIN = 4  # terms of a layer beyond r, at most, for which the rank floor is considered
 _DENSE = 1024  # a matrix with at most this many rows is decomposed
@@ -73,11 +74,18 @@ def estimates(unit: LayerStack, budget: RankBudget) -> list[tuple[Choice, float]
     return found
 
 
+def common_count(view: LayerStack, budget: RankBudget) -> int:
+    """How many common directions the floors of this orientation take: one more than the largest level's index."""
+    Lr = view.layers * budget.rank
+    return min(Lr + Lr // 2 + 1, *view.shape)
+
+
 def _estimates(view: LayerStack, transposed: bool, budgets: list[RankBudget]) -> Iterator[tuple[Choice, float]]:
     """The floors of one orientation."""
     L, a, Lr = view.layers, view.shape[1], view.layers * budgets[0].rank
     indices = [index for index in (Lr, Lr + Lr // 2) if index < a]
-    values, W = view.spectra.common_pairs(min(indices[-1] + 1 if indices else Lr, a))
+    values, W = view.spectra.common_pairs(common_count(view, budgets[0]))
+    indices = [index for index in indices if index < len(values)]
     yield Choice(BoundName.STACK, budgets[0], not transposed), float(values[:Lr].clamp_min(0).sum())
     own = view.spectra.leading(min(budgets[0].rank + _WITHIN, *view.shape))
     grams, products = [], []
@@ -117,8 +125,8 @@ def _clipped_estimate(view: LayerStack, own: SVD, budget: RankBudget) -> float:
     if R == 0:
         return captured
     S = _pooled_operator(view, list(zip(U, y, strict=True)))
-    V = linalg.leading_guess(S, R, _GOAL * view.norm_squared, torch.Generator().manual_seed(2)).double()
-    values = linalg.symmetric_eigenvalues(V.mT @ S.apply(V))
+    V = linalg.leading_guess(S, R, _ESTIMATE * view.norm_squared, torch.Generator().manual_seed(2))
+    values = linalg.symmetric_eigenvalues((V.mT @ S.apply(V)).double())
     return captured + float(linalg.largest_nonnegative(values, R))
 
 
@@ -220,10 +228,10 @@ def _split(view: LayerStack, choice: Choice, goal: float) -> float:
 def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int) -> float:
     """An upper bound on KF_q(A^T A), about `goal` above it."""
     generator = torch.Generator().manual_seed(1000 + view.sharding.first + n)
-    size = 2.0 ** math.frexp(float(A.abs().max()))[1]
-    energy = float((A * A).sum())
+    energy = float(torch.linalg.vector_norm(A)) ** 2
     if energy == 0:
         return 0.0
+    size = 2.0 ** math.frexp(math.sqrt(energy / A.numel()))[1]
     part = lanczos.leading_part(A / size, q, goal / energy, _SHARE / view.layers, generator)
     if part is None:
         S = linalg.singular_values(A)
@@ -264,6 +272,6 @@ def _ky_fan_of_square(Z: Tensor, m: int, view: LayerStack, goal: float | None) -
     S, generator = Operator(apply, b, energy, 1.1 * (b + n) * _EPS * energy, view.dtype, Z.device), torch.Generator()
     generator.manual_seed(3)
     if goal is None:
-        V = linalg.leading_guess(S, m, _GOAL * energy, generator).double()
+        V = linalg.leading_guess(S, m, _ESTIMATE * energy, generator).double()
         return float(linalg.largest_nonnegative(linalg.symmetric_eigenvalues(V.mT @ apply(V)), m))
     return linalg.majorant(S, m, goal, _SHARE, generator).ky_fan(m)

@@ -154,7 +154,8 @@ def leading_part(
                     B, A = _refined(M, B)
                     error = float(((M - B @ A) ** 2).sum())
                 low = max(norm_squared - most - allowance, 0.0)
-                return LeadingPart(B, A, error, min(low, error), error + allowance, _majorant(basis, tau, M))
+                found = _majorant(basis, tau, norm_squared, max(b, a))
+                return LeadingPart(B, A, error, min(low, error), error + allowance, found)
     return None
 
 
@@ -173,11 +174,11 @@ def leading_part_by_svd(M: Tensor, rank: int) -> LeadingPart:
     return LeadingPart(U[:, :rank] * S[:rank], Vh[:rank], error, low, high, majorant)
 
 
-def _majorant(basis: RitzBasis, tau: float, M: Tensor) -> Majorant:
+def _majorant(basis: RitzBasis, tau: float, norm_squared: float, longest: int) -> Majorant:
     """The majorant that the certificate rests on, in the basis of the Ritz vectors."""
     columns = len(basis.theta)
-    rounding = math.sqrt(columns) * max(M.shape) * float(torch.finfo(M.dtype).eps) * float((M * M).sum())
-    eye = torch.eye(columns, dtype=M.dtype, device=M.device)
+    rounding = math.sqrt(columns) * longest * float(torch.finfo(basis.V.dtype).eps) * norm_squared
+    eye = torch.eye(columns, dtype=basis.V.dtype, device=basis.V.device)
     square = 1.1 * basis.S.mT @ basis.RtR @ basis.S + 11 * (5 * rounding) ** 2 * eye
     return Majorant(basis.V @ basis.S, basis.theta, square, tau, ALLOWANCE * rounding)
 

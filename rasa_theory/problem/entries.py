@@ -138,8 +138,8 @@ class StackEntries:
     def unit_norms_squared(self) -> Tensor:
         """||M_i / power||_F^2 of all L layers, in float64 on the CPU: (L,)."""
         norms = torch.zeros(self.sharding.local_layers, dtype=torch.float64)
-        for i, _, M in self.tiles(Purpose.CHECKS, 1 / self.power):
-            norms[i] += float((M.double() ** 2).sum())
+        for i, _, M in self.tiles(Purpose.CHECKS, 1.0, self.cached_rows(self.shape[1])):
+            norms[i] += float((M.double() / self.power).square_().sum())
         return self.sharding.all_gather(norms)
 
     def check_memory(self, decomposed: bool) -> None:

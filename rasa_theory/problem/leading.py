@@ -105,10 +105,10 @@ class CommonDirections:
         entries, result = self._entries, torch.zeros_like(X)
         tiles = entries.transposed_tiles if self._transposed else entries.tiles
         rows = entries.cached_rows(self.operator.n) if X.dtype != entries.dtype else None
-        for tile in tiles(Purpose.SPECTRA, 1 / entries.power, rows):
+        for tile in tiles(Purpose.SPECTRA, 1.0, rows):
             M = tile.values.to(X.dtype)
-            result += linalg.product(M.mT, linalg.product(M, X))
-        return entries.sharding.all_reduce(result)
+            result += linalg.product(M.mT, linalg.product(M, X).div_(entries.power))
+        return entries.sharding.all_reduce(result.div_(entries.power))
 
     def first(self, count: int) -> Tensor:
         """About the `count` leading eigenvectors, with more behind them: (n, columns >= count) in float64."""

@@ -121,7 +121,8 @@ class StackSpectra:
         """About the leading eigenpairs of sum_i M_i^T M_i, largest first: (w,), (a, w), w >= count if there are."""
         common = self._leading.common(self._transposed)
         V = common.first(count)
-        values = (V * common.operator.apply(V)).sum(0)
+        single = V.to(common.operator.dtype)
+        values = (V * common.operator.apply(single).double()).sum(0)
         order = values.argsort(descending=True)
         return values[order] * self._scale**2, V[:, order]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.bounds import allocation_bound
+from rasa_theory.bounds import allocation_bound, common_count
 from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors, leading_of_all, projected
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.starts.start import Start
@@ -57,11 +57,12 @@ def pencil_is_worth_racing(unit: LayerStack, budget: RankBudget) -> bool:
 
 def _compressed(unit: LayerStack, budget: RankBudget) -> tuple[Tensor, Tensor, Tensor]:
     """U (b, L r) and V (a, L r), leading in all layers together, and K_i = U^T M_i V, (L, L r, L r)."""
+    needed = unit.layers * budget.rank
     if unit.spectra.is_leading:
-        U, V = (view.spectra.common(unit.layers * budget.rank) for view in (unit, unit.transpose()))
+        U, V = (view.spectra.common(common_count(view, budget))[:, :needed] for view in (unit, unit.transpose()))
         return U, V, unit.sharding.all_gather(U.mT @ unit.right(V.to(unit.dtype)).double())
     svd = unit.spectra.svd()
-    U, V = leading_of_all(svd, unit.layers * budget.rank, unit.sharding)
+    U, V = leading_of_all(svd, needed, unit.sharding)
     return U, V, unit.sharding.all_gather(projected(svd, U, V))
 
 
