@@ -25,7 +25,8 @@ _SHARE = FAILURE / 10  # for each of the bounds that a floor takes; `problem.lea
 _GOAL = 1e-5  # of e_lora: by how much each of them may exceed the exact value
 _ESTIMATE = 5e-5  # of ||M||^2: what an estimate may miss
 _LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
-_WITHIN = 4  # terms of a layer beyond r, at most, for which the rank floor is considered
+_WITHIN = 4  # terms of a layer beyond r that estimates know
+_FEW = 8  # the rank floor is considered if it takes at most this share of the directions of a layer
 _DENSE = 1024  # a matrix with at most this many rows is decomposed
 _EPS = float(torch.finfo(torch.float64).eps)
 
@@ -68,8 +69,8 @@ def estimates(unit: LayerStack, budget: RankBudget) -> list[tuple[Choice, float]
         for transposed, view in ((False, unit), (True, unit.transpose()))
         for estimate in _estimates(view, transposed, budgets)
     ]
-    rank = budget.private_rank + budget.pool_rank(unit.layers)
-    if rank <= min(budget.rank + _WITHIN, *unit.shape):
+    rank = min(budget.private_rank + budget.pool_rank(unit.layers), *unit.shape)
+    if rank <= budget.rank + _WITHIN or _FEW * rank <= min(unit.shape) or min(unit.shape) <= _DENSE:
         found.append((Choice(BoundName.RANK, budget, False), math.fsum(unit.spectra.most_captured(rank))))
     return found
 
