@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 import rasa_theory as rt
 from experiments.support.rows import Row, append_rows, read_rows
@@ -81,7 +82,7 @@ def measure(layers: int, n: int, way: str) -> Row:
     }  # fmt: skip
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row]) -> Figure:
     """Seconds against n, for the number of layers that most rows have."""
     layers = statistics.mode(row["layers"] for row in rows)
     figure = style.new_figure(3.6)
@@ -99,7 +100,7 @@ def draw(rows: list[Row], file: Path) -> None:
     style.grid(ax)
     style.name(ax, "n", "seconds", f"What does an answer for {layers} layers of n x n cost?")
     style.legend(ax)
-    style.save(figure, file)
+    return figure
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
                 row = measure(options.layers, n, way)
                 append_rows(path, [row], COLUMNS)
                 print({name: row[name] for name in ("layers", "n", "way", "seconds", "over_lora", "error", "floor")})
-    draw(read_rows(path), options.out / "at_size.png")
+    style.save(plot(read_rows(path)), options.out / "at_size.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
 matrices (`SHAPES`). The base is zeros in sparse files. Every matrix of the tuned model has 32 terms with
 sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
-The command is `rasa_theory.extract --rank 16 --k 0 --compute float32 --memory 8GiB`. Appends a row to `--out`.
+The command is `rasa_theory.extract --rank 16 --k K --compute float32 --memory 8GiB`. With a pool, floors and errors
+over e_lora are printed as well. Appends a row to `--out`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
 }  # fmt: skip
-COLUMNS = ("layers", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine")
+COLUMNS = ("layers", "k", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine")
 
 
 def update(shape: tuple[int, int]) -> torch.Tensor:
@@ -82,20 +84,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="a new folder for the pair")
     parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
     folder = options.scratch
     size = write_pair(folder, options.layers) / 1e9
     command = [sys.executable, "-m", "rasa_theory.extract", "--base", f"{folder}/base", "--tuned", f"{folder}/tuned"]
-    command += ["--rank", "16", "--k", "0", "--compute", "float32", "--memory", "8GiB", "--out", f"{folder}/adapter"]
+    command += ["--rank", "16", "--compute", "float32", "--memory", "8GiB"]
     try:
-        seconds, peak = measured(command)
+        for k in options.k:
+            out = folder / f"adapter-{k}"
+            seconds, peak = measured([*command, "--k", str(k), "--out", str(out)])
+            values = (options.layers, k, size, seconds, seconds / size, peak, torch.get_num_threads())
+            row = dict(zip(COLUMNS, (*values, torch.__version__, platform.machine()), strict=True))
+            print(row, flush=True)
+            append_rows(options.out, [row], COLUMNS)
+            for stack in json.loads((out / "report.json").read_text())["stacks"]:
+                print(f"{stack['kind']}: {floor_and_error(stack)}", flush=True)
     finally:
         shutil.rmtree(folder)
-    values = (options.layers, size, seconds, seconds / size, peak, torch.get_num_threads(), torch.__version__)
-    row = dict(zip(COLUMNS, (*values, platform.machine()), strict=True))
-    print(row)
-    append_rows(options.out, [row], COLUMNS)
+
+
+def floor_and_error(stack: dict[str, Any]) -> str:
+    """The floor and the error of a stack of a report, over e_lora."""
+    floor, error = (stack[name] / stack["e_lora"] for name in ("lower_bound", "e_rasa"))
+    return f"{floor:.5f} ({stack['lower_bound_name']}) .. {error:.5f} of e_lora"
 
 
 if __name__ == "__main__":

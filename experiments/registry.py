@@ -136,6 +136,17 @@ EXPERIMENTS = {
             )
         },
     ),
+    "at_size": Experiment(
+        ("-m experiments.at_size --out {out}",),
+        ("at_size.csv",),
+        {
+            "at_size": Picture(
+                "at_size.csv",
+                from_rows("at_size"),
+                "seconds of an answer with its floor against the size of the layers, by products and by SVDs",
+            )
+        },
+    ),
     "best_found": Experiment(
         (
             "-m experiments.best_found reference --out {out}",

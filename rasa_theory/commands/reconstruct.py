@@ -179,7 +179,7 @@ def _check_stacks(job: StudyJob) -> None:
         RankBudget(job.settings.rank, 0).check_fits(source)
         if job.memory is not None:
             with naming_flags(flags.NAMES):
-                check_memory(source, job.memory)
+                check_memory(source, job.memory, job.settings.exact(source))
 
 
 def _report(results: dict[str, Any], interrupted: bool, out: Path | None, as_json: bool) -> None:

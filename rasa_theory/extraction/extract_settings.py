@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from rasa_theory.bounds import CERTIFICATES, RankTarget
 from rasa_theory.common import InputError, one_of
-from rasa_theory.problem import RankBudget, takes_leading
+from rasa_theory.problem import Layered, RankBudget, takes_leading
 from rasa_theory.solvers import SolverOptions
 
 FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 LARGEST_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
-
-
-class Layered(Protocol):
-    """A stack, or one that is not read yet."""
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ class ExtractSettings:
         """
         if self.k == 0:
             return min(stack.shape) <= LARGEST_EXACT
-        return not takes_leading(self.solver.spectra, stack.shape, stack.layers * (self.rank or 1))
+        return not takes_leading(self.solver.spectra, stack, self.rank or 1)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, for the comparison with an earlier run."""

@@ -8,7 +8,7 @@ from rasa_theory.problem.inputs import compute_device, compute_dtype
 from rasa_theory.problem.memory import check_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
 from rasa_theory.problem.residual import layer_errors, layer_residuals, reconstruction_error
-from rasa_theory.problem.spectra import SPECTRA, SVD, StackSpectra, takes_leading
+from rasa_theory.problem.spectra import SPECTRA, SVD, Layered, StackSpectra, takes_leading
 from rasa_theory.problem.spectrum import SpectralRanks, spectral_ranks
 from rasa_theory.problem.squared_error import squared_error, squared_errors
 from rasa_theory.problem.stack import LayerStack
@@ -33,6 +33,7 @@ __all__ = [
     "FileRows",
     "InMemory",
     "LayerStack",
+    "Layered",
     "LoraFactors",
     "OnDisk",
     "Part",

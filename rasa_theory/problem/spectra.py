@@ -26,10 +26,20 @@ _SMALL = 768  # layers with fewer rows or columns are decomposed, which is as fa
 _WIDE = 8  # leading directions pay if they are at most an eighth of all
 
 
-def takes_leading(spectra: str, shape: tuple[int, int], count: int) -> bool:
-    """True if `count` directions of layers of this shape come from products rather than from decompositions."""
+class Layered(Protocol):
+    """A stack, or one that is not read yet."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+def takes_leading(spectra: str, stack: Layered, rank: int) -> bool:
+    """True if work on the stack at rank r takes its directions from products rather than from decompositions."""
     if spectra == "auto":
-        return min(shape) >= _SMALL and _WIDE * count <= min(shape)
+        return min(stack.shape) >= _SMALL and _WIDE * stack.layers * rank <= min(stack.shape)
     return spectra == "leading"
 
 

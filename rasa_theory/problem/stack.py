@@ -93,7 +93,7 @@ class LayerStack:
         see `takes_leading`.
         """
         view = self._view(self._gain, self._transposed)
-        view._by_products = takes_leading(spectra, self.shape, self.layers * budget.rank)
+        view._by_products = takes_leading(spectra, self, budget.rank)
         return view
 
     def _view(self, gain: float, transposed: bool) -> LayerStack:

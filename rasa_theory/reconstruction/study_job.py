@@ -58,7 +58,9 @@ class StudyJob:
                 f"{size_line(source, self.dtype)}, r = {settings.rank}, k = {ks}, "
                 f"update rank up to {self._update_rank(source)}, {settings.seeds} random attempts each"
             )
-        most = max(self._local(source, world_size).memory(self.dtype) for source in catalogue.stacks)
+        most = max(
+            self._local(source, world_size).memory(self.dtype, settings.exact(source)) for source in catalogue.stacks
+        )
         lines.append(memory_line(most, world_size, f", its layers over {world_size} processes"))
         if self.memory is not None and most > self.memory:
             lines.append(f"At most {self.memory / 2**20:.4g} MiB of that are in memory, the rest on disk.")

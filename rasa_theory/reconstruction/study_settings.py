@@ -8,7 +8,7 @@ from typing import Any
 
 from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.common import InputError, at_least, one_of
-from rasa_theory.problem import RankBudget
+from rasa_theory.problem import Layered, RankBudget, takes_leading
 from rasa_theory.solvers import SolverOptions
 
 WEIGHTS = ("none", "layer")
@@ -35,6 +35,10 @@ class StudySettings:
         object.__setattr__(self, "seeds", at_least("seeds", self.seeds, 0))
         one_of("certificate", self.certificate, CERTIFICATES)
         one_of("weight", self.weight, WEIGHTS)
+
+    def exact(self, stack: Layered) -> bool:
+        """True if the layers of the stack take exact SVDs, see `LayerStack.with_spectra`."""
+        return not takes_leading(self.solver.spectra, stack, self.rank)
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain data for JSON; the solver's start must be the name of one."""

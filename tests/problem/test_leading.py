@@ -8,6 +8,7 @@ from rasa_theory import InputError, LayerStack, RankBudget, SolverOptions, alloc
 from rasa_theory.bounds import allocate_pool, terms_within_reach
 from rasa_theory.problem import takes_leading
 from rasa_theory.solvers import allocation_start
+from rasa_theory.sources import StackSource
 from tests.helpers.problems import noise, tail
 
 BUDGET = RankBudget(3, 1)
@@ -79,11 +80,14 @@ def test_the_pool_of_allocation_is_the_exact_one():
 
 
 def test_large_layers_of_small_ranks_take_leading_directions():
-    assert takes_leading("auto", (4096, 2048), 32)
-    assert not takes_leading("auto", (4096, 700), 32)
-    assert not takes_leading("auto", (1024, 1024), 256)
-    assert takes_leading("leading", (30, 20), 16)
-    assert not takes_leading("exact", (4096, 4096), 8)
+    def taken(spectra, layers, shape, rank):
+        return takes_leading(spectra, StackSource("q", layers, shape, None), rank)
+
+    assert taken("auto", 4, (4096, 2048), 8)
+    assert not taken("auto", 4, (4096, 700), 8)
+    assert not taken("auto", 32, (1024, 1024), 8)
+    assert taken("leading", 2, (30, 20), 8)
+    assert not taken("exact", 2, (4096, 4096), 4)
 
 
 def test_layers_of_any_size_and_of_zeros_have_their_own_scale():
