@@ -23,7 +23,7 @@ from rasa_theory.problem import LayerStack, RasaFactors, scale_into_mixing
 from rasa_theory.solvers.accuracy import layer_term_norms, residual_noise
 
 _CHECKED = Checked()
-_PRIVATE_GOAL = 1e-10  # of ||E||^2: what a private SVD from products may leave more than the best one
+_PRIVATE_GOAL = 1e-8  # of ||E||^2: what a private SVD from products may leave more than the best one
 _PRIVATE_FAILURE = 1e-10  # the probability that it leaves more
 
 
