@@ -97,7 +97,7 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
         if not sources:
             return 0.0
         b, a = max((s.shape for s in sources), key=min)
-        sample = min(b, side), min(a, side)
+        sample = (side, side) if side == _LEADING_SAMPLE else (min(b, side), min(a, side))
         return timed(job, sample) * sum(s.layers * cost(s.shape) for s in sources) / cost(sample)
 
     seconds = seconds_of(decomposed, _SAMPLE, _svd_cost)

@@ -11,6 +11,7 @@ from rasa_theory.commands.extract import main
 from rasa_theory.extraction import ExtractSettings, Job, duration, extract_settings
 from rasa_theory.extraction import job as job_module
 from rasa_theory.problem import storage
+from rasa_theory.solvers import SolverOptions
 from rasa_theory.sources import Catalogue, StackSource, synthetic_stack
 from tests.helpers.models import run
 
@@ -108,14 +109,15 @@ def test_a_stack_is_read_as_often_as_the_dry_run_says(tmp_path, monkeypatch, cap
 def test_how_long_a_lora_takes_is_extrapolated_to_all_layers():
     """Half a second for the layer that is timed, whatever it is: as many times that as there are such layers."""
 
-    def said(shape, rank, k, target=None):
+    def said(shape, rank, k, target=None, spectra="auto"):
         stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
-        settings = ExtractSettings(rank, k, target=target)
+        settings = ExtractSettings(rank, k, target=target, solver=SolverOptions(spectra=spectra))
         job = Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu")
         return duration(job, sample_seconds=lambda job, shape: 0.5)
 
     assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
     assert said((512, 512), None, 0, RankTarget(0.9)).startswith("LoRA takes up to about 8 s here")  # and the spectra
-    assert said((1024, 1024), 4, 1).startswith("LoRA takes up to about 32 s here")
+    assert said((1024, 1024), 4, 1, spectra="exact").startswith("LoRA takes up to about 32 s here")
+    assert said((1280, 1280), 4, 1).startswith("LoRA takes about 4 s here, and up to 62 s where singular values")
     assert said((2560, 1280), 4, 0).startswith("LoRA takes about 8 s here, and up to 125 s where singular values")
     assert said((2560, 1280), 400, 0).startswith("LoRA takes up to about 125 s here, reading")
