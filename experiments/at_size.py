@@ -87,19 +87,22 @@ def plot(rows: list[Row]) -> Figure:
     layers = statistics.mode(row["layers"] for row in rows)
     figure = style.new_figure(3.6)
     ((ax,),) = style.panels(figure)
+    ends = []
     for way, (colour, marker) in LOOK.items():
         chosen = sorted((row["n"], row["seconds"]) for row in rows if (row["layers"], row["way"]) == (layers, way))
         if chosen:
-            ax.plot(*zip(*chosen, strict=True), color=colour, marker=marker, label=f"answer with floor, {way}")
+            ax.plot(*zip(*chosen, strict=True), color=colour, marker=marker)
+            ends.append((*chosen[-1], f"answer with\nfloor, {way}", colour))
     last = {row["n"]: row for row in rows if row["layers"] == layers}
     for key, label, dash in (("lora_seconds", "certified LoRA", "--"), ("product_seconds", "one product", ":")):
-        ax.plot(sorted(last), [last[n][key] for n in sorted(last)], color=style.INK, linestyle=dash, label=label)
+        ax.plot(sorted(last), [last[n][key] for n in sorted(last)], color=style.INK, linestyle=dash)
+        ends.append((max(last), last[max(last)][key], label, style.INK))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(sorted(last), [str(n) for n in sorted(last)])
     style.grid(ax)
     style.name(ax, "n", "seconds", f"What does an answer for {layers} layers of n x n cost?")
-    style.legend(ax)
+    style.label_ends(ax, ends, line=0.13)
     return figure
 
 
