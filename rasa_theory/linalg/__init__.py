@@ -21,8 +21,9 @@ from rasa_theory.linalg.dense import (
     tf32,
     widened,
 )
+from rasa_theory.linalg.krylov import Operator
 from rasa_theory.linalg.lanczos import worth_it
-from rasa_theory.linalg.majorant import Majorant, Operator, leading_guess, majorant
+from rasa_theory.linalg.majorant import Majorant, leading_guess, majorant
 from rasa_theory.linalg.orthogonal import thin_qr
 from rasa_theory.linalg.recording import Algebra, Checked, Recorded, Unchecked
 from rasa_theory.linalg.solve import (

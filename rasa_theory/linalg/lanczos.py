@@ -46,6 +46,7 @@ from torch import Tensor
 
 from rasa_theory.linalg import dense, orthogonal
 from rasa_theory.linalg.chebyshev import largest_argument
+from rasa_theory.linalg.krylov import BlockLanczos, Operator
 from rasa_theory.linalg.majorant import Majorant
 
 ALLOWANCE = 20.0  # for rounding in the captured energy, see "Rounding" above
@@ -60,9 +61,6 @@ _BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the r-th
 _LEAST_BETA = 1e-3  # of the goal per rank: beta stays positive where the last Ritz value is 0
 _USEFUL_TAU = 0.1  # of the goal per rank: a tau below it is tried even if it is not below theta_r
 _MEASURE_BELOW = 1e-7  # relative error below which it is measured: single precision, and norm^2 - captured, end here
-_CHECK_SHARE = 6  # a check follows a sixth of the steps so far, since its cost grows with the basis
-_LARGEST_SHARE = 2  # the basis has at most min(b, a) / 2 columns: the search is for small parts of the space
-_DEPENDENT = 1e-4  # relative size of a column, in single precision, that is mostly rounding after two projections
 
 
 class LeadingPart(NamedTuple):
@@ -130,12 +128,11 @@ def leading_part(
     if 4 * allowance > goal * norm_squared:
         return None
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
-    search = KrylovSearch(single, width, generator)
+    search = BlockLanczos(_gram(single, norm_squared), width, generator)
     for _ in range(ATTEMPTS):
-        V = search.run(rank, columns, _SEARCH_SHARE * goal * norm_squared)
-        if V is None:
+        if not search.run(rank, columns, _SEARCH_SHARE * goal * norm_squared):
             return None
-        basis = ritz(M, V.double())
+        basis = ritz(M, search.vectors(columns).double())
         if not basis.deviation <= math.sqrt(columns) * precision:
             return None
         captured = float(basis.theta[:rank].sum())
@@ -225,6 +222,15 @@ def norm_bounds(M: Tensor, V: Tensor, omega: Tensor, beta: float, quantile: floa
         sizes += size
 
 
+def _gram(M: Tensor, norm_squared: float) -> Operator:
+    """M^T M, applied."""
+
+    def apply(X: Tensor) -> Tensor:
+        return dense.product(M.mT, dense.product(M, X))
+
+    return Operator(apply, M.shape[1], norm_squared, 0.0, M.dtype, M.device, min(M.shape))
+
+
 def ritz(M: Tensor, V: Tensor) -> RitzBasis:
     """Make V (a, m) orthonormal and compute the matrices of the certificate: one product with M, one with M^T."""
     V = orthogonal.thin_qr(V)[0]
@@ -236,62 +242,3 @@ def ritz(M: Tensor, V: Tensor) -> RitzBasis:
     eye = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
     deviation = float(torch.linalg.matrix_norm(V.mT @ V - eye))
     return RitzBasis(V, MV, Theta, R.mT @ R, theta.flip(0), S.flip(1), deviation)
-
-
-def random_block(M: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """The first block (a, width) of the search. No certificate rests on it."""
-    return torch.randn(M.shape[1], width, generator=generator, dtype=torch.float64)
-
-
-class KrylovSearch:
-    """Block Lanczos for G with full orthogonalisation, in the precision of M: a guess of the leading eigenvectors."""
-
-    def __init__(self, M: Tensor, width: int, generator: torch.Generator) -> None:
-        self.M, self.width = M, width
-        self.Q = orthogonal.thin_qr(random_block(M, width, generator).to(M))[0]  # (a, W)
-        self.MQ = dense.product(M, self.Q)  # (b, W)
-        self.depth = 1
-
-    def run(self, rank: int, columns: int, target: float) -> Tensor | None:
-        """Continue by at least one step and return Ritz vectors (a, columns).
-
-        The search ends when the certificate's sum ||R_j||^2 / (t - tau) is likely to fall below `target`. It returns
-        None if the basis would get too large, see `_LARGEST_SHARE`.
-        """
-        while True:
-            for _ in range(max(1, self.depth // _CHECK_SHARE)):
-                if self.Q.shape[1] + self.width > min(self.M.shape) // _LARGEST_SHARE:
-                    return None
-                new, last = self._next_block()
-                self.Q = torch.cat([self.Q, new], 1)
-                self.MQ = torch.cat([self.MQ, dense.product(self.M, new)], 1)
-                self.depth += 1
-            finished = self.Q.shape[1] - self.width  # columns with a residual so far: G Q = Q T + new last
-            if finished < columns:
-                continue
-            theta, S = self._ritz(finished)
-            residual = float((last @ S[-self.width :, :rank]).square().sum())
-            gap = float(theta[rank - 1] - theta[columns - 1])
-            if residual <= target * max(gap, 0.5 * target / rank):
-                vectors: Tensor = self.Q @ self._ritz(finished + self.width)[1][:, :columns]
-                return vectors
-
-    def _next_block(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal columns (a, w) for the directions that G adds to the basis, and their coefficients (w, w)."""
-        Z = dense.product(self.M.mT, self.MQ[:, -self.width :])
-        for _ in range(2):
-            Z = orthogonal.outside(self.Q, Z)
-        new, last = orthogonal.thin_qr(Z)
-        sizes = last.diagonal().abs()
-        largest = float(sizes.max())
-        if float(sizes.min()) <= _DEPENDENT * largest or largest <= _DEPENDENT * float(self.MQ.abs().max()):
-            # G adds fewer directions, and QR replaced the rest by arbitrary ones.
-            new = orthogonal.orthonormal_beside(self.Q, Z)
-            last = new.mT @ Z
-        return new, last
-
-    def _ritz(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, falling, and eigenvectors of Q^T G Q, for the first columns of Q."""
-        MQ = self.MQ[:, :columns]
-        theta, S = dense.symmetric_eigenpairs(MQ.mT @ MQ)
-        return theta.flip(0), S.flip(1)

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from rasa_theory.linalg import dense, orthogonal
 from rasa_theory.linalg.chebyshev import largest_argument
+from rasa_theory.linalg.krylov import BlockLanczos, Operator
 
 PROBES = 16  # p, the number of columns of Omega
 ATTEMPTS = 2  # number of bases before the search is given up
@@ -48,25 +49,6 @@ _SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rou
 _BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the m-th
 _LEAST_GAP = 1e-10  # of the eigenvalue that decides, where eigenvalues coincide
 _LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the last Ritz value is 0
-
-
-class Operator(NamedTuple):
-    """A symmetric matrix S (n, n) that is only applied.
-
-    - apply: X (n, m) -> S X, in the dtype of X, float32 or float64, on `device`.
-    - n: the number of rows.
-    - norm: an upper bound on ||S||_2.
-    - error: in float64 a computed product S X is off by at most this times ||X||_F, in the Frobenius norm.
-    - dtype: of the search, float32 or float64. Certificates are in float64.
-    - device: of X.
-    """
-
-    apply: Callable[[Tensor], Tensor]
-    n: int
-    norm: float
-    error: float
-    dtype: torch.dtype = torch.float64
-    device: torch.device = torch.device("cpu")
 
 
 class Majorant(NamedTuple):
@@ -280,66 +262,3 @@ def norm_bounds(S: Operator, V: Tensor, omega: Tensor, beta: float, c: float, d:
 def _block(m: int) -> int:
     """The width of a block of the search."""
     return m + 8 if m <= 24 else max(32, m // 2)
-
-
-_CHECK_SHARE = 6  # a check follows a sixth of the steps so far, since its cost grows with the basis
-_LARGEST_SHARE = 2  # the basis has at most n / 2 columns: the search is for small parts of the space
-_DEPENDENT = 1e-4  # relative size of a column, in single precision, that is mostly rounding after two projections
-
-
-class BlockLanczos:
-    """Block Lanczos for S with full orthogonalisation, in `S.dtype`: a guess of the leading eigenvectors."""
-
-    def __init__(self, S: Operator, width: int, generator: torch.Generator) -> None:
-        self.S, self.width = S, width
-        block = torch.randn(S.n, width, generator=generator, dtype=torch.float64)
-        self.Q = orthogonal.thin_qr(block.to(S.device, S.dtype))[0]  # (n, W)
-        self.SQ = S.apply(self.Q)
-        self.depth = 1
-
-    def run(self, m: int, columns: int, target: float, depth: float = math.inf) -> bool:
-        """Continue by at least one step, until `columns` vectors will do, or there are `depth` blocks.
-
-        True if the certificate's sum ||Rho_j||^2 / (t - tau) is likely to fall below `target`; False if the basis
-        would get too large before, see `_LARGEST_SHARE`.
-        """
-        while True:
-            for _ in range(max(1, self.depth // _CHECK_SHARE)):
-                if self.Q.shape[1] + self.width > self.S.n // _LARGEST_SHARE:
-                    return False
-                last = self._grow()
-            finished = self.Q.shape[1] - self.width  # columns with a residual so far: S Q = Q T + new last
-            if finished < columns:
-                continue
-            theta, X = self._ritz(finished)
-            residual = float((last @ X[-self.width :, :m]).square().sum())
-            gap = float(theta[m - 1] - theta[columns - 1])
-            if residual <= target * max(gap, 0.5 * target / m) or self.depth >= depth:
-                return True
-
-    def vectors(self, columns: int) -> Tensor:
-        """The leading Ritz vectors so far: (n, columns)."""
-        return self.Q @ self._ritz(self.Q.shape[1])[1][:, :columns]
-
-    def _grow(self) -> Tensor:
-        """Add the directions (n, width) that S adds to the basis, and return their coefficients (width, width)."""
-        Z = self.SQ[:, -self.width :]
-        for _ in range(2):
-            Z = orthogonal.outside(self.Q, Z)
-        new, last = orthogonal.thin_qr(Z)
-        sizes = last.diagonal().abs()
-        largest = float(sizes.max())
-        if float(sizes.min()) <= _DEPENDENT * largest or largest <= _DEPENDENT * float(self.SQ.abs().max()):
-            # S adds fewer directions, and QR replaced the rest by arbitrary ones.
-            new = orthogonal.orthonormal_beside(self.Q, Z)
-            last = new.mT @ Z
-        self.Q = torch.cat([self.Q, new], 1)
-        self.SQ = torch.cat([self.SQ, self.S.apply(new)], 1)
-        self.depth += 1
-        return last
-
-    def _ritz(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, falling, and eigenvectors of Q^T S Q, for the first columns of Q."""
-        T = self.Q[:, :columns].mT @ self.SQ[:, :columns]
-        theta, X = dense.symmetric_eigenpairs((T + T.mT) / 2)
-        return theta.flip(0), X.flip(1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from rasa_theory import InputError, LayerStack, linalg, solve_lora
-from rasa_theory.linalg import lanczos
+from rasa_theory.linalg import krylov, lanczos
 from rasa_theory.problem import layer_errors
 from rasa_theory.solvers import lora
 from tests.helpers.problems import noise, orthogonal, tail
@@ -170,7 +170,7 @@ def test_a_direction_that_the_search_cannot_see_is_seen_by_the_probes(monkeypatc
     M[0, -1, -1] = hidden
     M[0, :-1, :-1] = with_spectrum(power(0.5))
     assert holds(solve_lora(LayerStack(M), 4, method="fast"), M, 4)
-    whole, svds = lanczos.random_block, []
+    whole, svds = krylov.random_block, []
 
     def blind(*args):
         block = whole(*args)
@@ -179,7 +179,7 @@ def test_a_direction_that_the_search_cannot_see_is_seen_by_the_probes(monkeypatc
 
     by_svd = lanczos.leading_part_by_svd
     monkeypatch.setattr(lanczos, "leading_part_by_svd", lambda *args: svds.append(args) or by_svd(*args))
-    monkeypatch.setattr(lanczos, "random_block", blind)
+    monkeypatch.setattr(krylov, "random_block", blind)
     solution = solve_lora(LayerStack(M), 4, method="fast")
     assert holds(solution, M, 4)
     assert len(svds) == (hidden >= 0.5)  # sigma_4 of the rest is 0.5
