@@ -19,6 +19,11 @@ from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_l
 _SAMPLE = 512  # side of the layer whose exact SVD is timed
 _LEADING_SAMPLE = 1280  # side of the layer whose leading part is timed: smaller ones have it from the exact SVD
 
+# The default solver and the closed floor of a stack without SVDs, measured on two cores with 4 x 512^2 to 8 x 4096^2
+# (`experiments.at_size`): these times LoRA's seconds, and the seconds of a search on its core.
+_TIMES_LORA = 14
+_SEARCH_SECONDS = 5
+
 
 def forecast(job: Job, out: Path, world_size: int = 1) -> str:
     """The stacks that `world_size` processes would extract into `out`, with sizes, memory and time, as text."""
@@ -77,8 +82,9 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
     """A sentence with the seconds that LoRA takes, extrapolated from one timed layer of each kind of work.
 
     The search for a leading part is extrapolated in proportion to b a, an exact SVD in proportion to b a min(b, a).
-    Where singular values hardly fall, the search ends in an exact SVD. The solver's time is left out: it depends on the
-    number of sweeps, which nobody knows before.
+    Where singular values hardly fall, the search ends in an exact SVD. The time of the default solver on layers without
+    SVDs follows from LoRA's by a measured rule. Otherwise it is left out: it depends on the number of sweeps, which
+    nobody knows before.
 
     `sample_seconds` is the time of one layer of that shape (None: a layer is timed now).
     """
@@ -104,14 +110,24 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
     if settings.target is not None:
         seconds *= 2  # all spectra come first
     most = seconds + seconds_of(searched, _SAMPLE, _svd_cost)
-    seconds += seconds_of(searched, _LEADING_SAMPLE, math.prod)
+    by_products = seconds_of(searched, _LEADING_SAMPLE, math.prod)
+    seconds += by_products
     about = "up to about" if decomposed else "about"  # SVDs of larger layers are up to three times faster
     flat = f", and up to {most:.0f} s where singular values hardly fall" if searched and most >= 1 else ""
-    solver = "" if settings.k == 0 else "; the solver comes on top"
+    solver = "" if settings.k == 0 else _solver_time(settings, by_products, len(searched), len(decomposed))
     if seconds < 1:
         about, seconds = "less than", 1
     shared = "" if world_size == 1 else f", in all {world_size} processes together"
     return f"LoRA takes {about} {seconds:.0f} s here{shared}{flat}, reading aside, by a layer timed now{solver}."
+
+
+def _solver_time(settings: ExtractSettings, lora_seconds: float, searches: int, others: int) -> str:
+    """What a pool takes beyond LoRA, `lora_seconds` of which are by products, for so many stacks and for others."""
+    if searches == 0 or settings.k is None or settings.solver.start != "best" or settings.solver.effort != "default":
+        return "; the solver comes on top"
+    seconds = _TIMES_LORA * lora_seconds + _SEARCH_SECONDS * searches
+    rest = f", and that of the {others} other stacks comes on top" if others else ""
+    return f"; solver and floors some {seconds:.0f} s more{rest}"
 
 
 def _svd_cost(shape: Shape) -> int:
