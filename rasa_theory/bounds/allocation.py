@@ -48,7 +48,7 @@ def terms_within_reach(stack: LayerStack, budget: RankBudget) -> SVD:
     """
     spectra, q, R = stack.spectra, budget.private_rank, budget.pool_rank(stack.layers)
     most = min(q + R, *stack.shape)
-    count = most if most <= 2 * budget.rank else budget.rank + _AHEAD
+    count = most if most <= 2 * budget.rank else min(budget.rank + _AHEAD, most)
     while True:
         svd = spectra.leading(count)
         S, following = (stack.sharding.all_gather(x) for x in (svd.S, spectra.following(count)))

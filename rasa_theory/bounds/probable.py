@@ -3,6 +3,11 @@
 The forms of `closed`, with leading directions in place of eigenvectors and a `Majorant` in place of eigenvalues. Each
 floor holds for any directions; only the bound on what they leave out rests on random vectors. So one floor is chosen
 by Ritz values, and certified alone.
+
+**The probability.** Every bound has random numbers of its own, see `linalg.stream`. The choice depends on the data and
+on those for the terms of single layers, 2e-11 for each orientation. Given these, the certificate of the chosen floor
+takes at most a majorant of the sum over the layers, the rows of the split floor, and one pooled sum, 1e-11 each. That
+is 7e-11 in all.
 """
 
 from __future__ import annotations
@@ -21,10 +26,11 @@ from rasa_theory.problem import SVD, LayerStack, RankBudget
 
 FAILURE = 1e-10
 """The largest probability that a probable floor is above e_rasa(k)."""
-_SHARE = FAILURE / 10  # for each of the bounds that a floor takes; `problem.leading` has the same for its own
+_SHARE = 1e-11  # for the rows of the split floor, and for the pooled sum of a floor; see the module
 _GOAL = 1e-5  # of e_lora: by how much each of them may exceed the exact value
 _ESTIMATE = 5e-5  # of ||M||^2: what an estimate may miss
 _LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
+_NORM_ROUNDING = 1e-13  # of ||M||^2: more than the rounding of a sum of squares
 _WITHIN = 4  # terms of a layer beyond r that estimates know
 _FEW = 8  # the rank floor is considered if it takes at most this share of the directions of a layer
 _DENSE = 1024  # a matrix with at most this many rows is decomposed
@@ -46,7 +52,8 @@ def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
     The name says so. It is below e_rasa(k) but for a probability of `FAILURE`.
     """
     goal = _GOAL * max(unit.spectra.tail_energy(budget.rank), _LEAST_GOAL * unit.norm_squared)
-    choice = min(estimates(unit, budget), key=lambda estimate: estimate[1])[0]
+    found = min(estimates(unit, budget), key=lambda estimate: estimate[1])[0]
+    choice = unit.sharding.processes.from_first(lambda: found)  # rounding may differ
     certify: dict[BoundName, Callable[[LayerStack, Choice, float], float]] = {
         BoundName.RANK: _rank,
         BoundName.STACK: _stack,
@@ -54,7 +61,7 @@ def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
         BoundName.SPLIT: _split,
     }
     view = unit.transpose() if choice.transposed else unit
-    value = certify[choice.name](view, choice, goal)
+    value = certify[choice.name](view, choice, goal) - _NORM_ROUNDING * unit.norm_squared
     return Bound(value, f"{choice.name}, probable", FAILURE) if value > 0 else Bound(0.0, BoundName.ZERO)
 
 
@@ -62,7 +69,7 @@ def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
 
 
 def estimates(unit: LayerStack, budget: RankBudget) -> list[tuple[Choice, float]]:
-    """All floors, and about the energy that they say can be captured: what certificates will find, and more exactly."""
+    """Each floor with an estimate of ||M||^2 less its value."""
     budgets = [budget] if budget.private_rank == 0 else [budget, RankBudget(budget.rank, budget.rank)]
     found = [
         estimate
@@ -94,7 +101,7 @@ def _estimates(view: LayerStack, transposed: bool, budgets: list[RankBudget]) ->
         Q = torch.cat([W, orthogonal.orthonormal_beside(W, V[:, : a - W.shape[1]])], 1)
         MQ = linalg.product(tile.values, Q.to(view.dtype)).double()
         grams.append(MQ.mT @ MQ)
-        products.append(MQ[:, : W.shape[1]])
+        products.append(MQ[:, : W.shape[1]].clone())
     for one in budgets:
         q, R = one.private_rank, one.pool_rank(L)
         if q > 0:
@@ -126,7 +133,7 @@ def _clipped_estimate(view: LayerStack, own: SVD, budget: RankBudget) -> float:
     if R == 0:
         return captured
     S = _pooled_operator(view, list(zip(U, y, strict=True)))
-    V = linalg.leading_guess(S, R, _ESTIMATE * view.norm_squared, torch.Generator().manual_seed(2))
+    V = linalg.leading_guess(S, R, _ESTIMATE * view.norm_squared, linalg.stream("estimate", view.transposed))
     values = linalg.symmetric_eigenvalues((V.mT @ S.apply(V)).double())
     return captured + float(linalg.largest_nonnegative(values, R))
 
@@ -156,10 +163,11 @@ def _clipped(view: LayerStack, choice: Choice, goal: float) -> float:
     for majorant in rows.spectra.layer_majorants(min(q + 1, *view.shape)):
         following = majorant.theta[q] if q < len(majorant.theta) else majorant.theta.new_zeros(())
         y = (majorant.theta - following).clamp_min(0)
-        captured += float(y.sum()) + majorant.ky_fan(q, less=torch.diag(y))
-        parts.append((majorant.V, y))
+        captured += float(y.sum()) + majorant.ky_fan(q, minus=torch.diag(y))
+        parts.append((majorant.V[:, :q].clone(), y[:q]))  # y is 0 from q on
     S = _pooled_operator(view, parts)
-    pooled = linalg.majorant(S, R, goal, _SHARE, torch.Generator().manual_seed(2)).ky_fan(R) if R > 0 else 0.0
+    stream = linalg.stream("clipped", view.transposed, q)
+    pooled = linalg.majorant(S, R, goal, _SHARE, stream).ky_fan(R) if R > 0 else 0.0
     return view.norm_squared - _summed(view, captured) - pooled
 
 
@@ -185,10 +193,10 @@ def _summed(view: LayerStack, value: float) -> float:
 def _split(view: LayerStack, choice: Choice, goal: float) -> float:
     """`split_floor` with T = I - W diag(1 - f) W^T, f_j^2 = t / lambda_j, W and lambda the leading Ritz pairs.
 
-    S = sum_i M_i^T M_i. On the row side, A_i = M_i T, the clipping is left out:
-        sum_i tr (Q + Q_i) A_i^T A_i <= KF_R(T S T) + sum_i KF_q(A_i^T A_i),
-    which costs nothing, since T S T has L r eigenvalues or more at its level. On the column side M_i (I - T^2) M_i^T =
-    B_i B_i^T with B_i = M_i W diag(1 - f^2)^{1/2}, thin.
+    S = sum_i M_i^T M_i. On the row side, A_i = M_i T,
+        sum_i tr (Q + Q_i) A_i^T A_i <= KF_R(T S T) + sum_i KF_q(A_i^T A_i).
+    Clipping would gain nothing here: T S T has L r eigenvalues or more at its level. On the column side
+    M_i (I - T^2) M_i^T = B_i B_i^T with B_i = M_i W diag(1 - f^2)^{1/2}, thin.
 
     Rounding: A_i and B_i are off by E_i and F_i, ||E||, ||F|| <= e. Each side is a sum of ||Z_i B_i||^2 with projectors
     Z_i, so that its root moves by at most e.
@@ -199,7 +207,8 @@ def _split(view: LayerStack, choice: Choice, goal: float) -> float:
 
     def weights(found: Majorant) -> Tensor:
         f = torch.ones_like(found.theta)
-        f[:w] = (found.theta[w].clamp_min(0) / found.theta[:w]).sqrt()
+        level = found.theta[w].clamp_min(0)
+        f[:w] = (level / found.theta[:w].clamp_min(torch.finfo(level.dtype).tiny)).clamp_max(1).sqrt()
         return f
 
     def excess(found: Majorant) -> float:
@@ -214,7 +223,7 @@ def _split(view: LayerStack, choice: Choice, goal: float) -> float:
         M = tile.values.double()
         MW = linalg.product(M, W)
         if q > 0:
-            own_rows += _most_captured(M - (MW * (1 - f_W)) @ W.mT, q, goal / L, view, n)
+            own_rows += _most_captured(M - (MW * (1 - f_W)) @ W.mT, q, goal / L, view, n, w)
         own, Z = _clipped_thin(MW * (1 - f_W**2).clamp_min(0).sqrt(), q)
         columns += own
         thin.append(Z)
@@ -226,9 +235,9 @@ def _split(view: LayerStack, choice: Choice, goal: float) -> float:
     return view.norm_squared - (math.sqrt(rows) + e) ** 2 - (math.sqrt(columns) + e) ** 2 - gram
 
 
-def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int) -> float:
-    """An upper bound on KF_q(A^T A), about `goal` above it."""
-    generator = torch.Generator().manual_seed(1000 + view.sharding.first + n)
+def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int, w: int) -> float:
+    """An upper bound on KF_q(A^T A), about `goal` above it, for layer n of those held."""
+    generator = linalg.stream("rows", view.transposed, q, w, view.sharding.first + n)
     energy = float(torch.linalg.vector_norm(A)) ** 2
     if energy == 0:
         return 0.0
@@ -237,7 +246,7 @@ def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int) -> 
     if part is None:
         S = linalg.singular_values(A)
         return float((S[:q] ** 2).sum()) * (1 + 100 * max(A.shape) * _EPS)
-    return energy - part.low * size**2
+    return part.majorant.ky_fan(q) * size**2
 
 
 def _clipped_thin(B: Tensor, q: int) -> tuple[float, Tensor]:
@@ -270,8 +279,8 @@ def _ky_fan_of_square(Z: Tensor, m: int, view: LayerStack, goal: float | None) -
         Y = Z if X.dtype == torch.float64 else single
         return Y @ (Y.mT @ X)
 
-    S, generator = Operator(apply, b, energy, 1.1 * (b + n) * _EPS * energy, view.dtype, Z.device), torch.Generator()
-    generator.manual_seed(3)
+    S = Operator(apply, b, energy, 1.1 * (b + n) * _EPS * energy, view.dtype, Z.device)
+    generator = linalg.stream("thin", view.transposed, m, n, goal is None)
     if goal is None:
         V = linalg.leading_guess(S, m, _ESTIMATE * energy, generator).double()
         return float(linalg.largest_nonnegative(linalg.symmetric_eigenvalues(V.mT @ apply(V)), m))

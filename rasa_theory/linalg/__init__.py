@@ -33,6 +33,7 @@ from rasa_theory.linalg.solve import (
     solve_increment,
     solve_layers,
 )
+from rasa_theory.linalg.streams import stream
 from rasa_theory.linalg.threads import one_thread, suitable_threads, suitable_threads_for_stack
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "solve_by_eigenvectors",
     "solve_increment",
     "solve_layers",
+    "stream",
     "suitable_threads",
     "suitable_threads_for_stack",
     "svd",

@@ -21,7 +21,7 @@ class Operator(NamedTuple):
 
     - apply: X (n, m) -> S X, in the dtype of X, float32 or float64, on `device`.
     - n: the number of rows.
-    - norm: an upper bound on ||S||_2.
+    - norm: an upper bound on ||S||_F.
     - error: in float64 a computed product S X is off by at most this times ||X||_F, in the Frobenius norm.
     - dtype: of the search, float32 or float64. Certificates are in float64.
     - device: of X.

@@ -165,10 +165,11 @@ def leading_part_by_svd(M: Tensor, rank: int) -> LeadingPart:
     error = float(dense.tail_energy(S, rank))
     low, high = dense.widened(error, dense.rounding(norm, (b, a), eps))
     tau = float(S[rank]) ** 2 if rank < len(S) else 0.0
-    V, theta = Vh[:rank].mT, S[:rank] ** 2
+    Vh = Vh[:rank].clone()  # without the other rows, which a view would keep
+    V, theta = Vh.mT, S[:rank] ** 2
     rounding = ALLOWANCE * math.sqrt(rank) * max(b, a) * eps * norm**2
     majorant = Majorant(V, theta, S.new_zeros(len(theta), len(theta)), tau, rounding)
-    return LeadingPart(U[:, :rank] * S[:rank], Vh[:rank], error, low, high, majorant)
+    return LeadingPart(U[:, :rank] * S[:rank], Vh, error, low, high, majorant)
 
 
 def _majorant(basis: RitzBasis, tau: float, norm_squared: float, longest: int) -> Majorant:

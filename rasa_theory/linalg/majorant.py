@@ -20,10 +20,10 @@ for lambda gives tau (or beta itself, if larger). See `lanczos` for the sources.
 
 **Rounding.** A computed product S X is off by at most e ||X||_F, `Operator.error`. V is orthonormal to sqrt(w) n eps in
 norm (checked). So Theta, Rho, and a product with H (per unit of ||Y||) are off by less than
-d = 4 sqrt(w) (e + n eps ||S||). KF_m changes by at most sqrt(m) d. Rho^T Rho is replaced by 1.1 Rho^T Rho + 11 d^2 I.
-A step of the recurrence is off by 8 (d / beta + eps (1 + ||S|| / beta)) (||Y_j|| + ||Y_{j-1}||). Such an error reaches
-Y_k through U_{k-1-j}, which is at most k T_k where the argument is at least 1. So sqrt(c) becomes sqrt(c) less k times
-the sum of these errors, and ||H Y_k|| becomes ||H Y_k|| + d ||Y_k||.
+d = 4 sqrt(w) (e + n eps ||S||_F). KF_m changes by at most sqrt(m) d. Rho^T Rho is replaced by
+1.1 Rho^T Rho + 11 d^2 I. A step of the recurrence is off by 8 (d / beta + eps (1 + ||S||_F / beta)) times
+||Y_j|| + ||Y_{j-1}||. Such an error reaches Y_k through U_{k-1-j}, which is at most k T_k where the argument is at
+least 1. So sqrt(c) becomes sqrt(c) less k times the sum of these errors, and ||H Y_k|| becomes ||H Y_k|| + d ||Y_k||.
 """
 
 from __future__ import annotations
@@ -52,46 +52,46 @@ _LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the 
 
 
 class Majorant(NamedTuple):
-    """S <= t I + V (diag(theta) - t I + square / (t - tau)) V^T for every t > tau, t >= 0: see the module.
+    """S <= t I + V (diag(theta) - t I + residual_gram / (t - tau)) V^T for every t > tau, t >= 0: see the module.
 
     - V (n, w): orthonormal Ritz vectors.
     - theta (w,): Ritz values, falling, each within `error` of an exact one of V.
-    - square (w, w): Rho^T Rho in the basis V, raised by its rounding.
+    - residual_gram (w, w): Rho^T Rho in the basis V, raised by its rounding.
     - tau: a bound on what V leaves out, at least 0.
-    - error: d.
+    - error: a bound on the rounding of Theta in the Frobenius norm.
     """
 
     V: Tensor
     theta: Tensor
-    square: Tensor
+    residual_gram: Tensor
     tau: float
     error: float
 
-    def ky_fan(self, m: int, weights: Tensor | None = None, less: Tensor | None = None) -> float:
-        """An upper bound on KF_m(D S D - V `less` V^T), D = V diag(weights) V^T + I - V V^T.
+    def ky_fan(self, m: int, weights: Tensor | None = None, minus: Tensor | None = None) -> float:
+        """An upper bound on KF_m(D S D - V `minus` V^T), D = V diag(weights) V^T + I - V V^T.
 
-        `weights` (w,) are in [0, 1], None: 1. `less` (w, w) is symmetric, None: 0.
+        `weights` (w,) are in [0, 1], None: 1. `minus` (w, w) is symmetric, None: 0.
         """
         if m == 0:
             return 0.0
         f = torch.ones_like(self.theta) if weights is None else weights
         inner = torch.diag(f * f * self.theta)
-        if less is not None:
-            inner = inner - less
-        values = self.theta * f * f if less is None else dense.symmetric_eigenvalues(inner).flip(0)
+        if minus is not None:
+            inner = inner - minus
+        values = self.theta * f * f if minus is None else dense.symmetric_eigenvalues(inner).flip(0)
         bounds = []
         for gap in self._gaps(float(values[min(m, len(values)) - 1]), m):
-            C = inner + f[:, None] * self.square / gap * f
-            bounds.append(self._merged(dense.symmetric_eigenvalues((C + C.mT) / 2), self.tau + gap, m))
+            C = inner + f[:, None] * self.residual_gram / gap * f
+            bounds.append(self._sum_with_rest(dense.symmetric_eigenvalues((C + C.mT) / 2), self.tau + gap, m))
         return min(bounds) + math.sqrt(m) * self.error
 
     def _gaps(self, level: float, m: int) -> list[float]:
         """Values of t - tau to try: t at the eigenvalue that decides, or t - tau at the size of the residuals."""
-        balance = math.sqrt(max(float(self.square.diagonal()[:m].sum()), 0.0) / m)
+        balance = math.sqrt(max(float(self.residual_gram.diagonal()[:m].sum()), 0.0) / m)
         least = _LEAST_GAP * abs(level) + self.error + float(torch.finfo(torch.float64).tiny)
         return sorted({max(gap, least) for gap in (level - self.tau, balance, 4 * balance, 16 * balance)})
 
-    def _merged(self, values: Tensor, t: float, m: int) -> float:
+    def _sum_with_rest(self, values: Tensor, t: float, m: int) -> float:
         """The sum of the m largest nonnegative numbers among `values` and n - w times t."""
         rest = len(self.V) - len(values)
         above = values[values > t].flip(0)[:m]
@@ -102,14 +102,14 @@ class Majorant(NamedTuple):
 
     def scaled(self, factor: float) -> Majorant:
         """The majorant of `factor` S, factor > 0."""
-        theta, square = factor * self.theta, factor**2 * self.square
-        return Majorant(self.V, theta, square, factor * self.tau, factor * self.error)
+        theta, residual_gram = factor * self.theta, factor**2 * self.residual_gram
+        return Majorant(self.V, theta, residual_gram, factor * self.tau, factor * self.error)
 
     def eigenvalue(self, j: int) -> float:
         """An upper bound on the j-th largest eigenvalue of S, j >= 1."""
         bounds = []
         for gap in self._gaps(float(self.theta[min(j, len(self.theta)) - 1]), min(j, len(self.theta))):
-            C = torch.diag(self.theta) + self.square / gap
+            C = torch.diag(self.theta) + self.residual_gram / gap
             values = dense.symmetric_eigenvalues((C + C.mT) / 2).flip(0)
             t = self.tau + gap
             bounds.append(max(t, float(values[j - 1])) if j <= len(values) else t)
@@ -145,7 +145,7 @@ def _formed(S: Operator, dtype: torch.dtype) -> Tensor:
 
 
 def ky_fan_excess(m: int) -> Excess:
-    """What a majorant's Ky Fan sum of order m exceeds the energy in its basis by, rounding included."""
+    """The Ky Fan bound of order m less the energy in the basis, rounding included."""
 
     def excess(found: Majorant) -> float:
         return found.ky_fan(m) - float(found.theta[:m].clamp_min(0).sum()) + math.sqrt(m) * found.error
@@ -190,10 +190,11 @@ def _by_products(
     guess: Tensor | None,
     excess: Excess,
 ) -> Majorant | None:
-    """The same from products alone; None where the goal is not reached."""
+    """`majorant` without forming S; None where the goal is not reached."""
     width, w = _block(m), columns_for(m)
-    if 2 * (w + width) > S.n or not goal > 4 * math.sqrt(m) * _rounding(S, w) or S.norm == 0:
+    if 2 * (w + width) > S.n or S.norm == 0:
         return None
+    goal = max(goal, 8 * math.sqrt(m) * _rounding(S, w))  # no search gets below rounding
     c = 2 * float(scipy.special.gammaincinv(PROBES / 2, failure / ATTEMPTS))
     search: BlockLanczos | None = None
     for _ in range(ATTEMPTS):
@@ -240,7 +241,7 @@ def ritz(S: Operator, V: Tensor) -> Majorant | None:
 def norm_bounds(S: Operator, V: Tensor, omega: Tensor, beta: float, c: float, d: float) -> Iterator[float]:
     """Upper bounds on the largest eigenvalue of (I - V V^T) S (I - V V^T) for k = 0, 1, ..
 
-    All hold unless ||u^T omega||^2 < c. Each k costs one product with S. A bound is inf where rounding permits no
+    All hold unless ||u^T omega||^2 < c. Each k costs one product with S. There are no more where rounding permits no
     conclusion.
     """
     eps = float(torch.finfo(torch.float64).eps)
@@ -251,7 +252,9 @@ def norm_bounds(S: Operator, V: Tensor, omega: Tensor, beta: float, c: float, d:
         size = float(torch.linalg.matrix_norm(Y))
         HY = orthogonal.outside(V, S.apply(Y))
         floor = math.sqrt(c) - k * step * sizes
-        value = (float(torch.linalg.matrix_norm(HY)) + d * size) / floor if floor > 0 else math.inf
+        if not floor > 0:  # nor will it be
+            return
+        value = (float(torch.linalg.matrix_norm(HY)) + d * size) / floor
         yield largest_argument(k, beta, value, 1.0)
         before, Y = Y, (2 / beta) * HY - Y if k == 0 else (4 / beta) * HY - 2 * Y - before
         Y = orthogonal.outside(V, Y)

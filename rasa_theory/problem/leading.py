@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
-from rasa_theory.distributed import LayerSharding
 from rasa_theory.linalg import Majorant, Operator, lanczos
 from rasa_theory.problem.entries import Purpose, StackEntries
 
 GOAL = 1e-6
 """The leading terms of a layer hold less energy than the best ones by at most this share of ||M_i||^2."""
 _TARGET = 1e-6  # of ||M||^2: what common directions lose, about
-FAILURE = 1e-11
-"""The largest probability that any bound on the leading terms of one stack is wrong."""
+LAYERS_FAILURE = 2e-11
+"""The largest probability that any bound on the terms of single layers is wrong, over all passes of one orientation."""
+COMMON_FAILURE = 1e-11
+"""The largest probability that one majorant of the sum over the layers is wrong."""
 _EPS = float(torch.finfo(torch.float64).eps)
 _SMALLEST_EXPONENT = {torch.float32: -100, torch.float64: -1000}  # of a layer's largest entry, else it is scaled less
 
@@ -41,34 +42,44 @@ class LeadingLayer(NamedTuple):
 
 
 class LeadingLayers:
-    """The leading terms of M_i / power for the layers held, or of M_i^T; computed for as many terms as were asked."""
+    """The leading terms of M_i / power for the layers held, or of M_i^T; computed for as many terms as were asked.
+
+    Pass n of them has a share 2^-n of `LAYERS_FAILURE`.
+    """
 
     def __init__(self, entries: StackEntries, transposed: bool) -> None:
         self._entries, self._transposed = entries, transposed
         self._layers: list[LeadingLayer] = []
-        self._count = 0
+        self._count = self._passes = 0
 
     def first(self, count: int) -> list[LeadingLayer]:
         """At least `count` terms of every layer. A pass for more than before."""
         if count > self._count:
             entries = self._entries
-            seeds = _generators(entries.sharding)
+            self._passes += 1
+            first = entries.sharding.first
+            streams = [
+                linalg.stream("layers", self._transposed, count, first + n)
+                for n in range(entries.sharding.local_layers)
+            ]
             tiles = entries.tiles(Purpose.SPECTRA, 1 / entries.power, entries.shape[0])
-            failure = FAILURE / entries.sharding.layers
+            failure = LAYERS_FAILURE / 2**self._passes / entries.sharding.layers
             self._layers = [
-                leading_layer(M.mT if self._transposed else M, count, failure, seed)
-                for (_, _, M), seed in zip(tiles, seeds, strict=True)
+                leading_layer(M.mT if self._transposed else M, count, failure, one)
+                for (_, _, M), one in zip(tiles, streams, strict=True)
             ]
             self._count = count
         return self._layers
 
 
 def leading_layer(M: Tensor, count: int, failure: float, generator: torch.Generator) -> LeadingLayer:
-    """The `count` leading terms of M (b, a), within `GOAL` ||M||^2 of the best; from its SVD if products do not do.
+    """The `count` leading terms of M (b, a), within `GOAL` ||M||^2 of the best; from its SVD if the search fails.
 
     Its bounds are wrong with probability `failure` at most, over `generator`.
     """
     low, high = (float(x) for x in torch.aminmax(M))
+    if low == high == 0:
+        return _zero_layer(M, count)
     exponent = math.frexp(max(-low, high))[1]
     size = math.ldexp(1.0, max(exponent, _SMALLEST_EXPONENT[M.dtype]))
     M = M / size
@@ -79,9 +90,11 @@ def leading_layer(M: Tensor, count: int, failure: float, generator: torch.Genera
     return LeadingLayer(part.B / torch.where(S > 0, S, 1), S * size, part.A, part.majorant, size)
 
 
-def _generators(sharding: LayerSharding) -> list[torch.Generator]:
-    """A generator for each layer held, so that results do not depend on how layers are held."""
-    return [torch.Generator().manual_seed(sharding.first + n) for n in range(sharding.local_layers)]
+def _zero_layer(M: Tensor, count: int) -> LeadingLayer:
+    """The terms of a layer of zeros, in the directions of the axes."""
+    U, V = (torch.eye(n, count, dtype=torch.float64, device=M.device) for n in M.shape)
+    S = U.new_zeros(count)
+    return LeadingLayer(U, S, V.mT, Majorant(V, S, U.new_zeros(count, count), 0.0, 0.0), 1.0)
 
 
 # ---- all layers together
@@ -98,7 +111,6 @@ class CommonDirections:
         error = 1.1 * (n + m + entries.sharding.layers) * _EPS * self._norm_squared
         self.operator = Operator(self._apply, n, self._norm_squared, error, entries.dtype, entries.device)
         self._guess: Tensor | None = None
-        self._majorants: dict[int, Majorant | None] = {}
 
     def _apply(self, X: Tensor) -> Tensor:
         """sum_i M_i^T M_i X: one pass and one reduction."""
@@ -107,21 +119,21 @@ class CommonDirections:
         rows = entries.cached_rows(self.operator.n) if X.dtype != entries.dtype else None
         for tile in tiles(Purpose.SPECTRA, 1.0, rows):
             M = tile.values.to(X.dtype)
-            result += linalg.product(M.mT, linalg.product(M, X).div_(entries.power))
-        return entries.sharding.all_reduce(result.div_(entries.power))
+            result += linalg.product(M.mT, linalg.product(M, X).div_(entries.power)).div_(entries.power)
+        return entries.sharding.all_reduce(result)
 
     def first(self, count: int) -> Tensor:
         """About the `count` leading eigenvectors, with more behind them: (n, columns >= count) in float64."""
         if self._guess is None or self._guess.shape[1] < count:
-            generator = torch.Generator().manual_seed(0)
+            generator = linalg.stream("common guess", self._transposed, count)
             target = _TARGET * self._norm_squared
             self._guess = linalg.leading_guess(self.operator, count, target, generator).double()
         return self._guess
 
     def majorant(self, count: int, goal: float, excess: Callable[[Majorant], float] | None = None) -> Majorant:
         """The majorant of S for sums of `count` eigenvalues, see `linalg.majorant`."""
-        generator = torch.Generator().manual_seed(1)
-        return linalg.majorant(self.operator, count, goal, FAILURE, generator, self.first(count), excess)
+        generator = linalg.stream("common", self._transposed, count)
+        return linalg.majorant(self.operator, count, goal, COMMON_FAILURE, generator, self.first(count), excess)
 
 
 class LeadingParts:

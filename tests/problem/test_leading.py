@@ -90,6 +90,16 @@ def test_large_layers_of_small_ranks_take_leading_directions():
     assert not taken("exact", 2, (4096, 4096), 4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "r", "k"), [((3, 3, 4), 1, 1), ((6, 5, 50), 2, 1), ((1, 4, 4), 4, 2), ((2, 1, 1), 1, 1)]
+)
+def test_stacks_with_few_directions_have_their_allocation(shape, r, k):
+    M, budget = noise(*shape, 0), RankBudget(r, k)
+    exact = allocation_bound(LayerStack(M), budget).value
+    found = allocation_bound(leading(M, budget), budget).value
+    assert found == pytest.approx(exact, rel=1e-6, abs=1e-12 * LayerStack(M).norm_squared)
+
+
 def test_layers_of_any_size_and_of_zeros_have_their_own_scale():
     M = decaying() * np.array([1e30, 0.0, 1e-30])[:, None, None]
     found, exact = leading(M).spectra.leading(3).S, LayerStack(M).spectra.singular_values()[:, :3]
