@@ -90,52 +90,62 @@ def common_count(view: LayerStack, budget: RankBudget) -> int:
 
 def _estimates(view: LayerStack, transposed: bool, budgets: list[RankBudget]) -> Iterator[tuple[Choice, float]]:
     """The floors of one orientation."""
-    L, a, Lr = view.layers, view.shape[1], view.layers * budgets[0].rank
-    indices = [index for index in (Lr, Lr + Lr // 2) if index < a]
+    Lr = view.layers * budgets[0].rank
     values, W = view.spectra.common_pairs(common_count(view, budgets[0]))
-    indices = [index for index in indices if index < len(values)]
     yield Choice(BoundName.STACK, budgets[0], not transposed), float(values[:Lr].clamp_min(0).sum())
-    own = view.spectra.leading(min(budgets[0].rank + _WITHIN, *view.shape))
+    terms = view.spectra.leading(min(budgets[0].rank + _WITHIN, *view.shape))
+    grams, products = _projections(view, W, terms.Vh.mT)
+    for budget in budgets:
+        if budget.private_rank > 0:
+            yield Choice(BoundName.CLIPPED, budget, transposed), _clipped_estimate(view, terms, budget)
+        for level in (Lr, Lr + Lr // 2):
+            if level < len(values) and float(values[level]) > 0:
+                estimate = _split_estimate(view, budget, values, grams, products, level)
+                yield Choice(BoundName.SPLIT, budget, transposed, level), estimate
+
+
+def _projections(view: LayerStack, W: Tensor, terms: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the layers held: Q_i^T M_i^T M_i Q_i, Q_i = [W, V_i], and M_i W. V_i are the `terms` (L, a, n) beside W."""
     grams, products = [], []
-    for V, tile in zip(own.Vh.mT, view.tiles(rows=view.shape[0]), strict=True):
-        Q = torch.cat([W, orthogonal.orthonormal_beside(W, V[:, : a - W.shape[1]])], 1)
+    for V, tile in zip(terms, view.tiles(rows=view.shape[0]), strict=True):
+        room = view.shape[1] - W.shape[1]
+        Q = torch.cat([W, orthogonal.orthonormal_beside(W, V[:, :room])], 1)
         MQ = linalg.product(tile.values, Q.to(view.dtype)).double()
         grams.append(MQ.mT @ MQ)
         products.append(MQ[:, : W.shape[1]].clone())
-    for one in budgets:
-        q, R = one.private_rank, one.pool_rank(L)
-        if q > 0:
-            yield Choice(BoundName.CLIPPED, one, transposed), _clipped_estimate(view, own, one)
-        for w in indices:
-            if not float(values[w]) > 0:
-                continue
-            f = (values[w] / values[:w].clamp_min(values[w])).sqrt()
-            kept, sqrt_C = f.new_ones(grams[0].shape[0]) if grams else f, (1 - f * f).clamp_min(0).sqrt()
-            kept[:w] = f
-            rows = columns = 0.0
-            thin = []
-            for G, MW in zip(grams, products, strict=True):
-                rows += float(linalg.ky_fan(kept[:, None] * G * kept, q))
-                captured, Z = _clipped_thin(MW[:, :w] * sqrt_C, q)
-                columns += captured
-                thin.append(Z)
-            rows, columns = _summed(view, rows), _summed(view, columns)
-            columns += _ky_fan_of_square(_gathered(thin, view, w), R, view, None)
-            yield Choice(BoundName.SPLIT, one, transposed, w), rows + R * float(values[w]) + columns
+    return grams, products
 
 
-def _clipped_estimate(view: LayerStack, own: SVD, budget: RankBudget) -> float:
+def _split_estimate(
+    view: LayerStack, budget: RankBudget, values: Tensor, grams: list[Tensor], products: list[Tensor], level: int
+) -> float:
+    """About what the split floor of this level says can be captured; the names are those of `_split`."""
     q, R = budget.private_rank, budget.pool_rank(view.layers)
-    energy = own.S**2
+    f_W = (values[level] / values[:level].clamp_min(values[level])).sqrt()
+    rows = columns = 0.0
+    thin = []
+    for G, MW in zip(grams, products, strict=True):
+        f = torch.cat([f_W, f_W.new_ones(len(G) - level)])  # of T in the basis Q_i
+        rows += float(linalg.ky_fan(f[:, None] * G * f, q))
+        captured, Z = _clipped_thin(MW[:, :level] * (1 - f_W**2).clamp_min(0).sqrt(), q)
+        columns += captured
+        thin.append(Z)
+    own = _summed(view, rows + columns)
+    return own + R * float(values[level]) + _ky_fan_of_square(_gathered(thin, view, level), R, view, None)
+
+
+def _clipped_estimate(view: LayerStack, terms: SVD, budget: RankBudget) -> float:
+    """About what the clipped floor says can be captured."""
+    q, R = budget.private_rank, budget.pool_rank(view.layers)
+    energy = terms.S**2
     following = energy[:, q] if energy.shape[1] > q else torch.zeros_like(energy[:, 0])
-    U, y = own.U[:, :, :q], energy[:, :q] - following[:, None]
-    captured = _summed(view, float(energy[:, :q].sum()))
+    own = _summed(view, float(energy[:, :q].sum()))
     if R == 0:
-        return captured
-    S = _pooled_operator(view, list(zip(U, y, strict=True)))
+        return own
+    S = _pooled_operator(view, list(zip(terms.U[:, :, :q], energy[:, :q] - following[:, None], strict=True)))
     V = linalg.leading_guess(S, R, _ESTIMATE * view.norm_squared, linalg.stream("estimate", view.transposed))
     values = linalg.symmetric_eigenvalues((V.mT @ S.apply(V)).double())
-    return captured + float(linalg.largest_nonnegative(values, R))
+    return own + float(linalg.largest_nonnegative(values, R))
 
 
 # ---- certificates; sums over columns are those over rows of the transposed view
@@ -217,19 +227,17 @@ def _split(view: LayerStack, choice: Choice, goal: float) -> float:
     majorant = view.spectra.common_majorant(w + 1, goal, excess)
     f = weights(majorant)
     W, f_W = majorant.V[:, :w], f[:w]
-    rows, columns, thin = majorant.ky_fan(R, f), 0.0, []
-    own_rows = 0.0
+    own_rows, own_columns, thin = 0.0, 0.0, []
     for n, tile in enumerate(view.tiles(rows=b)):
         M = tile.values.double()
         MW = linalg.product(M, W)
         if q > 0:
             own_rows += _most_captured(M - (MW * (1 - f_W)) @ W.mT, q, goal / L, view, n, w)
-        own, Z = _clipped_thin(MW * (1 - f_W**2).clamp_min(0).sqrt(), q)
-        columns += own
+        captured, Z = _clipped_thin(MW * (1 - f_W**2).clamp_min(0).sqrt(), q)
+        own_columns += captured
         thin.append(Z)
-    own_rows, columns = _summed(view, own_rows), _summed(view, columns)
-    columns += _ky_fan_of_square(_gathered(thin, view, w), R, view, goal)
-    rows += own_rows
+    rows = _summed(view, own_rows) + majorant.ky_fan(R, f)
+    columns = _summed(view, own_columns) + _ky_fan_of_square(_gathered(thin, view, w), R, view, goal)
     e = 20 * math.sqrt(w) * (a + b) * _EPS * math.sqrt(view.norm_squared)
     gram = 10 * math.sqrt(R + 1) * (L * w + b) * _EPS * view.norm_squared
     return view.norm_squared - (math.sqrt(rows) + e) ** 2 - (math.sqrt(columns) + e) ** 2 - gram
