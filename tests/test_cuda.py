@@ -52,6 +52,16 @@ def test_floors_are_those_of_the_cpu():
     assert values[1] == pytest.approx(values[0], rel=1e-6)
 
 
+def test_leading_directions_are_those_of_the_cpu():
+    found = []
+    for stack in both(3, 220, 200):
+        solution = solve_rasa(
+            stack, RankBudget(3, 1), SolverOptions(start="allocation", max_sweeps=2, spectra="leading")
+        )
+        found.append((solution.error, lower_bound(stack, RankBudget(3, 1), spectra="leading").value))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_storage(dtype):
     M = torch.as_tensor(noise(3, 40, 30)).to(dtype)
