@@ -53,12 +53,10 @@ def test_floors_are_those_of_the_cpu():
 
 
 def test_leading_directions_are_those_of_the_cpu():
-    found = []
+    found, budget = [], RankBudget(3, 1)
+    options = SolverOptions(start="allocation", max_sweeps=2, spectra="leading")
     for stack in both(3, 220, 200):
-        solution = solve_rasa(
-            stack, RankBudget(3, 1), SolverOptions(start="allocation", max_sweeps=2, spectra="leading")
-        )
-        found.append((solution.error, lower_bound(stack, RankBudget(3, 1), spectra="leading").value))
+        found.append((solve_rasa(stack, budget, options).error, lower_bound(stack, budget, spectra="leading").value))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
