@@ -237,6 +237,9 @@ def expected_heights(name: str, path: Path) -> list[float]:
         rates = [statistics.fmean(row["recovered"] for row in group) for group in groups.values()]
         noisy = [[row["distance"] for row in group] for (_, noise, _), group in groups.items() if noise > 0]
         return [*rates, *map(statistics.median_low, noisy)]
+    if name == "at_size":
+        four = [row for row in rows if row["layers"] == 4]
+        return [row["seconds"] for row in four] + [row["lora_seconds"] for row in four if row["n"] == 2048]
     if name == "best_found":
         return [100 * excess(row, column) for row in rows for column in ("error", "best_of_24")]
     if name == "passes":
