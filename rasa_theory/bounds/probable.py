@@ -52,8 +52,8 @@ def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
     The name says so. It is below e_rasa(k) but for a probability of `FAILURE`.
     """
     goal = _GOAL * max(unit.spectra.tail_energy(budget.rank), _LEAST_GOAL * unit.norm_squared)
-    found = min(estimates(unit, budget), key=lambda estimate: estimate[1])[0]
-    choice = unit.sharding.processes.from_first(lambda: found)  # rounding may differ
+    highest = min(estimates(unit, budget), key=lambda estimate: estimate[1])[0]
+    choice = unit.sharding.processes.from_first(lambda: highest)  # rounding may differ
     certify: dict[BoundName, Callable[[LayerStack, Choice, float], float]] = {
         BoundName.RANK: _rank,
         BoundName.STACK: _stack,
@@ -71,19 +71,19 @@ def probable_floor(unit: LayerStack, budget: RankBudget) -> Bound:
 def estimates(unit: LayerStack, budget: RankBudget) -> list[tuple[Choice, float]]:
     """Each floor with an estimate of ||M||^2 less its value."""
     budgets = [budget] if budget.private_rank == 0 else [budget, RankBudget(budget.rank, budget.rank)]
-    found = [
+    floors = [
         estimate
         for transposed, view in ((False, unit), (True, unit.transpose()))
         for estimate in _estimates(view, transposed, budgets)
     ]
     rank = min(budget.private_rank + budget.pool_rank(unit.layers), *unit.shape)
     if rank <= budget.rank + _WITHIN or _FEW * rank <= min(unit.shape) or min(unit.shape) <= _DENSE:
-        found.append((Choice(BoundName.RANK, budget, False), math.fsum(unit.spectra.most_captured(rank))))
-    return found
+        floors.append((Choice(BoundName.RANK, budget, False), math.fsum(unit.spectra.most_captured(rank))))
+    return floors
 
 
 def common_count(view: LayerStack, budget: RankBudget) -> int:
-    """How many common directions the floors of this orientation take: one more than the largest level's index."""
+    """The number of common directions that floors of this orientation take: one more than the largest level's index."""
     Lr = view.layers * budget.rank
     return min(Lr + Lr // 2 + 1, *view.shape)
 

@@ -58,8 +58,7 @@ class ExtractSettings:
     def exact(self, stack: Layered) -> bool:
         """True if the layers of the stack take exact SVDs.
 
-        A LoRA without a pool does up to min(b, a) = 1024, and a target for ranks always. Else see
-        `LayerStack.with_spectra`.
+        Without a pool they do up to min(b, a) = 1024. With one, see `LayerStack.with_spectra`.
         """
         if self.k == 0:
             return min(stack.shape) <= LARGEST_EXACT

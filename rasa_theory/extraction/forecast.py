@@ -122,7 +122,7 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
 
 
 def _solver_time(settings: ExtractSettings, lora_seconds: float, searches: int, others: int) -> str:
-    """What a pool takes beyond LoRA, `lora_seconds` of which are by products, for so many stacks and for others."""
+    """The time of solver and floors, as text: of `searches` stacks without SVDs, whose LoRA takes `lora_seconds`."""
     if searches == 0 or settings.k is None or settings.solver.start != "best" or settings.solver.effort != "default":
         return "; the solver comes on top"
     seconds = _TIMES_LORA * lora_seconds + _SEARCH_SECONDS * searches

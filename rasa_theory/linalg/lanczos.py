@@ -47,18 +47,20 @@ from torch import Tensor
 from rasa_theory.linalg import dense, orthogonal
 from rasa_theory.linalg.chebyshev import largest_argument
 from rasa_theory.linalg.krylov import BlockLanczos, Operator
-from rasa_theory.linalg.majorant import Majorant
+from rasa_theory.linalg.majorant import (
+    ATTEMPTS,
+    BETA_ABOVE_LAST,
+    LEAST_BETA,
+    PROBES,
+    SEARCH_SHARE,
+    STEPS,
+    Majorant,
+)
 
 ALLOWANCE = 20.0  # for rounding in the captured energy, see "Rounding" above
-PROBES = 16  # p, the number of columns of Omega
-ATTEMPTS = 2  # number of bases before an SVD is taken instead
-STEPS = 24  # greatest number of steps of the recurrence
 
 # The numbers below decide how often a certificate is reached and how much work it takes. None of them decides whether a
 # certificate is valid: it holds for every V, every beta and every tau that `norm_bounds` yields.
-_SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
-_BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the r-th: just above the rest of the spectrum
-_LEAST_BETA = 1e-3  # of the goal per rank: beta stays positive where the last Ritz value is 0
 _USEFUL_TAU = 0.1  # of the goal per rank: a tau below it is tried even if it is not below theta_r
 _MEASURE_BELOW = 1e-7  # relative error below which it is measured: single precision, and norm^2 - captured, end here
 
@@ -130,14 +132,14 @@ def leading_part(
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
     search = BlockLanczos(_gram(single, norm_squared), width, generator)
     for _ in range(ATTEMPTS):
-        if not search.run(rank, columns, _SEARCH_SHARE * goal * norm_squared):
+        if not search.run(rank, columns, SEARCH_SHARE * goal * norm_squared):
             return None
         basis = ritz(M, search.vectors(columns).double())
         if not basis.deviation <= math.sqrt(columns) * precision:
             return None
         captured = float(basis.theta[:rank].sum())
         target, last = float(basis.theta[rank - 1]), float(basis.theta[-1])
-        beta = max(last + _BETA_ABOVE_LAST * (target - last), _LEAST_BETA * goal * norm_squared / rank)
+        beta = max(last + BETA_ABOVE_LAST * (target - last), LEAST_BETA * goal * norm_squared / rank)
         omega = torch.randn(a, probes, generator=generator, dtype=M.dtype).to(M.device)
         for tau in norm_bounds(M, basis.V, omega, beta, quantile, math.sqrt(norm_squared)):
             if tau >= max(target, _USEFUL_TAU * goal * norm_squared / rank):

@@ -41,14 +41,14 @@ from rasa_theory.linalg.chebyshev import largest_argument
 from rasa_theory.linalg.krylov import BlockLanczos, Operator
 
 PROBES = 16  # p, the number of columns of Omega
-ATTEMPTS = 2  # number of bases before the search is given up
+ATTEMPTS = 2  # number of bases before the matrix is decomposed
 STEPS = 24  # greatest number of steps of the recurrence
 
 # The numbers below decide how often a certificate is reached and how much work it takes, not whether it is valid.
-_SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
-_BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the m-th
+SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
+BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the m-th
 _LEAST_GAP = 1e-10  # of the eigenvalue that decides, where eigenvalues coincide
-_LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the last Ritz value is 0
+LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the last Ritz value is 0
 
 
 class Majorant(NamedTuple):
@@ -200,7 +200,7 @@ def _by_products(
     for _ in range(ATTEMPTS):
         if guess is None:
             search = search or BlockLanczos(S, width, generator)
-            if not search.run(m, w, _SEARCH_SHARE * goal):
+            if not search.run(m, w, SEARCH_SHARE * goal):
                 return None
             guess = search.vectors(w)
         basis = ritz(S, guess.double())
@@ -208,7 +208,7 @@ def _by_products(
         if basis is None:
             return None
         last, target = float(basis.theta[-1]), float(basis.theta[m - 1])
-        beta = max(last + _BETA_ABOVE_LAST * (target - last), _LEAST_BETA * goal / m)
+        beta = max(last + BETA_ABOVE_LAST * (target - last), LEAST_BETA * goal / m)
         omega = torch.randn(S.n, PROBES, generator=generator, dtype=torch.float64).to(S.device)
         for tau in norm_bounds(S, basis.V, omega, beta, c, basis.error):
             result = basis._replace(tau=max(tau, 0.0))

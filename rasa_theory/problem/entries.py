@@ -142,6 +142,11 @@ class StackEntries:
             norms[i] += float((M.double() / self.power).square_().sum())
         return self.sharding.all_gather(norms)
 
+    @property
+    def unit_norm_squared(self) -> float:
+        """||M / power||_F^2 over all layers."""
+        return math.fsum(self.unit_norms_squared.tolist())
+
     def check_memory(self, decomposed: bool) -> None:
         """Raise InputError if the limit on memory is too low for the work on one layer, see `memory.check_memory`."""
         if self.memory is not None:

@@ -106,7 +106,7 @@ class CommonDirections:
     def __init__(self, entries: StackEntries, transposed: bool) -> None:
         b, a = entries.shape
         self._entries, self._transposed = entries, transposed
-        self._norm_squared = math.fsum(entries.unit_norms_squared.tolist())
+        self._norm_squared = entries.unit_norm_squared
         n, m = (b, a) if transposed else (a, b)
         error = 1.1 * (n + m + entries.sharding.layers) * _EPS * self._norm_squared
         self.operator = Operator(self._apply, n, self._norm_squared, error, entries.dtype, entries.device)
@@ -157,7 +157,7 @@ class LeadingParts:
     @property
     def norm_squared(self) -> float:
         """||M / power||^2 over all layers."""
-        return math.fsum(self._entries.unit_norms_squared.tolist())
+        return self._entries.unit_norm_squared
 
     def gathered(self, local: list[float]) -> list[float]:
         """A number for each layer held, for all L layers."""

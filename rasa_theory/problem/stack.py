@@ -185,7 +185,7 @@ class LayerStack:
     @property
     def rounding(self) -> float:
         """The tolerance for comparisons of errors on this stack, not squared: 10 max(b, a) eps ||M||."""
-        unit_norm = math.sqrt(math.fsum(self._entries.unit_norms_squared.tolist()))
+        unit_norm = math.sqrt(self._entries.unit_norm_squared)
         return linalg.rounding(unit_norm * self.scale, self.shape, self.eps)
 
     @property
