@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ import torch
 
 from rasa_theory.common import InputError, Plan, plan_of
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
-from rasa_theory.formats import CONFIG_FILE, Exclusion, LeftOut, ModuleNames, called_conv1d
+from rasa_theory.formats import CONFIG_FILE, Exclusion, LeftOut, ModuleNames, Role, called_conv1d, place_by_name
 from rasa_theory.problem import RankBudget, check_memory
 from rasa_theory.sources import Catalogue, StackSource
 
 _MOST_PROBLEMS = 20  # sentences in one error: more than a model has kinds of module
-_EMBEDDING = re.compile(r"embed|(?:\A|\.)w[tp]e\.weight\Z")
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,12 @@ def nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
         reason = None
         if len(source.keys) != source.layers:
             reason = "one tensor with three axes, whose layers are no modules"
+            if source.place is not None and source.place.role is Role.EXPERTS:
+                reason = source.place.reason
         elif strange := [key for key in source.keys if not key.endswith(".weight")]:
             reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
-        elif _EMBEDDING.search(source.keys[0]):
-            reason = "an embedding, for which adapters have other tensors"
+        elif not (place := source.place or place_by_name(source.keys[0], source.shape)).role.is_matrix:
+            reason = place.reason
         if reason is None:
             named.append(source)
         else:

@@ -28,6 +28,7 @@ Bar = Callable[[int, str], AbstractContextManager[Show]]
 """Makes a context of progress for a number of steps, which are called by the second argument."""
 
 _RANKS = "ranks.json"
+_LEFT_OUT = "left-out.json"
 
 
 @contextlib.contextmanager
@@ -91,6 +92,9 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
                 source = job.unnamed[n]
                 show(folder.finished_parts, f"{source.name}: norm")
                 folder.compute_once(_norm_file(n), functools.partial(norm_squared, source))
+            if processes.first and not processes.board.ending:
+                show(folder.finished_parts, "norms of what is left out")
+                folder.compute_once(_LEFT_OUT, lambda: norms_left_out(job))
     except InputError:
         if processes.first:
             folder.abandon()
@@ -125,6 +129,11 @@ def norm_squared(source: StackSource) -> float | None:
         return source.load(None, None).norm_squared
     except InputError:
         return None
+
+
+def norms_left_out(job: Job) -> dict[str, list[float | None]]:
+    """The squared norms of the updates of left-out tensors and of their weights before (None: none), by name."""
+    return {name: [norms.update, norms.base] for name, norms in job.catalogue.norms_left_out().items()}
 
 
 # ---- ranks that reach a target
@@ -184,7 +193,8 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
     Raises InputError if every update is zero.
     """
     rows = [row for n in range(len(job.catalogue.stacks)) if (row := folder.row(n)) is not None]
-    norms = {source.name: folder.cached(_norm_file(n)) for n, source in enumerate(job.unnamed)}
+    norms = {name: update for name, (update, _) in (folder.cached(_LEFT_OUT) or {}).items()}
+    norms |= {source.name: folder.cached(_norm_file(n)) for n, source in enumerate(job.unnamed)}
     if not any(row["norm_squared"] for row in rows):
         folder.clear()
         changed = [name for name, norm in norms.items() if norm]

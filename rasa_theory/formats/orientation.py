@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from rasa_theory.formats.roles import Place, Role
 from rasa_theory.formats.safetensors import read_json
 from rasa_theory.formats.tensors import Entry
 
@@ -42,7 +43,9 @@ def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:
     has_conv1d = bool(models & _CONV1D_MODELS) if models else not has_tall
     if not has_conv1d:
         return entries
-    return [e._replace(shape=e.shape[::-1], transposed=True) if e.name in word_of else e for e in entries]
+    by = "by the model's type and its name" if models else "by its name"
+    turned = Place(Role.CONV1D, by)
+    return [e._replace(shape=e.shape[::-1], transposed=True, place=turned) if e.name in word_of else e for e in entries]
 
 
 def called_conv1d(name: str) -> bool:

@@ -6,22 +6,27 @@ import re
 from enum import Enum
 from typing import NamedTuple
 
+from rasa_theory.formats.roles import Place
+
 
 class Entry(NamedTuple):
     """A tensor as a file's header describes it. `dtype` has its usual name: float32, bfloat16, float8_e4m3, int64.
 
-    `transposed`: the model has this matrix (b, a) as (a, b).
+    `transposed`: the model has this matrix (b, a) as (a, b). `place`: what the tensor is in its model; None in a file
+    of updates, whose tensors are matrices by themselves.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     transposed: bool = False
+    place: Place | None = None
 
 
 class Exclusion(Enum):
     """The kinds of reason for which a tensor or a stack is left out. Code decides by these, people read the reason."""
 
+    ROLE = "It is a part of the model that is no linear map: an embedding, a convolution, a norm, a router."
     AXES = "It has other axes than a matrix or a stack of matrices: a bias, a norm, a convolution."
     EMPTY = "One of its axes has length 0."
     DTYPE = "Its values cannot be computed with: whole numbers, complex numbers, or fewer than 16 bits."

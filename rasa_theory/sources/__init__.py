@@ -15,14 +15,17 @@ from rasa_theory.sources.synthetic import (
     synthetic_catalogue,
     synthetic_stack,
 )
+from rasa_theory.sources.tensor_updates import Norms, Updates, pair_warning
 
 __all__ = [
     "BUNDLED",
     "DEFAULT",
     "Catalogue",
     "Group",
+    "Norms",
     "Prefix",
     "StackSource",
+    "Updates",
     "check_synthetic",
     "group",
     "left_out_lines",
@@ -30,6 +33,7 @@ __all__ = [
     "memory_line",
     "null_models",
     "open_source",
+    "pair_warning",
     "planted_stack",
     "power_law_stack",
     "provenance",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rasa_theory.common import DamagedFile, FailedElsewhere, InputError, NotFinite
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
-from rasa_theory.formats import Entry, Exclusion, LeftOut
+from rasa_theory.formats import Entry, Exclusion, LeftOut, Place
 from rasa_theory.problem import Factored, LayerStack, OnDisk, Part, compute_dtype
 from rasa_theory.sources.grouping import Group, group
+from rasa_theory.sources.tensor_updates import Norms, Updates
 
 _SHOWN = 5
 
@@ -45,6 +46,9 @@ class StackSource:
 
     `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); empty if the stack is generated.
     `transposed`: the model has each matrix as (a, b), as a Conv1D does its weight; `load` gives (b, a) all the same.
+    `place`: what the tensors are in their model (`place.role`), and by what this was decided; None in a file of
+    updates. With a place, `keys` are names of parameters in the model: less ".weight" they are the modules. For
+    `Role.EXPERTS` the one key is the parameter (experts, b, a), and layer i is expert i.
     """
 
     name: str
@@ -53,6 +57,7 @@ class StackSource:
     load: Load
     keys: tuple[str, ...] = ()
     transposed: bool = False
+    place: Place | None = None
 
     def memory(self, dtype: torch.dtype, decomposed: bool = True) -> int:
         """An estimate of the bytes that work on it takes.
@@ -65,12 +70,35 @@ class StackSource:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The stacks of `source`, the tensors left out, and the files that it reads."""
+    """The stacks of `source`, the tensors left out, and the files that it reads.
+
+    `updates`: the updates of all tensors, also of those left out, by their names; None where a source has no tensors
+    beside its stacks.
+    """
 
     source: str
     stacks: list[StackSource]
     left_out: list[LeftOut]
     files: tuple[Path, ...] = ()
+    updates: Updates | None = None
+
+    def norms(self, source: StackSource) -> list[Norms] | None:
+        """The norms of every layer of a stack; None where the source does not measure them.
+
+        They come from the reading of the stack, if it was read as a whole before, else the tensors are read here.
+        """
+        if self.updates is None or not source.keys:
+            return None
+        norms = [self.updates.norms(key) for key in source.keys]
+        return [one for several in norms for one in several or ()] if None not in norms else None
+
+    def norms_left_out(self) -> dict[str, Norms]:
+        """The norms of the tensors in `left_out` by name: of all that both checkpoints have and that can be read.
+
+        Stacks among `left_out` are not in it; see `norms`.
+        """
+        norms = {one.name: self.updates.norms(one.name) for one in self.left_out} if self.updates is not None else {}
+        return {name: Norms.together(several) for name, several in norms.items() if several is not None}
 
     def matching(self, globs: Sequence[str]) -> Catalogue:
         """Select the stacks whose name equals or matches one of `globs` (case counts); the others move to `left_out`.
@@ -244,4 +272,4 @@ def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
             except InputError as error:
                 raise InputError(f"{holder.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed)
+    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed, g.place)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rasa_theory.formats import Entry, Exclusion, LeftOut, is_floating, is_lora_tensor, layer_span
+from rasa_theory.formats import Entry, Exclusion, LeftOut, Place, is_floating, is_lora_tensor, layer_span
 
 _NUMBER = re.compile(r"([0-9]+)")
 
@@ -16,7 +17,8 @@ class Group(NamedTuple):
     """The tensors of one stack: `layers` matrices of `shape` (b, a).
 
     `keys` has one key per layer, in order, or the one key of a tensor (L, b, a) that is the stack itself.
-    `transposed`: the model has each matrix as (a, b).
+    `transposed`: the model has each matrix as (a, b). `place`: what the tensors are in their model, None in a file of
+    updates.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Group(NamedTuple):
     shape: tuple[int, int]
     keys: list[str]
     transposed: bool = False
+    place: Place | None = None
 
     @property
     def in_model(self) -> tuple[int, int]:
@@ -33,45 +36,56 @@ class Group(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A matrix with the number of its layer, in digits without leading zeros."""
+    """A matrix, and its name cut at the numbers: text, number, text, .., text."""
 
-    number: str
+    parts: tuple[str, ...]
     entry: Entry
+
+    def alike(self, position: int) -> tuple[object, ...]:
+        """What the layers of one stack have in common where the number at `position` is that of the layer."""
+        role = None if self.entry.place is None else self.entry.place.role
+        others = self.parts[:position] + self.parts[position + 1 :]
+        return others, self.entry.shape, self.entry.transposed, role
+
+    def name(self, position: int) -> str:
+        """The name of its stack, with `*` in place of the layer's number."""
+        return "".join([*self.parts[:position], "*", *self.parts[position + 1 :]])
 
 
 def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], list[LeftOut]]:
     """Group tensors into stacks. Returns the stacks, and the tensors that form none, each with the reason.
 
     1. A tensor with three axes is a stack, named by its key.
-    2. Matrices are grouped by name. The layer is the number after the first component `layers`, `layer`, `h`, `block`
-       or `blocks` that a number follows. Without such a word it is the only number that varies among names that
-       differ in nothing but numbers. All other numbers (of experts, say) stay in the name.
+    2. The layers of a stack of matrices differ in one number of their names, and have equal shapes. The layer is the
+       number after the first component `layers`, `layer`, `h`, `block` or `blocks` that a number follows, if at least
+       half of the names that differ in nothing but numbers then form stacks. Otherwise it is the number with which the
+       most matrices stand in stacks, the stacks being as few as possible: `attentions.*` or `transformer_blocks.*` of
+       a UNet. All other numbers (of experts, say) stay in the name.
     3. The stack is named with `*` in place of the layer's number; its layers are in numeric order.
     4. Layers of unequal shape form separate stacks, with `[BxA]` at the end of the name.
     5. A matrix that is alone is left out; with `alone` it is a stack of one layer, named by its key.
+    6. Tensors that are no linear maps of their model (`Entry.place`) are left out as what they are.
     """
     groups: list[Group] = []
     left_out: list[LeftOut] = []
-    matrices: list[Entry] = []
+    families: dict[tuple[str, ...], list[_Member]] = {}
     for entry in entries:
         if (unusable := _unusable(entry)) is not None:
             left_out.append(unusable)
         elif len(entry.shape) == 2:
-            matrices.append(entry)
+            parts = tuple(_NUMBER.split(entry.name))
+            families.setdefault(parts[::2], []).append(_Member(parts, entry))
         else:
             L, b, a = entry.shape
-            groups.append(Group(entry.name, L, (b, a), [entry.name]))
-    families, unclear = _families(matrices)
-    left_out += unclear
-    for name, members in families.items():
-        stacks, rest = _split_by_shape(name, members)
+            groups.append(Group(entry.name, L, (b, a), [entry.name], entry.transposed, entry.place))
+    for members in families.values():
+        stacks, single = _stacks(members)
         groups += stacks
-        left_out += rest
-    if alone:
-        single = {one.name for one in left_out if one.kind is Exclusion.ALONE}
-        groups += [_of_matrices(entry.name, [entry]) for entry in matrices if entry.name in single]
-        left_out = [one for one in left_out if one.name not in single]
-    return _with_unique_names(groups, left_out)
+        if alone:
+            groups += [_of_matrices(one.name, [entry]) for one, entry in single]
+        else:
+            left_out += [one for one, _ in single]
+    return _with_unique_names(groups), left_out
 
 
 def _unusable(entry: Entry) -> LeftOut | None:
@@ -94,84 +108,103 @@ def _unusable(entry: Entry) -> LeftOut | None:
             "as --source",
             Exclusion.FACTOR,
         )
+    if entry.place is not None and not entry.place.role.is_matrix:
+        return because(entry.place.reason, Exclusion.AXES if len(entry.shape) == 1 else Exclusion.ROLE)
     if len(entry.shape) not in (2, 3):
         return because(f"{len(entry.shape)} axes; a layer has 2, a stack of layers 3", Exclusion.AXES)
     return None
 
 
-def _families(matrices: list[Entry]) -> tuple[dict[str, list[_Member]], list[LeftOut]]:
-    """Matrices by the name of their stack, and those whose name does not say which layer they are."""
-    families: dict[str, list[_Member]] = {}
-    left_out: list[LeftOut] = []
-    alike: dict[tuple[str, ...], list[tuple[list[str], Entry]]] = {}
-    for entry in matrices:
-        if (span := layer_span(entry.name)) is not None:
-            start, end = span
-            name = f"{entry.name[:start]}*{entry.name[end:]}"
-            families.setdefault(name, []).append(_Member(_canonical(entry.name[start:end]), entry))
-        else:
-            parts = _NUMBER.split(entry.name)  # text, number, text, .., text
-            alike.setdefault(tuple(parts[::2]), []).append((parts, entry))
-    for texts, members in alike.items():
-        columns = zip(*(parts for parts, _ in members), strict=True)
-        varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
-        if len(varying) == 1:
-            (i,) = varying
-            parts = members[0][0]
-            name = "".join([*parts[:i], "*", *parts[i + 1 :]])
-            families.setdefault(name, []).extend(_Member(_canonical(p[i]), entry) for p, entry in members)
-            continue
-        reason, kind = "the only tensor of its kind; a stack of matrices needs two layers or more", Exclusion.ALONE
-        if varying:
-            kind = Exclusion.NAME
-            reason = (
-                f"{len(varying)} numbers vary among the names {'*'.join(texts)!r}, so which is the layer is unclear; "
-                "rename it to stand after 'layers.'"
-            )
-        left_out += [LeftOut(entry.name, reason, kind) for _, entry in members]
-    return families, left_out
-
-
-def _canonical(digits: str) -> str:
-    """The number without leading zeros; as text, for a file may hold more digits than int() takes."""
-    return digits.lstrip("0") or "0"
-
-
-def _split_by_shape(name: str, members: list[_Member]) -> tuple[list[Group], list[LeftOut]]:
-    """One group per shape, layers in numeric order; a shape of one layer is left out."""
-    members = sorted(members, key=lambda m: (len(m.number), m.number))
-    for one, next_ in pairwise(members):
-        if one.number == next_.number:
-            reason = f"layer {one.number} of {name!r} is there twice: {one.entry.name!r} and {next_.entry.name!r}"
-            return [], [LeftOut(m.entry.name, reason, Exclusion.NAME) for m in members]
-    by_shape: dict[tuple[int, ...], list[Entry]] = {}
-    for _, entry in members:
-        by_shape.setdefault(entry.shape, []).append(entry)
+def _stacks(family: Sequence[_Member]) -> tuple[list[Group], list[tuple[LeftOut, Entry]]]:
+    """The stacks of matrices whose names differ in nothing but numbers, and those that are in none, with reasons."""
+    position = _position_of_layer(family)
+    if position is None:
+        return [], [(_why_alone(one, family), one.entry) for one in family]
     groups: list[Group] = []
-    left_out: list[LeftOut] = []
-    for (b, a), entries in by_shape.items():
-        full_name = name if len(by_shape) == 1 else f"{name}[{b}x{a}]"
-        if len(entries) > 1:
-            groups.append(_of_matrices(full_name, entries))
+    single: list[tuple[LeftOut, Entry]] = []
+    together: dict[tuple[object, ...], list[_Member]] = {}
+    for member in family:
+        together.setdefault(member.alike(position), []).append(member)
+    shapes_of = Counter(name for members in together.values() for name in {members[0].name(position)})
+    for members in together.values():
+        name = members[0].name(position)
+        b, a = members[0].entry.shape
+        full_name = name if shapes_of[name] == 1 else f"{name}[{b}x{a}]"
+        layers = sorted(members, key=lambda m: _in_order(m.parts[position]))
+        if (twice := _layer_twice(layers, position)) is not None:
+            single += [(LeftOut(m.entry.name, twice, Exclusion.NAME), m.entry) for m in layers]
+        elif len(layers) > 1:
+            groups.append(_of_matrices(full_name, [m.entry for m in layers]))
         else:
             reason = f"the only layer of {full_name!r}; a stack of matrices needs two or more"
-            left_out.append(LeftOut(entries[0].name, reason, Exclusion.ALONE))
-    return groups, left_out
+            single.append((LeftOut(layers[0].entry.name, reason, Exclusion.ALONE), layers[0].entry))
+    return groups, single
+
+
+def _position_of_layer(family: Sequence[_Member]) -> int | None:
+    """The place of the layer's number in the names cut at their numbers; None where none is."""
+    columns = zip(*(member.parts for member in family), strict=True)
+    varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    stacked: dict[int, tuple[int, int]] = {}  # matrices in stacks of two or more, and minus the number of stacks
+    for position in varying:
+        sizes = Counter(member.alike(position) for member in family).values()
+        stacked[position] = (sum(n for n in sizes if n > 1), -len(sizes))
+    if (word := _after_word(family[0])) in stacked and 2 * stacked[word][0] >= len(family):
+        return word
+    if not any(matrices for matrices, _ in stacked.values()):
+        return word if word >= 0 else None
+    return max(stacked, key=lambda position: (stacked[position], position))
+
+
+def _after_word(member: _Member) -> int:
+    """The place of the number after a component such as `layers`, or -1."""
+    span = layer_span(member.entry.name)
+    if span is None:
+        return -1
+    return 1 + 2 * len(_NUMBER.findall(member.entry.name[: span[0]]))
+
+
+def _why_alone(member: _Member, family: Sequence[_Member]) -> LeftOut:
+    """A matrix of a family that forms no stack, with the reason."""
+    columns = zip(*(other.parts for other in family), strict=True)
+    varying = sum(len(set(column)) > 1 for column in columns)
+    if varying < 2:
+        reason = "the only tensor of its kind; a stack of matrices needs two layers or more"
+        return LeftOut(member.entry.name, reason, Exclusion.ALONE)
+    texts = "*".join(member.parts[::2])
+    reason = f"{varying} numbers vary among the names {texts!r}, and with none of them two matrices form a stack"
+    return LeftOut(member.entry.name, reason, Exclusion.NAME)
+
+
+def _in_order(digits: str) -> tuple[int, str]:
+    """A key that sorts numbers by value; as text, for a file may hold more digits than int() takes."""
+    digits = digits.lstrip("0") or "0"
+    return len(digits), digits
+
+
+def _layer_twice(layers: Sequence[_Member], position: int) -> str | None:
+    """A sentence on two of these layers, in order, that have the same number, such as 1 and 01; None without such."""
+    for one, other in pairwise(layers):
+        if _in_order(one.parts[position]) == _in_order(other.parts[position]):
+            number = one.parts[position].lstrip("0") or "0"
+            name = one.name(position)
+            return f"layer {number} of {name!r} is there twice: {one.entry.name!r} and {other.entry.name!r}"
+    return None
 
 
 def _of_matrices(name: str, entries: list[Entry]) -> Group:
     b, a = entries[0].shape
     keys = [entry.name for entry in entries]
-    return Group(name, len(keys), (b, a), keys, entries[0].transposed)  # names that differ by a number are of one kind
+    return Group(name, len(keys), (b, a), keys, entries[0].transposed, entries[0].place)
 
 
-def _with_unique_names(groups: list[Group], left_out: list[LeftOut]) -> tuple[list[Group], list[LeftOut]]:
-    """Drop stacks whose name is taken, as when a key itself contains `*`: results are filed by name."""
+def _with_unique_names(groups: list[Group]) -> list[Group]:
+    """Number the stacks whose name is taken, as when a key itself contains `*`: results are filed by name."""
     unique: dict[str, Group] = {}
     for g in groups:
-        if g.name in unique:
-            reason = "another stack of the file has the same name; rename one"
-            left_out.append(LeftOut(g.name, reason, Exclusion.NAME))
-        else:
-            unique[g.name] = g
-    return list(unique.values()), left_out
+        name, number = g.name, 1
+        while name in unique:
+            number += 1
+            name = f"{g.name}({number})"
+        unique[name] = g._replace(name=name)
+    return list(unique.values())

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Checkpoint, Entry, Exclusion, LeftOut, is_floating, model_types, oriented
-from rasa_theory.problem import Difference
+from rasa_theory.formats import Entry, Exclusion, LeftOut, ModelCheckpoint, architecture, is_floating, model_types
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
+from rasa_theory.sources.tensor_updates import Differences, PairedKeys
 
 
 class Prefix(NamedTuple):
@@ -44,12 +42,15 @@ class Prefix(NamedTuple):
 def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
-    Tensors are named as in `base`. If no layer has the same name in both, they may differ by a prefix
-    (`find_prefix`), which the source then mentions. Tensors that only one has, or whose shapes differ, are left out.
-    The config.json of `tuned`, or else of `base`, says which are Conv1D. Raises InputError as `open_checkpoint` and
+    Tensors have the names of the model that the config.json of `base`, or else of `tuned`, describes; so the two may
+    be saved under different names. Where transformers does not know it, they are named as in `base`. If no layer has
+    the same name in both, they may differ by a prefix (`find_prefix`), which the source then mentions.
+
+    Tensors that only one has, or whose shapes differ, are left out. Raises InputError as `open_checkpoint` and
     `find_prefix` do, and if both hold matrices but none in common.
     """
-    before, after = Checkpoint(base), Checkpoint(tuned)
+    model, models = architecture(base) or architecture(tuned), model_types(tuned) or model_types(base)
+    before, after = ModelCheckpoint(base, model, models), ModelCheckpoint(tuned, model, models)
     prefix = find_prefix(before, after)
     key_after = _corresponding(before.entries, after.entries, prefix)
     entries: list[Entry] = []
@@ -63,7 +64,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
             reason = f"shape {old.shape} in {base}, {new.shape} in {tuned}"
             left_out.append(LeftOut(key, reason, Exclusion.UNMATCHED))
             continue
-        entries.append(Entry(key, old.shape, _dtype_of_difference(old.dtype, new.dtype)))
+        entries.append(old._replace(dtype=_dtype_of_difference(old.dtype, new.dtype)))
     if not any(map(_is_matrix, entries)):
         _refuse_strangers(before, after, key_after)
     matched = set(key_after.values())
@@ -73,12 +74,11 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
         if key not in matched
     ]
     wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
-    updates = _Differences(before, after, key_after, wide)
+    updates = Differences({entry.name: entry for entry in entries}, before, after, PairedKeys(key_after, wide))
     source = f"{tuned} minus {base}" + (f" ({prefix} of {tuned})" if prefix is not None else "")
-    entries = oriented(entries, model_types(tuned) or model_types(base))
     reader = Reader(updates.read, updates.file_of, updates.part)
     catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
-    return dataclasses.replace(catalogue, files=before.files + after.files)
+    return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates)
 
 
 def _dtype_of_difference(old: str, new: str) -> str:
@@ -89,30 +89,10 @@ def _dtype_of_difference(old: str, new: str) -> str:
     return "float64" if "float64" in (old, new) else "float32"
 
 
-@dataclass(frozen=True)
-class _Differences:
-    """tuned - base, read by the key in the base; `dtype_of` is the dtype in which each is computed."""
-
-    before: Checkpoint
-    after: Checkpoint
-    key_after: Mapping[str, str]
-    dtype_of: Mapping[str, torch.dtype]
-
-    def read(self, key: str) -> Tensor:
-        dtype = self.dtype_of[key]
-        return self.after.read(self.key_after[key]).to(dtype) - self.before.read(key).to(dtype)
-
-    def part(self, key: str) -> Difference:
-        return Difference(self.after.part(self.key_after[key]), self.before.part(key), self.dtype_of[key])
-
-    def file_of(self, key: str) -> str:
-        return f"{self.after.file_of(self.key_after[key])} minus {self.before.file_of(key)}"
-
-
 # ---- names that correspond
 
 
-def find_prefix(before: Checkpoint, after: Checkpoint) -> Prefix | None:
+def find_prefix(before: ModelCheckpoint, after: ModelCheckpoint) -> Prefix | None:
     """Find the prefix by which the names of two checkpoints differ; None if a layer has the same name in both.
 
     A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name.
@@ -178,7 +158,7 @@ def _corresponding(before: Mapping[str, Entry], after: Mapping[str, Entry], pref
     return {key: name_of[key] for key in before if key in name_of}
 
 
-def _refuse_strangers(before: Checkpoint, after: Checkpoint, key_after: Mapping[str, str]) -> None:
+def _refuse_strangers(before: ModelCheckpoint, after: ModelCheckpoint, key_after: Mapping[str, str]) -> None:
     """Raise InputError if both checkpoints hold matrices, but none in common: they are two models."""
     advice = "give a model and what was fine-tuned from it, both in full"
     for key, old in before.entries.items():

@@ -25,7 +25,7 @@ def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, monkeypatch, capsys
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
     assert "LoRA takes less than 1 s here, reading aside, by a layer timed now; the solver comes on top." in text
-    assert "  left out: model.norm.weight: 1 axes" in text
+    assert "  left out: model.norm.weight: the weight of a norm, by the model class LlamaForCausalLM" in text
     assert (
         f"the adapter takes at most about 0.0 MiB, twice that while it is made; 7 GiB are free in {tmp_path / 'out'}."
         in text

@@ -46,8 +46,8 @@ def test_the_kind_of_what_forms_no_stack(entries, kind):
 
 
 def test_a_matrix_that_is_alone_is_a_stack_of_one_layer_where_that_is_asked_for():
-    """Whatever its name: a name that does not say which layer it is stays left out."""
+    """Whatever its name: nothing is left out because its name does not say which layer it is."""
     entries = [Entry("lm_head", (3, 4), "float32"), *(Entry(f"a{i}_b{i}", (3, 4), "float32") for i in "12")]
     groups, left_out = group(entries, alone=True)
-    assert [g.name for g in groups] == ["lm_head"]
-    assert {one.kind for one in left_out} == {Exclusion.NAME}
+    assert [g.name for g in groups] == ["lm_head", "a1_b1", "a2_b2"]
+    assert left_out == []

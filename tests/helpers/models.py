@@ -45,7 +45,7 @@ def saved_pair(folder, build, layers):
     model.save_pretrained(folder / "base", max_shard_size="20KB")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if layers in name and weight.ndim == 2:
+            if layers in name and weight.ndim in (2, 3):
                 weight.add_(0.05 * torch.randn_like(weight))
     model.save_pretrained(folder / "tuned", max_shard_size="33KB")
     return model

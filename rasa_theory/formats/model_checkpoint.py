@@ -1,0 +1,106 @@
+"""A checkpoint under the names of its model: the parameters that its tensors become when transformers loads them.
+
+Where transformers does not know the model, or is not installed, tensors keep the names that they have on the disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from rasa_theory.common import InputError
+from rasa_theory.formats.architecture import Architecture, Parameter, converted_shape
+from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.orientation import oriented
+from rasa_theory.formats.roles import Place, Role, place_by_name
+from rasa_theory.formats.tensors import Entry, is_floating
+from rasa_theory.problem import FileRows
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class ModelCheckpoint:
+    """The parameters of a model, read from a checkpoint by their name in the model.
+
+    A parameter is one tensor of the checkpoint, or is made of several: a fused tensor of experts is read expert by
+    expert, a part of a fused tensor is cut out of it. `entries` describes the parameters, each with its `place`: what
+    it is in the model, and by what this was decided. With `architecture` None, `models` (values of `model_type`) and
+    the names decide. Raises InputError as `Checkpoint` does.
+    """
+
+    def __init__(self, path: Path, architecture: Architecture | None, models: frozenset[str] = frozenset()) -> None:
+        self._disk = Checkpoint(path)
+        self.path = path
+        self.left_out = self._disk.left_out
+        self._key_of = {_unwrapped(key): key for key in self._disk.entries}
+        if len(self._key_of) < len(self._disk.entries):  # wrapped and bare side by side: nothing is guessed
+            self._key_of = {key: key for key in self._disk.entries}
+        shapes = {name: self._disk.entries[key].shape for name, key in self._key_of.items()}
+        if architecture is None:
+            self._parameters = {name: Parameter((name,)) for name in shapes}
+        else:
+            self._parameters = architecture.parameters(shapes)
+        in_class = {} if architecture is None else {name: architecture.place(name) for name in self._parameters}
+        entries = [self._entry(name, in_class.get(name), shapes) for name in self._parameters]
+        turned = oriented((entry for entry in entries if in_class.get(entry.name) is None), models)
+        self.entries = {entry.name: entry for entry in entries} | {entry.name: entry for entry in turned}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold tensors, in order of their names."""
+        return self._disk.files
+
+    def file_of(self, name: str) -> str:
+        """The file that holds the parameter, or the first of the tensors that it is made of."""
+        return self._disk.file_of(self._key_of[self._parameters[name].sources[0]])
+
+    def read(self, name: str) -> Tensor:
+        """The parameter as the model has it, in the dtype of the file. Raises InputError as `Checkpoint.read` does."""
+        parameter = self._parameters[name]
+        if parameter.made_of is None:
+            return self._read_source(parameter.sources[0])
+        return parameter.made_of(self._read_source)
+
+    def is_in_file(self, name: str) -> bool:
+        """Whether the parameter is one tensor of a file, as it is, so that `part` can read it."""
+        return self._parameters[name].made_of is None
+
+    def part(self, name: str) -> FileRows:
+        """The rows of a parameter, read in blocks on demand.
+
+        Raises InputError as `read` does, and for a parameter that is made of others: it has no rows in a file.
+        """
+        parameter = self._parameters[name]
+        if parameter.made_of is not None:
+            raise InputError(
+                f"{self.file_of(name)}: {name!r} is made of {len(parameter.sources)} tensors of the file, and cannot "
+                "be read in parts; allow more --memory"
+            )
+        return self._disk.part(self._key_of[parameter.sources[0]])
+
+    def _read_source(self, source: str) -> Tensor:
+        return self._disk.read(self._key_of[source])
+
+    def _entry(self, name: str, place: Place | None, shapes: dict[str, tuple[int, ...]]) -> Entry:
+        parameter = self._parameters[name]
+        shape = converted_shape(parameter, shapes)
+        dtype = _common_dtype([self._disk.entries[self._key_of[source]].dtype for source in parameter.sources])
+        place = place or place_by_name(name, shape)
+        is_turned = place.role is Role.CONV1D and len(shape) == 2
+        return Entry(name, shape[::-1] if is_turned else shape, dtype, is_turned, place)
+
+
+def _unwrapped(key: str) -> str:
+    """The name of a tensor without the components that wrappers of training put into it, wherever they stand."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _common_dtype(dtypes: list[str]) -> str:
+    """The dtype that holds tensors of all these; one that cannot be computed with, if there is one."""
+    for dtype in dtypes:
+        if not is_floating(dtype):
+            return dtype
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return "float64" if "float64" in dtypes else "float32"
