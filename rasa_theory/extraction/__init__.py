@@ -6,7 +6,7 @@ from rasa_theory.extraction.extract_settings import FORMATS, STORED, ExtractSett
 from rasa_theory.extraction.forecast import duration, forecast
 from rasa_theory.extraction.job import Job, check, nameable
 from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
-from rasa_theory.extraction.run import entered, extract_all, finish, norm_squared
+from rasa_theory.extraction.run import entered, extract_all, finish
 
 __all__ = [
     "FORMATS",
@@ -25,6 +25,5 @@ __all__ = [
     "forecast",
     "model_card",
     "nameable",
-    "norm_squared",
     "spectral_facts",
 ]

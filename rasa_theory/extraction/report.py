@@ -18,12 +18,13 @@ _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
     "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
 )  # fmt: skip
-_HEAD = ("kind", "layers", "shape", "r", "k", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "90%")
+_HEAD = ("kind", "L", "shape", "M/W", "r", "k", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "90%")
 _WIDTH = 100
 _EXPLANATION = (
-    "Squared errors. LoRA: the best of rank r. RaSA: r - k private ranks and a pool, at the same number\n"
-    "of parameters but for the mixing. floor: no RaSA of this budget is below. file: the adapter as\n"
-    "written. 90%: the rank that this share of the energy needs, median over layers."
+    "Squared errors. L: layers. M/W: the norm of the update over that of the weights before, not squared;\n"
+    "in the last line, of all tensors. LoRA: the best of rank r. RaSA: r - k private ranks and a pool, at\n"
+    "the same number of parameters but for the mixing. floor: no RaSA of this budget is below. file: the\n"
+    "adapter as written. 90%: the rank that this share of the energy needs, median over layers."
 )
 _DESCRIPTIONS = {
     "lora": "the best LoRA of every layer, of rank {rank}",
@@ -49,11 +50,24 @@ def extraction_table(report: dict[str, Any]) -> str:
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
         lines.append(
-            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _ranks(row), str(row["k"]),
+            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
              *_errors(row), floor, _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
     total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
-    lines.append(("all", "", "", "", "", *_errors(total), "", _ratio(total["e_stored"], total["norm_squared"]), ""))
+    lines.append(
+        (
+            "all",
+            "",
+            "",
+            _relative(report),
+            "",
+            "",
+            *_errors(total),
+            "",
+            _ratio(total["e_stored"], total["norm_squared"]),
+            "",
+        )
+    )
     is_too_wide = max(map(len, aligned(lines))) > _WIDTH
     prefix = _common_prefix([row["kind"] for row in changed]) if is_too_wide else ""
     text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
@@ -63,7 +77,13 @@ def extraction_table(report: dict[str, Any]) -> str:
     unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(zero)}.", _WIDTH) if zero else []
     note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
     probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
-    return "\n".join([*text, *note, _EXPLANATION, *probable, sizes, *unchanged, *_left_out(report)])
+    return "\n".join([*text, *note, _EXPLANATION, *probable, sizes, *unchanged, *_left_out(report), *_warning(report)])
+
+
+def _warning(report: dict[str, Any]) -> list[str]:
+    """Return the warning that the source may be no pair, after a line without text; nothing if there is none."""
+    warning = report.get("warning")
+    return ["", *textwrap.wrap(warning, _WIDTH, break_on_hyphens=False, break_long_words=False)] if warning else []
 
 
 def _common_prefix(kinds: Sequence[str]) -> str:
@@ -93,6 +113,12 @@ def _ranks(row: dict[str, Any]) -> str:
         return str(row["rank"])
     ranks = [module["rank"] for module in row["modules"]]
     return f"{min(ranks)}..{max(ranks)}"
+
+
+def _relative(row: dict[str, Any]) -> str:
+    """Return the norm of the update divided by that of the weights before, as text."""
+    relative = row.get("relative_norm")
+    return "-" if relative is None else f"{relative:.2g}"
 
 
 def _errors(row: dict[str, Any]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,10 @@ from rasa_theory.bounds import allocate_ranks
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes, balanced_shares
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
-from rasa_theory.extraction.conversion import extract_stack
+from rasa_theory.extraction.conversion import Extracted, extract_stack
 from rasa_theory.extraction.job import Job
 from rasa_theory.solvers import Callback, Progress
-from rasa_theory.sources import StackSource
+from rasa_theory.sources import Norms, StackSource, pair_warning
 
 Show = Callable[[int, str], None]
 """Called with the number of finished steps and the name of the step in hand."""
@@ -85,13 +86,13 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
                 callback = _solver_progress(show, folder, source)
                 with stack.suitable_threads():
                     extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], callback)
-                folder.add(n, extracted)
+                folder.add(n, with_norms(extracted, job.catalogue.norms(source)))
             for n in _shares(job.unnamed, processes)[process]:
                 if processes.board.ending:
                     break
                 source = job.unnamed[n]
                 show(folder.finished_parts, f"{source.name}: norm")
-                folder.compute_once(_norm_file(n), functools.partial(norm_squared, source))
+                folder.compute_once(_norm_file(n), functools.partial(plain_norms, job, source))
             if processes.first and not processes.board.ending:
                 show(folder.finished_parts, "norms of what is left out")
                 folder.compute_once(_LEFT_OUT, lambda: norms_left_out(job))
@@ -120,20 +121,25 @@ def _norm_file(n: int) -> str:
     return f"norm-{n:05d}.json"
 
 
-def norm_squared(source: StackSource) -> float | None:
-    """||M||^2 of a stack that is not extracted; None if it cannot be read, or has entries that are not finite.
-
-    It is computed in the dtype of the file, which takes the least memory.
-    """
-    try:
-        return source.load(None, None).norm_squared
-    except InputError:
-        return None
+def plain_norms(job: Job, source: StackSource) -> dict[str, Any] | None:
+    """The norms of a stack that is not extracted; None if it cannot be read, or has entries that are not finite."""
+    norms = job.catalogue.norms(source)
+    return None if norms is None else Norms.together(norms).plain()
 
 
-def norms_left_out(job: Job) -> dict[str, list[float | None]]:
-    """The squared norms of the updates of left-out tensors and of their weights before (None: none), by name."""
-    return {name: [norms.update, norms.base] for name, norms in job.catalogue.norms_left_out().items()}
+def norms_left_out(job: Job) -> dict[str, dict[str, Any]]:
+    """The norms of the tensors that are left out, by name."""
+    return {name: norms.plain() for name, norms in job.catalogue.norms_left_out().items()}
+
+
+def with_norms(extracted: Extracted, norms: Sequence[Norms] | None) -> Extracted:
+    """Add the norms of the weights before to a row, and ||update|| / ||weights|| of the stack and of every module."""
+    if norms is None:
+        return extracted
+    modules = [
+        module | {"relative_norm": one.relative} for module, one in zip(extracted.row["modules"], norms, strict=True)
+    ]
+    return dataclasses.replace(extracted, row=extracted.row | Norms.together(norms).facts() | {"modules": modules})
 
 
 # ---- ranks that reach a target
@@ -193,18 +199,26 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
     Raises InputError if every update is zero.
     """
     rows = [row for n in range(len(job.catalogue.stacks)) if (row := folder.row(n)) is not None]
-    norms = {name: update for name, (update, _) in (folder.cached(_LEFT_OUT) or {}).items()}
-    norms |= {source.name: folder.cached(_norm_file(n)) for n, source in enumerate(job.unnamed)}
+    norms: dict[str, Norms] = {
+        name: Norms.of_plain(plain)
+        for name, plain in [
+            *(folder.cached(_LEFT_OUT) or {}).items(),
+            *((source.name, folder.cached(_norm_file(n))) for n, source in enumerate(job.unnamed)),
+        ]
+        if plain is not None
+    }
     if not any(row["norm_squared"] for row in rows):
         folder.clear()
-        changed = [name for name, norm in norms.items() if norm]
+        changed = [name for name, one in norms.items() if one.update]
         only = f"; only {changed[0]!r} has changed, which no adapter of these formats can hold" if changed else ""
         raise InputError(f"{job.catalogue.source}: every update is zero, there is nothing to extract{only}")
     left_out = [
         {"name": one.name, "reason": one.reason}
-        | ({"norm_squared": norm} if (norm := norms.get(one.name)) is not None else {})
+        | ({} if one.name not in norms else {"norm_squared": norms[one.name].update} | norms[one.name].facts())
         for one in job.catalogue.left_out
     ]
-    report = about | {"stacks": rows, "left_out": left_out}
+    whole = Norms.together([*(Norms.of_plain(row) for row in rows), *norms.values()])
+    pair = whole.facts() | {"warning": pair_warning(whole, job.catalogue.source)} if whole.base is not None else {}
+    report = about | pair | {"stacks": rows, "left_out": left_out}
     folder.finish(report)
     return report

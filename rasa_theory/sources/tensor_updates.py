@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Norms(NamedTuple):
     def relative(self) -> float | None:
         """||update|| / ||base||, not squared; None without a base or where the base is zero."""
         return math.sqrt(self.update / self.base) if self.base else None
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says beside the norm of the update; nothing without a base."""
+        if self.base is None:
+            return {}
+        return {"base_norm_squared": self.base, "relative_norm": self.relative, "rounding": sorted(self.rounding)}
+
+    def plain(self) -> dict[str, Any]:
+        """All norms as plain data."""
+        return {"norm_squared": self.update} | self.facts()
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Norms:
+        """The norms in plain data, such as a row of a report."""
+        return cls(plain["norm_squared"], plain.get("base_norm_squared"), frozenset(plain.get("rounding", ())))
 
     @classmethod
     def together(cls, several: Iterable[Norms]) -> Norms:

@@ -80,15 +80,15 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     save_file(updates, tmp_path / "updates.safetensors")
     arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--quiet"]
     arguments += ["--memory", str(128 * 8 * 6), "--out", str(tmp_path / "out")]
-    real, asked = extraction_run.norm_squared, []
+    real, asked = extraction_run.plain_norms, []
 
-    def stops(source):
+    def stops(job, source):
         asked.append(source.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(source)
+        return real(job, source)
 
-    monkeypatch.setattr(extraction_run, "norm_squared", stops)
+    monkeypatch.setattr(extraction_run, "plain_norms", stops)
     assert main(arguments) == 130
     assert "1 of 1 stacks are done" in capsys.readouterr().err
     assert main(arguments) == 0
