@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class Prefix(NamedTuple):
     """The difference between the names of two checkpoints.
 
     Names that begin with `tuned` in the tuned checkpoint begin with `base` in the other, and go on alike. Each of the
-    two is dotted components with the dot after them, or empty; one begins with the other.
+    two is dotted components with the dot after them, or empty.
     """
 
     base: str
@@ -28,6 +29,11 @@ class Prefix(NamedTuple):
     def in_base(self, name: str) -> str:
         """The name in the base of a tensor called `name` in the tuned checkpoint."""
         return self.base + name.removeprefix(self.tuned) if name.startswith(self.tuned) else name
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether neither side is the other with components before or after it."""
+        return not (self.base.startswith(self.tuned) or self.tuned.startswith(self.base))
 
     def __str__(self) -> str:
         if not self.base:
@@ -43,16 +49,17 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
     Tensors have the names of the model that the config.json of `base`, or else of `tuned`, describes; so the two may
-    be saved under different names. Where transformers does not know it, they are named as in `base`. If no layer has
-    the same name in both, they may differ by a prefix (`find_prefix`), which the source then mentions.
+    be saved under different names. Where transformers does not know it, they are named as in `base`. Layers
+    that have the same name in both correspond; the names of others may differ by prefixes (`find_prefixes`), which the
+    source then mentions.
 
     Tensors that only one has, or whose shapes differ, are left out. Raises InputError as `open_checkpoint` and
-    `find_prefix` do, and if both hold matrices but none in common.
+    `find_prefixes` do, and if both hold matrices but none in common.
     """
     model, models = architecture(base) or architecture(tuned), model_types(tuned) or model_types(base)
     before, after = ModelCheckpoint(base, model, models), ModelCheckpoint(tuned, model, models)
-    prefix = find_prefix(before, after)
-    key_after = _corresponding(before.entries, after.entries, prefix)
+    prefixes = find_prefixes(before, after)
+    key_after = _corresponding(before.entries, after.entries, prefixes)
     entries: list[Entry] = []
     left_out = [*before.left_out, *after.left_out]
     for key, old in before.entries.items():
@@ -75,7 +82,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     ]
     wide = {entry.name: torch.float64 if entry.dtype == "float64" else torch.float32 for entry in entries}
     updates = Differences({entry.name: entry for entry in entries}, before, after, PairedKeys(key_after, wide))
-    source = f"{tuned} minus {base}" + (f" ({prefix} of {tuned})" if prefix is not None else "")
+    source = f"{tuned} minus {base}" + (f" ({', '.join(map(str, prefixes))} of {tuned})" if prefixes else "")
     reader = Reader(updates.read, updates.file_of, updates.part)
     catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
     return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates)
@@ -92,34 +99,94 @@ def _dtype_of_difference(old: str, new: str) -> str:
 # ---- names that correspond
 
 
-def find_prefix(before: ModelCheckpoint, after: ModelCheckpoint) -> Prefix | None:
-    """Find the prefix by which the names of two checkpoints differ; None if a layer has the same name in both.
+def find_prefixes(before: ModelCheckpoint, after: ModelCheckpoint) -> list[Prefix]:
+    """Find the prefixes by which the names of layers differ that have no partner of the same name; maybe none.
 
-    A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name.
-    A prefix is a run of components that one checkpoint has in its names and the other lacks. It stands at their
+    A layer is a floating-point matrix, or a stack of them, with a number among the dotted components of its name. Only
+    layers that are without a partner on both sides count: a copy that lies beside the layers of one side is none.
+
+    A prefix is first a run of components that one checkpoint has in its names and the other lacks. It stands at their
     beginning or after their first component, and before the number: `bert.`, or `language_model.` in
     `model.language_model.layers.0` for `model.layers.0`. It fits if with it a layer of one checkpoint has the name and
-    shape of a layer of the other. Returns None if no prefix fits. Raises InputError if several fit: nothing is guessed.
+    shape of a layer of the other. Layers that are then left may differ in all that stands before `layers.0`, such as
+    `language_model.model.` and `model.language_model.` (`_exchanged`).
+
+    Raises InputError if several fit, for nothing is guessed, and if half of the layers of the base have no partner in
+    the end, while the other side has such layers as well.
     """
     old, new = _layers(before.entries), _layers(after.entries)
-    if not old.keys().isdisjoint(new):
-        return None
+    count = len(old)
+    old, new = _without_partner(old, new, [])
     fitting = {Prefix(base=short, tuned=long): None for long, short in _beginnings(new, old)}
     fitting |= {Prefix(base=long, tuned=short): None for long, short in _beginnings(old, new)}
     if len(fitting) > 1:
+        _refuse_unclear(before, after, fitting)
+    prefixes = list(fitting)
+    old, new = _without_partner(old, new, prefixes)
+    prefixes += _exchanged(before, after, old, new)
+    old, new = _without_partner(old, new, prefixes)
+    if prefixes and new and 2 * len(old) >= count:
         raise InputError(
-            f"{after.path} and {before.path}: which layers correspond is unclear, for they are found with "
-            f"{', and with '.join(map(str, fitting))} of {after.path}; give checkpoints whose names agree"
+            f"{after.path} and {before.path} match in part: {len(old)} of {count} layers of the base, such as "
+            f"{next(iter(old))!r}, have no partner among the others, such as {next(iter(new))!r}; give checkpoints "
+            "whose names agree"
         )
-    return next(iter(fitting), None)
+    return prefixes
+
+
+def _without_partner(
+    old: Mapping[str, Entry], new: Mapping[str, Entry], prefixes: Sequence[Prefix]
+) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The layers of both sides that the other side does not have, under these prefixes."""
+    pairs = _corresponding(old, new, prefixes)
+    matched = set(pairs.values())
+    left = {name: entry for name, entry in old.items() if name not in pairs}
+    return left, {name: entry for name, entry in new.items() if name not in matched}
+
+
+def _exchanged(
+    before: ModelCheckpoint, after: ModelCheckpoint, old: Mapping[str, Entry], new: Mapping[str, Entry]
+) -> list[Prefix]:
+    """The pairs of beginnings, up to the component before the number, under which layers have equal ends and shapes.
+
+    Raises InputError if a beginning has several partners.
+    """
+    ends_old, ends_new = _ends(old), _ends(new)
+    fitting = [Prefix(one, other) for one in ends_old for other in ends_new if ends_old[one] & ends_new[other]]
+    for side in (0, 1):
+        for beginning, count in Counter(prefix[side] for prefix in fitting).items():
+            if count > 1:
+                _refuse_unclear(before, after, [prefix for prefix in fitting if prefix[side] == beginning])
+    return fitting
+
+
+def _ends(layers: Mapping[str, Entry]) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+    """The ends of names from the component before the number on, with the shapes, by the beginning of the name."""
+    ends: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for name, entry in layers.items():
+        parts = name.split(".")
+        start = max(0, next(i for i, part in enumerate(parts) if part.isdecimal()) - 1)
+        ends.setdefault(_dotted(parts[:start]), set()).add((".".join(parts[start:]), entry.shape))
+    return ends
+
+
+def _refuse_unclear(before: ModelCheckpoint, after: ModelCheckpoint, fitting: Iterable[Prefix]) -> None:
+    raise InputError(
+        f"{after.path} and {before.path}: which layers correspond is unclear, for they are found with "
+        f"{', and with '.join(map(str, fitting))} of {after.path}; give checkpoints whose names agree"
+    )
 
 
 def _layers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {
         name: entry
         for name, entry in entries.items()
-        if _is_matrix(entry) and is_floating(entry.dtype) and any(map(str.isdecimal, name.split(".")))
+        if _is_matrix(entry) and is_floating(entry.dtype) and _is_numbered(name)
     }
+
+
+def _is_numbered(name: str) -> bool:
+    return any(map(str.isdecimal, name.split(".")))
 
 
 def _is_matrix(entry: Entry) -> bool:
@@ -148,14 +215,35 @@ def _dotted(parts: list[str]) -> str:
     return "".join(f"{part}." for part in parts)
 
 
-def _corresponding(before: Mapping[str, Entry], after: Mapping[str, Entry], prefix: Prefix | None) -> dict[str, str]:
-    """The name in the tuned checkpoint of each tensor that both have, by its name in the base. Equal names go first."""
+def _corresponding(
+    before: Mapping[str, Entry], after: Mapping[str, Entry], prefixes: Sequence[Prefix]
+) -> dict[str, str]:
+    """The name in the tuned checkpoint of each tensor that both have, by its name in the base. Equal names go first.
+
+    Where parts of the model are arranged anew (`Prefix.is_exchange`), a tensor that is still alone goes with the only
+    one of its shape whose name is the end of its own, as `lm_head.weight` is of `language_model.lm_head.weight`.
+    """
     name_of: dict[str, str] = {}
     for name in after:
-        key = name if prefix is None or name in before else prefix.in_base(name)
+        key = name if name in before else next((k for p in prefixes if (k := p.in_base(name)) in before), name)
         if key == name or key not in after:
             name_of[key] = name
-    return {key: name_of[key] for key in before if key in name_of}
+    pairs = {key: name_of[key] for key in before if key in name_of}
+    return pairs | (_by_their_ends(before, after, pairs) if any(p.is_exchange for p in prefixes) else {})
+
+
+def _by_their_ends(before: Mapping[str, Entry], after: Mapping[str, Entry], pairs: Mapping[str, str]) -> dict[str, str]:
+    matched = set(pairs.values())
+    alone = [key for key in before if key not in pairs and not _is_numbered(key)]
+    others = [name for name in after if name not in matched and not _is_numbered(name)]
+    fitting = [
+        (key, name)
+        for key in alone
+        for name in others
+        if (f".{key}".endswith(f".{name}") or f".{name}".endswith(f".{key}")) and before[key].shape == after[name].shape
+    ]
+    keys, names = Counter(key for key, _ in fitting), Counter(name for _, name in fitting)
+    return {key: name for key, name in fitting if keys[key] == 1 and names[name] == 1}
 
 
 def _refuse_strangers(before: ModelCheckpoint, after: ModelCheckpoint, key_after: Mapping[str, str]) -> None:

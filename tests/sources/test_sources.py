@@ -324,16 +324,62 @@ def test_a_pair_with_a_prefix_reads_from_disk_as_from_memory(tmp_path: Path) -> 
     assert torch.equal(torch.cat(rows), torch.cat([tuned[name] - base[name] for name in names]))
 
 
-@pytest.mark.parametrize("shared", ["encoder.layer.0.attention.self.query.weight", "encoder.layer.9.other.weight"])
-def test_where_one_layer_has_the_same_name_no_prefix_is_looked_for(tmp_path: Path, shared: str) -> None:
-    """Such as a copy of the layers, of a teacher or an average of weights, that lies beside them."""
-    base, tuned = layers_of([*BERT, shared]), layers_of([f"teacher.{name}" for name in BERT] + [shared])
+def test_a_copy_beside_layers_of_the_same_name_is_none_of_them(tmp_path: Path) -> None:
+    """Such as a teacher or an average of weights."""
+    base, tuned = layers_of(BERT), layers_of([*BERT, *(f"teacher.{name}" for name in BERT)])
     save_file(base, tmp_path / "base.safetensors")
     save_file(tuned, tmp_path / "tuned.safetensors")
     pair = {side: str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")}
     catalogue = open_source(**pair, alone=True)
-    assert [s.keys for s in catalogue.stacks] == [(shared,)]
+    assert {key for s in catalogue.stacks for key in s.keys} == set(BERT)
+    assert {one.name for one in catalogue.left_out} == {f"teacher.{name}" for name in BERT}
     assert catalogue.source == f"{pair['tuned']} minus {pair['base']}"
+
+
+VISION = [f"vision_tower.layers.{i}.fc.weight" for i in range(2)]
+ARRANGED = {  # a part under the same name on both sides, another one moved
+    "LLaVA": ("language_model.model.", "model.language_model.", "language_model.lm_head.weight", "lm_head.weight"),
+    "one component more": ("", "text.", "text.lm_head.weight", "text.lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+@pytest.mark.parametrize("turned", [False, True])
+def test_all_parts_of_a_pair_are_matched_where_one_has_kept_its_name(tmp_path: Path, name: str, turned: bool) -> None:
+    old, new, old_head, new_head = ARRANGED[name]
+    base = layers_of([*VISION, *(f"{old}layers.{i}.q.weight" for i in range(3)), old_head])
+    tuned = layers_of([*VISION, *(f"{new}layers.{i}.q.weight" for i in range(3)), new_head][::-1])
+    sides = {"base": tuned, "tuned": base} if turned else {"base": base, "tuned": tuned}
+    for side, tensors in sides.items():
+        save_file(tensors, tmp_path / f"{side}.safetensors")
+    pair = {side: str(tmp_path / f"{side}.safetensors") for side in sides}
+    catalogue = open_source(**pair, alone=True)
+    assert catalogue.left_out == []
+    assert {key for s in catalogue.stacks for key in s.keys} == set(sides["base"])
+    first, other = (new, old) if turned else (old, new)
+    (source,) = (s for s in catalogue.stacks if ".q." in s.name)
+    expected = [sides["tuned"][other + key.removeprefix(first)] - sides["base"][key] for key in source.keys]
+    assert torch.equal(source.load(None, None).values, torch.stack(expected))
+
+
+def test_a_pair_of_which_half_has_no_partner_is_refused(tmp_path: Path) -> None:
+    """The text layers are found under another name, and more layers remain on both sides that nothing connects."""
+    base = layers_of([f"a.model.layers.{i}.q.weight" for i in range(2)] + [f"old.block.{i}.w" for i in range(3)])
+    tuned = layers_of([f"model.a.layers.{i}.q.weight" for i in range(2)] + [f"new.unit.{i}.v" for i in range(3)])
+    for side, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{side}.safetensors")
+    with pytest.raises(InputError, match=r"match in part: 3 of 5 layers of the base, such as 'old.block.0.w'"):
+        open_source(base=str(tmp_path / "base.safetensors"), tuned=str(tmp_path / "tuned.safetensors"))
+
+
+def test_two_towers_that_fit_one_are_refused(tmp_path: Path) -> None:
+    """Both towers of the tuned checkpoint have the ends and shapes of the one in the base."""
+    base = layers_of([f"a.b.layers.{i}.q" for i in range(2)])
+    tuned = layers_of([f"{tower}.layers.{i}.q" for tower in ("one.c", "two.d") for i in range(2)])
+    for side, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{side}.safetensors")
+    with pytest.raises(InputError, match=r"which layers correspond is unclear"):
+        open_source(base=str(tmp_path / "base.safetensors"), tuned=str(tmp_path / "tuned.safetensors"))
 
 
 def test_equal_names_without_a_number_do_not_hide_a_prefix_and_come_first(tmp_path: Path) -> None:
