@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rasa_theory as rt
-from rasa_theory.formats import LoraFolder
+from rasa_theory.formats import StoredAdapter, peft_adapter
 from rasa_theory.problem import Factored
 
 EVERY = "all"
@@ -60,11 +60,11 @@ class Collection:
         return replace(self, factors=rt.null_models.random_loras(self.factors, 1000 * draw + 17))
 
 
-def sets_of(folders: Sequence[Path]) -> dict[str, list[LoraFolder]]:
+def sets_of(folders: Sequence[Path]) -> dict[str, list[StoredAdapter]]:
     """Group folders that differ in a number at the end; sets of one rank, where there are several, make one more."""
-    sets: dict[str, list[LoraFolder]] = {}
+    sets: dict[str, list[StoredAdapter]] = {}
     for folder in folders:
-        sets.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(LoraFolder(folder))
+        sets.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(peft_adapter(folder))
     sets = dict(sorted(sets.items()))
     ranks = {name: frozenset(pair.rank for x in adapters for pair in x.pairs.values())
              for name, adapters in sets.items()}  # fmt: skip
@@ -75,7 +75,7 @@ def sets_of(folders: Sequence[Path]) -> dict[str, list[LoraFolder]]:
     return sets
 
 
-def collections_of(name: str, adapters: Sequence[LoraFolder], kinds: Sequence[str] | None) -> Iterator[Collection]:
+def collections_of(name: str, adapters: Sequence[StoredAdapter], kinds: Sequence[str] | None) -> Iterator[Collection]:
     """Yield the collection of each kind over adapters and layers, then the collection of each layer over adapters."""
     groups: dict[str, list[str]] = {}
     for module in adapters[0].pairs:
@@ -97,6 +97,6 @@ def kind_of(module: str) -> str:
     return last.removesuffix(".dense").removeprefix("attention.self.")
 
 
-def _factors(adapters: Sequence[LoraFolder], module: str) -> rt.LoraFactors:
+def _factors(adapters: Sequence[StoredAdapter], module: str) -> rt.LoraFactors:
     pairs = [adapter.factors(module) for adapter in adapters]
     return rt.LoraFactors(torch.stack([B.double() for B, _ in pairs]), torch.stack([A.double() for _, A in pairs]))

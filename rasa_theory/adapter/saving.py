@@ -16,11 +16,12 @@ from rasa_theory.common import InputError, writable_folder, write_file
 from rasa_theory.formats import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    LoraFolder,
     RasaConfig,
     adapter_type,
+    in_first_layout,
     lora_config,
     lora_tensors,
+    peft_adapter,
     rasa_layout,
     rasa_modules,
     read_json,
@@ -108,7 +109,7 @@ def _as_rasa(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
 
 
 def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Adapter:
-    tensors = read_tensors(path / WEIGHTS_FILE)
+    tensors = in_first_layout(read_tensors(path / WEIGHTS_FILE))
     modules = rasa_modules(tensors, path / WEIGHTS_FILE)
     settings = _settings(path / CONFIG_FILE, config)
     kinds: list[Terms] = []
@@ -159,7 +160,7 @@ def _as_lora(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
 
 @torch.no_grad()
 def _lora(model: nn.Module, path: Path, name: str) -> Adapter:
-    lora = LoraFolder(path)
+    lora = peft_adapter(path)
     if lora.left_out:
         tensor, reason = lora.left_out[0]
         raise InputError(f"{path}: {tensor!r} would be lost: {reason}; load it with PEFT")

@@ -1,23 +1,31 @@
 """Formats of files and names: each read and written in one place."""
 
+from rasa_theory.formats.adapter_files import MLX_WEIGHTS, adapter_in_folder, adapter_in_tensors, refuse_unmerged
 from rasa_theory.formats.architecture import Architecture, architecture
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.model_checkpoint import ModelCheckpoint
 from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task
-from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_types, oriented
+from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_config, model_types, oriented
 from rasa_theory.formats.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    LoraFolder,
     adapter_type,
     base_of,
-    is_lora_tensor,
     lora_config,
     lora_factors,
     lora_key,
     lora_tensors,
+    peft_adapter,
 )
-from rasa_theory.formats.rasa import RasaConfig, rasa_factors, rasa_layout, rasa_modules, rasa_tensors
+from rasa_theory.formats.quantised import refuse_quantised
+from rasa_theory.formats.rasa import (
+    RasaConfig,
+    in_first_layout,
+    rasa_factors,
+    rasa_layout,
+    rasa_modules,
+    rasa_tensors,
+)
 from rasa_theory.formats.roles import Place, Role, place_by_name
 from rasa_theory.formats.safetensors import (
     join_safetensors,
@@ -29,10 +37,13 @@ from rasa_theory.formats.safetensors import (
     write_safetensors,
 )
 from rasa_theory.formats.shards import PICKLES
+from rasa_theory.formats.spellings import adapter_format
+from rasa_theory.formats.stored_adapter import StoredAdapter
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
 
 __all__ = [
     "CONFIG_FILE",
+    "MLX_WEIGHTS",
     "PICKLES",
     "WEIGHTS_FILE",
     "Architecture",
@@ -40,30 +51,35 @@ __all__ = [
     "Entry",
     "Exclusion",
     "LeftOut",
-    "LoraFolder",
     "ModelCheckpoint",
     "ModuleNames",
     "Place",
     "RasaConfig",
     "Role",
+    "StoredAdapter",
     "adapted_conv1d",
+    "adapter_format",
+    "adapter_in_folder",
+    "adapter_in_tensors",
     "adapter_type",
     "architecture",
     "base_of",
     "called_conv1d",
     "dense_tensor",
+    "in_first_layout",
     "is_floating",
-    "is_lora_tensor",
     "join_safetensors",
     "layer_span",
     "lora_config",
     "lora_factors",
     "lora_key",
     "lora_tensors",
+    "model_config",
     "model_types",
     "name_in_task",
     "opened",
     "oriented",
+    "peft_adapter",
     "place_by_name",
     "rasa_factors",
     "rasa_layout",
@@ -72,6 +88,8 @@ __all__ = [
     "read_header",
     "read_json",
     "read_tensors",
+    "refuse_quantised",
+    "refuse_unmerged",
     "safetensors_bytes",
     "write_safetensors",
 ]

@@ -17,8 +17,6 @@ from rasa_theory.formats.roles import Place, Role, place_by_name
 from rasa_theory.formats.tensors import Entry, is_floating
 from rasa_theory.problem import FileRows
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
 
 class ModelCheckpoint:
     """The parameters of a model, read from a checkpoint by their name in the model.
@@ -26,17 +24,16 @@ class ModelCheckpoint:
     A parameter is one tensor of the checkpoint, or is made of several: a fused tensor of experts is read expert by
     expert, a part of a fused tensor is cut out of it. `entries` describes the parameters, each with its `place`: what
     it is in the model, and by what this was decided. With `architecture` None, `models` (values of `model_type`) and
-    the names decide. Raises InputError as `Checkpoint` does.
+    the names decide.
     """
 
-    def __init__(self, path: Path, architecture: Architecture | None, models: frozenset[str] = frozenset()) -> None:
-        self._disk = Checkpoint(path)
-        self.path = path
-        self.left_out = self._disk.left_out
-        self._key_of = {_unwrapped(key): key for key in self._disk.entries}
-        if len(self._key_of) < len(self._disk.entries):  # wrapped and bare side by side: nothing is guessed
-            self._key_of = {key: key for key in self._disk.entries}
-        shapes = {name: self._disk.entries[key].shape for name, key in self._key_of.items()}
+    def __init__(
+        self, disk: Checkpoint, architecture: Architecture | None, models: frozenset[str] = frozenset()
+    ) -> None:
+        self._disk = disk
+        self.path = disk.path
+        self.left_out = disk.left_out
+        shapes = {name: entry.shape for name, entry in disk.entries.items()}
         if architecture is None:
             self._parameters = {name: Parameter((name,)) for name in shapes}
         else:
@@ -53,14 +50,14 @@ class ModelCheckpoint:
 
     def file_of(self, name: str) -> str:
         """The file that holds the parameter, or the first of the tensors that it is made of."""
-        return self._disk.file_of(self._key_of[self._parameters[name].sources[0]])
+        return self._disk.file_of(self._parameters[name].sources[0])
 
     def read(self, name: str) -> Tensor:
         """The parameter as the model has it, in the dtype of the file. Raises InputError as `Checkpoint.read` does."""
         parameter = self._parameters[name]
         if parameter.made_of is None:
-            return self._read_source(parameter.sources[0])
-        return parameter.made_of(self._read_source)
+            return self._disk.read(parameter.sources[0])
+        return parameter.made_of(self._disk.read)
 
     def is_in_file(self, name: str) -> bool:
         """Whether the parameter is one tensor of a file, as it is, so that `part` can read it."""
@@ -77,23 +74,15 @@ class ModelCheckpoint:
                 f"{self.file_of(name)}: {name!r} is made of {len(parameter.sources)} tensors of the file, and cannot "
                 "be read in parts; allow more --memory"
             )
-        return self._disk.part(self._key_of[parameter.sources[0]])
-
-    def _read_source(self, source: str) -> Tensor:
-        return self._disk.read(self._key_of[source])
+        return self._disk.part(parameter.sources[0])
 
     def _entry(self, name: str, place: Place | None, shapes: dict[str, tuple[int, ...]]) -> Entry:
         parameter = self._parameters[name]
         shape = converted_shape(parameter, shapes)
-        dtype = _common_dtype([self._disk.entries[self._key_of[source]].dtype for source in parameter.sources])
+        dtype = _common_dtype([self._disk.entries[source].dtype for source in parameter.sources])
         place = place or place_by_name(name, shape)
         is_turned = place.role is Role.CONV1D and len(shape) == 2
         return Entry(name, shape[::-1] if is_turned else shape, dtype, is_turned, place)
-
-
-def _unwrapped(key: str) -> str:
-    """The name of a tensor without the components that wrappers of training put into it, wherever they stand."""
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _common_dtype(dtypes: list[str]) -> str:

@@ -10,38 +10,32 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.lora_options import MERGE, check_options
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.safetensors import read_json
-from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
+from rasa_theory.formats.spellings import Spelling, adapter_format, bare, spelt
+from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut
 from rasa_theory.problem import LoraFactors, balanced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_FACTOR = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_([AB])\.weight")
-_BIAS = re.compile(r"\.lora_[AB]\.bias\Z")
+_BIAS = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias\Z")
 _MAGNITUDE = ".lora_magnitude_vector"
-_OF_AN_ADAPTER = re.compile(r"(?:\A|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|\Z)")
-_MERGE = "merge it into the model, and give the models before and after as --base and --tuned"
-_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config")
 
 
 def lora_key(module: str, side: str) -> str:
     """The key of a module's factor; `side` is A or B."""
     return f"{PEFT_PREFIX}{module}.lora_{side}.weight"
-
-
-def is_lora_tensor(name: str) -> bool:
-    """True if a dotted name has a component that LoRA alone uses, with or without PEFT's prefix."""
-    return _OF_AN_ADAPTER.search(name) is not None
 
 
 # ---- tensors
@@ -118,17 +112,15 @@ class PeftConfig:
     alpha_pattern: dict[str, float]
     use_rslora: bool
     fan_in_fan_out: bool
-    variant: str | None
     target_parameters: list[str]
 
     @classmethod
-    def read(cls, folder: Path) -> PeftConfig:
-        """The configuration in a folder. Raises InputError, naming the file, if it is not sound or not LoRA's."""
-        file, config = folder / CONFIG_FILE, _read_config(folder)
-        if config.get("peft_type") != "LORA":
-            raise InputError(
-                f"{file}: peft_type is {config.get('peft_type')!r}, but only LORA has updates B A; {_MERGE}"
-            )
+    def of(cls, file: Path, config: Mapping[str, Any]) -> PeftConfig:
+        """The fields of a configuration read from `file`.
+
+        Raises InputError, naming the file, if a field is not sound, or the update is not B A times the scaling.
+        """
+        check_options(file, config)
 
         def value(name: str, default: Any, kind: str, is_sound: Callable[[Any], bool]) -> Any:
             chosen = default if config.get(name) is None else config[name]
@@ -147,7 +139,6 @@ class PeftConfig:
             alpha_pattern=value("alpha_pattern", {}, alphas, lambda x: _are_patterns(x, _is_number)),
             use_rslora=value("use_rslora", False, "true or false", _is_flag),
             fan_in_fan_out=value("fan_in_fan_out", False, "true or false", _is_flag),
-            variant=next((name for name in _VARIANTS if config.get(name)), None),
             target_parameters=value("target_parameters", [], "a list of names", _are_names),
         )
 
@@ -168,11 +159,12 @@ def adapter_type(config: dict[str, Any]) -> Any:
 
 def base_of(folder: Path) -> str | None:
     """The base model that an adapter's configuration names, or None. Raises InputError if the file is not sound."""
-    name = _read_config(folder).get("base_model_name_or_path")
+    name = read_config(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder. Raises InputError if there is none, or it is not sound."""
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder}: not a folder with {CONFIG_FILE}; give the folder of a PEFT LoRA adapter")
     return read_json(folder / CONFIG_FILE)
@@ -217,95 +209,78 @@ def _is_pattern(key: str) -> bool:
 # ---- a folder
 
 
-class FactorPair(NamedTuple):
-    """The factors of one module: keys of A (r, a) and B (b, r). The update (b, a) is B A times `scaling`.
+def weights_of(folder: Path) -> Checkpoint:
+    """The tensors of an adapter's folder. Raises InputError, with the reason, if they are not there or not sound."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        hint = ", only a pickle, which is never opened" if (folder / "adapter_model.bin").exists() else ""
+        raise InputError(
+            f"{folder}: the folder has {CONFIG_FILE} but no {WEIGHTS_FILE}{hint}; save the adapter as safetensors"
+        )
+    return Checkpoint(folder / WEIGHTS_FILE)
 
-    `transposed`: the module's weight is (a, b).
+
+def peft_adapter(folder: Path) -> StoredAdapter:
+    """The LoRA adapter in a folder that PEFT has written.
+
+    Raises InputError, naming the file, if one is missing or damaged, the update is not B A times the scaling, or
+    factors contradict each other or the ranks of the configuration.
     """
+    config = PeftConfig.of(folder / CONFIG_FILE, read_config(folder))
+    checkpoint = weights_of(folder)
+    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    sides_of: dict[str, dict[str, Entry]] = {}
+    left_out: list[LeftOut] = []
+    names: dict[str | None, str] = {}
+    for key, entry in checkpoint.entries.items():
+        place = spelt(key)
+        if place is None or place.spelling is not Spelling.PEFT or not key.startswith(PEFT_PREFIX):
+            left_out.append(_no_factor(key))
+            continue
+        check_gathered(files[1], entry)
+        names.setdefault(place.adapter, key)
+        sides_of.setdefault(place.module, {})[place.side.value] = entry
+    if len(names) > 1:
+        shown = ", ".join(map(repr, names.values()))
+        raise InputError(f"{files[1]}: holds factors of several adapters, {shown}; save each by itself")
+    transposed = adapted_conv1d(sides_of, config.fan_in_fan_out)
+    with_magnitudes = {bare(key.split(_MAGNITUDE)[0]) for key in checkpoint.entries if _MAGNITUDE in key}
+    pairs: dict[str, FactorPair] = {}
+    for module, sides in sides_of.items():
+        refusal = _refusal(module, sides, config, module in with_magnitudes)
+        if refusal is None:
+            pairs[module] = _pair(files, config, module, sides, module in transposed)
+        else:
+            left_out += [LeftOut(entry.name, *refusal) for entry in sides.values()]
+    return StoredAdapter(folder, checkpoint, pairs, left_out, files)
 
-    A: str
-    B: str
-    shape: tuple[int, int]
-    rank: int
-    scaling: float
-    dtype: torch.dtype
-    transposed: bool
 
-
-class LoraFolder:
-    """The folder of a PEFT LoRA adapter: the factors in it by module (`pairs`), and the other tensors (`left_out`).
-
-    Raises InputError, naming the file, if one is missing or damaged, the adapter is not LoRA, or factors contradict
-    each other or the ranks of the configuration.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._config = PeftConfig.read(path)
-        if not (path / WEIGHTS_FILE).is_file():
-            hint = ", only a pickle, which is never opened" if (path / "adapter_model.bin").exists() else ""
-            raise InputError(
-                f"{path}: the folder has {CONFIG_FILE} but no {WEIGHTS_FILE}{hint}; save the adapter as safetensors"
-            )
-        self._checkpoint = Checkpoint(path / WEIGHTS_FILE)
-        self.pairs: dict[str, FactorPair] = {}
-        self.left_out: list[LeftOut] = []
-        sides_of: dict[str, dict[str, Entry]] = {}
-        for key, entry in self._checkpoint.entries.items():
-            if match := _FACTOR.fullmatch(key):
-                sides_of.setdefault(match[1], {})[match[2]] = entry
-            else:
-                self.left_out.append(_no_factor(key))
-        transposed = adapted_conv1d(sides_of, self._config.fan_in_fan_out)
-        with_magnitudes = {key.split(_MAGNITUDE)[0] for key in self._checkpoint.entries if _MAGNITUDE in key}
-        for module, sides in sides_of.items():
-            refusal = _refusal(module, sides, self._config, PEFT_PREFIX + module in with_magnitudes)
-            if refusal is None:
-                self.pairs[module] = self._pair(module, sides["A"], sides["B"], module in transposed)
-            else:
-                self.left_out += [LeftOut(entry.name, *refusal) for entry in sides.values()]
-
-    @property
-    def files(self) -> tuple[Path, Path]:
-        """The configuration and the factors."""
-        return self.path / CONFIG_FILE, self.path / WEIGHTS_FILE
-
-    @property
-    def file(self) -> str:
-        """The file of the factors."""
-        return str(self.path / WEIGHTS_FILE)
-
-    def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """B (b, r) times the scaling, in float64, and A (r, a) in the dtype of the file."""
-        pair = self.pairs[module]
-        return self._checkpoint.read(pair.B).double() * pair.scaling, self._checkpoint.read(pair.A)
-
-    def _pair(self, module: str, A: Entry, B: Entry, transposed: bool) -> FactorPair:
-        rank = A.shape[0]
-        if B.shape[1] != rank:
-            raise InputError(
-                f"{self.file}: {A.name!r} has shape {A.shape} and {B.name!r} {B.shape}, which do not multiply as B A; "
-                "save the adapter again"
-            )
-        if (expected := self._config.rank(module)) != rank:
-            raise InputError(
-                f"{self.path / CONFIG_FILE}: module {module!r} has rank {expected} there, but {A.name!r} has shape "
-                f"{A.shape}, rank {rank}; take both files from one adapter, or mend r or rank_pattern"
-            )
-        wide = torch.float64 if "float64" in (A.dtype, B.dtype) else torch.float32
-        scaling = self._config.scaling(module, rank)
-        return FactorPair(A.name, B.name, (B.shape[0], A.shape[1]), rank, scaling, wide, transposed)
+def _pair(
+    files: tuple[Path, Path], config: PeftConfig, module: str, sides: Mapping[str, Entry], transposed: bool
+) -> FactorPair:
+    A, B = sides["A"], sides["B"]
+    rank = A.shape[0]
+    pair = factor_pair(files[1], A, B, config.scaling(module, rank), transposed)
+    if (expected := config.rank(module)) != rank:
+        raise InputError(
+            f"{files[0]}: module {module!r} has rank {expected} there, but {A.name!r} has shape "
+            f"{A.shape}, rank {rank}; take both files from one adapter, or mend r or rank_pattern"
+        )
+    return pair
 
 
 def _no_factor(key: str) -> LeftOut:
     """A tensor that is neither lora_A nor lora_B of a module, with the reason why it is left out."""
-    reason = f"a whole tensor beside the factors (modules_to_save, a bias or an embedding), not an update; {_MERGE}"
+    reason = f"a whole tensor beside the factors (modules_to_save, a bias or an embedding), not an update; {MERGE}"
     if ".lora_embedding_" in key:
         reason = "a factor of an embedding's update; there is one embedding, and a stack needs two layers or more"
+    elif ".token_adapter." in key:
+        reason = "trained rows of an embedding (trainable_token_indices), not an update of a layer"
     elif _MAGNITUDE in key:
         reason = "the magnitudes of DoRA, not a factor"
     elif _BIAS.search(key):
         reason = "the update of a bias (lora_bias), not a matrix"
+    elif (kind := adapter_format(key)) is not None and ".lora_" not in key:
+        reason = f"belongs to {kind}; {MERGE}"
     elif ".lora_" in key:
         reason = f"not called {lora_key('<module>', 'A')} or .lora_B.weight, as the factors of LoRA are"
     return LeftOut(key, reason, Exclusion.NO_FACTOR)
@@ -315,25 +290,13 @@ def _refusal(
     module: str, sides: dict[str, Entry], config: PeftConfig, has_magnitudes: bool
 ) -> tuple[str, Exclusion] | None:
     """The reason why the factors of a module are left out, with its kind; None if they are taken."""
-    if len(sides) < 2:
-        there, missing = ("A", "B") if "A" in sides else ("B", "A")
-        return f"lora_{there} without lora_{missing}", Exclusion.NO_PARTNER
-    if config.variant is not None:
-        return _of_variant(config.variant)
     parents = {name.rpartition(".")[0] for name in config.target_parameters}
     if any(re.fullmatch(rf"(.*\.)?{re.escape(parent)}(\.base_layer)*", module) for parent in parents):
         reason = "factors of a parameter with several matrices (target_parameters), not of one"
         return reason, Exclusion.VARIANT
-    for entry in sides.values():
-        if len(entry.shape) != 2:
-            reason = f"lora_A or lora_B has {len(entry.shape)} axes (a convolution?); a factor has 2"
-            return reason, Exclusion.NO_FACTOR
-        if not is_floating(entry.dtype):
-            return f"{entry.dtype} cannot be computed with; convert the adapter to bfloat16", Exclusion.DTYPE
-        if 0 in entry.shape:
-            return f"shape {entry.shape} is empty", Exclusion.EMPTY
-    return _of_variant("lora_magnitude_vector (DoRA)") if has_magnitudes else None
-
-
-def _of_variant(name: str) -> tuple[str, Exclusion]:
-    return f"{name} makes this a variant of LoRA whose update is not B A; {_MERGE}", Exclusion.VARIANT
+    if (reason_and_kind := unusable(sides)) is not None:
+        return reason_and_kind
+    if has_magnitudes:
+        reason = f"lora_magnitude_vector (DoRA) makes this a variant of LoRA whose update is not B A; {MERGE}"
+        return reason, Exclusion.VARIANT
+    return None

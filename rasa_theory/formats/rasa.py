@@ -1,8 +1,11 @@
-"""The adapter layout of RaSA's authors (zwhe99/RaSA): keys, tensors and configuration, written and read.
+"""The adapter layouts of RaSA's authors: keys, tensors and configuration, written and read.
 
 Every module has B~_i (b, q), A~_i (q, a) and a mixing (q + R,), first of the private terms, then of the pool. The pool
 of its kind is B_S (b, R), A_S (R, a). At scaling 1 the module adds, for an input x,
 [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)).
+
+Their second layout (zwhe99/peft) has the same tensors as `rasa_private_B`, `rasa_private_A` and `rasa_private_D`.
+`first_layout` gives the keys of both, and of checkpoints with the name of the adapter in them, those of the first.
 """
 
 from __future__ import annotations
@@ -17,10 +20,17 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
+from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
+from rasa_theory.formats.orientation import adapted_conv1d
+from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, Term, wide
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
 from rasa_theory.problem import RasaFactors
 
 _PRIVATE_A = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.rasa_A\.weight")
+_OF_MODULE = re.compile(r"(?P<module>.+)\.rasa_(?:private_)?(?P<part>A|B|D|mixing)(?:\.[^.]+)?\.weight")
+_OF_POOL = re.compile(r"(?P<at>.+\.)?rasa_shared_(?P<side>[AB])(?:\.[^.]+)?\.(?P<kind>[^.]+)\.weight")
+_ROOTS = ("", "base_model.", PEFT_PREFIX)  # where the pools are; elsewhere are copies, one in every layer
 
 
 def _module_key(module: str, part: str) -> str:
@@ -83,6 +93,82 @@ def rasa_modules(tensors: Iterable[str], file: Path) -> list[str]:
     if not modules:
         raise InputError(f"{file}: no tensor is called {_module_key('<module>', 'A')}")
     return modules
+
+
+def first_layout(keys: Iterable[str]) -> dict[str, str]:
+    """The keys of the first layout, by the key in a file of either; copies of pools inside layers are left away."""
+    first: dict[str, str] = {}
+    for key in keys:
+        if (match := _OF_POOL.fullmatch(key)) is not None:
+            if (match["at"] or "") in _ROOTS:
+                first[key] = f"base_model.rasa_shared_{match['side']}.{match['kind']}.weight"
+        elif (match := _OF_MODULE.fullmatch(key)) is not None:
+            part = "mixing" if match["part"] == "D" else match["part"]
+            first[key] = _module_key(match["module"].removeprefix(PEFT_PREFIX), part)
+        else:
+            first[key] = key
+    return first
+
+
+def in_first_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of either layout by the keys of the first."""
+    return {first: tensors[key] for key, first in first_layout(tensors).items()}
+
+
+# ---- an adapter in files
+
+
+def rasa_adapter(
+    path: Path, checkpoint: Checkpoint, files: tuple[Path, ...], fan_in_fan_out: bool = False
+) -> StoredAdapter:
+    """The updates of an adapter in either layout, as factors of rank q + R; `files` as in StoredAdapter.
+
+    `fan_in_fan_out`: the flag in its configuration, for the orientation of weights as in PEFT's LoRA.
+    Raises InputError, naming the file of the tensors, if it holds several adapters, or a factor is missing or has
+    another shape than the others of its module.
+    """
+    file = files[-1]
+    key_of: dict[str, str] = {}
+    for key, first in first_layout(checkpoint.entries).items():
+        if first in key_of:
+            raise InputError(f"{file}: {key_of[first]!r} and {key!r} are of two adapters; save each by itself")
+        key_of[first] = key
+    pairs: dict[str, FactorPair] = {}
+    used: set[str] = set()
+    modules = rasa_modules(key_of, file)
+    transposed = adapted_conv1d(modules, fan_in_fan_out)
+    for module in modules:
+        kind = ModuleNames((module,)).kind
+        keys = [
+            *(_module_key(module, part) for part in ("B", "A", "mixing")),
+            *(_pool_key(kind, side) for side in "BA"),
+        ]
+        if missing := [key for key in keys if key not in key_of]:
+            raise InputError(f"{file} has no tensor {missing[0]!r} beside the others of {module!r}; save it again")
+        used.update(keys)
+        pairs[module] = _pair(file, [checkpoint.entries[key_of[key]] for key in keys], module in transposed)
+    left_out = [
+        LeftOut(key_of[first], "a whole tensor beside the factors, not an update", Exclusion.NO_FACTOR)
+        for first in key_of
+        if first not in used
+    ]
+    return StoredAdapter(path, checkpoint, pairs, left_out, files)
+
+
+def _pair(file: Path, entries: Sequence[Entry], transposed: bool) -> FactorPair:
+    """The update of a module from its B~ (b, q), A~ (q, a), mixing (q + R,), B_S (b, R) and A_S (R, a)."""
+    B, A, mixing, B_S, A_S = entries
+    for entry in entries:
+        if not is_floating(entry.dtype):
+            raise InputError(f"{file}: {entry.name!r} is {entry.dtype}, which cannot be computed with; save it again")
+    axes = [len(entry.shape) for entry in entries]
+    if axes == [2, 2, 1, 2, 2]:
+        (b, q), (R, a) = B.shape, A_S.shape
+        if [A.shape, mixing.shape, B_S.shape] == [(q, a), (q + R,), (b, R)]:
+            terms = Term(B.name, A.name, mixing.name), Term(B_S.name, A_S.name, mixing.name, q)
+            return FactorPair(terms, (b, a), q + R, 1.0, wide(*entries), transposed)
+    shapes = ", ".join(f"{entry.name!r} {entry.shape}" for entry in entries)
+    raise InputError(f"{file}: the factors of one module do not fit each other: {shapes}; save the adapter again")
 
 
 # ---- the configuration

@@ -28,6 +28,7 @@ from rasa_theory.problem import FileRows
 
 _LARGEST_JSON = 100_000_000  # bytes; the limit of safetensors for its headers
 _LONGEST_REASON = 200  # letters
+_LONGEST_POINTER = 64  # bytes that tell what a file is
 _COPIED = 1 << 24  # bytes at a time
 _ADVICE = "download or write it again"
 
@@ -70,11 +71,15 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: its tensors by key, and the stamp (bytes, time of change) when it was read."""
+    """The header of a safetensors file: its tensors by key, and the stamp (bytes, time of change) when it was read.
+
+    `metadata` is the texts that the file holds beside its tensors.
+    """
 
     file: Path
     tensors: dict[str, Stored]
     stamp: tuple[int, int]
+    metadata: dict[str, str]
 
     def check_unchanged(self) -> None:
         """Raise InputError if the file is gone, or has been written since its header was read."""
@@ -97,15 +102,48 @@ def read_header(file: Path) -> Header:
     """
     with _naming_damage(file):
         stamp = _stamp(file)
+        _refuse_what_stands_for_it(file, stamp[0])
         with safe_open(file, framework="pt"), file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             header = parse_json(stream.read(size))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {}
         for key, info in sorted(header.items()):
             start, stop = info["data_offsets"]
             tensors[key] = Stored(info["dtype"], tuple(info["shape"]), 8 + size + start, stop - start)
-    return Header(file, tensors, stamp)
+    return Header(file, tensors, stamp, metadata)
+
+
+def _refuse_what_stands_for_it(file: Path, size: int) -> None:
+    """Raise ValueError if a file of this size is what is left in place of one that was not downloaded whole."""
+    with file.open("rb") as stream:
+        beginning = stream.read(_LONGEST_POINTER)
+        if size == 0:
+            raise ValueError("it is empty")
+        if beginning.startswith(b"version https://git-lfs"):
+            raise ValueError("it is a pointer of git-lfs that stands for the weights: run git lfs pull")
+        if beginning[:9].lower() == b"<!doctype" or beginning[:5].lower() == b"<html":
+            raise ValueError("it is a web page, probably an error message of the server")
+        if len(beginning) < 8:
+            raise ValueError(f"it ends after {size} bytes")
+        (length,) = struct.unpack("<Q", beginning[:8])
+        if beginning[8:9] != b"{" or length > _LARGEST_JSON:
+            return  # not the beginning of a safetensors file: safetensors says why
+        if 8 + length > size:
+            raise ValueError(f"it ends after {size} bytes, within its header of {length}: it was cut off")
+        stream.seek(8)
+        end = 8 + length + _end_of_data(stream.read(length))
+        if size < end:
+            raise ValueError(f"it ends after {size} of {end} bytes: it was cut off")
+
+
+def _end_of_data(header: bytes) -> int:
+    """Bytes of data that a header asks for; 0 if it does not say, and safetensors will refuse it."""
+    try:
+        entries = [entry for entry in json.loads(header).values() if isinstance(entry, dict)]
+        return max((max(entry.get("data_offsets", [0])) for entry in entries), default=0)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 @contextlib.contextmanager

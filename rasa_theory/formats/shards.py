@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ from rasa_theory.formats.tensors import Exclusion, LeftOut
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_INDEXES = tuple(f"{suffix}.index.json" for suffix in PICKLES)
 _TENSORS_SHOWN = 5
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp")
+_TRAINING_STATE = re.compile(r"(?:optimizer|scheduler|scaler|training_args|rng_state|random_states|trainer_state)")
+_SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
+_MOST_SHARDS = 10_000
 _PROBLEMS_SHOWN = 200  # more than the largest checkpoints have files
 
 
@@ -125,6 +130,10 @@ def _files(path: Path) -> list[Path]:
         return _files_in(path)
     if path.suffix.lower() in PICKLES:
         raise InputError(f"{path}: pickles are never opened, for they can run code; convert the file to safetensors")
+    if path.suffix.lower() == ".gguf":
+        raise InputError(
+            f"{path}: GGUF is of llama.cpp, and mostly quantised; take the model that it was converted from"
+        )
     if path.suffix.lower() != ".safetensors":
         raise InputError(f"{path}: a checkpoint is a .safetensors file or a directory of them")
     if not path.exists():
@@ -138,15 +147,55 @@ def _files_in(directory: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{directory}: the directory cannot be read ({error.strerror or error})") from None
     if files := [directory / name for name in names if name.endswith(".safetensors")]:
+        _refuse_lacking_shards(directory, names)
         return files
-    hint = ""
+    raise InputError(f"{directory}: the directory has no .safetensors file{_hint(directory, names)}")
+
+
+def _refuse_lacking_shards(directory: Path, names: Iterable[str]) -> None:
+    """Raise InputError if files are numbered as shards, `-00001-of-00003`, and some are not there."""
+    shards: dict[tuple[str, int], set[int]] = {}
     for name in names:
+        if (match := _SHARD.fullmatch(name)) is not None and int(match[3]) <= _MOST_SHARDS:
+            shards.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), numbers in shards.items():
+        if missing := [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1) if i not in numbers]:
+            raise InputError(f"{directory}: {_first(missing, _TENSORS_SHOWN, ', ')} not there; download the rest")
+
+
+def _hint(directory: Path, names: Sequence[str]) -> str:
+    """What is there instead of safetensors, and what to do: the end of a sentence, or nothing."""
+
+    def first(*ends: str) -> str | None:
+        return next((name for name in names if name.lower().endswith(ends)), None)
+
+    if (name := first(*_UNFINISHED)) is not None:
+        return f"; {name} is a download that was not finished: resume it"
+    if directory.name.startswith("models--"):
+        return "; it is a model in a hub's cache: give the folder of one revision in snapshots/" + (
+            "" if _has_children(directory / "snapshots") else ", which is not there: download the model again"
+        )
+    weights = [name for name in names if not _TRAINING_STATE.match(name)]
+    for name in weights:
         if name.lower().endswith(PICKLES):
-            hint = f"; {name} is a pickle, which is never opened: convert it to safetensors"
-            break
+            return f"; {name} is a pickle, which is never opened: convert it to safetensors"
         if name.lower().endswith(_PICKLE_INDEXES):
-            hint = f"; {name} names pickles, which are never opened: convert them to safetensors"
-    raise InputError(f"{directory}: the directory has no .safetensors file{hint}")
+            return f"; {name} names pickles, which are never opened: convert them to safetensors"
+    if (name := first(".gguf")) is not None:
+        return f"; {name} is of llama.cpp, and mostly quantised: take the model that it was converted from"
+    if (name := first(".distcp")) is not None:
+        return f"; {name} is a shard of torch's distributed checkpoints: save a full state dict in safetensors"
+    if name := next((name for name in names if re.fullmatch("global_step[0-9]+", name)), None):
+        return f"; {name} is DeepSpeed's: run zero_to_fp32.py, and convert the result to safetensors"
+    if folders := [name for name in names if _has_children(directory / name, "*.safetensors")]:
+        return f"; its folders {_first(folders, _TENSORS_SHOWN, ', ')} have some: give one of them"
+    if len(weights) < len(names):
+        return f"; {next(n for n in names if n not in weights)} is the state of a training, not weights"
+    return ""
+
+
+def _has_children(folder: Path, pattern: str = "*") -> bool:
+    return folder.is_dir() and any(folder.glob(pattern))
 
 
 def _first(texts: list[str], most: int = _PROBLEMS_SHOWN, between: str = "; ") -> str:

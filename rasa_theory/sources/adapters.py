@@ -1,4 +1,4 @@
-"""Stacks of PEFT LoRA adapters: the updates B A times their scaling, as factors that are never multiplied out."""
+"""Stacks of adapters: the updates B A times their scaling, as factors that are never multiplied out."""
 
 from __future__ import annotations
 
@@ -10,25 +10,42 @@ from pathlib import Path
 import torch
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Entry, Exclusion, LeftOut, LoraFolder
+from rasa_theory.formats import (
+    CONFIG_FILE,
+    Checkpoint,
+    Entry,
+    Exclusion,
+    LeftOut,
+    StoredAdapter,
+    adapter_in_folder,
+    adapter_in_tensors,
+)
 from rasa_theory.problem import Factored
 from rasa_theory.sources.catalogue import Catalogue, Portion, catalogue_of_groups
 from rasa_theory.sources.grouping import Group, group
 
 
-def open_adapter(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
+def open_adapter(folder: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
+    """The stacks of the adapter in a folder with a configuration; see `catalogue_of_adapter`.
+
+    Raises InputError as `adapter_in_folder` does, and if no stack remains.
+    """
+    return catalogue_of_adapter(adapter_in_folder(folder), memory, alone)
+
+
+def catalogue_of_adapter(adapter: StoredAdapter, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of one adapter: for each kind of module the updates scaling B_i A_i, (out, in), one per layer.
 
-    They are grouped and named like the weights of the modules in a checkpoint; `adapted_conv1d` decides which of these
-    are (in, out). The factors are held in memory, in float32 or more, whatever `memory` is. Raises InputError as
-    LoraFolder does, and if no stack remains. `alone` as for `grouping.group`.
+    They are grouped and named like the weights of the modules in a checkpoint; the adapter says which of these are
+    (in, out). The factors are held in memory, in float32 or more, whatever `memory` is. `alone` as for
+    `grouping.group`. Raises InputError if no stack remains.
     """
-    adapter = LoraFolder(path)
     place_of = {f"{module}.weight": (adapter, module) for module in adapter.pairs}
     pairs = {key: adapter.pairs[module] for key, (_, module) in place_of.items()}
     entries = [Entry(key, pair.shape, "float32", pair.transposed) for key, pair in pairs.items()]
     groups, ungrouped = group(entries, alone)
-    catalogue = catalogue_of_groups(str(path), groups, adapter.left_out + ungrouped, FactorHolder(place_of), memory)
+    source, holder = str(adapter.path), FactorHolder(place_of)
+    catalogue = catalogue_of_groups(source, groups, adapter.left_out + ungrouped, holder, memory)
     return dataclasses.replace(catalogue, files=adapter.files)
 
 
@@ -36,17 +53,17 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
     """The stacks of several adapters of one base, over tasks: one stack per module, with paths[t] as layer t.
 
     Modules that an adapter lacks, or that differ in shape, are left out; weights are (in, out) if one adapter says so.
-    Raises InputError as LoraFolder does, for fewer than two adapters, and if no stack remains.
+    Raises InputError as `_adapter` does, for fewer than two adapters, and if no stack remains.
     """
     if len(paths) < 2:
         raise InputError(
             f"--adapters needs two folders or more, found {len(paths)}; one adapter alone is a --source, stacked over "
             "its layers"
         )
-    adapters = [LoraFolder(path) for path in paths]
+    adapters = [_adapter(path) for path in paths]
     left_out = [LeftOut(one.name, f"in {x.path}: {one.reason}", one.kind) for x in adapters for one in x.left_out]
     groups: list[Group] = []
-    place_of: dict[str, tuple[LoraFolder, str]] = {}
+    place_of: dict[str, tuple[StoredAdapter, str]] = {}
     for module in {module: None for x in adapters for module in x.pairs}:
         if (difference := _difference(adapters, module)) is not None:
             left_out.append(LeftOut(module, difference, Exclusion.UNMATCHED))
@@ -60,7 +77,17 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
     return dataclasses.replace(catalogue, files=tuple(file for x in adapters for file in x.files))
 
 
-def _difference(adapters: Sequence[LoraFolder], module: str) -> str | None:
+def _adapter(path: Path) -> StoredAdapter:
+    """The adapter in a folder or a file. Raises InputError if there is none, or it cannot be read exactly."""
+    has_tensors = path.suffix.lower() == ".safetensors" or any(path.glob("*.safetensors"))
+    if has_tensors and not (path / CONFIG_FILE).is_file():
+        adapter = adapter_in_tensors(Checkpoint(path))
+        if adapter is not None:
+            return adapter
+    return adapter_in_folder(path)
+
+
+def _difference(adapters: Sequence[StoredAdapter], module: str) -> str | None:
     """The reason why a module cannot be stacked over these adapters; None if all have it in one shape."""
     having = [x for x in adapters if module in x.pairs]
     first = having[0]
@@ -78,7 +105,7 @@ def _difference(adapters: Sequence[LoraFolder], module: str) -> str | None:
 class FactorHolder:
     """A Holder of factors; `place_of` has the adapter and the module of each key."""
 
-    place_of: Mapping[str, tuple[LoraFolder, str]]
+    place_of: Mapping[str, tuple[StoredAdapter, str]]
 
     def file_of(self, key: str) -> str:
         return self.place_of[key][0].file

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rasa_theory.formats import Entry, Exclusion, LeftOut, Place, is_floating, is_lora_tensor, layer_span
+from rasa_theory.formats import Entry, Exclusion, LeftOut, Place, adapter_format, is_floating, layer_span
 
 _NUMBER = re.compile(r"([0-9]+)")
 
@@ -102,10 +102,10 @@ def _unusable(entry: Entry) -> LeftOut | None:
         return because(f"{entry.dtype} is not real floating point", Exclusion.DTYPE)
     if 0 in entry.shape:
         return because(f"shape {entry.shape} is empty", Exclusion.EMPTY)
-    if is_lora_tensor(entry.name):
+    if (kind := adapter_format(entry.name)) is not None:
         return because(
-            "a factor of an adapter, not an update; give the folder of the adapter, with its adapter_config.json, "
-            "as --source",
+            f"a factor of an adapter, not an update ({kind}); give the adapter alone as --source, the folder with its "
+            "adapter_config.json if it has one",
             Exclusion.FACTOR,
         )
     if entry.place is not None and not entry.place.role.is_matrix:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rasa_theory.common import InputError, whole_number
-from rasa_theory.formats import CONFIG_FILE, PICKLES, WEIGHTS_FILE, LeftOut
+from rasa_theory.formats import CONFIG_FILE, MLX_WEIGHTS, PICKLES, WEIGHTS_FILE, LeftOut
 from rasa_theory.problem import LayerStack, compute_device, compute_dtype
 from rasa_theory.sources.adapters import open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
@@ -58,10 +58,10 @@ def open_source(
     if source in BUNDLED:
         return open_bundled(source, memory)
     (path,) = _existing([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
-    if (path / CONFIG_FILE).is_file():
-        return open_adapter(path, memory, alone)
+    if (folder := _folder_of_adapter(path)) is not None:
+        return open_adapter(folder, memory, alone)
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix == ".safetensors" or suffix in PICKLES:
+    if path.is_dir() or suffix in (".safetensors", ".gguf", *PICKLES):
         return open_checkpoint(path, memory, alone)
     if suffix == ".npy":
         return open_npy(path, memory)
@@ -112,10 +112,19 @@ def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def _folder_of_adapter(path: Path) -> Path | None:
+    """The folder of an adapter with its configuration, if `path` is it or the file of the factors in it."""
+    folder = path.parent if path.name in (WEIGHTS_FILE, MLX_WEIGHTS) else path
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
 def _refuse_adapters(models: Sequence[Path]) -> None:
     """Raise InputError if a model of a pair is the folder of an adapter: a difference of factors is no update."""
     for path in models:
-        if (path / CONFIG_FILE).is_file() and [file.name for file in path.glob("*.safetensors")] == [WEIGHTS_FILE]:
+        if (path / CONFIG_FILE).is_file() and {x.name for x in path.glob("*.safetensors")} <= {
+            WEIGHTS_FILE,
+            MLX_WEIGHTS,
+        }:
             raise InputError(
                 f"{path} is the folder of an adapter, not a model; give it alone as --source, or several as --adapters"
             )

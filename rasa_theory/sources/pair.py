@@ -11,7 +11,19 @@ from typing import NamedTuple
 import torch
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import Entry, Exclusion, LeftOut, ModelCheckpoint, architecture, is_floating, model_types
+from rasa_theory.formats import (
+    Checkpoint,
+    Entry,
+    Exclusion,
+    LeftOut,
+    ModelCheckpoint,
+    architecture,
+    is_floating,
+    model_config,
+    model_types,
+    refuse_quantised,
+    refuse_unmerged,
+)
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.tensor_updates import Differences, PairedKeys
 
@@ -56,8 +68,9 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     Tensors that only one has, or whose shapes differ, are left out. Raises InputError as `open_checkpoint` and
     `find_prefixes` do, and if both hold matrices but none in common.
     """
+    disk = _model(base), _model(tuned)
     model, models = architecture(base) or architecture(tuned), model_types(tuned) or model_types(base)
-    before, after = ModelCheckpoint(base, model, models), ModelCheckpoint(tuned, model, models)
+    before, after = (ModelCheckpoint(one, model, models) for one in disk)
     prefixes = find_prefixes(before, after)
     key_after = _corresponding(before.entries, after.entries, prefixes)
     entries: list[Entry] = []
@@ -86,6 +99,14 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     reader = Reader(updates.read, updates.file_of, updates.part)
     catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
     return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates)
+
+
+def _model(path: Path) -> Checkpoint:
+    """The checkpoint of a model with weights that can be subtracted. Raises InputError if they cannot."""
+    checkpoint = Checkpoint(path)
+    refuse_unmerged(checkpoint)
+    refuse_quantised(path, checkpoint.entries.values(), model_config(path))
+    return checkpoint
 
 
 def _dtype_of_difference(old: str, new: str) -> str:

@@ -1,11 +1,20 @@
-"""Stacks of a checkpoint that holds updates."""
+"""Stacks of updates in safetensors, with matrices of Conv1D turned to (out, in)."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from rasa_theory.formats import ModelCheckpoint, architecture, model_types
+from rasa_theory.formats import (
+    Checkpoint,
+    ModelCheckpoint,
+    adapter_in_tensors,
+    architecture,
+    model_config,
+    model_types,
+    refuse_quantised,
+)
+from rasa_theory.sources.adapters import catalogue_of_adapter
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.tensor_updates import Updates
 
@@ -13,11 +22,16 @@ from rasa_theory.sources.tensor_updates import Updates
 def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
     """The stacks of a checkpoint, with matrices (out, in); `alone` as for `grouping.group`.
 
-    Beside a config.json they have the names and the roles of that model. Without one, every matrix is an update.
-    Raises InputError as `find_shards` does, if a config.json is not sound, and if no stack remains.
+    Beside a config.json they have the names and the roles of that model. Without one, every matrix is an update. If the
+    keys are those of an adapter, the stacks are the adapter's updates. Raises InputError as `find_shards` and
+    `adapter_in_tensors` do, if a config.json is not sound, if weights are quantised, and if no stack remains.
     """
+    disk = Checkpoint(path)
+    if (adapter := adapter_in_tensors(disk)) is not None:
+        return catalogue_of_adapter(adapter, memory, alone)
+    refuse_quantised(path, disk.entries.values(), model_config(path))
     model, models = architecture(path), model_types(path)
-    checkpoint = ModelCheckpoint(path, model, models)
+    checkpoint = ModelCheckpoint(disk, model, models)
     entries = list(checkpoint.entries.values())
     if not models:
         entries = [entry._replace(place=None) for entry in entries]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rasa_theory import LayerStack, solve_lora
-from rasa_theory.formats import ModuleNames, is_lora_tensor, lora_config, lora_factors, lora_key, lora_tensors
+from rasa_theory.formats import ModuleNames, adapter_format, lora_config, lora_factors, lora_key, lora_tensors
 from tests.helpers.problems import noise
 
 NAMES = tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(3))
@@ -61,5 +61,5 @@ def test_ranks_that_differ_go_into_patterns():
         ("layers.0.q.weight", False),
     ],
 )
-def test_components_that_lora_alone_uses(name, expected):
-    assert is_lora_tensor(name) == expected
+def test_components_that_adapters_alone_use(name, expected):
+    assert (adapter_format(name) is not None) == expected

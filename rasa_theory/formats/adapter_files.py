@@ -1,0 +1,292 @@
+"""Adapters of every known tool, recognised by their configuration or by their keys, and read where that is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rasa_theory.common import InputError
+from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.lora_options import MERGE
+from rasa_theory.formats.names import PEFT_PREFIX
+from rasa_theory.formats.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PeftConfig,
+    adapter_type,
+    peft_adapter,
+    read_config,
+    weights_of,
+)
+from rasa_theory.formats.rasa import rasa_adapter
+from rasa_theory.formats.spellings import (
+    RASA,
+    Foreign,
+    Key,
+    Side,
+    Spelling,
+    adapter_format,
+    foreign,
+    kohya_module,
+    spelt,
+)
+from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut
+
+MLX_WEIGHTS = "adapters.safetensors"
+_COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior")
+_METADATA = "lora_adapter_metadata"  # what diffusers writes into the header since 0.34
+_WITHOUT_SCALING = {
+    Spelling.PEFT: f"give the folder of the adapter, with its {CONFIG_FILE}",
+    Spelling.MLX: f"give the folder of the adapter, with its {CONFIG_FILE}",
+    Spelling.TORCHTUNE: f"give the folder that torchtune writes in PEFT's layout, with its {CONFIG_FILE}",
+    Spelling.NEMO: "export the adapter to PEFT's layout",
+}
+"""Spellings whose tools keep alpha or the scale in another file, and what to do without it."""
+
+
+def adapter_in_folder(folder: Path) -> StoredAdapter:
+    """The adapter in a folder with an adapter_config.json: LoRA of PEFT or MLX, or RaSA in one of its layouts.
+
+    Raises InputError if it is of another type, or as the readers of these formats do.
+    """
+    config, file = read_config(folder), folder / CONFIG_FILE
+    kind = adapter_type(config)
+    if kind == "LORA":
+        return peft_adapter(folder)
+    if kind == "RASA":
+        flag = config.get("fan_in_fan_out") is True
+        return rasa_adapter(folder, weights_of(folder), (file, folder / WEIGHTS_FILE), flag)
+    if kind is None and "lora_parameters" in config:
+        return _mlx_adapter(folder, config)
+    raise InputError(f"{file}: peft_type is {kind!r}, but only LORA and RASA have updates B A; {MERGE}")
+
+
+def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
+    """The adapter that a file, or a folder without configuration, holds by its keys; None if it holds none.
+
+    It does if at least half of its tensors are an adapter's. Raises InputError, naming the format, if its updates
+    cannot be had from the file alone, or if it is a model with adapters that are not merged.
+    """
+    refuse_unmerged(checkpoint)
+    keys = _AdapterKeys.of(checkpoint)
+    if keys.count == 0 or 2 * keys.count < len(checkpoint.entries):
+        return None
+    path = checkpoint.path
+    if keys.are_rasa:
+        return rasa_adapter(path, checkpoint, checkpoint.files)
+    if not keys.sides_of:
+        formats = "; ".join(sorted({other.what for other in keys.foreign.values()}))
+        raise InputError(f"{path}: holds an adapter ({formats}), whose update cannot be read as B A; {MERGE}")
+    scalings = _Scalings(checkpoint)
+    left_out = [LeftOut(name, _beside(other.what), Exclusion.NO_FACTOR) for name, other in keys.foreign.items()]
+    left_out += [LeftOut(name, _beside(None), Exclusion.NO_FACTOR) for name in keys.others]
+    changed = {other.module: other.what for other in keys.foreign.values()}
+    pairs: dict[str, FactorPair] = {}
+    for module, sides in keys.sides_of.items():
+        for entry in sides.values():
+            check_gathered(path, entry)
+        refusal = unusable(sides)
+        if refusal is None and module in changed:
+            refusal = f"{changed[module]}: the update is not B A; {MERGE}", Exclusion.VARIANT
+        if refusal is not None:
+            left_out += [LeftOut(entry.name, *refusal) for entry in sides.values()]
+            continue
+        spelling = keys.spelling_of[module]
+        scaling = scalings.of(module, spelling, sides["A"], keys.alpha_of.get(module))
+        pair = factor_pair(path, sides["A"], sides["B"], scaling, False)
+        pairs[kohya_module(module) if spelling is Spelling.KOHYA else module] = pair
+    return StoredAdapter(path, checkpoint, pairs, left_out, checkpoint.files)
+
+
+def refuse_unmerged(checkpoint: Checkpoint) -> None:
+    """Raise InputError if a checkpoint is a model with adapters beside its weights.
+
+    What they add is not in the file: neither alpha, nor whether they were merged at the moment when it was saved.
+    """
+    names = checkpoint.entries
+    wrapped = next((name for name in names if name.endswith((".base_layer.weight", ".base.weight"))), None)
+    for name in names:
+        key = spelt(name)
+        place = foreign(name) if key is None or key.side is Side.ALPHA else key
+        if place is None:
+            continue
+        candidates = [
+            f"{prefix}{place.module}.{own}" for prefix in ("", PEFT_PREFIX) for own in ("weight", "linear.weight")
+        ]
+        base = wrapped or next((candidate for candidate in candidates if candidate in names), None)
+        if base is not None:
+            raise InputError(
+                f"{checkpoint.path}: a model with adapters that are not merged ({name!r} beside {base!r}), whose "
+                "update is not in its weights; merge them (merge_and_unload) and save the model, or give the adapter's "
+                "own folder as --source"
+            )
+
+
+# ---- a file without configuration
+
+
+@dataclass(frozen=True)
+class _AdapterKeys:
+    """The tensors of a file by what they are.
+
+    Factors A and B by module, with their spelling; the alphas of these modules; tensors of other formats; the rest.
+    """
+
+    sides_of: dict[str, dict[str, Entry]]
+    spelling_of: dict[str, Spelling]
+    alpha_of: dict[str, str]
+    foreign: dict[str, Foreign]
+    others: list[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _AdapterKeys:
+        keys = cls({}, {}, {}, {}, [])
+        alphas: dict[str, str] = {}
+        for name, entry in checkpoint.entries.items():
+            key = spelt(name)
+            if key is None:
+                keys._add_other(name)
+            elif key.side is Side.ALPHA:
+                alphas[name] = key.module
+            else:
+                keys._add_factor(checkpoint.path, key, entry)
+        modules = keys.sides_of.keys() | {other.module for other in keys.foreign.values()}
+        for name, module in alphas.items():
+            if module in modules:
+                keys.alpha_of[module] = name
+            else:
+                keys.others.append(name)
+        return keys
+
+    @property
+    def count(self) -> int:
+        """The number of tensors that are an adapter's."""
+        return sum(map(len, self.sides_of.values())) + len(self.alpha_of) + len(self.foreign)
+
+    @property
+    def are_rasa(self) -> bool:
+        """True if there are adapters of RaSA, and no others."""
+        return bool(self.foreign) and not self.sides_of and all(x.what == RASA for x in self.foreign.values())
+
+    def _add_factor(self, path: Path, key: Key, entry: Entry) -> None:
+        sides = self.sides_of.setdefault(key.module, {})
+        if key.side.value in sides:
+            raise InputError(
+                f"{path}: module {key.module!r} has two factors {key.side.value}, {sides[key.side.value].name!r} and "
+                f"{entry.name!r}; save each adapter by itself"
+            )
+        sides[key.side.value] = entry
+        self.spelling_of[key.module] = key.spelling
+
+    def _add_other(self, name: str) -> None:
+        if (other := foreign(name)) is not None:
+            self.foreign[name] = other
+        else:
+            self.others.append(name)
+
+
+def _beside(what: str | None) -> str:
+    if what is None:
+        return "a whole tensor beside the factors, not an update"
+    return f"belongs to {what}, whose update cannot be read as B A; {MERGE}"
+
+
+class _Scalings:
+    """The scalings of the modules in a file: by its alphas, by its metadata, or 1 where all loaders take it so."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._file = checkpoint, checkpoint.path
+        self._config_of = _configs_in_metadata(checkpoint.path, checkpoint.metadata)
+
+    def of(self, module: str, spelling: Spelling, A: Entry, alpha: str | None) -> float:
+        """The scaling of one module. Raises InputError if the file does not say it."""
+        rank = A.shape[0]
+        if alpha is not None:
+            return self._alpha(alpha) / rank
+        component, _, within = module.partition(".")
+        if component in self._config_of:
+            return self._config_of[component].scaling(within, rank)
+        if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and component in _COMPONENTS):
+            raise InputError(
+                f"{self._file}: factors of LoRA as {spelling.value} spells them ({A.name!r}), whose scaling is not in "
+                f"this file; {_WITHOUT_SCALING[spelling]}"
+            )
+        return 1.0  # without alpha, sd-scripts, ComfyUI and diffusers take alpha = rank
+
+    def _alpha(self, name: str) -> float:
+        entry = self._checkpoint.entries[name]
+        tensor = self._checkpoint.read(name)
+        value = float(tensor) if tensor.numel() == 1 else float("nan")
+        if not abs(value) < 1e300 or value == 0:
+            raise InputError(
+                f"{self._file}: {name!r}, of shape {entry.shape}, must be one finite number other than 0, for tools "
+                "differ about 0; set it to the alpha of the training"
+            )
+        return value
+
+
+def _configs_in_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """The LoRA configuration of every component of a pipeline, which diffusers keeps in the header of the file."""
+    if _METADATA not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[_METADATA])
+        by_component: dict[str, dict[str, Any]] = {}
+        for name, value in fields.items():
+            component, _, option = name.partition(".")
+            by_component.setdefault(component, {})[option] = value
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{file}: its {_METADATA} is no JSON object; save the adapter again") from None
+    return {component: PeftConfig.of(file, config) for component, config in by_component.items()}
+
+
+# ---- MLX
+
+
+def _mlx_adapter(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
+    """The adapter that mlx-lm has written: A^T (a, r) and B^T (r, b) for every module, and one scale for all."""
+    file, weights = folder / CONFIG_FILE, folder / MLX_WEIGHTS
+    if (kind := config.get("fine_tune_type") or "lora") != "lora":
+        raise InputError(f"{file}: fine_tune_type is {kind!r}, whose update is not B A; {MERGE}")
+    scaling = _mlx_scale(file, config["lora_parameters"])
+    if not os.path.isfile(weights):
+        raise InputError(f"{folder}: has {CONFIG_FILE} of MLX but no {MLX_WEIGHTS}; save the adapter as safetensors")
+    checkpoint = Checkpoint(weights)
+    sides_of: dict[str, dict[str, Entry]] = {}
+    left_out: list[LeftOut] = []
+    for name, entry in checkpoint.entries.items():
+        key = spelt(name)
+        if key is None or key.spelling is not Spelling.MLX:
+            left_out.append(LeftOut(name, _beside(adapter_format(name)), Exclusion.NO_FACTOR))
+            continue
+        check_gathered(weights, entry)
+        sides_of.setdefault(key.module, {})[key.side.value] = entry
+    pairs: dict[str, FactorPair] = {}
+    for module, sides in sides_of.items():
+        refusal = unusable(sides)
+        if refusal is None and f"{module}.m" in checkpoint.entries:
+            refusal = f"{module}.m, the magnitudes of DoRA, stands beside them; {MERGE}", Exclusion.VARIANT
+        if refusal is not None:
+            left_out += [LeftOut(entry.name, *refusal) for entry in sides.values()]
+            continue
+        pairs[module] = factor_pair(weights, sides["A"], sides["B"], scaling, False, swapped=True)
+    return StoredAdapter(folder, checkpoint, pairs, left_out, (file, weights))
+
+
+def _mlx_scale(file: Path, parameters: Any) -> float:
+    """The scale of all updates. Raises InputError unless the file has it, and no alpha that contradicts it."""
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < 1e300:
+        raise InputError(f"{file}: expected lora_parameters with a number as scale; mend it")
+    alpha, rank = parameters.get("alpha"), parameters.get("rank")
+    if alpha is not None and alpha != rank:
+        raise InputError(
+            f"{file}: has both scale {scale} and alpha {alpha}, which early versions of mlx-lm multiply by "
+            "alpha / rank and later ones ignore; remove alpha, after multiplying scale by alpha / rank if it counted"
+        )
+    return float(scale)
