@@ -18,7 +18,7 @@ FLOORS = (
     "linalg",
     "problem",
     "bounds formats",
-    "solvers sources adapter",
+    "solvers sources adapter peft",
     "methods reconstruction verification extraction",
     "commands",
     "__init__ reconstruct verify extract",

@@ -11,17 +11,18 @@ Their second layout (zwhe99/peft) has the same tensors as `rasa_private_B`, `ras
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
-from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
+from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames, layer_span
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, Term, wide
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
@@ -32,15 +33,95 @@ _OF_MODULE = re.compile(r"(?P<module>.+)\.rasa_(?:private_)?(?P<part>A|B|D|mixin
 _OF_POOL = re.compile(r"(?P<at>.+\.)?rasa_shared_(?P<side>[AB])(?:\.[^.]+)?\.(?P<kind>[^.]+)\.weight")
 _ROOTS = ("", "base_model.", PEFT_PREFIX)  # where the pools are; elsewhere are copies, one in every layer
 
+RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+"""Names that no part of a ModuleDict or ParameterDict can have, since its attributes have them."""
 
-def _module_key(module: str, part: str) -> str:
+MODULE_PARTS = {"A": "rasa_private_A", "B": "rasa_private_B", "mixing": "rasa_mixing"}
+"""The names of a module's parameters in a model, by the part in a key of the file."""
+
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of a model's parts."""
+
+
+# ---- keys
+
+
+def module_key(module: str, part: str) -> str:
     """The key of a tensor of one module; `part` is A, B or mixing."""
     return f"{PEFT_PREFIX}{module}.rasa_{part}.weight"
 
 
-def _pool_key(kind: str, side: str) -> str:
-    """The key of one side of the pool, A or B. It holds the kind of module, with dots written as `__`."""
-    return f"base_model.rasa_shared_{side}.{kind.replace('.', '__')}.weight"
+def pool_key(pool: str, side: str) -> str:
+    """The key of one side of a pool, A or B. It holds the name of the pool, with dots written as `__`."""
+    return f"base_model.rasa_shared_{side}.{pool.replace('.', '__')}.weight"
+
+
+def module_parameter(module: str, part: str, adapter: str) -> str:
+    """The name of a parameter of one module in a `PeftModel`; `part` is A, B or mixing."""
+    return f"{PEFT_PREFIX}{module}.{MODULE_PARTS[part]}.{adapter}"
+
+
+def pool_attribute(pool: str) -> str:
+    """The name of a pool among the parameters of an adapter: without dots, and none that torch keeps to itself."""
+    attribute = pool.replace(".", "__")
+    return f"{attribute}_" if attribute in RESERVED else attribute
+
+
+def pool_parameter(pool: str, side: str, adapter: str) -> str:
+    """The name of one side of a pool, A or B, in a `PeftModel`."""
+    return f"base_model.rasa_pool_{side}.{adapter}.{pool_attribute(pool)}"
+
+
+def key_of_parameter(parameter: str, adapter: str) -> str | None:
+    """The key in a file of a parameter with such a name; None if the name is of neither form.
+
+    A name may hold `_orig_mod.`, which torch.compile puts there; a key does not.
+    """
+    name = re.escape(adapter)
+    if match := re.fullmatch(rf"base_model\.rasa_pool_([AB])\.{name}\.(.+)", parameter):
+        pool = match[2].removesuffix("_") if match[2].removesuffix("_") in RESERVED else match[2]
+        return pool_key(pool, match[1])
+    for part, attribute in MODULE_PARTS.items():
+        if match := re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+)\.{attribute}\.{name}", parameter):
+            return module_key(match[1].replace(COMPILED, ""), part)
+    return None
+
+
+def is_rasa_key(key: str) -> bool:
+    """True if the key is of a RaSA adapter, in either of the authors' layouts."""
+    return re.search(r"(?:\A|\.)rasa_(?:shared_|private_)?(?:A|B|D|mixing)(?:\.|\Z)", key) is not None
+
+
+def pools_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
+    """Group modules into pools: one for each kind of module, tower and shape.
+
+    The kind is the part of a name after the layer's number, and the tower the part before it: `encoder.block` and
+    `decoder.block` of a T5 are two towers. A pool is named after its kind. If several pools are of one kind, the tower
+    stands before it; if several are of one kind and tower, the shape (b x a) stands after it.
+
+    **Arguments:**
+
+    - `shapes`: the shape (b, a) of the update of each module, by the module's name, in the order of the model.
+
+    **Returns:** the modules of each pool by the pool's name, in the order of the model.
+    """
+    by_kind: dict[str, dict[str, dict[tuple[int, int], list[str]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for name, shape in shapes.items():
+        by_kind[ModuleNames((name,)).kind][_tower(name)][shape].append(name)
+    pools = {}
+    for kind, by_tower in by_kind.items():
+        for tower, by_shape in by_tower.items():
+            stem = f"{tower}.{kind}" if len(by_tower) > 1 else kind
+            for (b, a), names in by_shape.items():
+                pools[f"{stem}.{b}x{a}" if len(by_shape) > 1 else stem] = names
+    return pools
+
+
+def _tower(name: str) -> str:
+    span = layer_span(name)
+    return "" if span is None else name[: span[0] - 1]
 
 
 # ---- tensors
@@ -55,11 +136,11 @@ def rasa_layout(
     shared_A: Tensor,
 ) -> dict[str, Tensor]:
     """The tensors by key, not copied: B~_i, A~_i and the mixing (q + R,) of each module, and the sides of the pool."""
-    tensors = {_pool_key(modules.kind, "A"): shared_A, _pool_key(modules.kind, "B"): shared_B}
+    tensors = {pool_key(modules.kind, "A"): shared_A, pool_key(modules.kind, "B"): shared_B}
     for name, Bt, At, d in zip(modules.names, private_B, private_A, mixing, strict=True):
-        tensors[_module_key(name, "A")] = At
-        tensors[_module_key(name, "B")] = Bt
-        tensors[_module_key(name, "mixing")] = d
+        tensors[module_key(name, "A")] = At
+        tensors[module_key(name, "B")] = Bt
+        tensors[module_key(name, "mixing")] = d
     return tensors
 
 
@@ -74,15 +155,15 @@ def rasa_factors(modules: ModuleNames, tensors: Mapping[str, Tensor]) -> RasaFac
     """The factors of an adapter in float64; the mixing of the private terms goes into B~_i."""
 
     def of_modules(part: str) -> list[Tensor]:
-        return [tensors[_module_key(name, part)].double() for name in modules.names]
+        return [tensors[module_key(name, part)].double() for name in modules.names]
 
     At, Bt, mixing = of_modules("A"), of_modules("B"), of_modules("mixing")
     q = At[0].shape[0]
     return RasaFactors(
         private_B=torch.stack([B * d[:q] for B, d in zip(Bt, mixing, strict=True)]),
         private_A=torch.stack(At),
-        shared_B=tensors[_pool_key(modules.kind, "B")].double(),
-        shared_A=tensors[_pool_key(modules.kind, "A")].double(),
+        shared_B=tensors[pool_key(modules.kind, "B")].double(),
+        shared_A=tensors[pool_key(modules.kind, "A")].double(),
         mixing=torch.stack([d[q:] for d in mixing]),
     )
 
@@ -91,7 +172,7 @@ def rasa_modules(tensors: Iterable[str], file: Path) -> list[str]:
     """The modules of an adapter, from its keys. Raises InputError, naming `file`, if there is none."""
     modules = [match[1] for key in tensors if (match := _PRIVATE_A.fullmatch(key))]
     if not modules:
-        raise InputError(f"{file}: no tensor is called {_module_key('<module>', 'A')}")
+        raise InputError(f"{file}: no tensor is called {module_key('<module>', 'A')}")
     return modules
 
 
@@ -104,7 +185,7 @@ def first_layout(keys: Iterable[str]) -> dict[str, str]:
                 first[key] = f"base_model.rasa_shared_{match['side']}.{match['kind']}.weight"
         elif (match := _OF_MODULE.fullmatch(key)) is not None:
             part = "mixing" if match["part"] == "D" else match["part"]
-            first[key] = _module_key(match["module"].removeprefix(PEFT_PREFIX), part)
+            first[key] = module_key(match["module"].removeprefix(PEFT_PREFIX), part)
         else:
             first[key] = key
     return first
@@ -137,11 +218,11 @@ def rasa_adapter(
     used: set[str] = set()
     modules = rasa_modules(key_of, file)
     transposed = adapted_conv1d(modules, fan_in_fan_out)
+    pools = _pools_in(checkpoint, key_of, modules)
     for module in modules:
-        kind = ModuleNames((module,)).kind
         keys = [
-            *(_module_key(module, part) for part in ("B", "A", "mixing")),
-            *(_pool_key(kind, side) for side in "BA"),
+            *(module_key(module, part) for part in ("B", "A", "mixing")),
+            *(pool_key(pools[module], side) for side in "BA"),
         ]
         if missing := [key for key in keys if key not in key_of]:
             raise InputError(f"{file} has no tensor {missing[0]!r} beside the others of {module!r}; save it again")
@@ -153,6 +234,20 @@ def rasa_adapter(
         if first not in used
     ]
     return StoredAdapter(path, checkpoint, pairs, left_out, files)
+
+
+def _pools_in(checkpoint: Checkpoint, key_of: Mapping[str, str], modules: Sequence[str]) -> dict[str, str]:
+    """The name of the pool of each module: as `pools_of` says, or its kind where one pool serves several towers."""
+
+    def size(module: str, part: str, axis: int) -> int:
+        entry = checkpoint.entries.get(key_of.get(module_key(module, part), ""))
+        return entry.shape[axis] if entry is not None and len(entry.shape) == 2 else 0
+
+    shapes = {module: (size(module, "B", 0), size(module, "A", 1)) for module in modules}
+    named = {module: pool for pool, members in pools_of(shapes).items() for module in members}
+    return {
+        module: pool if pool_key(pool, "B") in key_of else ModuleNames((module,)).kind for module, pool in named.items()
+    }
 
 
 def _pair(file: Path, entries: Sequence[Entry], transposed: bool) -> FactorPair:
