@@ -23,7 +23,7 @@ from rasa_theory.linalg.dense import (
 )
 from rasa_theory.linalg.krylov import Operator
 from rasa_theory.linalg.lanczos import worth_it
-from rasa_theory.linalg.majorant import Majorant, leading_guess, majorant
+from rasa_theory.linalg.majorant import Majorant, closest_majorant, depth_within, leading_guess, majorant
 from rasa_theory.linalg.orthogonal import thin_qr
 from rasa_theory.linalg.recording import Algebra, Checked, Recorded, Unchecked
 from rasa_theory.linalg.solve import (
@@ -46,6 +46,8 @@ __all__ = [
     "Unchecked",
     "batched",
     "best_low_rank",
+    "closest_majorant",
+    "depth_within",
     "increment_by_cholesky",
     "ky_fan",
     "lanczos",

@@ -48,6 +48,7 @@ STEPS = 24  # greatest number of steps of the recurrence
 SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
 BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the m-th
 _LEAST_GAP = 1e-10  # of the eigenvalue that decides, where eigenvalues coincide
+_STEPS_WITHOUT_GOAL = 11  # of the recurrence: on flat spectra more of them hardly gain anything
 LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the last Ritz value is 0
 
 
@@ -99,6 +100,29 @@ class Majorant(NamedTuple):
         total += min(places, rest) * t
         below = values[values <= t].flip(0)[: max(places - rest, 0)]
         return total + float(below.clamp_min(0).sum())
+
+    def ky_fan_sums(self, m: int) -> tuple[Tensor, Tensor]:
+        """Bounds on KF_1(S) .. KF_m(S), m <= w, below and above: (m,) each, in float64.
+
+        S is positive semidefinite. As theta_j is not above the j-th eigenvalue of S, what the basis lacks of KF_r grows
+        with r. So a bound for a greater r serves a smaller one as well.
+        """
+        captured = self.theta[:m].clamp_min(0).cumsum(0)
+        orders = torch.arange(1, m + 1, dtype=torch.float64, device=captured.device)
+        rounding = orders.sqrt() * self.error
+        least = torch.full_like(captured, math.inf)
+        for gap in self._gaps_for_sums(m):
+            C = torch.diag(self.theta) + self.residual_gram / gap
+            t = self.tau + gap
+            values = dense.symmetric_eigenvalues((C + C.mT) / 2).flip(0)[:m]
+            least = torch.minimum(least, orders * t + (values - t).clamp_min(0).cumsum(0))
+        lacking = (least - captured + rounding).flip(0).cummin(0).values.flip(0)
+        return (captured - rounding).clamp_min(0), captured + rounding + lacking.clamp_min(0)
+
+    def _gaps_for_sums(self, m: int) -> list[float]:
+        """Values of t - tau to try for all sums at once: those of some orders up to m."""
+        orders = {*(2**n for n in range(m.bit_length())), m}
+        return sorted({gap for r in orders for gap in self._gaps(float(self.theta[r - 1]), r)})
 
     def scaled(self, factor: float) -> Majorant:
         """The majorant of `factor` S, factor > 0."""
@@ -181,6 +205,57 @@ def _by_eigenvectors(S: Operator, w: int) -> Majorant:
     return Majorant(X[:, :w], values[:w], X.new_zeros(w, w), tau, error)
 
 
+def closest_majorant(
+    S: Operator, m: int, goal: float, depth: int, failure: float, generator: torch.Generator
+) -> Majorant | None:
+    """A majorant of S for sums of at most m eigenvalues, from a search of `depth` blocks at most.
+
+    Its Ky Fan bound of order m exceeds the energy in its basis by `goal`, or by the least that such a search reaches.
+    It is None where S is zero, or blocks would take up more than half of the space. The bounds are wrong with
+    probability `failure` at most, over `generator`.
+    """
+    if S.norm == 0:
+        return None
+    goal = max(goal, 8 * math.sqrt(m) * _rounding(S, columns_for(m)))  # no search gets below rounding
+    search = BlockLanczos(S, _block(m), generator)
+    if not search.run(m, columns_for(m), SEARCH_SHARE * goal, depth):
+        return None
+    excess = ky_fan_excess(m)
+    best: Majorant | None = None
+    least = math.inf
+    for n, found in enumerate(_certified(S, search.vectors(columns_for(m)), m, goal, failure, generator)):
+        if (value := excess(found)) < least:
+            best, least = found, value
+        if least <= goal or n == _STEPS_WITHOUT_GOAL:
+            break
+    return best
+
+
+def depth_within(n: int, m: int, depth: int) -> int:
+    """The number of blocks, at most `depth`, that `closest_majorant` can take for m eigenvalues of n; 0 if too few."""
+    most = min(depth, n // (2 * _block(m)))
+    return most if (most - 1) * _block(m) >= columns_for(m) else 0
+
+
+def _certified(
+    S: Operator, guess: Tensor, m: int, goal: float, failure: float, generator: torch.Generator
+) -> Iterator[Majorant]:
+    """Majorants of S in the span of `guess` (n, w), from longer and longer polynomials; none if rounding forbids it.
+
+    All hold at once but for probability `failure`.
+    """
+    c = 2 * float(scipy.special.gammaincinv(PROBES / 2, failure))
+    basis = ritz(S, guess.double())
+    if basis is None:
+        return
+    last, target = float(basis.theta[-1]), float(basis.theta[m - 1])
+    beta = max(last + BETA_ABOVE_LAST * (target - last), LEAST_BETA * goal / m)
+    omega = torch.randn(S.n, PROBES, generator=generator, dtype=torch.float64).to(S.device)
+    for tau in norm_bounds(S, basis.V, omega, beta, c, basis.error):
+        if tau < math.inf:
+            yield basis._replace(tau=max(tau, 0.0))
+
+
 def _by_products(
     S: Operator,
     m: int,
@@ -195,7 +270,6 @@ def _by_products(
     if 2 * (w + width) > S.n or S.norm == 0:
         return None
     goal = max(goal, 8 * math.sqrt(m) * _rounding(S, w))  # no search gets below rounding
-    c = 2 * float(scipy.special.gammaincinv(PROBES / 2, failure / ATTEMPTS))
     search: BlockLanczos | None = None
     for _ in range(ATTEMPTS):
         if guess is None:
@@ -203,17 +277,10 @@ def _by_products(
             if not search.run(m, w, SEARCH_SHARE * goal):
                 return None
             guess = search.vectors(w)
-        basis = ritz(S, guess.double())
+        for found in _certified(S, guess, m, goal, failure / ATTEMPTS, generator):
+            if excess(found) <= goal:
+                return found
         guess = None
-        if basis is None:
-            return None
-        last, target = float(basis.theta[-1]), float(basis.theta[m - 1])
-        beta = max(last + BETA_ABOVE_LAST * (target - last), LEAST_BETA * goal / m)
-        omega = torch.randn(S.n, PROBES, generator=generator, dtype=torch.float64).to(S.device)
-        for tau in norm_bounds(S, basis.V, omega, beta, c, basis.error):
-            result = basis._replace(tau=max(tau, 0.0))
-            if tau < math.inf and excess(result) <= goal:
-                return result
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rasa_theory.linalg import Majorant, Operator, leading_guess, majorant, stream
+from rasa_theory.linalg import Majorant, Operator, closest_majorant, depth_within, leading_guess, majorant, stream
 from rasa_theory.linalg.chebyshev import largest_argument
 from rasa_theory.linalg.majorant import PROBES, STEPS, columns_for, norm_bounds, ritz
 
@@ -219,3 +219,57 @@ def test_purposes_have_streams_of_their_own():
     first = {float(torch.randn(1, generator=stream(*one), dtype=torch.float64)) for one in streams}
     assert len(first) == len(streams)
     assert torch.equal(torch.rand(3, generator=stream("a", 1)), torch.rand(3, generator=stream("a", 1)))
+
+
+@given(
+    name=st.sampled_from(sorted(name for name in SPECTRA if SPECTRA[name].min() >= 0)),
+    seed=st.integers(0, 2**16),
+    m=st.sampled_from([1, 2, 3, 7]),
+    depth=st.integers(2, 5),
+    exponent=st.sampled_from([-100, 0, 100]),
+)
+@settings(max_examples=100)
+def test_all_sums_lie_between_their_bounds_however_short_the_search(name, seed, m, depth, exponent):
+    S = 10.0**exponent * matrix(SPECTRA[name], seed)
+    depth = depth_within(N, m, depth) or 2
+    found = closest_majorant(operator(S), m, 1e-8 * ky_fan(S, N), depth, 1e-10, generator(seed))
+    assert (found is None) == (name == "zero")
+    if found is None:
+        return
+    low, high = found.ky_fan_sums(m)
+    slack = 1e-13 * float(torch.linalg.matrix_norm(S))
+    for r in range(1, m + 1):
+        assert float(low[r - 1]) - slack <= ky_fan(S, r) <= float(high[r - 1]) + slack
+
+
+def test_all_sums_at_once_are_as_close_as_each_alone():
+    S = matrix(SPECTRA["power"])
+    found = closest_majorant(operator(S), 5, 1e-6, 3, 1e-10, generator())
+    high = found.ky_fan_sums(5)[1]
+    for r in (1, 2, 4, 5):  # the orders whose own t is tried
+        assert float(high[r - 1]) <= found.ky_fan(r) + 2 * math.sqrt(r) * found.error + 1e-15
+    assert float(high[2]) - ky_fan(S, 3) <= found.ky_fan(4) - ky_fan(S, 4) + 1e-12, "that of a greater rank serves"
+
+
+def test_a_longer_search_comes_closer_until_the_goal_is_met():
+    S = matrix(SPECTRA["flat"] + SPECTRA["power"])
+    widths = []
+    for depth in (2, 3):
+        found = closest_majorant(operator(S), 3, 0.0, depth, 1e-10, generator())
+        widths.append(found.ky_fan(3) - float(found.theta[:3].sum()))
+    assert widths[0] > 2 * widths[1] > 0
+    columns = []
+    closest_majorant(operator(S, columns=columns), 3, ky_fan(S, N), 3, 1e-10, generator())
+    eager = len(columns)
+    columns.clear()
+    closest_majorant(operator(S, columns=columns), 3, 0.0, 3, 1e-10, generator())
+    assert eager < len(columns)
+
+
+def test_the_depth_fits_into_half_of_the_space():
+    for n, m in ((90, 1), (90, 7), (2048, 128), (1025, 128)):
+        depth = depth_within(n, m, 12)
+        block = m + 8 if m <= 24 else max(32, m // 2)
+        assert depth == 12 or depth * block <= n / 2 < (depth + 1) * block
+        assert (depth - 1) * block >= columns_for(m), "the basis is complete"
+    assert depth_within(40, 12, 12) == 0
