@@ -2,6 +2,7 @@
 
 from rasa_theory.problem import subspaces
 from rasa_theory.problem.budget import RankBudget
+from rasa_theory.problem.energies import LayerEnergies, is_decomposed, layer_energies
 from rasa_theory.problem.entries import PassCounts, StackEntries
 from rasa_theory.problem.factors import LoraFactors, RasaFactors, balanced, lora_parameters, scale_into_mixing
 from rasa_theory.problem.inputs import compute_device, compute_dtype
@@ -16,6 +17,7 @@ from rasa_theory.problem.storage import Difference, Divided, Factored, FileRows,
 from rasa_theory.problem.subspaces import (
     SharedSubspaceSpectrum,
     leading_of_all,
+    mean_overlap,
     mean_projector,
     projected,
     shared_subspace_spectrum,
@@ -32,6 +34,7 @@ __all__ = [
     "Factored",
     "FileRows",
     "InMemory",
+    "LayerEnergies",
     "LayerStack",
     "Layered",
     "LoraFactors",
@@ -50,11 +53,14 @@ __all__ = [
     "check_memory",
     "compute_device",
     "compute_dtype",
+    "is_decomposed",
+    "layer_energies",
     "layer_errors",
     "layer_losses",
     "layer_residuals",
     "leading_of_all",
     "lora_parameters",
+    "mean_overlap",
     "mean_projector",
     "native",
     "normalised_layers",

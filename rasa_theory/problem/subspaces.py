@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -101,6 +102,30 @@ def mean_projector(U: Tensor) -> tuple[Tensor, Tensor]:
     vectors = joined @ coefficients
     norms = torch.linalg.vector_norm(vectors, dim=0)
     return values.flip(0), (vectors / torch.where(norms > 0, norms, 1)).flip(1)
+
+
+def mean_overlap(U: Tensor) -> float | None:
+    """How much of their leading subspaces two layers have in common on average, beyond chance.
+
+    U (L, n, m) has an orthonormal basis of each layer's subspace, with columns of 0 where a layer has fewer than m
+    directions: m_i of them. For two layers i and j,
+
+        o_ij = ||U_i^T U_j||_F^2 / min(m_i, m_j),    c_ij = max(m_i, m_j) / n.
+
+    o_ij is the mean squared cosine of the principal angles, and c_ij its expectation for random subspaces. The result
+    is the mean of (o_ij - c_ij) / (1 - c_ij) over all pairs with m_i, m_j > 0 and c_ij < 1: 1 if one subspace of each
+    pair contains the other, about 0 for unrelated layers, and below 0 if they avoid each other. None without a pair.
+    """
+    L, n, m = U.shape
+    sizes = torch.linalg.vector_norm(U, dim=1).square().sum(1).round().tolist()
+    joined = batched.beside(U)
+    squares = (joined.mT @ joined).square().reshape(L, m, L, m).sum((1, 3)).tolist()
+    shares = []
+    for i, j in itertools.combinations(range(L), 2):
+        chance = max(sizes[i], sizes[j]) / n
+        if min(sizes[i], sizes[j]) > 0 and chance < 1:
+            shares.append((squares[i][j] / min(sizes[i], sizes[j]) - chance) / (1 - chance))
+    return math.fsum(shares) / len(shares) if shares else None
 
 
 def leading_of_all(svd: SVD, count: int, sharding: LayerSharding) -> tuple[Tensor, Tensor]:
