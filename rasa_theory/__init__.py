@@ -13,6 +13,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from rasa_theory import adapter, methods
 from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.common import InputError, __version__
+from rasa_theory.inspection import inspect
 from rasa_theory.plotting import plot_iterations
 from rasa_theory.problem import (
     LayerStack,
@@ -67,6 +68,7 @@ __all__ = [
     "adapter",
     "allocation_bound",
     "gain",
+    "inspect",
     "layer_errors",
     "load",
     "lower_bound",

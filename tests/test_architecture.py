@@ -19,9 +19,9 @@ FLOORS = (
     "problem",
     "bounds formats",
     "solvers sources adapter peft",
-    "methods reconstruction verification extraction",
+    "methods reconstruction verification extraction inspection",
     "commands",
-    "__init__ reconstruct verify extract",
+    "__init__ reconstruct verify extract inspect",
 )
 ROOMS = " ".join(FLOORS[:-2]).split()
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -49,6 +49,15 @@ EXAMPLES = {
             "--adapters TASK_1_DIR TASK_2_DIR --rank 4 --k 1 --format lora-exact-rasa --out adapters"
         ),
     },
+    "inspect": {
+        "how large the updates of a model are, and how fast their spectra fall": "--base BASE_DIR --tuned TUNED_DIR",
+        "the least rank that misses at most a tenth of the squared norm": (
+            "--base BASE_DIR --tuned TUNED_DIR --error 0.1"
+        ),
+        "the best ranks for a file of 100 MB, after a look at sizes and time": (
+            "--base BASE_DIR --tuned TUNED_DIR --size 100MB --dry-run"
+        ),
+    },
 }
 """The examples of --help by command: a purpose -> the flags that serve it."""
 _SOURCES = {"adapters": "--adapters", "source": "--source", "base": "--base with --tuned"}

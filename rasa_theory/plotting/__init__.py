@@ -2,9 +2,11 @@
 
 from rasa_theory.plotting import style
 from rasa_theory.plotting.results import plot_extraction, plot_iterations
+from rasa_theory.plotting.spectrum_figure import plot_inspection
 
 __all__ = [
     "plot_extraction",
+    "plot_inspection",
     "plot_iterations",
     "style",
 ]

@@ -41,4 +41,5 @@ def test_every_example_is_taken(command: str, line: str) -> None:
         assert set((args.families or "planted").split(",")) <= FAMILIES.keys()
     else:
         flags.check_sources(args)
-        flags.solver_options(args)
+        if command != "inspect":
+            flags.solver_options(args)

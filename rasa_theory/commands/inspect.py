@@ -1,0 +1,181 @@
+"""The command `python -m rasa_theory.inspect` measures updates before a rank is chosen, and recommends ranks.
+
+Exit status: 0 all well, 2 bad input or usage, 130 interrupted. After an interruption the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rasa_theory.commands import flags
+from rasa_theory.commands.console import (
+    Parser,
+    exit_status,
+    memory_size,
+    naming_flags,
+    output_folder,
+    progress_bar,
+    say_left_out,
+)
+from rasa_theory.common import InputError, environment, keeping_interrupts
+from rasa_theory.distributed import Processes
+from rasa_theory.extraction import STORED
+from rasa_theory.inspection import (
+    FILES,
+    RANKS,
+    InspectionFolder,
+    InspectionJob,
+    InspectSettings,
+    RankGoal,
+    inspection_folder,
+    inspection_report,
+    inspection_table,
+    left_out_rows,
+    measure_all,
+    recommendation_lines,
+    warnings,
+)
+from rasa_theory.problem import compute_device
+
+_NAME = "rasa_theory.inspect"
+_ON_NO_MEMORY = "take fewer modules (--modules), or --memory, with which large stacks stay on disk"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(_NAME, lambda processes: run(words, processes), _ON_NO_MEMORY)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command."""
+    parser = Parser(
+        prog=f"python -m {_NAME}",
+        description="Measure fine-tuning updates before a rank is chosen: their size, their spectra and what layers "
+        "share, with the certified error of a LoRA of every rank.",
+        epilog=flags.with_examples(
+            "Interrupted, it goes on where it was when the same command is given again. Another goal for the same "
+            "updates is answered from the folder, without measuring again.",
+            "inspect",
+        ),
+    )
+    flags.add_sources(
+        parser,
+        source="instead of the two: updates (tuned minus base): a .safetensors, .npy or .npz file, a directory of "
+        "safetensors, the folder of a PEFT LoRA adapter, or a bundled set",
+        adapters="instead: PEFT LoRA adapters of one base; one stack per module, over the adapters",
+    )
+    add = parser.add_argument
+    add(
+        "--ranks",
+        type=_ranks,
+        default=RANKS,
+        metavar="R,R",
+        help=f"ranks to report; spectra are measured up to the largest ({','.join(map(str, RANKS))})",
+    )
+    add("--error", type=float, metavar="E", help="recommend ranks that miss at most this share of the squared norm")
+    add("--energy", type=float, metavar="E", help="recommend ranks that hold at least this share of the squared norm")
+    add("--size", type=memory_size, metavar="SIZE", help="recommend ranks whose parameters take at most this, as 80MB")
+    add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the adapter, for sizes (%(default)s)")
+    add("--out", default="rasa-inspect", metavar="DIR", help="folder of the files (%(default)s); none writes nothing")
+    add("--overwrite", action="store_true", help="replace what another inspection has left in the folder")
+    flags.add_running(parser)
+    return parser.parse_args(arguments)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or a list such as 4,8,16") from None
+
+
+def run(arguments: list[str], processes: Processes) -> int:
+    """Run the command in this process; return its exit status. Raises InputError for bad input."""
+    args = parse(arguments)
+    if not processes.alone:
+        raise InputError("inspect runs in one process; start it without torchrun")
+    goal = _goal(args)
+    job = _job(args)
+    text = sys.stderr if args.json else sys.stdout
+    if args.dry_run:
+        print(job.forecast(), file=text)
+        return 0
+    out = output_folder(args.out)
+    folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
+    say_left_out(job.catalogue.left_out, "inspect.json")
+    report = _inspected(job, folder, goal, args, arguments)
+    if report is None:
+        return 130
+    print(f"Updates: {report['source']}", file=text)
+    print(inspection_table(report), file=text)
+    for line in recommendation_lines(report):
+        print(line, file=text)
+    if out is not None:
+        print(f"Files: {out}/ ({', '.join(FILES)})", file=text)
+    for warning in report["warnings"]:  # last, where eyes are
+        print(f"\n{textwrap.fill(warning, 80)}", file=text)
+    if args.json:
+        print(json.dumps(report, indent=1, allow_nan=False))
+    return 0
+
+
+def _goal(args: argparse.Namespace) -> RankGoal | None:
+    """The goal of the recommendation, None without one. Raises InputError for two of them, or one out of range."""
+    goals = (args.error, args.energy, args.size)
+    if goals == (None, None, None):
+        return None
+    with naming_flags(flags.NAMES):
+        return RankGoal(*goals)
+
+
+def _job(args: argparse.Namespace) -> InspectionJob:
+    """The job that the flags describe. Raises InputError if they select no stack, or allow too little memory."""
+    with naming_flags(flags.NAMES):
+        settings = InspectSettings(args.ranks)
+        device = compute_device(args.device)
+    catalogue = flags.open_catalogue(args, alone=True).matching(args.modules)
+    job = InspectionJob(catalogue, settings, device, args.adapters is not None, args.memory)
+    with naming_flags(flags.NAMES):
+        job.check()
+    return job
+
+
+def _inspected(
+    job: InspectionJob,
+    folder: InspectionFolder | None,
+    goal: RankGoal | None,
+    args: argparse.Namespace,
+    arguments: Sequence[str],
+) -> dict[str, Any] | None:
+    """Measure what is not measured yet and write the files; return the report, None if interrupted."""
+    with folder or contextlib.nullcontext():
+        try:
+            with keeping_interrupts():
+                rows = measure_all(job, folder, lambda total, unit: progress_bar(total, unit, args.quiet))
+                left_out = left_out_rows(job, folder)
+        except KeyboardInterrupt:
+            done = 0 if folder is None else folder.finished_parts
+            print(
+                f"interrupted; {done} of {len(job.catalogue.stacks)} stacks are measured"
+                + ("" if folder is None else ", the same command goes on from there"),
+                file=sys.stderr,
+            )
+            return None
+        about = {
+            "schema": 1, "command": ["python", "-m", _NAME, *arguments], "source": job.catalogue.source,
+            "plan": job.plan(), "environment": environment(job.device, torch.float64),
+        }  # fmt: skip
+        report = about | inspection_report(rows, job.settings, goal, STORED[args.dtype].itemsize)
+        report |= {"left_out": left_out, "warnings": warnings(report)}
+        if folder is not None:
+            folder.finish(report)
+    return report

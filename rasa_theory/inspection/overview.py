@@ -1,0 +1,215 @@
+"""The report of an inspection as text: the table of the command, the recommendation, and the long CSV."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rasa_theory.common import aligned, csv_text
+
+_WIDTH = 80
+_WHOLE = 1 - 1e-9  # a share from here on is printed as 100 %: the rest is rounding
+_GROUPS_SHOWN = 8
+_CSV = (
+    "stack", "kind", "module", "norm_squared", "base_norm_squared", "relative_norm",
+    "stable_rank_low", "stable_rank_high", "rank", "energy_low", "energy_high",
+)  # fmt: skip
+_EXPLANATION = (
+    "rel: ||tuned - base|| / ||base||. stable: stable rank ||M||^2 / sigma_1^2, median "
+    "over layers. Then, for each rank, the least energy that it holds, in per cent of ||M||^2 (certified; {width}). "
+    "col, row: how much of their {directions} leading column and row directions two layers share on average, in per "
+    "cent; 0 for unrelated layers, 100 for equal subspaces."
+)
+
+
+def inspection_table(report: dict[str, Any]) -> str:
+    """The table with a line for each kind of module, and one for all modules at several ranks: 80 columns wide."""
+    head = ("kind", "L", "shape", "rel", "stable", *map(str, report["ranks"]), "col", "row")
+    groups = [group for group in kinds(report["stacks"]) if group["norm_squared"] > 0]
+    lines = [
+        (
+            group["kind"], str(len(group["modules"])), "{}x{}".format(*group["shape"]), _relative(group),
+            _stable(group["modules"]), *(_per_cent(low) for low, _ in group["energy"]),
+            _signed_per_cent(group["columns"]), _signed_per_cent(group["rows"]),
+        )
+        for group in groups
+    ]  # fmt: skip
+    text = aligned([head, *lines], left={0}, gap=" ", width=_WIDTH) if lines else []
+    widths = [high - low for group in groups for low, high in group["energy"]]
+    width = f"the truth is at most {100 * max(widths, default=0.0):.2g} points above"
+    directions = max((row["shared"]["rank"] for row in report["stacks"]), default=0)
+    explanation = textwrap.wrap(_EXPLANATION.format(width=width, directions=directions), _WIDTH)
+    unchanged = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    zeros = textwrap.wrap(f"Unchanged: {', '.join(unchanged)}.", _WIDTH) if unchanged else []
+    return "\n".join([*text, *explanation, *zeros, *_left_out_lines(report), *_curve_lines(report)])
+
+
+def kinds(stacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stacks of a report by kind, those together whose kinds differ in numbers alone (experts), of equal shape.
+
+    Energies are shares of the squared norm of the whole kind. Shared subspaces are means over its stacks.
+    """
+    together: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    for row in stacks:
+        key = re.sub(r"\d+", "*", row["kind"]) if re.search(r"\.\d+\.", row["kind"]) else row["kind"]
+        together.setdefault((key, tuple(row["shape"])), []).append(row)
+    return [_kind(kind, shape, rows) for (kind, shape), rows in together.items()]
+
+
+def _kind(kind: str, shape: Sequence[int], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    norm = math.fsum(row["norm_squared"] for row in rows)
+    bases = [row["base_norm_squared"] for row in rows]
+    changed = [row for row in rows if row["norm_squared"] > 0]
+    return {
+        "kind": kind,
+        "shape": shape,
+        "norm_squared": norm,
+        "base_norm_squared": None if None in bases else math.fsum(bases),
+        "energy": [
+            [math.fsum(row["norm_squared"] / norm * row["energy"][n][bound] for row in changed) for bound in (0, 1)]
+            for n in range(len(changed[0]["energy"]) if changed else 0)
+        ],
+        "columns": _mean_overlap(rows, "columns"),
+        "rows": _mean_overlap(rows, "rows"),
+        "modules": [module for row in rows for module in row["modules"]],
+    }
+
+
+def _mean_overlap(rows: Sequence[dict[str, Any]], side: str) -> float | None:
+    overlaps = [row["shared"][side]["overlap"] for row in rows if row["shared"][side] is not None]
+    return statistics.fmean(overlaps) if overlaps else None
+
+
+def _relative(group: dict[str, Any]) -> str:
+    base = group["base_norm_squared"]
+    return f"{math.sqrt(group['norm_squared'] / base):.2g}" if base else "-"
+
+
+def _stable(modules: Iterable[dict[str, Any]]) -> str:
+    ranks = [math.sqrt(math.prod(module["stable_rank"])) for module in modules if module["stable_rank"] is not None]
+    return f"{statistics.median(ranks):.3g}"
+
+
+def _per_cent(share: float) -> str:
+    """A share in whole per cent, rounded down, as it is a lower bound."""
+    return "100" if share >= _WHOLE else str(math.floor(100 * share))
+
+
+def _signed_per_cent(share: float | None) -> str:
+    return "-" if share is None else str(round(100 * share))
+
+
+def _curve_lines(report: dict[str, Any]) -> list[str]:
+    """A table of all modules at one rank: what a LoRA misses, between bounds, and the size of its parameters."""
+    points = [point for point in report["curve"] if point["rank"] in report["ranks"]]
+    if not points:
+        return []
+    rows = [("rank", "misses", "at most", "parameters", "MB")]
+    for point in points:
+        bounds = _outwards(point["error"])
+        rows.append((str(point["rank"]), *bounds, f"{point['parameters']:,}", megabytes(point["bytes"])))
+    note = (
+        "All modules at one rank: the share of ||M||^2 that the best LoRA misses lies between the two columns, but for "
+        f"a probability of {report['failure']:.0e}. A matrix narrower than the rank is taken whole."
+    )
+    return ["", *aligned(rows, left=set()), *textwrap.wrap(note, _WIDTH)]
+
+
+def _outwards(bounds: Sequence[float]) -> tuple[str, str]:
+    """Bounds with five decimals, the lower rounded down and the upper up."""
+    low, high = bounds
+    return f"{math.floor(low * 1e5) / 1e5:.5f}", f"{math.ceil(high * 1e5) / 1e5:.5f}"
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB (10^6), with three digits."""
+    return f"{size / 1e6:.3g}" if size < 1e9 else f"{size / 1e6:,.0f}"
+
+
+def _left_out_lines(report: dict[str, Any]) -> list[str]:
+    """What is in no stack, names that differ in numbers together, with the share of the squared norm of the source."""
+    together: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in report["left_out"]:
+        together.setdefault((re.sub(r"\d+", "*", one["name"]), one["reason"]), []).append(one)
+    if not together:
+        return []
+    whole = report["norm_squared"] + math.fsum(one["norm_squared"] or 0.0 for one in report["left_out"])
+    groups = [
+        (math.fsum(one["norm_squared"] or 0.0 for one in ones), name, reason, ones)
+        for (name, reason), ones in together.items()
+    ]
+    lines = ["Left out, with the share of the squared norm of the whole source:"]
+    groups.sort(key=lambda group: -group[0])
+    for norm, name, reason, ones in groups[:_GROUPS_SHOWN]:
+        is_known = all(one["norm_squared"] is not None for one in ones)
+        share = f"{100 * norm / whole if whole > 0 else 0:.2g} %" if is_known else "share unknown"
+        count = f"{len(ones)} x {name}" if len(ones) > 1 else ones[0]["name"]
+        lines += textwrap.wrap(f"{count}: {share} ({reason})", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    rest = sum(len(ones) for *_, ones in groups[_GROUPS_SHOWN:])
+    return [*lines, f"  and {rest} tensors more, in inspect.json"] if rest else lines
+
+
+# ---- the recommendation
+
+
+def recommendation_lines(report: dict[str, Any]) -> list[str]:
+    """The ranks that reach the goal, in sentences; nothing without a goal."""
+    found = report["recommendation"]
+    if found is None:
+        return []
+    ((what, value),) = found["goal"].items()
+    wanted = {
+        "error": f"To miss at most {value:.6g} of ||M||^2",
+        "energy": f"To hold at least {value:.6g} of ||M||^2",
+        "size": f"In at most {megabytes(value)} MB",
+    }[what]
+    one, own, most = found["one_rank"], found["own_ranks"], report["ranks"][-1]
+    lines = []
+    if one is None and what == "size":
+        lines.append(f"{wanted}: not even rank 1 for every module fits.")
+    elif one is None:
+        low, high = _outwards(report["curve"][-1]["error"])
+        lines.append(
+            f"{wanted}: no rank up to {most} is certain to; at {most} the LoRA misses {low} to {high}. Ask for "
+            f"more with --ranks, such as --ranks {2 * most}."
+        )
+    else:
+        lines.append(f"{wanted}: rank {one['rank']} for every module.{_minimal(one)} {_costs(one)}")
+    if own is None:
+        lines.append("Ranks of their own for the modules do not reach it within these ranks either.")
+    else:
+        ranks = sorted(own["ranks"].values())
+        lines.append(f"With a rank of its own for every module, {ranks[0]} to {ranks[-1]}: {_costs(own)}")
+    return [line for text in lines for line in textwrap.wrap(text, _WIDTH)]
+
+
+def _minimal(one: dict[str, Any]) -> str:
+    """Whether a smaller rank might do."""
+    least = one.get("not_below", one["rank"])
+    if least == one["rank"]:
+        return "" if "not_below" not in one else " No smaller one reaches it."
+    return f" None below {least} reaches it; the spectra are not known well enough to decide between."
+
+
+def _costs(choice: dict[str, Any]) -> str:
+    low, high = _outwards(choice["error"])
+    return (
+        f"The best LoRA misses {low} to {high} of ||M||^2 and takes {choice['parameters']:,} parameters "
+        f"({megabytes(choice['bytes'])} MB)."
+    )
+
+
+def inspection_csv(report: dict[str, Any]) -> str:
+    """The report as CSV, with a line for each module and rank."""
+    lines = []
+    for row in report["stacks"]:
+        for module in row["modules"]:
+            facts = [module[key] for key in ("norm_squared", "base_norm_squared", "relative_norm")]
+            stable = module["stable_rank"] or (None, None)
+            for rank, (low, high) in zip(report["ranks"], module["energy"] or (), strict=bool(module["energy"])):
+                lines.append([row["name"], row["kind"], module["module"], *facts, *stable, rank, low, high])
+    return csv_text(_CSV, lines)
