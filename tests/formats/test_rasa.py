@@ -1,12 +1,17 @@
 """The layout of RaSA's authors: the forward of a layer from the written tensors alone, and what is read again."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import rasa_theory as rt
 from rasa_theory import InputError
+from rasa_theory.adapter import load
 from rasa_theory.formats import ModuleNames, RasaConfig, rasa_factors, rasa_modules, rasa_tensors
+from rasa_theory.sources import open_source
 from tests.helpers.problems import noise, random_factors
 
 NAMES = tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(3))
@@ -61,3 +66,97 @@ def test_a_configuration_that_was_written_is_read_again():
     assert RasaConfig.of(plain) == config
     assert (plain["peft_type"], plain["target_modules"]) == ("RASA", ["a.q", "b.q"])
     assert (plain["fan_in_fan_out"], plain["base_model_name_or_path"]) == (True, "org/base")
+
+
+# ---- the two layouts in files
+
+
+def second_layout(f, adapter="", copies=False):
+    """The tensors of the authors' second fork; with `copies`, the pool once more within every layer, as it saves it."""
+    first = rasa_tensors(ModuleNames(NAMES), f)
+    part = {"A": "private_A", "B": "private_B", "mixing": "private_D"}
+    tensors = {}
+    for key, x in first.items():
+        stem, _, end = key.rpartition(".rasa_")
+        if end.startswith("shared"):
+            side, module = end.removeprefix("shared_").split(".")[:2]
+            places = ["base_model.", *(f"base_model.model.{name}." for name in NAMES if copies)]
+            tensors |= {f"{place}rasa_shared_{side}{adapter}.{module}.weight": x.clone() for place in places}
+        else:
+            tensors[f"{stem}.rasa_{part[end.removesuffix('.weight')]}{adapter}.weight"] = x
+    return tensors
+
+
+def rasa_folder(folder, tensors, **changed):
+    folder.mkdir(exist_ok=True)
+    config = RasaConfig(rank=3, shared_rank=1, alpha=4.0).plain(["q_proj"], False, None)
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"rasa_d_init": "keep_scale"} | changed))
+    save_file({key: x.clone() for key, x in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def layouts():
+    f = random_factors(3, 7, 6, 3, 1)
+    return f, {
+        "first": rasa_tensors(ModuleNames(NAMES), f),
+        "second": second_layout(f),
+        "second, in memory": second_layout(f, ".default", copies=True),
+        "second, with copies": second_layout(f, copies=True),
+    }
+
+
+@pytest.mark.parametrize("layout", ["first", "second", "second, in memory", "second, with copies"])
+def test_both_layouts_of_the_authors_are_sources_of_updates(layout, tmp_path):
+    """[rasa_B | shared_B] diag(mixing) [rasa_A; shared_A], with every number of the mixing changed by training."""
+    f, tensors = layouts()
+    tensors = {key: x + 0.25 * (x.ndim == 1) for key, x in tensors[layout].items()}
+    folder = rasa_folder(tmp_path / "a", tensors)
+    (tmp_path / "alone").mkdir()
+    save_file({key: x.clone() for key, x in tensors.items()}, tmp_path / "alone" / "x.safetensors")
+    shared_B, shared_A = f.evened().shared_B, f.evened().shared_A
+    for source in (folder, tmp_path / "alone" / "x.safetensors"):
+        (stack,), left_out = rt.load(str(source))
+        assert left_out == []
+        assert (stack.name, stack.shape) == ("model.layers.*.self_attn.q_proj.weight", (7, 6))
+        for i in range(3):
+            B = torch.cat([f.evened().private_B[i], shared_B], 1)
+            A = torch.cat([f.evened().private_A[i], shared_A], 0)
+            mixing = torch.cat([torch.ones(2, dtype=torch.float64), f.evened().mixing[i]]) + 0.25
+            torch.testing.assert_close(stack.values[i], B @ torch.diag(mixing) @ A, rtol=1e-12, atol=1e-12)
+
+
+def test_the_second_layout_loads_into_a_model(tmp_path):
+    f, tensors = layouts()
+    net = torch.nn.Module()
+    net.model = torch.nn.Module()
+    net.model.layers = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 7).double()})})
+        for _ in range(3)
+    )
+    adapter = load(net, rasa_folder(tmp_path / "a", tensors["second, with copies"]))
+    for i, name in enumerate(NAMES):
+        torch.testing.assert_close(adapter.delta_weight(name), f.update(i), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda t: t.pop("base_model.rasa_shared_A.self_attn__q_proj.weight"),
+            "has no tensor 'base_model.rasa_shared_A",
+        ),
+        (lambda t: t.pop(f"base_model.model.{NAMES[1]}.rasa_mixing.weight"), "rasa_mixing.weight' beside the others"),
+        (
+            lambda t: t.update({f"base_model.model.{NAMES[1]}.rasa_mixing.weight": torch.ones(4)}),
+            "do not fit each other",
+        ),
+        (lambda t: t.update({f"base_model.model.{NAMES[1]}.rasa_A.other.weight": torch.ones(2, 6)}), "of two adapters"),
+        (lambda t: t.update({f"base_model.model.{NAMES[1]}.rasa_A.weight": torch.ones(2, 6).int()}), "is i32, which"),
+        (lambda t: t.clear() or t.update({"x": torch.ones(2, 2)}), "no tensor is called"),
+    ],
+)
+def test_adapters_that_are_not_whole_are_refused(spoil, sentence, tmp_path):
+    tensors = dict(layouts()[1]["first"])
+    spoil(tensors)
+    with pytest.raises(InputError, match=sentence):
+        open_source(str(rasa_folder(tmp_path / "a", tensors)))
