@@ -74,7 +74,11 @@ def with_examples(text: str, command: str) -> str:
 def add_sources(parser: argparse.ArgumentParser, source: str, adapters: str) -> None:
     """Add --base, --tuned, --source, --adapters and --modules; `source` and `adapters` are the help of those two."""
     add = parser.add_argument
-    add("--base", metavar="P", help="a checkpoint before fine-tuning: a .safetensors file or a directory of them")
+    add(
+        "--base",
+        metavar="P",
+        help="a checkpoint before fine-tuning: a .safetensors file, a directory of them, or org/name on the Hub",
+    )
     add("--tuned", metavar="P", help="the checkpoint after it; the update is tuned - base")
     add("--source", metavar="S", help=source)
     add("--adapters", nargs="+", metavar="DIR", help=adapters)

@@ -18,6 +18,7 @@ from rasa_theory.commands import flags
 from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes
+from rasa_theory.formats import Exclusion
 from rasa_theory.problem import RankBudget, check_memory, compute_dtype
 from rasa_theory.reconstruction import (
     SEARCHING,
@@ -127,7 +128,8 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     with processes.raise_together():
         whole = _catalogue(args)
     synthetic = {name: getattr(args, name) for name in _SYNTHETIC} if args.source == "synthetic" else None
-    job = StudyJob(whole.matching(args.modules), settings, dtype, device, args.tf32, synthetic, args.memory)
+    catalogue = whole.matching(args.modules).of_rank(args.rank)
+    job = StudyJob(catalogue, settings, dtype, device, args.tf32, synthetic, args.memory)
     _check_stacks(job)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
@@ -135,9 +137,10 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
             print(job.forecast(processes.world_size), file=text)
         return 0
 
+    processes.from_first(lambda: catalogue.check_changed("there is nothing to reconstruct"))
     out = processes.from_first(lambda: output_folder(args.out))
     if processes.first:
-        say_left_out(whole.left_out, "results.json")
+        say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())
     state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *words], folder, processes)
     if state.results["stacks"] and processes.first:

@@ -38,6 +38,7 @@ class Exclusion(Enum):
     NO_PARTNER = "The factor that it is multiplied with is missing."
     UNMATCHED = "Another checkpoint or adapter does not have it, or has it in another shape."
     UNINDEXED = "The index of the checkpoint does not look for it in this file."
+    NARROW = "Its matrices have fewer rows or columns than the rank asked for."
     UNSELECTED = "It does not match the names asked for."
     NO_MODULE = "Its layers are not the weights of modules that an adapter can name."
     NO_ARRAY = "It is not a numpy array."

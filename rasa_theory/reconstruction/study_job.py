@@ -17,7 +17,7 @@ from rasa_theory.reconstruction.results_folder import ResultsFolder
 from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_progress import Watch
 from rasa_theory.reconstruction.study_settings import StudySettings
-from rasa_theory.sources import Catalogue, StackSource, left_out_lines, memory_line, size_line
+from rasa_theory.sources import Catalogue, Norms, StackSource, left_out_lines, memory_line, pair_warning, size_line
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,27 @@ def stacks_left(job: StudyJob, state: StudyState) -> list[StackSource]:
     return [source for source in job.catalogue.stacks if source.name not in finished]
 
 
+def add_norms(job: StudyJob, results: dict[str, Any]) -> None:
+    """Add to results what the updates are beside their weights: ||update|| / ||weights|| of every stack and of all.
+
+    Tensors that are left out get the squared norm of their update. Of a pair that may be none, or that differs by
+    rounding alone, `warning` says so. Sources without single tensors stay as they are.
+    """
+    left_out = job.catalogue.norms_left_out()
+    for one in results["left_out"]:
+        if one["name"] in left_out:
+            one["norm_squared"] = left_out[one["name"]].update
+    measured = {source.name: job.catalogue.norms(source) for source in job.catalogue.stacks}
+    norms = {name: Norms.together(several) for name, several in measured.items() if several is not None}
+    for row in results["stacks"]:
+        if row["name"] in norms:
+            row["relative_norm"] = norms[row["name"]].relative
+    whole = Norms.together([*norms.values(), *left_out.values()])
+    if whole.base is not None:
+        results["relative_norm"] = whole.relative
+        results["warning"] = pair_warning(whole, job.catalogue.source)
+
+
 def run_study(
     job: StudyJob, state: StudyState, folder: ResultsFolder | None, processes: Processes, watch: Watch | None = None
 ) -> None:
@@ -113,6 +134,8 @@ def run_study(
             for _ in study_steps(stacks, job.settings, state, watch):
                 points_left -= 1
                 if points_left == 0:
+                    if processes.first:
+                        add_norms(job, state.results)
                     del state.results["unfinished"]
                 if output is not None:
                     output.write(state)

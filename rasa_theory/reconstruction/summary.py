@@ -99,6 +99,8 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
     if counts:
         sentence += f"; {below} of {len(counts)} random attempts came below LoRA by themselves"
+    if results.get("warning"):
+        lines += ["", *textwrap.wrap(results["warning"], _WIDTH, break_on_hyphens=False, break_long_words=False)]
     return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
 
 

@@ -92,6 +92,38 @@ class Catalogue:
         norms = [self.updates.norms(key) for key in source.keys]
         return [one for several in norms for one in several or ()] if None not in norms else None
 
+    def of_rank(self, rank: int) -> Catalogue:
+        """Move the stacks whose matrices are narrower than `rank` to `left_out`, unless all are: then nothing moves."""
+        narrow = [source for source in self.stacks if min(source.shape) < rank]
+        if len(narrow) == len(self.stacks):
+            return self
+        dropped = [
+            LeftOut(
+                source.name,
+                f"rank {rank} exceeds min(b, a) = {min(source.shape)}: an adapter takes such matrices whole",
+                Exclusion.NARROW,
+            )
+            for source in narrow
+        ]
+        stacks = [source for source in self.stacks if source not in narrow]
+        return dataclasses.replace(self, stacks=stacks, left_out=self.left_out + dropped)
+
+    def check_changed(self, nothing: str) -> None:
+        """Raise InputError if this is a pair and every update of its stacks is zero; `nothing` ends the sentence.
+
+        The first tensor of every stack is read first, so that for a pair that differs little is read.
+        """
+        if self.updates is None or not self.updates.is_pair:
+            return
+        keys = [source.keys[:1] for source in self.stacks] + [source.keys[1:] for source in self.stacks]
+        for key in (key for several in keys for key in several):
+            norms = self.updates.norms(key)
+            if norms is None or any(one.update > 0 for one in norms):
+                return
+        changed = [name for name, one in self.norms_left_out().items() if one.update > 0]
+        only = f"; only {changed[0]!r} has changed, which is in no stack" if changed else ""
+        raise InputError(f"{self.source}: every update is zero, {nothing}{only}")
+
     def norms_left_out(self) -> dict[str, Norms]:
         """The norms of the tensors in `left_out` by name: of all that both checkpoints have and that can be read.
 

@@ -15,6 +15,7 @@ from rasa_theory.sources.adapters import open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
 from rasa_theory.sources.bundled import BUNDLED, DEFAULT, open_bundled
 from rasa_theory.sources.catalogue import Catalogue
+from rasa_theory.sources.hub import is_hub_id, snapshot
 from rasa_theory.sources.pair import open_pair
 from rasa_theory.sources.update_files import open_checkpoint
 
@@ -29,6 +30,8 @@ def open_source(
     alone: bool = False,
 ) -> Catalogue:
     """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
+
+    A model that is not here may be named by its id on the Hub, `org/name` or `org/name@revision`.
 
     `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. So do `adapters`,
     the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
@@ -49,7 +52,7 @@ def open_source(
             raise InputError("--adapters and --base with --tuned exclude each other; give one of them")
         return open_adapters(_existing(adapters, "the folders of PEFT LoRA adapters"), memory)
     if base is not None and tuned is not None:
-        before, after = _existing([base, tuned], "a .safetensors file or a directory of them")
+        before, after = _here_or_hub([base, tuned], "a .safetensors file or a directory of them")
         _refuse_adapters((before, after))
         return open_pair(before, after, memory, alone)
     if base is not None or tuned is not None:
@@ -57,7 +60,7 @@ def open_source(
         raise InputError(f"{present} is given without {missing}; an update is the difference of the two")
     if source in BUNDLED:
         return open_bundled(source, memory)
-    (path,) = _existing([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
+    (path,) = _here_or_hub([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
     if (folder := _folder_of_adapter(path)) is not None:
         return open_adapter(folder, memory, alone)
     suffix = path.suffix.lower()
@@ -116,6 +119,12 @@ def _folder_of_adapter(path: Path) -> Path | None:
     """The folder of an adapter with its configuration, if `path` is it or the file of the factors in it."""
     folder = path.parent if path.name in (WEIGHTS_FILE, MLX_WEIGHTS) else path
     return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _here_or_hub(sources: Sequence[str], wanted: str) -> list[Path]:
+    """The paths of these, or of their snapshots from the Hub. Raises InputError as `_existing` and `snapshot` do."""
+    names = [os.path.expanduser(source) for source in sources]
+    return _existing([str(snapshot(n)) if not os.path.exists(n) and is_hub_id(n) else n for n in names], wanted)
 
 
 def _refuse_adapters(models: Sequence[Path]) -> None:

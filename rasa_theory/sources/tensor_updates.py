@@ -55,7 +55,7 @@ class Norms(NamedTuple):
         """The norms of several tensors as of one."""
         several = list(several)
         bases = [one.base for one in several if one.base is not None]
-        base = math.fsum(bases) if len(bases) == len(several) else None
+        base = math.fsum(bases) if bases and len(bases) == len(several) else None
         rounding = frozenset.intersection(*(one.rounding for one in several)) if several else frozenset()
         return cls(math.fsum(one.update for one in several), base, rounding)
 
@@ -80,8 +80,10 @@ class Updates:
     """The updates of all tensors that a checkpoint of updates holds, or that both checkpoints of a pair hold.
 
     `entries` describes them by name. `read` and `tuned` give values, `norms` the norms of every matrix of a tensor,
-    which reading has measured already where it was read before.
+    which reading has measured already where it was read before. `is_pair`: they are differences of two checkpoints.
     """
+
+    is_pair = False
 
     def __init__(self, entries: Mapping[str, Entry], after: ModelCheckpoint) -> None:
         self.entries = entries
@@ -143,6 +145,8 @@ class PairedKeys:
 
 class Differences(Updates):
     """The updates tuned - base of a pair, read by the name in the base."""
+
+    is_pair = True
 
     def __init__(
         self, entries: Mapping[str, Entry], before: ModelCheckpoint, after: ModelCheckpoint, keys: PairedKeys
