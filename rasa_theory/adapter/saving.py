@@ -16,6 +16,7 @@ from rasa_theory.common import InputError, writable_folder, write_file
 from rasa_theory.formats import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    BaseModel,
     RasaConfig,
     adapter_type,
     in_first_layout,
@@ -105,7 +106,7 @@ def _as_rasa(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
     dropout = next(iter(adapter.terms.values())).dropout.p
     config = RasaConfig(budget.rank, budget.shared_rank, adapter.alpha, dropout)
     tensors = {key: t for terms in adapter.terms.values() for key, t in _layout(terms).items()}
-    return tensors, config.plain(list(adapter.targets), _transposed(adapter), base)
+    return tensors, config.plain(list(adapter.targets), _transposed(adapter), BaseModel(base))
 
 
 def _rasa(model: nn.Module, path: Path, config: dict[str, Any], name: str) -> Adapter:
@@ -155,7 +156,7 @@ def _as_lora(adapter: Adapter, base: str | None) -> tuple[dict[str, Tensor], dic
         lora = terms.factors().as_lora()
         tensors |= lora_tensors(terms.targets, lora)
         ranks |= dict.fromkeys(terms.targets.names, lora.B.shape[2])
-    return tensors, lora_config(ranks, _transposed(adapter), base)
+    return tensors, lora_config(ranks, _transposed(adapter), BaseModel(base))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from rasa_theory.common import (
     writable_folder,
 )
 from rasa_theory.distributed import ALONE, Processes, first_launched, lacks_memory, meeting
-from rasa_theory.formats import Exclusion, LeftOut
+from rasa_theory.formats import Exclusion, LeftOut, grouped
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
@@ -151,11 +151,13 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
-    """Print the first few tensors that are in no stack, and the number of others, which `file` lists."""
-    for name, why in sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)[:_SHOWN]:  # biases and norms last
-        print(f"left out: {name}: {why}", file=sys.stderr)
-    if len(left_out) > _SHOWN:
-        print(f"left out: {len(left_out) - _SHOWN} more, listed by --dry-run and in {file}", file=sys.stderr)
+    """Print the first few groups of tensors that are in no stack, and the number of others, which `file` lists."""
+    axes_last = sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)  # biases and norms
+    groups = grouped(axes_last)
+    for group in groups[:_SHOWN]:
+        print(f"left out: {group.label}: {group.reason}", file=sys.stderr)
+    if others := sum(len(group.names) for group in groups[_SHOWN:]):
+        print(f"left out: {others} more, listed by --dry-run and in {file}", file=sys.stderr)
 
 
 def memory_size(text: str) -> int:

@@ -20,6 +20,8 @@ from rasa_theory.common import InputError, environment, keeping_interrupts, read
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
     FORMATS,
+    POOLED,
+    RANKS,
     STORED,
     ExtractionFolder,
     ExtractSettings,
@@ -30,11 +32,11 @@ from rasa_theory.extraction import (
     extraction_table,
     finish,
     forecast,
-    nameable,
+    job_of,
 )
-from rasa_theory.formats import CONFIG_FILE, ModuleNames, base_of
+from rasa_theory.formats import CONFIG_FILE, LAYOUTS, BaseModel, base_of, kohya_prefix
 from rasa_theory.problem import compute_dtype
-from rasa_theory.sources import Catalogue, StackSource
+from rasa_theory.sources import Catalogue
 
 _UNSET = object()
 _ON_NO_MEMORY = "take fewer modules (--modules), --compute float32, or --memory, with which large stacks stay on disk"
@@ -68,7 +70,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "adapters; an adapter of each goes into a folder of its own",
     )
     add = parser.add_argument
-    add("--rank", type=_number_or_auto, default=16, metavar="R", help="rank budget r of a layer, or auto (%(default)s)")
+    add("--exclude", action="append", default=[], metavar="GLOB", help="leave these stacks out; repeatable")
+    add(
+        "--rank",
+        type=_number_or_auto,
+        default=16,
+        metavar="R",
+        help="rank budget r of a layer, or auto; a matrix with fewer rows or columns is taken whole (%(default)s)",
+    )
     add("--energy", type=float, metavar="E", help="with --rank auto: keep this share of the squared norm")
     add("--error", type=float, metavar="E", help="with --rank auto: miss at most this share of the squared norm")
     add("--parameters", type=int, metavar="N", help="with --rank auto: use at most this number of parameters")
@@ -77,20 +86,44 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=_number_or_auto,
         default=_UNSET,
         metavar="K",
-        help="ranks of a layer that go to RaSA's pool; 0: LoRA alone; auto: the best of 1, 2, 4, .. "
-        "(1; 0 with --rank auto)",
+        help="ranks of a layer that go to RaSA's pool; 0: LoRA alone; auto: the best of 1, 2, 4, .. (1 for "
+        "lora-exact-rasa and rasa; 0 for the formats without a pool, where it would concern the report alone)",
     )
     add(
         "--format",
         choices=FORMATS,
         default="lora",
         help="lora: the best LoRA of rank r, for PEFT; lora-exact-rasa: the RaSA solution as a LoRA of rank "
-        "r - k + L k, for PEFT; rasa: the layout of its authors' fork of PEFT; diff: dense updates (%(default)s)",
+        "r - k + L k, for PEFT; rasa: a layout of its authors' forks of PEFT; kohya: the best LoRA in one file, for "
+        "ComfyUI and diffusers; dense: the same as dense updates; diff: tuned minus base, of all tensors (%(default)s)",
+    )
+    add(
+        "--ranks",
+        choices=RANKS,
+        default=RANKS[0],
+        help="one: all factors padded with zeros to the largest rank, which every consumer reads right; own: the "
+        "smallest file, with ranks in patterns, for PEFT alone (%(default)s)",
+    )
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="of format rasa: mixing is the layout of zwhe99/RaSA, private that of zwhe99/peft (%(default)s)",
+    )
+    add(
+        "--save-modules",
+        action="store_true",
+        help="put embeddings, output layers and norms that changed into modules_to_save, whole",
     )
     add("--out", required=True, metavar="DIR", help="folder of the adapter")
     add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the files (%(default)s)")
     add("--compute", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
-    add("--prefix", default="", metavar="P", help="put before the names of modules, such as transformer.")
+    add(
+        "--prefix",
+        metavar="P",
+        help="put before the names of modules, such as transformer.; of format kohya the beginning of all keys "
+        "(lora_unet_, or lora_te_ for a text encoder)",
+    )
     add("--base-name", metavar="NAME", help="base_model_name_or_path in the adapter (what --base says)")
     flags.add_solver(parser)
     flags.add_running(parser)
@@ -125,18 +158,26 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
     """Return the job that the flags describe. Raises InputError if they contradict each other or select no stack."""
     target = _target(args)
     with naming_flags(flags.NAMES):
-        k = args.k if args.k is not _UNSET else (1 if target is None else 0)
-        settings = ExtractSettings(
-            args.rank, k, args.format, args.dtype, args.certificate, flags.solver_options(args), target
-        )
         dtype = compute_dtype(args.compute)
         device = flags.selected_device(args, processes)
-    catalogue = flags.open_catalogue(args, alone=True).matching(args.modules)
-    unnamed: list[StackSource] = []
-    if args.adapters is None:
-        catalogue, unnamed = nameable(catalogue)
-    modules = [_modules(s, args) for s in catalogue.stacks]
-    return Job(catalogue, modules, settings, dtype, device, unnamed, _base(args, catalogue), _tasks(args), args.memory)
+        solver = flags.solver_options(args)
+    catalogue = flags.open_catalogue(args, alone=True).matching(args.modules).without(args.exclude)
+    base = _base(args, catalogue)
+    with naming_flags(flags.NAMES):
+        settings = ExtractSettings(
+            args.rank,
+            args.k if args.k is not _UNSET else int(args.format in POOLED),
+            args.format,
+            args.dtype,
+            args.certificate,
+            solver,
+            target,
+            args.ranks,
+            args.layout,
+            _prefix(args, base),
+            args.save_modules,
+        )
+    return job_of(catalogue, settings, dtype, device, base, _tasks(args), args.memory)
 
 
 def run(arguments: list[str], processes: Processes) -> int:
@@ -164,7 +205,7 @@ def run(arguments: list[str], processes: Processes) -> int:
         else:
             about = {
                 "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *arguments],
-                "source": job.catalogue.source, "base": job.base, "plan": folder.plan,
+                "source": job.catalogue.source, "base": job.base.name, "plan": folder.plan,
                 "environment": environment(job.device, job.dtype, processes.world_size),
             }  # fmt: skip
             report = processes.from_first(functools.partial(finish, job, folder, about))
@@ -206,18 +247,19 @@ def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:
         print(json.dumps(report, indent=1, allow_nan=False))
 
 
-def _modules(source: StackSource, args: argparse.Namespace) -> ModuleNames:
-    if args.adapters is not None:
-        return ModuleNames(tuple(f"{task}/{args.prefix}{source.name}" for task in range(source.layers)))
-    return ModuleNames.of(source.keys, source.transposed, args.prefix)
+def _prefix(args: argparse.Namespace, base: BaseModel) -> str:
+    """The beginning of the names of modules, or of format kohya of all keys."""
+    if args.prefix is not None:
+        return str(args.prefix)
+    return kohya_prefix(base.architecture) if args.format == "kohya" else ""
 
 
-def _base(args: argparse.Namespace, catalogue: Catalogue) -> str | None:
-    """Return the name of the base model: from --base-name, from --base, or from the adapter that is the source."""
+def _base(args: argparse.Namespace, catalogue: Catalogue) -> BaseModel:
+    """The base model: its name from --base-name, --base, or the adapter that is the source; its class from a config."""
     name: str | None = args.base_name or args.base
     if name is None and (configs := [path for path in catalogue.files if path.name == CONFIG_FILE]):
         name = base_of(configs[0].parent)
-    return name
+    return BaseModel.of(name, [Path(path).expanduser() for path in (args.base, args.tuned, name) if path is not None])
 
 
 def _tasks(args: argparse.Namespace) -> list[list[str | None]] | None:

@@ -2,14 +2,16 @@
 
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
 from rasa_theory.extraction.conversion import extract_stack, spectral_facts
-from rasa_theory.extraction.extract_settings import FORMATS, STORED, ExtractSettings
+from rasa_theory.extraction.extract_settings import FORMATS, POOLED, RANKS, STORED, ExtractSettings
 from rasa_theory.extraction.forecast import duration, forecast
-from rasa_theory.extraction.job import Job, check, nameable
+from rasa_theory.extraction.job import Job, check, job_of
 from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
 from rasa_theory.extraction.run import entered, extract_all, finish
 
 __all__ = [
     "FORMATS",
+    "POOLED",
+    "RANKS",
     "STORED",
     "ExtractSettings",
     "ExtractionFolder",
@@ -23,7 +25,7 @@ __all__ = [
     "extraction_table",
     "finish",
     "forecast",
+    "job_of",
     "model_card",
-    "nameable",
     "spectral_facts",
 ]

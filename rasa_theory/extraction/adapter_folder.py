@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from rasa_theory.common import InputError, PartsFolder, Plan, unfinished, write_file, write_json
 from rasa_theory.extraction.conversion import Extracted
+from rasa_theory.extraction.extract_settings import DENSE
 from rasa_theory.extraction.report import extraction_csv, model_card
 from rasa_theory.formats import (
     CONFIG_FILE,
+    KOHYA_FILE,
     WEIGHTS_FILE,
+    BaseModel,
+    KohyaFile,
+    LoraFile,
     RasaConfig,
     join_safetensors,
+    kohya_metadata,
     lora_config,
     name_in_task,
     read_header,
@@ -24,9 +33,10 @@ from rasa_theory.plotting import plot_extraction, style
 
 _PARTS = ".extract"  # lies in the folder of the adapter until all stacks are finished
 _REPORT = "report.json"
+_DENSE_TENSORS = {"dense": "tuned - base, the best approximation", "diff": "tuned - base"}
 _OURS = re.compile(
-    r"report\.(json|csv|png)|README\.md|adapter_(model\.safetensors|config\.json)"
-    r"|diff(-\d+\.safetensors|\.safetensors\.index\.json)"
+    r"report\.(json|csv|png)|README\.md|lora\.safetensors|adapter_(model\.safetensors|config\.json)"
+    r"|(diff|dense)(-\d+\.safetensors|\.safetensors\.index\.json)"
 )
 
 
@@ -58,48 +68,84 @@ class ExtractionFolder(PartsFolder):
         write_file(self.tensors(n), lambda file: write_safetensors(extracted.tensors, file, {"format": "pt"}))
         self.add_row(n, extracted.row)
 
+    def add_tensors(self, n: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that belong to no stack as part n, if there are any."""
+        if tensors:
+            write_file(self.tensors(n), lambda file: write_safetensors(tensors, file, {"format": "pt"}))
+
     def tensors(self, n: int) -> Path:
         """The file with the tensors of stack n. Dense updates lie in their final place at once."""
-        if self.plan["settings"]["format"] == "diff":
-            return self.out / f"diff-{n + 1:05d}.safetensors"
+        if (dense := self.plan["settings"]["format"]) in DENSE:
+            return self.out / f"{dense}-{n + 1:05d}.safetensors"
         return self.parts / f"{n:05d}.safetensors"
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write all final files, the report last, and remove the parts."""
         figure = plot_extraction(report)
-        self._write_adapters(report["stacks"])
+        self._write_adapters(report)
         write_file(self.out / "report.csv", lambda file: file.write(extraction_csv(report).encode()))
         write_file(self.out / "report.png", lambda file: style.save(figure, file))
         write_file(self.out / "README.md", lambda file: file.write(model_card(report).encode()))
         write_json(self.out / _REPORT, report)
         self.clear()
 
-    def _write_adapters(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _write_adapters(self, report: dict[str, Any]) -> None:
         """Write the adapter, or one for each task, with its configuration; for dense updates their index."""
-        settings, parts = self.plan["settings"], [self.tensors(n) for n in range(len(rows))]
-        if settings["format"] == "diff":
-            files = {key: part.name for part in parts for key in read_header(part).tensors}
-            index = {"metadata": {"rasa_theory": "tuned - base, reconstructed"}, "weight_map": files}
-            write_json(self.out / "diff.safetensors.index.json", index, end="")
-            return
+        rows: Sequence[dict[str, Any]] = report["stacks"]
+        settings = self.plan["settings"]
+        parts = [part for n in range(len(rows) + 1) if (part := self.tensors(n)).exists()]
+        base = BaseModel(**settings["base"])
         ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
         transposed = any(row["transposed"] for row in rows)
-        if settings["format"] == "rasa":
-            config = RasaConfig(settings["rank"], settings["k"]).plain(list(ranks), transposed, settings["base"])
+        if (dense := settings["format"]) in DENSE:
+            files = {key: part.name for part in parts for key in read_header(part).tensors}
+            index = {"metadata": {"rasa_theory": _DENSE_TENSORS[dense]}, "weight_map": files}
+            write_json(self.out / f"{dense}.safetensors.index.json", index, end="")
+        elif settings["format"] == "kohya":
+            finish, metadata = KohyaFile(report["rank"]), kohya_metadata(_padded(ranks, report["rank"]), base.name)
+            write_file(self.out / KOHYA_FILE, lambda file: join_safetensors(parts, file, metadata, finish=finish))
+        elif settings["format"] == "rasa":
+            config = RasaConfig(settings["rank"], settings["k"]).plain(list(ranks), transposed, base)
             self._write_adapter(self.out, parts, config, None)
         elif settings["tasks"] is None:
-            self._write_adapter(self.out, parts, lora_config(ranks, transposed, settings["base"]), None)
+            self._write_lora(self.out, parts, report, ranks, base, None)
         else:
-            for task, (folder, base) in enumerate(settings["tasks"]):
+            for task, (folder, base_of_task) in enumerate(settings["tasks"]):
                 task_ranks = {
                     name: rank for key, rank in ranks.items() if (name := name_in_task(key, task)) is not None
                 }
                 if task_ranks:
                     (self.out / folder).mkdir(exist_ok=True)
-                    self._write_adapter(self.out / folder, parts, lora_config(task_ranks, transposed, base), task)
+                    named = dataclasses.replace(base, name=base_of_task)
+                    self._write_lora(self.out / folder, parts, report, task_ranks, named, task)
 
-    def _write_adapter(self, folder: Path, parts: Sequence[Path], config: dict[str, Any], task: int | None) -> None:
-        write_file(folder / WEIGHTS_FILE, lambda file: join_safetensors(parts, file, {"format": "pt"}, task))
+    def _write_lora(
+        self,
+        folder: Path,
+        parts: Sequence[Path],
+        report: dict[str, Any],
+        ranks: Mapping[str, int],
+        base: BaseModel,
+        task: int | None,
+    ) -> None:
+        """Write a LoRA whose modules have these ranks, and beside it the modules that are saved whole."""
+        parameters = tuple(row["parameter"] for row in report["stacks"] if row["parameter"] and row["ranks"])
+        finish = LoraFile(report["rank"], parameters)
+        transposed = any(row["transposed"] for row in report["stacks"])
+        padded = dict(zip(ranks, _padded(ranks, report["rank"]), strict=True))
+        config = lora_config(padded, transposed, base, parameters, report["saved_modules"])
+        self._write_adapter(folder, parts, config, task, finish)
+
+    def _write_adapter(
+        self,
+        folder: Path,
+        parts: Sequence[Path],
+        config: dict[str, Any],
+        task: int | None,
+        finish: LoraFile | None = None,
+    ) -> None:
+        metadata = {"format": "pt"}
+        write_file(folder / WEIGHTS_FILE, lambda file: join_safetensors(parts, file, metadata, task, finish))
         write_json(folder / CONFIG_FILE, config, end="")
 
     def abandon(self) -> None:
@@ -117,3 +163,8 @@ class ExtractionFolder(PartsFolder):
         for file in [*self.out.glob(".*"), *self.out.glob("*/.*")]:
             if _OURS.fullmatch(unfinished(file) or ""):
                 file.unlink(missing_ok=True)
+
+
+def _padded(ranks: Mapping[str, int], rank: int | None) -> list[int]:
+    """The ranks of the factors in the file: all `rank`, or each its own with None."""
+    return [own if rank is None else rank for own in ranks.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,17 @@ from torch import Tensor
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
-from rasa_theory.formats import ModuleNames, dense_tensor, lora_factors, lora_tensors, rasa_factors, rasa_tensors
+from rasa_theory.formats import (
+    ModuleNames,
+    dense_tensor,
+    kohya_factors,
+    kohya_tensors,
+    layer_span,
+    lora_factors,
+    lora_tensors,
+    rasa_factors,
+    rasa_tensors,
+)
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, spectral_ranks, squared_errors
 from rasa_theory.solvers import Callback, RasaSolution, solve_lora, solve_path, solve_rasa
 
@@ -39,20 +49,23 @@ def extract_stack(
 ) -> Extracted:
     """Solve LoRA of rank r and RaSA(r, k) on one stack; return the tensors of the format, and the errors of each.
 
-    `ranks`, one for each layer, replace r where the settings have a target. A stack of zeros has ranks 0 and no
-    tensors. All errors are squared, in units of the input, by layer and summed. A LoRA without RaSA of layers larger
-    than 1024 comes from the certified leading part, as all else does where `LayerStack.with_spectra` takes leading
-    directions; the full spectra are not reported then. Raises InputError if
-    r > min(b, a), or if the dtype of the files cannot hold the factors.
+    `ranks`, one for each layer, replace r where the settings have a target. Matrices narrower than r are taken whole.
+    A stack of zeros has ranks 0 and no tensors. All errors are squared, in units of the input, by layer and summed. A
+    LoRA without RaSA of layers larger than 1024 comes from the certified leading part, as all else does where
+    `LayerStack.with_spectra` takes leading directions; the full spectra are not reported then. Raises InputError if the
+    dtype of the files cannot hold the factors.
     """
     L = stack.layers
     if stack.norm_squared == 0:
         return Extracted({}, _row(stack, modules, settings, [_module_row(name) for name in modules.names]))
-    lora_ranks = [settings.rank or 0] * L if ranks is None else list(ranks)
+    budget = settings.budget(stack.shape)
+    has_pool = settings.k is None or budget.shared_rank > 0
+    lora_ranks = [budget.rank] * L if ranks is None else list(ranks)
     exact = settings.exact(stack)
     if settings.k != 0:
-        stack = stack.with_spectra("exact" if exact else "leading", RankBudget(settings.rank or 1, 0))
-    lora = solve_lora(stack, max(1, *lora_ranks), "exact" if exact or settings.k != 0 else "fast", settings.solver.seed)
+        stack = stack.with_spectra("exact" if exact else "leading", RankBudget(budget.rank, 0))
+    method = "exact" if exact or settings.k != 0 else "fast"
+    lora = solve_lora(stack, max(1, *lora_ranks), method, settings.solver.seed)
     lora_factors = lora.factors if ranks is None else _truncated(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, lora_factors)
     lora_size = sum(lora_ranks) * sum(stack.shape)
@@ -64,18 +77,19 @@ def extract_stack(
     search = None
     written: LoraFactors | RasaFactors = lora_factors
     written_ranks = lora_ranks
-    if settings.k != 0:
+    if has_pool:
         budget, solution = _solve_rasa(stack, settings, callback)
         floor = lower_bound(stack, budget, settings.certificate, spectra=settings.solver.spectra)
         k = budget.shared_rank
         search = None if solution.search is None else dataclasses.asdict(solution.search)
         rasa_errors = solution.layer_errors
         rasa_size = solution.factors.parameters
-        if settings.format != "lora":
+        if settings.is_pooled:
             written = solution.factors
             written_ranks = [budget.private_rank + budget.pool_rank(L)] * L
 
     tensors, stored_errors = _stored(stack, modules, written, written_ranks, settings)
+    same_size = _of_equal_size(stack, settings, method, tensors, lora_ranks, math.fsum(lora_errors))
     facts = (
         spectral_facts(stack.spectra.svd().S) if exact else [_leading_facts(stack, lora.factors, i) for i in range(L)]
     )
@@ -86,7 +100,10 @@ def extract_stack(
     ]
     stored_size = sum(tensor.numel() for tensor in tensors.values())
     row = _row(stack, modules, settings, module_rows) | {
+        "rank": None if ranks is not None else budget.rank,
         "k": k,
+        "equal_size": same_size,
+        "error_at_rank": _error_at_rank(stack, lora.factors, exact),
         "parameters": {"lora": lora_size, "rasa": rasa_size, "stored": stored_size},
         "lower_bound": floor.value,
         "lower_bound_name": floor.name,
@@ -96,12 +113,45 @@ def extract_stack(
     return Extracted(tensors, row)
 
 
+def difference_of(stack: LayerStack, keys: Sequence[str], modules: ModuleNames, settings: ExtractSettings) -> Extracted:
+    """The updates themselves, by the keys of the tuned checkpoint: each layer of `stack`, or one tensor of all layers.
+
+    No rank is chosen and nothing is solved: the row has the error of rounding to the dtype of the files alone.
+    """
+    tensors: dict[str, Tensor] = {}
+    errors: list[float] = []
+    for i, _, M in stack.tiles(rows=stack.shape[0]):
+        name = modules.names[i]
+        tensors[name] = rounded(keys[min(i, len(keys) - 1)], M.mT if modules.transposed else M, STORED[settings.dtype])
+        stored = tensors[name].to(stack.device, torch.float64)
+        errors.append(float(((M.double() - (stored.mT if modules.transposed else stored)) ** 2).sum()))
+    norms = stack.layer_norms_squared
+    rows = [
+        _module_row(name, 0, norms[i], 0.0, 0.0, errors[i]) | {"e_lora": None, "e_rasa": None} | dict.fromkeys(_FACTS)
+        for i, name in enumerate(modules.names)
+    ]
+    if stack.norm_squared == 0:
+        tensors = {}
+    elif len(keys) == 1 and stack.layers > 1:
+        tensors = {keys[0]: torch.stack(list(tensors.values()))}
+    else:
+        tensors = dict(zip(keys, tensors.values(), strict=True))
+    size = sum(tensor.numel() for tensor in tensors.values())
+    row = _row(stack, modules, settings, []) | {
+        "rank": None, "e_lora": None, "e_rasa": None, "e_stored": math.fsum(errors), "modules": rows,
+        "parameters": {"lora": 0, "rasa": 0, "stored": size},
+    }  # fmt: skip
+    return Extracted(tensors, row)
+
+
 def _module_row(
     name: str, rank: int = 0, norm: float = 0.0, lora: float = 0.0, rasa: float = 0.0, stored: float = 0.0
 ) -> dict[str, Any]:
     """The row of one module: the rank written, its squared norm and errors, and spectral facts of 0."""
     errors = {"e_lora": lora, "e_rasa": rasa, "e_stored": stored}
-    return {"module": name, "rank": rank, "norm_squared": norm} | errors | dict.fromkeys(_FACTS, 0)
+    span = layer_span(name)
+    layer = None if span is None or "/" in name else int(name[slice(*span)])
+    return {"module": name, "layer": layer, "rank": rank, "norm_squared": norm} | errors | dict.fromkeys(_FACTS, 0)
 
 
 def _row(
@@ -114,6 +164,7 @@ def _row(
         "layers": stack.layers,
         "shape": list(stack.shape),
         "transposed": modules.transposed,
+        "parameter": modules.parameter,
         "rank": settings.rank,
         "k": 0,
         "norm_squared": stack.norm_squared,
@@ -124,10 +175,20 @@ def _row(
         "lower_bound_failure": 0.0,
         "search": None,
         "e_stored": math.fsum(row["e_stored"] for row in module_rows),
+        "equal_size": None,
+        "error_at_rank": {},
         "parameters": {"lora": 0, "rasa": 0, "stored": 0},
-        "ranks": {row["module"]: row["rank"] for row in module_rows if row["rank"] > 0},
+        "ranks": _written_ranks(modules, module_rows),
         "modules": list(module_rows),
     }
+
+
+def _written_ranks(modules: ModuleNames, module_rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The rank of every module in the file, or of the parameter that holds all of them; none for rank 0."""
+    ranks = {row["module"]: row["rank"] for row in module_rows if row["rank"] > 0}
+    if modules.parameter is None or not ranks:
+        return ranks
+    return {modules.parameter: max(ranks.values())}
 
 
 def _truncated(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
@@ -141,9 +202,9 @@ def _solve_rasa(
     stack: LayerStack, settings: ExtractSettings, callback: Callback | None
 ) -> tuple[RankBudget, RasaSolution]:
     """RaSA(r, k) with its budget; for k auto the best of k = 1, 2, 4, .., r, the smallest of equal ones."""
-    rank = settings.rank or 0
+    budget = settings.budget(stack.shape)
+    rank = budget.rank
     if settings.k is not None:
-        budget = RankBudget(rank, settings.k)
         return budget, solve_rasa(stack, budget, settings.solver, callback)
     path = solve_path(stack, rank, {*(2**n for n in range(rank.bit_length())), rank}, settings.solver, callback)
     k = min(path, key=lambda k: path[k].error)
@@ -160,16 +221,52 @@ def _stored(
     """The tensors of the format, rounded, and the squared error of every layer, read back from these tensors alone."""
     factors = factors.to(torch.float64)
     dtype = STORED[settings.dtype]
-    if settings.format == "diff":
+    if settings.format == "dense":
         return _stored_dense(stack, modules, factors, dtype)
-    if settings.format == "rasa" and isinstance(factors, RasaFactors):
-        tensors = rasa_tensors(modules, factors)
+    if settings.format == "rasa":
+        whole = RankBudget(settings.rank or 1, settings.k or 0)
+        tensors = rasa_tensors(modules, _as_rasa(factors), settings.layout, whole)
+        rounded = _all_rounded(tensors, dtype)
+        return rounded, squared_errors(stack, rasa_factors(modules, rounded).to(device=stack.device))
+    lora = factors if isinstance(factors, LoraFactors) else factors.as_lora()
+    if settings.format == "kohya":
+        rounded = _all_rounded(kohya_tensors(modules, lora, ranks, settings.prefix), dtype)
+        stored = kohya_factors(modules, rounded, stack.shape, settings.prefix)
     else:
-        tensors = lora_tensors(modules, factors if isinstance(factors, LoraFactors) else factors.as_lora(), ranks)
-    rounded = {key: _rounded(key, tensor, dtype) for key, tensor in tensors.items()}
-    is_rasa = settings.format == "rasa"
-    stored = rasa_factors(modules, rounded) if is_rasa else lora_factors(modules, rounded, stack.shape)
+        rounded = _all_rounded(lora_tensors(modules, lora, ranks), dtype)
+        stored = lora_factors(modules, rounded, stack.shape)
     return rounded, squared_errors(stack, stored.to(device=stack.device))
+
+
+def _as_rasa(factors: LoraFactors | RasaFactors) -> RasaFactors:
+    """The same updates as RaSA; those of a LoRA, as matrices that are taken whole have, with a pool of rank 0."""
+    if isinstance(factors, RasaFactors):
+        return factors
+    B, A = factors.B, factors.A
+    return RasaFactors(B, A, B.new_zeros(B.shape[1], 0), A.new_zeros(0, A.shape[2]), B.new_zeros(len(B), 0))
+
+
+def _of_equal_size(
+    stack: LayerStack,
+    settings: ExtractSettings,
+    method: str,
+    tensors: Mapping[str, Tensor],
+    ranks: Sequence[int],
+    lora_error: float,
+) -> dict[str, Any] | None:
+    """The rank and the error of the best LoRA that takes no more parameters than these tensors of the stack.
+
+    None where it would take full SVDs that nothing else needs.
+    """
+    if settings.format in ("lora", "kohya"):
+        return {"rank": max(ranks), "e_lora": lora_error}
+    size = sum(tensor.numel() for tensor in tensors.values())
+    rank = min(size // (stack.layers * sum(stack.shape)), *stack.shape)
+    if rank in (0, min(stack.shape)):
+        return {"rank": rank, "e_lora": stack.norm_squared if rank == 0 else 0.0}
+    if settings.format == "dense" and not settings.exact(stack):
+        return None
+    return {"rank": rank, "e_lora": solve_lora(stack, rank, method, settings.solver.seed).error}
 
 
 def _stored_dense(
@@ -179,13 +276,18 @@ def _stored_dense(
     tensors, errors = {}, []
     for i, _, M in stack.tiles(rows=stack.shape[0]):
         key, update = dense_tensor(modules, factors, i)
-        tensors[key] = _rounded(key, update, dtype)
+        tensors[key] = rounded(key, update, dtype)
         stored = tensors[key].to(stack.device, torch.float64)
         errors.append(float(((M.double() - (stored.mT if modules.transposed else stored)) ** 2).sum()))
     return tensors, errors
 
 
-def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _all_rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors in the dtype of the files but scalars, which stay exact. Raises InputError as `rounded` does."""
+    return {key: rounded(key, t, dtype if t.ndim > 0 else t.dtype) for key, t in tensors.items()}
+
+
+def rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in the dtype of the files. Raises InputError, naming its key, if an entry leaves the range."""
     rounded = tensor.to(dtype).contiguous().cpu()
     if not bool(torch.isfinite(rounded).all()):
@@ -203,6 +305,15 @@ def spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
             ranks.stable.tolist(), ranks.entropy.tolist(), ranks.energy.tolist(), strict=True
         )
     ]
+
+
+def _error_at_rank(stack: LayerStack, factors: LoraFactors, exact: bool) -> dict[str, float]:
+    """e_lora of the whole stack at ranks 0, 1, 2, 4, .., as far as the singular values reach that were computed."""
+    energy = stack.spectra.svd().S.double() ** 2 if exact else (factors.B.double() ** 2).sum(1)
+    kept = torch.cumsum(energy.sum(0).cpu() * (stack.scale**2 if exact else 1.0), 0).tolist()
+    ranks = [2**n for n in range(len(kept).bit_length())]
+    errors = {str(r): max(stack.norm_squared - kept[r - 1], 0.0) for r in [*ranks, len(kept)] if r <= len(kept)}
+    return {"0": stack.norm_squared} | errors
 
 
 def _leading_facts(stack: LayerStack, factors: LoraFactors, i: int) -> dict[str, Any]:

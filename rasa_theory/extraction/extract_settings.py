@@ -10,10 +10,14 @@ import torch
 
 from rasa_theory.bounds import CERTIFICATES, RankTarget
 from rasa_theory.common import InputError, one_of
+from rasa_theory.formats import LAYOUTS
 from rasa_theory.problem import Layered, RankBudget, takes_leading
 from rasa_theory.solvers import SolverOptions
 
-FORMATS = ("lora", "lora-exact-rasa", "rasa", "diff")
+FORMATS = ("lora", "lora-exact-rasa", "rasa", "kohya", "dense", "diff")
+POOLED = ("lora-exact-rasa", "rasa")  # the formats that hold RaSA's pool
+DENSE = ("dense", "diff")  # the formats without factors
+RANKS = ("one", "own")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 LARGEST_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still takes exact SVDs, with their full spectra
@@ -24,8 +28,11 @@ class ExtractSettings:
     """Settings of an extraction: LoRA of rank r and RaSA(r, k), written in a `format` of `FORMATS` as `dtype`.
 
     k = 0 solves no RaSA. k = None takes the best of 1, 2, 4, .., r for each stack. With a `target`,
-    `bounds.allocate_ranks` chooses the ranks layer by layer; rank must then be None and k 0. Raises InputError for
-    any other combination.
+    `bounds.allocate_ranks` chooses the ranks layer by layer; rank must then be None and k 0. `ranks` is "one" if all
+    factors of a LoRA are padded with zeros to the largest rank, "own" if each module keeps its own. `layout` is the
+    authors' layout of format rasa, `prefix` the beginning of the keys of format kohya. Format diff has no ranks: rank
+    and k do not concern it. `save_modules` saves embeddings, output layers and norms whole. Raises InputError for any
+    other combination.
     """
 
     rank: int | None
@@ -35,11 +42,17 @@ class ExtractSettings:
     certificate: str = "closed"
     solver: SolverOptions = field(default_factory=SolverOptions)
     target: RankTarget | None = None
+    ranks: str = "one"
+    layout: str = LAYOUTS[0]
+    prefix: str = ""
+    save_modules: bool = False
 
     def __post_init__(self) -> None:
         one_of("format", self.format, FORMATS)
         one_of("dtype", self.dtype, STORED)
         one_of("certificate", self.certificate, CERTIFICATES)
+        one_of("ranks", self.ranks, RANKS)
+        one_of("layout", self.layout, LAYOUTS)
         if self.target is not None:
             if self.rank is not None or self.k != 0:
                 raise InputError(
@@ -50,10 +63,47 @@ class ExtractSettings:
             raise InputError("rank auto needs a target: an energy, an error or a number of parameters", "rank")
         else:
             RankBudget(self.rank, self.k or 0)
-        if self.format in ("lora-exact-rasa", "rasa") and self.k == 0:
+        if self.is_pooled and self.k == 0:
             raise InputError(f"k must be at least 1 for format {self.format}, got 0; format lora has no pool", "k")
+        if self.format == "diff" and self.k != 0:
+            raise InputError("k must be 0 for format diff, which has no ranks", "k")
+        if self.save_modules and self.format not in ("lora", "lora-exact-rasa"):
+            raise InputError(
+                f"format {self.format} has no modules_to_save; write lora or lora-exact-rasa", "save_modules"
+            )
         if self.format == "rasa" and self.k is None:
             raise InputError("k cannot be auto for format rasa, whose configuration has one k for all modules", "k")
+
+    @property
+    def is_pooled(self) -> bool:
+        """True if the file holds RaSA's pool; of other formats, k concerns the report alone."""
+        return self.format in POOLED
+
+    @property
+    def is_padded(self) -> bool:
+        """True if all factors in the file are padded with zeros to one rank."""
+        return self.ranks == "one" and self.format in ("lora", "lora-exact-rasa", "kohya")
+
+    def budget(self, shape: tuple[int, int]) -> RankBudget:
+        """The ranks of a stack of matrices (b, a), without a target: r, at most min(b, a), which holds them whole.
+
+        The private rank q = r - k is the same for all stacks as far as it fits, so that one configuration describes
+        them. With k None the shared rank is 0 here.
+        """
+        r = self.rank or 1
+        narrow = min(r, *shape)
+        return RankBudget(narrow, max((self.k or 0) - (r - narrow), 0))
+
+    def written_rank(self, shape: tuple[int, int], layers: int) -> int:
+        """The rank of the factors in the file at most: q + L k of a LoRA that is RaSA's, r of others."""
+        if self.rank is None:
+            return min(shape)
+        budget = self.budget(shape)
+        if self.format != "lora-exact-rasa":
+            return budget.rank
+        if self.k is None:
+            return budget.rank * layers
+        return budget.private_rank + budget.pool_rank(layers)
 
     def exact(self, stack: Layered) -> bool:
         """True if the layers of the stack take exact SVDs.
@@ -62,7 +112,7 @@ class ExtractSettings:
         """
         if self.k == 0:
             return min(stack.shape) <= LARGEST_EXACT
-        return not takes_leading(self.solver.spectra, stack, self.rank or 1)
+        return not takes_leading(self.solver.spectra, stack, self.budget(stack.shape).rank)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, for the comparison with an earlier run."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rasa_theory.extraction.conversion import extract_stack
-from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
+from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettings
 from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames
 from rasa_theory.linalg import worth_it
@@ -32,21 +32,43 @@ def forecast(job: Job, out: Path, world_size: int = 1) -> str:
     lines += [size_line(s, job.dtype, ", stored transposed" if s.transposed else "") for s in catalogue.stacks]
     lines += left_out_lines(catalogue)
     twice = ", twice that while it is made" if job.copies_on_disk > 1 else ""
+    lines += _notes(job)
+    ranks = "" if settings.format == "diff" else f"r = {_or_auto(settings.rank)}, k = {_or_auto(settings.k)}; "
     lines.append(
-        f"r = {_or_auto(settings.rank)}, k = {_or_auto(settings.k)}; the adapter takes at most about "
+        f"{ranks}{'the files take' if settings.format in DENSE else 'the adapter takes'} at most about "
         f"{job.adapter_bytes() / 2**20:.1f} MiB{twice}; {free_bytes(out) / 2**30:.3g} GiB are free in {out}."
     )
-    lines += [_reads(settings), duration(job, world_size)]
+    lines += [_reads(settings), *([] if settings.format == "diff" else [duration(job, world_size)])]
     lines.append(memory_line(_memory(job), world_size, f" in each of {world_size} processes"))
     return "\n".join(lines)
+
+
+def _notes(job: Job) -> list[str]:
+    """What the settings mean for this source and cannot be seen in the sizes: narrow matrices, zeros, an idle k."""
+    settings, stacks = job.settings, job.catalogue.stacks
+    notes = []
+    if settings.rank is not None and settings.format != "diff":
+        if narrow := [s.name for s in stacks if min(s.shape) < settings.rank]:
+            notes.append(
+                f"Taken whole, since they have fewer than {settings.rank} rows or columns: {', '.join(narrow)}."
+            )
+        ranks = [settings.written_rank(s.shape, s.layers) for s in stacks]
+        if settings.is_padded and settings.k is not None:
+            notes.append(f"All factors have rank {max(ranks)} in the file.")
+    if settings.k != 0 and not settings.is_pooled:
+        notes.append(f"k concerns the report alone: format {settings.format} holds no pool. --k 0 takes less time.")
+    if job.whole:
+        notes.append(f"Saved whole, where they changed: {', '.join(module.name for module in job.whole)}.")
+    return notes
 
 
 def _memory(job: Job) -> int:
     """Bytes of the largest piece of work: a stack with its dense updates, or an unnamed one read in float32."""
     settings = job.settings
-    dense = STORED[settings.dtype].itemsize if settings.format == "diff" else 0
+    dense = STORED[settings.dtype].itemsize if settings.format in DENSE else 0
     stacks = [
-        s.memory(job.dtype, settings.exact(s)) + s.layers * math.prod(s.shape) * dense for s in job.catalogue.stacks
+        s.memory(job.dtype, settings.format != "diff" and settings.exact(s)) + s.layers * math.prod(s.shape) * dense
+        for s in job.catalogue.stacks
     ]
     return max([*stacks, *(4 * s.layers * math.prod(s.shape) for s in job.unnamed)])
 
@@ -61,7 +83,9 @@ def _reads(settings: ExtractSettings) -> str:
     A target needs all spectra before any rank is known. The solver's 50 to 350 reads were counted on the bundled
     updates and on synthetic stacks of all kinds.
     """
-    if settings.target is not None:
+    if settings.format == "diff":
+        text = "Every stack is read 3 times"
+    elif settings.target is not None:
         text = "Every stack is read 8 times"
     elif settings.k == 0:
         text = "Every stack is read 4 times"
@@ -141,8 +165,9 @@ def _sample_seconds(job: Job, shape: Shape) -> float:
         job.settings,
         rank=min(job.settings.rank or 1, *shape),
         k=0,
-        format="diff" if job.settings.format == "diff" else "lora",
+        format="dense" if job.settings.format == "dense" else "lora",
         target=None,
+        save_modules=False,
     )
     seconds = []
     for _ in range(2):  # libraries initialise in the first

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from rasa_theory.common import InputError, Plan, plan_of
-from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
-from rasa_theory.formats import CONFIG_FILE, Exclusion, LeftOut, ModuleNames, Role, called_conv1d, place_by_name
-from rasa_theory.problem import RankBudget, check_memory
+from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettings
+from rasa_theory.extraction.whole_modules import WholeModule, whole_modules
+from rasa_theory.formats import (
+    CONFIG_FILE,
+    BaseModel,
+    Exclusion,
+    LeftOut,
+    ModuleNames,
+    Role,
+    called_conv1d,
+    place_by_name,
+)
+from rasa_theory.problem import check_memory
 from rasa_theory.sources import Catalogue, StackSource
 
 _MOST_PROBLEMS = 20  # sentences in one error: more than a model has kinds of module
+_OUTPUT = re.compile(r"(?:\A|\.)(?:lm_head|embed_out)\.weight\Z")
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Job:
     - unnamed: stacks that no adapter can name, such as embeddings. They are among the `left_out` of the catalogue, and
       only their norms are reported.
     - base: the base model that the adapter's configuration names.
+    - rest: single tensors that form no stack and can be read, such as norms and biases. They are left out, too.
+    - whole: modules that the adapter may replace, where the settings ask for it.
     - tasks: folder and base model of every adapter where the layers of a stack are adapters of one base; else None.
     - memory: the limit in bytes, None for no limit.
     """
@@ -37,8 +52,10 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     unnamed: Sequence[StackSource] = ()
-    base: str | None = None
+    base: BaseModel = field(default_factory=lambda: BaseModel(None))
     tasks: list[list[str | None]] | None = None
+    rest: Sequence[str] = ()
+    whole: Sequence[WholeModule] = ()
     memory: int | None = None
 
     def plan(self) -> Plan:
@@ -46,7 +63,8 @@ class Job:
         compute = str(self.dtype).removeprefix("torch.")
         return plan_of(
             self.catalogue.files,
-            settings=self.settings.plain() | {"compute": compute, "base": self.base, "tasks": self.tasks},
+            settings=self.settings.plain()
+            | {"compute": compute, "base": dataclasses.asdict(self.base), "tasks": self.tasks},
             stacks=[
                 {"name": s.name, "shape": list(s.shape), "transposed": s.transposed, "modules": list(m.names)}
                 for s, m in zip(self.catalogue.stacks, self.modules, strict=True)
@@ -56,26 +74,65 @@ class Job:
     @property
     def copies_on_disk(self) -> int:
         """How often the adapter is on disk at most: dense updates are written in their final place."""
-        return 1 if self.settings.format == "diff" else 2
+        return 1 if self.settings.format in DENSE else 2
 
     def adapter_bytes(self) -> int:
-        """The size of the adapter at most, about."""
-        settings, parameters = self.settings, 0
-        for source in self.catalogue.stacks:
-            L, (b, a) = source.layers, source.shape
-            r = min(b, a) if settings.rank is None else settings.rank
-            k = r if settings.k is None else settings.k
-            rank = r - k + L * k if settings.format == "lora-exact-rasa" else r
-            parameters += L * (b * a if settings.format == "diff" else rank * (b + a))
+        """The size of the adapter at most, about: with the zeros that pad all factors to one rank."""
+        settings, stacks = self.settings, self.catalogue.stacks
+        itemsize = STORED[settings.dtype].itemsize
+        if settings.format in DENSE:
+            return itemsize * sum(s.layers * math.prod(s.shape) for s in stacks)
+        ranks = [settings.written_rank(s.shape, s.layers) for s in stacks]
         if settings.target is not None and settings.target.parameters is not None:
-            parameters = min(parameters, settings.target.parameters)
-        return parameters * STORED[settings.dtype].itemsize
+            ranks = [min(r, settings.target.parameters // sum(s.shape)) for r, s in zip(ranks, stacks, strict=True)]
+        if settings.is_padded:
+            ranks = [max(ranks)] * len(ranks)
+        return itemsize * sum(r * s.layers * sum(s.shape) for r, s in zip(ranks, stacks, strict=True))
 
 
-def nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
+def job_of(
+    catalogue: Catalogue,
+    settings: ExtractSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: BaseModel,
+    tasks: list[list[str | None]] | None = None,
+    memory: int | None = None,
+) -> Job:
+    """The extraction of all stacks of `catalogue` that the format can name; with `tasks` their layers are adapters.
+
+    Raises InputError if no stack remains, or if the source does not hold what `save_modules` needs.
+    """
+    unnamed: list[StackSource] = []
+    if tasks is None and settings.format != "diff":
+        catalogue, unnamed = nameable(catalogue, settings.save_modules)
+    readable = {} if catalogue.updates is None else catalogue.updates.entries
+    rest = [one.name for one in catalogue.left_out if one.name in readable and one.kind != Exclusion.UNSELECTED]
+    whole: list[WholeModule] = []
+    if settings.save_modules:
+        if catalogue.updates is None or not catalogue.updates.is_pair:
+            raise InputError("--save-modules needs the weights after fine-tuning: give --base and --tuned")
+        whole = whole_modules(readable, [key for s in catalogue.stacks for key in s.keys], rest)
+    modules = [module_names(source, settings, tasks is not None) for source in catalogue.stacks]
+    return Job(catalogue, modules, settings, dtype, device, unnamed, base, tasks, rest, whole, memory)
+
+
+def module_names(source: StackSource, settings: ExtractSettings, over_tasks: bool) -> ModuleNames:
+    """The names of the modules of a stack, or the tensors of format diff, one for each layer."""
+    prefix = "" if settings.format == "kohya" else settings.prefix
+    if over_tasks:
+        return ModuleNames(tuple(f"{task}/{prefix}{source.name}" for task in range(source.layers)))
+    if len(source.keys) == source.layers:
+        return ModuleNames.of(source.keys, source.transposed, prefix)
+    (parameter,) = source.keys or (source.name,)
+    return ModuleNames.experts(prefix + parameter, source.layers, source.transposed)
+
+
+def nameable(catalogue: Catalogue, without_output: bool = False) -> tuple[Catalogue, list[StackSource]]:
     """Split off the stacks whose layers are no weights of modules: return the other stacks, and those split off.
 
-    They move to `left_out`, each with its reason. Raises InputError if no stack remains.
+    They move to `left_out`, each with its reason. `without_output`: so does the output layer. Raises InputError if no
+    stack remains.
     """
     named: list[StackSource] = []
     unnamed: list[StackSource] = []
@@ -90,6 +147,8 @@ def nameable(catalogue: Catalogue) -> tuple[Catalogue, list[StackSource]]:
             reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
         elif not (place := source.place or place_by_name(source.keys[0], source.shape)).role.is_matrix:
             reason = place.reason
+        elif without_output and _OUTPUT.search(source.keys[0]):
+            reason = "the output layer, which --save-modules saves whole"
         if reason is None:
             named.append(source)
         else:
@@ -108,7 +167,6 @@ def check(job: Job, out: Path | None) -> None:
     settings, problems = job.settings, []
     for source in job.catalogue.stacks:
         try:
-            RankBudget(settings.rank or 1, 0).check_fits(source)
             if job.memory is not None:
                 check_memory(source, job.memory, settings.exact(source))
         except InputError as error:
@@ -117,9 +175,13 @@ def check(job: Job, out: Path | None) -> None:
         kinds = [m.kind.replace(".", "__") for m in job.modules]
         problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"
                      for k in sorted({k for k in kinds if kinds.count(k) > 1})]  # fmt: skip
+    if settings.format == "kohya" and (turned := [s.name for s in job.catalogue.stacks if s.transposed]):
+        problems.append(f"{turned[0]!r} is stored transposed, as Conv1D is, which format kohya cannot say; write lora")
     if job.tasks is not None and settings.format not in ("lora", "lora-exact-rasa"):
         problems.append(f"format {settings.format} is for one model; write adapters as lora or lora-exact-rasa")
-    elif settings.format == "diff" and (turned := [s.name for s in job.catalogue.stacks if _unclear(job, s)]):
+    elif settings.format in (*DENSE, "kohya") and (
+        turned := [s.name for s in job.catalogue.stacks if _unclear(job, s)]
+    ):
         problems.append(
             f"{turned[0]!r} may be stored transposed: it is called like a Conv1D, but the adapter's fan_in_fan_out is "
             "false; set that to true if it is one, or write another --format"

@@ -13,6 +13,8 @@ from typing import Any
 
 from rasa_theory.bounds import PROBABLE
 from rasa_theory.common import aligned, csv_text
+from rasa_theory.extraction.consumers import consumer_notes
+from rasa_theory.formats import grouped
 
 _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
@@ -26,25 +28,55 @@ _EXPLANATION = (
     "the same number of parameters but for the mixing. floor: no RaSA of this budget is below. file: the\n"
     "adapter as written. 90%: the rank that this share of the energy needs, median over layers."
 )
+_DIFFERENCE = (
+    "M/W: the norm of the update over that of the weights before, not squared. share: of the squared norm of\n"
+    "all that changed. file: what rounding to the dtype of the file misses."
+)
 _DESCRIPTIONS = {
     "lora": "the best LoRA of every layer, of rank {rank}",
     "lora-exact-rasa": "RaSA of rank {rank} with k = {k}, written exactly as a LoRA of rank {written}",
-    "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT (github.com/zwhe99/RaSA)",
+    "rasa": "RaSA of rank {rank} with k = {k}, in the layout of its authors' fork of PEFT (github.com/zwhe99/{fork})",
+    "kohya": "the best LoRA of every layer, of rank {rank}, in one file for ComfyUI and diffusers",
+    "dense": "the best approximation of rank {rank} of every layer, as dense updates to add to the base weights",
     "diff": "dense differences to add to the base weights: {source}",
 }
 
 
-def totals(report: dict[str, Any]) -> dict[str, float]:
-    """Return squared norms and squared errors, summed over all stacks."""
-    return {
-        key: math.fsum(row[key] for row in report["stacks"]) for key in ("norm_squared", "e_lora", "e_rasa", "e_stored")
-    }
+def totals(report: dict[str, Any]) -> dict[str, float | None]:
+    """Return squared norms and squared errors, summed over all stacks; None for those that format diff has not."""
+    sums: dict[str, float | None] = {}
+    for key in ("norm_squared", "e_lora", "e_rasa", "e_stored"):
+        values = [row[key] for row in report["stacks"]]
+        sums[key] = None if None in values else math.fsum(values)
+    return sums
 
 
 def extraction_table(report: dict[str, Any]) -> str:
     """Return a table with one line per stack and one for their sum, at most 100 characters wide."""
-    lines = [_HEAD]
     changed = [row for row in report["stacks"] if row["norm_squared"] > 0]
+    is_diff = report["plan"]["settings"]["format"] == "diff"
+    lines = _difference_lines(report, changed) if is_diff else _error_lines(report, changed)
+    is_too_wide = max(map(len, aligned(lines))) > _WIDTH
+    prefix = _common_prefix([row["kind"] for row in changed]) if is_too_wide else ""
+    text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
+    note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
+    probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
+    zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    sentences = [
+        *_sizes(report, is_diff),
+        *([] if is_diff else _equal_size(report)),
+        *consumer_notes(report),
+        *([f"Unchanged, and not written: {', '.join(zero)}."] if zero else []),
+        *_whole(report),
+        *_left_out(report),
+    ]
+    wrapped = [line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False)]
+    return "\n".join([*text, *note, _DIFFERENCE if is_diff else _EXPLANATION, *probable, *wrapped, *_warning(report)])
+
+
+def _error_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The head, a line for each stack, and the line of the sums."""
+    lines: list[tuple[str, ...]] = [_HEAD]
     for row in changed:
         floor = "-" if row["k"] == 0 else _ratio(row["lower_bound"], row["e_lora"])
         ranks = [m["rank_90"] for m in row["modules"]]
@@ -53,37 +85,75 @@ def extraction_table(report: dict[str, Any]) -> str:
             (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
              *_errors(row), floor, _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
-    total = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
-    lines.append(
-        (
-            "all",
-            "",
-            "",
-            _relative(report),
-            "",
-            "",
-            *_errors(total),
-            "",
-            _ratio(total["e_stored"], total["norm_squared"]),
-            "",
-        )
-    )
-    is_too_wide = max(map(len, aligned(lines))) > _WIDTH
-    prefix = _common_prefix([row["kind"] for row in changed]) if is_too_wide else ""
-    text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
+    total: dict[str, Any] = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
+    stored = _ratio(total["e_stored"], total["norm_squared"])
+    return [*lines, ("all", "", "", _relative(report), "", "", *_errors(total), "", stored, "")]
+
+
+def _difference_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The same for format diff, which has no ranks: norms, and the errors of rounding."""
+    whole = math.fsum(row["norm_squared"] for row in [*changed, *report["whole"]])
+    return [
+        ("kind", "layers", "shape", "M/W", "share", "file/||M||^2"),
+        *(
+            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row),
+             _ratio(row["norm_squared"], whole),
+             f"{row['e_stored'] / row['norm_squared']:.1e}")
+            for row in changed
+        ),
+    ]  # fmt: skip
+
+
+def _sizes(report: dict[str, Any], is_diff: bool) -> list[str]:
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
-    sizes = "Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}.".format(**counts)
-    zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
-    unchanged = textwrap.wrap(f"Unchanged, and not written: {', '.join(zero)}.", _WIDTH) if zero else []
-    note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
-    probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
-    return "\n".join([*text, *note, _EXPLANATION, *probable, sizes, *unchanged, *_left_out(report), *_warning(report)])
+    if is_diff:
+        return ["Numbers: the file {stored:,}, beside single tensors.".format(**counts)]
+    return ["Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}{zeros}.".format(**counts, zeros=_zeros(report))]
+
+
+def _zeros(report: dict[str, Any]) -> str:
+    """The number of zeros by which factors are padded to one rank, as text; empty if there are none."""
+    if report["rank"] is None:
+        return ""
+    zeros = 0
+    for row in report["stacks"]:
+        matrices = row["layers"] if row["parameter"] else 1
+        zeros += sum((report["rank"] - rank) * matrices * sum(row["shape"]) for rank in row["ranks"].values())
+    return f" and {zeros:,} zeros that pad all to rank {report['rank']}" if zeros else ""
+
+
+def _equal_size(report: dict[str, Any]) -> list[str]:
+    """The sentence with the error of the best LoRA that takes no more parameters than the file, stack by stack."""
+    rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
+    if not rows or any(row["equal_size"] is None for row in rows):
+        return []
+    norm = math.fsum(row["norm_squared"] for row in rows)
+    missed = math.fsum(row["equal_size"]["e_lora"] for row in rows) / norm
+    stored = math.fsum(row["e_stored"] for row in rows) / norm
+    ranks = sorted({row["equal_size"]["rank"] for row in rows})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    if report["plan"]["settings"]["format"] in ("lora", "kohya"):
+        return [
+            f"At equal file size the best LoRA of these ranks misses {missed:.2%} of the squared norm; this file, "
+            f"which is one, misses {stored:.2%}."
+        ]
+    return [
+        f"At equal file size the best LoRA, of rank {span}, would miss {missed:.2%} of the squared norm; this file "
+        f"misses {stored:.2%}."
+    ]
 
 
 def _warning(report: dict[str, Any]) -> list[str]:
     """Return the warning that the source may be no pair, after a line without text; nothing if there is none."""
     warning = report.get("warning")
     return ["", *textwrap.wrap(warning, _WIDTH, break_on_hyphens=False, break_long_words=False)] if warning else []
+
+
+def _whole(report: dict[str, Any]) -> list[str]:
+    """The sentence on tensors that the file holds whole beside the stacks."""
+    names = [one["name"] for one in report["whole"]]
+    labels = ", ".join(group.label for group in grouped((name, "") for name in names))
+    return [f"Written whole: {labels}."] if names else []
 
 
 def _common_prefix(kinds: Sequence[str]) -> str:
@@ -93,14 +163,19 @@ def _common_prefix(kinds: Sequence[str]) -> str:
 
 
 def _left_out(report: dict[str, Any]) -> list[str]:
-    """Return lines with the share of every left-out tensor in the squared norm of the whole source, largest first."""
-    norms = {entry["name"]: entry["norm_squared"] for entry in report["left_out"] if entry.get("norm_squared", 0) > 0}
-    if not norms:
+    """Return the sentence with the share of what is left out in the whole squared norm, in groups, largest first."""
+    changed = [one for one in report["left_out"] if one.get("norm_squared", 0) > 0]
+    if not changed:
         return []
-    whole = totals(report)["norm_squared"] + math.fsum(norms.values())
-    ranked = sorted(norms, key=lambda name: -norms[name])
-    shares = ", ".join(f"{name.removesuffix('.weight')} {100 * norms[name] / whole:.3g} %" for name in ranked)
-    return textwrap.wrap(f"Left out, by share of the squared norm: {shares}.", _WIDTH, break_on_hyphens=False)
+    norm_of = {one["name"]: one["norm_squared"] for one in changed}
+    whole = math.fsum(one["norm_squared"] for one in [*report["stacks"], *report["whole"], *changed])
+    share_of = {
+        group.label: math.fsum(norm_of[name] for name in group.names)
+        for group in grouped((one["name"], one["reason"]) for one in changed)
+    }
+    ranked = sorted(share_of, key=lambda label: -share_of[label])
+    shares = ", ".join(f"{label.replace('.weight', '')} {100 * share_of[label] / whole:.3g} %" for label in ranked)
+    return [f"Left out, by share of the squared norm: {shares}."]
 
 
 def _setting(number: int | None, unit: str) -> str:
@@ -126,8 +201,8 @@ def _errors(row: dict[str, Any]) -> tuple[str, str]:
     return _ratio(row["e_lora"], row["norm_squared"]), rasa
 
 
-def _ratio(x: float, y: float) -> str:
-    return f"{x / y:.4f}" if y > 0 else "-"
+def _ratio(x: float | None, y: float | None) -> str:
+    return f"{x / y:.4f}" if x is not None and y else "-"
 
 
 def extraction_csv(report: dict[str, Any]) -> str:
@@ -146,6 +221,7 @@ def model_card(report: dict[str, Any]) -> str:
         "rank": _setting(settings["rank"], "layer"),
         "k": _setting(settings["k"], "kind of module"),
         "written": " or ".join(map(str, written)),
+        "fork": "RaSA" if settings["layout"] == "mixing" else "peft",
     }
     description = _DESCRIPTIONS[settings["format"]].format(**named, source=report["source"])
     peft = settings["format"].startswith("lora")
@@ -159,7 +235,7 @@ def model_card(report: dict[str, Any]) -> str:
     covered = f"{sum(row['layers'] for row in report['stacks'])} in number"
     if report["left_out"]:
         covered += f" ({len(report['left_out'])} tensors or stacks of the source are left out, see `report.json`)"
-    share = total["e_stored"] / total["norm_squared"] if total["norm_squared"] > 0 else 0.0
+    share = (total["e_stored"] or 0.0) / total["norm_squared"] if total["norm_squared"] else 0.0
     return f"""---
 {chr(10).join(header)}
 ---

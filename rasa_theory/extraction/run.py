@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from rasa_theory.bounds import allocate_ranks
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes, balanced_shares
 from rasa_theory.extraction.adapter_folder import ExtractionFolder
-from rasa_theory.extraction.conversion import Extracted, extract_stack
+from rasa_theory.extraction.conversion import Extracted, difference_of, extract_stack, rounded
+from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.extraction.job import Job
+from rasa_theory.extraction.whole_modules import changed_modules
+from rasa_theory.formats import whole_key
 from rasa_theory.solvers import Callback, Progress
 from rasa_theory.sources import Norms, StackSource, pair_warning
 
@@ -85,7 +88,11 @@ def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: B
                 stack = source.load(job.dtype, job.device)
                 callback = _solver_progress(show, folder, source)
                 with stack.suitable_threads():
-                    extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], callback)
+                    if job.settings.format == "diff":
+                        keys = [job.settings.prefix + key for key in source.keys]
+                        extracted = difference_of(stack, keys, job.modules[n], job.settings)
+                    else:
+                        extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], callback)
                 folder.add(n, with_norms(extracted, job.catalogue.norms(source)))
             for n in _shares(job.unnamed, processes)[process]:
                 if processes.board.ending:
@@ -193,6 +200,33 @@ def _allocated(job: Job, spectra: Sequence[Tensor]) -> Sequence[Sequence[int] | 
 # ---- the end
 
 
+def _common_rank(settings: ExtractSettings, rows: Sequence[dict[str, Any]]) -> int | None:
+    """The rank to which all factors of the file are padded; None if they keep their own."""
+    ranks = [rank for row in rows for rank in row["ranks"].values()]
+    return max(ranks) if settings.is_padded and ranks else None
+
+
+def _write_whole(job: Job, folder: ExtractionFolder, norms: Mapping[str, Norms]) -> tuple[list[str], list[str]]:
+    """Write the changed tensors that the file holds whole; return their names, and those of modules saved whole.
+
+    Those are, in format diff, the updates of all tensors that form no stack. With `save_modules` they are the tuned
+    tensors of modules that no factors adapt.
+    """
+    updates, n = job.catalogue.updates, len(job.catalogue.stacks)
+    if updates is None:
+        return [], []
+    if job.settings.format == "diff":
+        changed = [key for key in job.rest if key in norms and norms[key].update > 0]
+        prefix, dtype = job.settings.prefix, STORED[job.settings.dtype]
+        folder.add_tensors(n, {prefix + key: rounded(key, updates.read(key), dtype) for key in changed})
+        return changed, []
+    modules = changed_modules(job.whole, {name for name, one in norms.items() if one.update > 0})
+    tuned = {whole_key(module.name, part): updates.tuned(key) for module in modules for part, key in module.keys}
+    folder.add_tensors(n, {key: tensor for key, tensor in tuned.items() if tensor is not None})
+    changed = [name for module in modules for name in module.changes if name in norms and norms[name].update > 0]
+    return changed, [module.name for module in modules]
+
+
 def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:
     """Write the final files from the rows and norms in the folder; return the report, which begins with `about`.
 
@@ -207,7 +241,8 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
         ]
         if plain is not None
     }
-    if not any(row["norm_squared"] for row in rows):
+    written, saved = _write_whole(job, folder, norms)
+    if not any(row["norm_squared"] for row in rows) and not (written and job.settings.format == "diff"):
         folder.clear()
         changed = [name for name, one in norms.items() if one.update]
         only = f"; only {changed[0]!r} has changed, which no adapter of these formats can hold" if changed else ""
@@ -217,8 +252,18 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
         | ({} if one.name not in norms else {"norm_squared": norms[one.name].update} | norms[one.name].facts())
         for one in job.catalogue.left_out
     ]
-    whole = Norms.together([*(Norms.of_plain(row) for row in rows), *norms.values()])
-    pair = whole.facts() | {"warning": pair_warning(whole, job.catalogue.source)} if whole.base is not None else {}
-    report = about | pair | {"stacks": rows, "left_out": left_out}
+    total = Norms.together([*(Norms.of_plain(row) for row in rows), *norms.values()])
+    pair = total.facts() | {"warning": pair_warning(total, job.catalogue.source)} if total.base is not None else {}
+    report = (
+        about
+        | pair
+        | {
+            "stacks": rows,
+            "rank": _common_rank(job.settings, rows),
+            "whole": [{"name": name, "norm_squared": norms[name].update} for name in written],
+            "saved_modules": saved,
+            "left_out": [one for one in left_out if one["name"] not in written],
+        }
+    )
     folder.finish(report)
     return report

@@ -2,13 +2,23 @@
 
 from rasa_theory.formats.adapter_files import MLX_WEIGHTS, adapter_in_folder, adapter_in_tensors, refuse_unmerged
 from rasa_theory.formats.architecture import Architecture, architecture
+from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.kohya import (
+    KOHYA_FILE,
+    KohyaFile,
+    kohya_factors,
+    kohya_metadata,
+    kohya_prefix,
+    kohya_tensors,
+)
 from rasa_theory.formats.model_checkpoint import ModelCheckpoint
 from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task
 from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_config, model_types, oriented
 from rasa_theory.formats.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    LoraFile,
     adapter_type,
     base_of,
     lora_config,
@@ -16,10 +26,12 @@ from rasa_theory.formats.peft import (
     lora_key,
     lora_tensors,
     peft_adapter,
+    whole_key,
 )
 from rasa_theory.formats.quantised import refuse_quantised
 from rasa_theory.formats.rasa import (
     COMPILED,
+    LAYOUTS,
     MODULE_PARTS,
     RESERVED,
     RasaConfig,
@@ -28,6 +40,7 @@ from rasa_theory.formats.rasa import (
     key_of_parameter,
     module_key,
     module_parameter,
+    not_loadable,
     pool_attribute,
     pool_key,
     pool_parameter,
@@ -50,21 +63,27 @@ from rasa_theory.formats.safetensors import (
 from rasa_theory.formats.shards import PICKLES
 from rasa_theory.formats.spellings import adapter_format
 from rasa_theory.formats.stored_adapter import StoredAdapter
-from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, LeftOutGroup, grouped, is_floating
 
 __all__ = [
     "COMPILED",
     "CONFIG_FILE",
+    "KOHYA_FILE",
+    "LAYOUTS",
     "MLX_WEIGHTS",
     "MODULE_PARTS",
     "PICKLES",
     "RESERVED",
     "WEIGHTS_FILE",
     "Architecture",
+    "BaseModel",
     "Checkpoint",
     "Entry",
     "Exclusion",
+    "KohyaFile",
     "LeftOut",
+    "LeftOutGroup",
+    "LoraFile",
     "ModelCheckpoint",
     "ModuleNames",
     "Place",
@@ -80,11 +99,16 @@ __all__ = [
     "base_of",
     "called_conv1d",
     "dense_tensor",
+    "grouped",
     "in_first_layout",
     "is_floating",
     "is_rasa_key",
     "join_safetensors",
     "key_of_parameter",
+    "kohya_factors",
+    "kohya_metadata",
+    "kohya_prefix",
+    "kohya_tensors",
     "layer_span",
     "lora_config",
     "lora_factors",
@@ -95,6 +119,7 @@ __all__ = [
     "module_key",
     "module_parameter",
     "name_in_task",
+    "not_loadable",
     "opened",
     "oriented",
     "peft_adapter",
@@ -113,5 +138,6 @@ __all__ = [
     "refuse_quantised",
     "refuse_unmerged",
     "safetensors_bytes",
+    "whole_key",
     "write_safetensors",
 ]

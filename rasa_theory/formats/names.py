@@ -31,16 +31,25 @@ class ModuleNames:
     """The modules of a model that the layers of a stack belong to, one per layer in order.
 
     `names` are the keys of their weights less ".weight". `transposed`: those weights are (in, out), as in a Conv1D.
+    `kernel`: the last axes (k, k) of the weights of convolutions, each of which is here the matrix (out, in k k).
+    `parameter`: the one parameter with three axes that holds all of them, the experts of a mixture; None otherwise.
     Where the layers are tasks, names are `task/module` with the number of the task; see `name_in_task`.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
+    parameter: str | None = None
+    kernel: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, keys: Sequence[str], transposed: bool = False, prefix: str = "") -> ModuleNames:
         """The modules of these weights, from their keys in a checkpoint, with `prefix` before every name."""
         return cls(tuple(prefix + key.removesuffix(".weight") for key in keys), transposed)
+
+    @classmethod
+    def experts(cls, parameter: str, count: int, transposed: bool = False) -> ModuleNames:
+        """The experts of one parameter with three axes, which are its layers: `parameter.0`, `parameter.1`, .."""
+        return cls(tuple(f"{parameter}.{i}" for i in range(count)), transposed, parameter)
 
     @property
     def kind(self) -> str:
@@ -48,7 +57,7 @@ class ModuleNames:
 
         It follows the task, or the number of the layer. Without either, it is the name less all of its numbers.
         """
-        name = self.names[0]
+        name = self.names[0] if self.parameter is None else self.parameter
         if "/" in name:
             return name.partition("/")[2]
         if (span := layer_span(name)) is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.common import InputError
+from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.lora_options import MERGE, check_options
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
@@ -23,7 +24,7 @@ from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.safetensors import read_json
 from rasa_theory.formats.spellings import Spelling, adapter_format, bare, spelt
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
-from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut
+from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, padded_with_zeros
 from rasa_theory.problem import LoraFactors, balanced
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,20 +39,41 @@ def lora_key(module: str, side: str) -> str:
     return f"{PEFT_PREFIX}{module}.lora_{side}.weight"
 
 
+def whole_key(module: str, part: str) -> str:
+    """The key of a tensor of a module that the adapter replaces; `part` is weight or bias."""
+    return f"{PEFT_PREFIX}{module}.{part}"
+
+
 # ---- tensors
 
 
 def lora_tensors(modules: ModuleNames, factors: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, Tensor]:
     """The factors of every module by key, the leading `ranks[i]` terms (None: all); none for a module of rank 0."""
-    tensors = {}
+    each = [factors.B.shape[2]] * len(modules.names) if ranks is None else ranks
+    pairs = {
+        name: balanced(factors.B[i, :, :rank], factors.A[i, :rank])
+        for i, (name, rank) in enumerate(zip(modules.names, each, strict=True))
+        if rank > 0
+    }
+    if modules.parameter is not None and pairs:
+        return _of_experts(modules, pairs, max(each))
+    return {lora_key(name, side): t for name, (B, A) in pairs.items() for side, t in (("A", A), ("B", B))}
+
+
+def _of_experts(modules: ModuleNames, pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> dict[str, Tensor]:
+    """The factors of all experts of a parameter, A (experts, r, in) and B (out, r, experts), padded to one rank.
+
+    PEFT's ParamWrapper has them as matrices, (experts r, in) and (out, r experts); `LoraFile` flattens them.
+    """
+    some_B, some_A = next(iter(pairs.values()))
+    A = some_A.new_zeros(len(modules.names), rank, some_A.shape[1])
+    B = some_B.new_zeros(some_B.shape[0], rank, len(modules.names))
     for i, name in enumerate(modules.names):
-        rank = factors.B.shape[2] if ranks is None else ranks[i]
-        if rank == 0:
-            continue
-        B, A = balanced(factors.B[i, :, :rank], factors.A[i, :rank])
-        tensors[lora_key(name, "A")] = A
-        tensors[lora_key(name, "B")] = B
-    return tensors
+        if name in pairs:
+            own_B, own_A = pairs[name]
+            A[i, : len(own_A)], B[:, : len(own_A), i] = own_A, own_B
+    parameter = str(modules.parameter)
+    return {lora_key(parameter, "A"): A, lora_key(parameter, "B"): B}
 
 
 def lora_factors(modules: ModuleNames, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LoraFactors:
@@ -60,6 +82,9 @@ def lora_factors(modules: ModuleNames, tensors: Mapping[str, Tensor], shape: tup
     Modules of less rank, or without tensors, are filled up with zeros. `shape` is (b, a).
     """
     (b, a), L = shape, len(modules.names)
+    if modules.parameter is not None and lora_key(modules.parameter, "A") in tensors:
+        B, A = (tensors[lora_key(modules.parameter, side)].double() for side in ("B", "A"))
+        return LoraFactors(B.permute(2, 0, 1).contiguous(), A)
     sides = [
         (tensors[lora_key(name, "B")], tensors[lora_key(name, "A")]) if lora_key(name, "A") in tensors else None
         for name in modules.names
@@ -76,30 +101,75 @@ def lora_factors(modules: ModuleNames, tensors: Mapping[str, Tensor], shape: tup
 # ---- the configuration
 
 
-def lora_config(ranks: Mapping[str, int], transposed: bool, base: str | None) -> dict[str, Any]:
+def lora_config(
+    ranks: Mapping[str, int],
+    transposed: bool,
+    base: BaseModel,
+    parameters: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> dict[str, Any]:
     """The adapter_config.json for modules of these ranks; the scaling alpha / r is 1 everywhere.
 
-    Keys of a pattern are regular expressions that PEFT lets match the end of a name: anchored, they match one module.
+    `parameters` are the names in `ranks` of parameters, with several matrices each. `whole` are modules that the
+    adapter replaces. Keys of a pattern are regular expressions that PEFT lets match the end of a name: anchored, they
+    match one module.
     """
     counts = list(ranks.values())
     common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    more: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
+    if whole:
+        more["modules_to_save"] = list(whole)
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "task_type": None,
+        **base.fields(),
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in parameters],
         "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
+        **more,
     }
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The `Finish` of a LoRA: factors padded with zeros to `rank` (None: as they are), and those of experts flattened.
+
+    `parameters` are the parameters with several matrices. PEFT wraps the parameters of one module one in another, in
+    the order in which the module has them, and the name of each but the last says that it is within.
+    """
+
+    rank: int | None
+    parameters: tuple[str, ...] = ()
+
+    def key(self, key: str) -> str:
+        for parameter in self.parameters:
+            for side in ("A", "B"):
+                if key == lora_key(parameter, side):
+                    return lora_key(self._wrapper(parameter), side)
+        return key
+
+    def _wrapper(self, parameter: str) -> str:
+        module = parameter.rpartition(".")[0]
+        of_module = [name for name in self.parameters if name.rpartition(".")[0] == module]
+        return module + ".base_layer" * (len(of_module) - 1 - of_module.index(parameter))
+
+    def tensor(self, key: str, tensor: Tensor) -> Tensor:
+        side = next((side for side in "AB" if key.endswith(f".lora_{side}.weight")), None)
+        if side is None:
+            return tensor
+        if side == "A":  # (r, in) or (experts, r, in)
+            padded = padded_with_zeros(tensor, -2, self.rank)
+            return padded if padded.ndim == 2 else padded.flatten(0, 1)
+        padded = padded_with_zeros(tensor, 1, self.rank)  # (out, r) or (out, r, experts)
+        return padded if padded.ndim == 2 else padded.flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ Every module has B~_i (b, q), A~_i (q, a) and a mixing (q + R,), first of the pr
 of its kind is B_S (b, R), A_S (R, a). At scaling 1 the module adds, for an input x,
 [rasa_B | shared_B] (mixing * ([rasa_A; shared_A] x)).
 
-Their second layout (zwhe99/peft) has the same tensors as `rasa_private_B`, `rasa_private_A` and `rasa_private_D`.
-`first_layout` gives the keys of both, and of checkpoints with the name of the adapter in them, those of the first.
+Their first fork of PEFT (zwhe99/RaSA) calls these tensors as above. Their second (zwhe99/peft) calls them
+rasa_private_B, rasa_private_A and rasa_private_D, and is otherwise the same. `first_layout` gives the keys of both, and
+of checkpoints with the name of the adapter in them, those of the first.
 """
 
 from __future__ import annotations
@@ -19,19 +20,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rasa_theory.common import InputError
+from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames, layer_span
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, Term, wide
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
-from rasa_theory.problem import RasaFactors
+from rasa_theory.problem import RankBudget, RasaFactors
+
+_SPELLINGS = {
+    "mixing": {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_mixing"},
+    "private": {"A": "rasa_private_A", "B": "rasa_private_B", "mixing": "rasa_private_D"},
+}
+LAYOUTS = tuple(_SPELLINGS)
+"""The names of the two layouts, each by the component that only it has."""
 
 _PRIVATE_A = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.rasa_A\.weight")
 _OF_MODULE = re.compile(r"(?P<module>.+)\.rasa_(?:private_)?(?P<part>A|B|D|mixing)(?:\.[^.]+)?\.weight")
 _OF_POOL = re.compile(r"(?P<at>.+\.)?rasa_shared_(?P<side>[AB])(?:\.[^.]+)?\.(?P<kind>[^.]+)\.weight")
 _ROOTS = ("", "base_model.", PEFT_PREFIX)  # where the pools are; elsewhere are copies, one in every layer
+_LOADABLE = re.compile(r"(?:\A|\.)layers\.[0-9]+\.")
 
 RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 """Names that no part of a ModuleDict or ParameterDict can have, since its attributes have them."""
@@ -46,9 +57,9 @@ COMPILED = "_orig_mod."
 # ---- keys
 
 
-def module_key(module: str, part: str) -> str:
+def module_key(module: str, part: str, layout: str = LAYOUTS[0]) -> str:
     """The key of a tensor of one module; `part` is A, B or mixing."""
-    return f"{PEFT_PREFIX}{module}.rasa_{part}.weight"
+    return f"{PEFT_PREFIX}{module}.{_SPELLINGS[layout][part]}.weight"
 
 
 def pool_key(pool: str, side: str) -> str:
@@ -134,25 +145,42 @@ def rasa_layout(
     mixing: Iterable[Tensor],
     shared_B: Tensor,
     shared_A: Tensor,
+    layout: str = LAYOUTS[0],
 ) -> dict[str, Tensor]:
     """The tensors by key, not copied: B~_i, A~_i and the mixing (q + R,) of each module, and the sides of the pool."""
     tensors = {pool_key(modules.kind, "A"): shared_A, pool_key(modules.kind, "B"): shared_B}
     for name, Bt, At, d in zip(modules.names, private_B, private_A, mixing, strict=True):
-        tensors[module_key(name, "A")] = At
-        tensors[module_key(name, "B")] = Bt
-        tensors[module_key(name, "mixing")] = d
+        tensors[module_key(name, "A", layout)] = At
+        tensors[module_key(name, "B", layout)] = Bt
+        tensors[module_key(name, "mixing", layout)] = d
     return tensors
 
 
-def rasa_tensors(modules: ModuleNames, factors: RasaFactors) -> dict[str, Tensor]:
-    """The adapter of these updates: `evened` factors, with the mixing 1 for private terms."""
+def rasa_tensors(
+    modules: ModuleNames, factors: RasaFactors, layout: str = LAYOUTS[0], budget: RankBudget | None = None
+) -> dict[str, Tensor]:
+    """The adapter of these updates: `evened` factors, with the mixing 1 for private terms.
+
+    Factors of matrices narrower than `budget` are padded with zeros to its ranks, as the one configuration says them.
+    """
     even = factors.evened()
-    mixing = torch.cat([even.mixing.new_ones(even.layers, even.private_A.shape[1]), even.mixing], 1)
-    return rasa_layout(modules, even.private_B, even.private_A, mixing, even.shared_B, even.shared_A)
+    L, (q, R) = even.layers, (even.private_A.shape[1], even.shared_A.shape[0])
+    private, pool = (0, 0) if budget is None else (budget.private_rank - q, budget.pool_rank(L) - R)
+    mixing = torch.cat([even.mixing.new_ones(L, q + private), pad(even.mixing, (0, pool))], 1)
+    return rasa_layout(
+        modules,
+        pad(even.private_B, (0, private)),
+        pad(even.private_A, (0, 0, 0, private)),
+        mixing,
+        pad(even.shared_B, (0, pool)),
+        pad(even.shared_A, (0, 0, 0, pool)),
+        layout,
+    )
 
 
 def rasa_factors(modules: ModuleNames, tensors: Mapping[str, Tensor]) -> RasaFactors:
-    """The factors of an adapter in float64; the mixing of the private terms goes into B~_i."""
+    """The factors of an adapter in either layout, in float64; the mixing of the private terms goes into B~_i."""
+    tensors = in_first_layout(tensors)
 
     def of_modules(part: str) -> list[Tensor]:
         return [tensors[module_key(name, part)].double() for name in modules.names]
@@ -174,6 +202,11 @@ def rasa_modules(tensors: Iterable[str], file: Path) -> list[str]:
     if not modules:
         raise InputError(f"{file}: no tensor is called {module_key('<module>', 'A')}")
     return modules
+
+
+def not_loadable(modules: Iterable[str]) -> list[str]:
+    """The modules that the authors' forks cannot load: they take the number after `layers.`, and nothing else."""
+    return [module for module in modules if not _LOADABLE.search(module)]
 
 
 def first_layout(keys: Iterable[str]) -> dict[str, str]:
@@ -286,12 +319,11 @@ class RasaConfig:
         """The fields of a configuration that was read from a file. They are not checked: missing ones are None."""
         return cls(*(config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout")))  # type: ignore[arg-type]
 
-    def plain(self, modules: Sequence[str], transposed: bool, base: str | None) -> dict[str, Any]:
+    def plain(self, modules: Sequence[str], transposed: bool, base: BaseModel) -> dict[str, Any]:
         """The whole file for these modules of the base model `base`; `transposed`: their weights are (in, out)."""
         return {
             "peft_type": "RASA",
-            "base_model_name_or_path": base,
-            "task_type": None,
+            **base.fields(),
             "inference_mode": True,
             "r": self.rank,
             "rasa_k": self.shared_rank,

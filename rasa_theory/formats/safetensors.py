@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -236,27 +236,60 @@ def write_safetensors(tensors: Mapping[str, Tensor], out: IO[bytes], metadata: d
         header.add(key, _CODES[tensor.dtype], list(tensor.shape), tensor.nbytes)
     out.write(header.encoded())
     for tensor in tensors.values():
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        out.write(np.ascontiguousarray(bits.numpy()).data)
+        out.write(_bytes(tensor))
 
 
-def join_safetensors(parts: Sequence[Path], out: IO[bytes], metadata: dict[str, str], task: int | None = None) -> None:
+def _bytes(tensor: Tensor) -> memoryview:
+    """The entries of a tensor, as a file has them."""
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.ascontiguousarray(bits.numpy()).data
+
+
+class Finish(Protocol):
+    """The last step from the parts of an adapter to its file, which only all parts together decide."""
+
+    def key(self, key: str) -> str:
+        """The key of a tensor in the file."""
+        ...
+
+    def tensor(self, key: str, tensor: Tensor) -> Tensor:
+        """The tensor in the file; of a tensor on the meta device, its shape alone."""
+        ...
+
+
+def join_safetensors(
+    parts: Sequence[Path],
+    out: IO[bytes],
+    metadata: dict[str, str],
+    task: int | None = None,
+    finish: Finish | None = None,
+) -> None:
     """Join safetensors files into one, or only their tensors of one task, copied piece by piece.
 
-    Raises InputError if two parts hold a tensor of the same name.
+    `finish` renames and pads them; one padded tensor is in memory at a time. Raises InputError if two parts hold a
+    tensor of the same name.
     """
     header = _HeaderToWrite(metadata)
-    pieces: list[tuple[Path, Stored]] = []
+    pieces: list[tuple[Path, str, Stored]] = []
     for part in parts:
         for key, stored in read_header(part).tensors.items():
             if (name := name_in_task(key, task)) is None:
                 continue
+            shape, size = stored.shape, stored.size
+            if finish is not None:
+                dtype = _DTYPES[stored.code].torch
+                final = finish.tensor(name, torch.empty(shape, dtype=dtype, device="meta"))
+                name, shape, size = finish.key(name), tuple(final.shape), final.nbytes
             if name in header.entries:
                 raise InputError(f"two stacks would write the tensor {name!r}; keep one of them with --modules")
-            header.add(name, stored.code, stored.shape, stored.size)
-            pieces.append((part, stored))
+            header.add(name, stored.code, shape, size)
+            pieces.append((part, key, stored))
     out.write(header.encoded())
-    for part, stored in pieces:
+    for part, key, stored in pieces:
+        if finish is not None:
+            with opened(part) as tensors:
+                out.write(_bytes(finish.tensor(name_in_task(key, task) or key, tensors.get_tensor(key))))
+            continue
         with part.open("rb") as file:
             file.seek(stored.offset)
             remaining = stored.size

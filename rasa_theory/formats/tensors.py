@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from rasa_theory.formats.roles import Place
 
@@ -66,9 +70,46 @@ class LeftOut(_NameAndReason):
         return self.name, self.reason, self.kind
 
 
+class LeftOutGroup(NamedTuple):
+    """Tensors that are left out for one reason. `label` names up to three, or says how many there are of what."""
+
+    label: str
+    reason: str
+    names: list[str]
+
+
+_NAMED = 3  # a larger group is counted
+_NOUNS = {"norms": re.compile(r"norm|(?:\A|\.)ln[_.0-9]"), "biases": re.compile(r"bias\Z"), "tensors": re.compile("")}
+
+
+def grouped(left_out: Iterable[tuple[str, str]]) -> list[LeftOutGroup]:
+    """The pairs (name, reason) of tensors that are left out, in groups of the same reason and the same noun.
+
+    Groups are in the order of their first tensors.
+    """
+    names_of: dict[tuple[str, str], list[str]] = {}
+    for name, reason in left_out:
+        noun = next(noun for noun, pattern in _NOUNS.items() if pattern.search(name))
+        names_of.setdefault((reason, noun), []).append(name)
+    return [
+        LeftOutGroup(", ".join(names) if len(names) <= _NAMED else f"{len(names)} {noun}", reason, names)
+        for (reason, noun), names in names_of.items()
+    ]
+
+
 _FLOATING = re.compile(r"b?float(16|32|64|96|128)")
 
 
 def is_floating(dtype: str) -> bool:
     """True if values of this dtype can be computed with: real, floating, 16 bits or more."""
     return _FLOATING.fullmatch(dtype) is not None
+
+
+def padded_with_zeros(tensor: Tensor, axis: int, size: int | None) -> Tensor:
+    """The tensor with zeros at the end of one axis, which then has at least this size (None: as it is)."""
+    missing = 0 if size is None else size - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rasa_theory.common import InputError, at_least, writable_folder, write_file
-from rasa_theory.formats import WEIGHTS_FILE, ModuleNames, is_rasa_key, lora_config, lora_tensors, safetensors_bytes
+from rasa_theory.formats import (
+    WEIGHTS_FILE,
+    BaseModel,
+    ModuleNames,
+    is_rasa_key,
+    lora_config,
+    lora_tensors,
+    safetensors_bytes,
+)
 from rasa_theory.peft.from_factors import factors
 from rasa_theory.peft.library import LoraConfig, PeftModel, get_peft_model_state_dict
 from rasa_theory.peft.model import tuner_of
@@ -49,7 +57,7 @@ def convert_to_lora(
     ranks = ranks if rank is None else dict.fromkeys(ranks, rank)
     whole = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors |= {key: value for key, value in whole.items() if not is_rasa_key(key)}
-    fields = lora_config(ranks, config.fan_in_fan_out, config.base_model_name_or_path)
+    fields = lora_config(ranks, config.fan_in_fan_out, BaseModel(config.base_model_name_or_path))
     fields |= {"task_type": config.task_type, "modules_to_save": config.modules_to_save}
     return LoraConfig(**fields), {key: value.contiguous() for key, value in tensors.items()}
 

@@ -102,31 +102,3 @@ def _legend() -> list[Line2D]:
         Line2D([], [], color=BLUE, linestyle="-.", label="best found $e_{\\mathrm{RaSA}}$"),
         Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
     ]
-
-
-def plot_extraction(report: dict[str, Any]) -> Figure:
-    """Plot the squared error of LoRA, RaSA and the written file for each layer, relative to its squared norm.
-
-    There is one panel per stack. `report` comes from `python -m rasa_theory.extract`.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
-    columns = 2 if len(rows) in (2, 4) else min(len(rows), 3)
-    lines = math.ceil(len(rows) / columns)
-    figure = style.new_figure(1.0 + 2.2 * lines, style.WIDTH / 2 * max(columns, 2))
-    axes = style.panels(figure, lines, columns)
-    kinds = (("e_lora", "LoRA", INK, "-"), ("e_rasa", "RaSA", BLUE, "-."), ("e_stored", "as written", ORANGE, ":"))
-    for ax, row in zip(axes.flat, rows, strict=False):
-        modules = [m for m in row["modules"] if m["norm_squared"] > 0]
-        for key, label, color, dash in kinds:
-            ax.plot([m[key] / m["norm_squared"] for m in modules], dash, color=color, label=label, marker=".")
-        style.name(ax, title=row["kind"])
-        ax.set_ylim(0, 1.1 * ax.dataLim.ymax or 1)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in list(axes.flat)[len(rows) :]:
-        ax.set_axis_off()
-    figure.supxlabel("layer", fontsize=MEDIUM)
-    figure.supylabel("squared error / squared norm of the update", fontsize=MEDIUM)
-    style.legend(figure, *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure

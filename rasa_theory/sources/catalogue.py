@@ -151,6 +151,24 @@ class Catalogue:
         ]
         return dataclasses.replace(self, stacks=selected, left_out=self.left_out + dropped)
 
+    def without(self, globs: Sequence[str]) -> Catalogue:
+        """Move the stacks whose name equals or matches one of `globs` (case counts) to `left_out`.
+
+        Raises InputError if a glob matches nothing, or nothing remains.
+        """
+        if idle := [g for g in globs if not any(g == s.name or fnmatchcase(s.name, g) for s in self.stacks)]:
+            names = ", ".join(repr(s.name) for s in self.stacks)
+            raise InputError(f"{self.source}: no stack matches --exclude {idle[0]!r}; there are {names}")
+        remaining = [s for s in self.stacks if not any(g == s.name or fnmatchcase(s.name, g) for g in globs)]
+        if not remaining:
+            raise InputError(f"{self.source}: --exclude leaves no stack; name fewer")
+        dropped = [
+            LeftOut(s.name, f"matches --exclude {', '.join(map(repr, globs))}", Exclusion.UNSELECTED)
+            for s in self.stacks
+            if s not in remaining
+        ]
+        return dataclasses.replace(self, stacks=remaining, left_out=self.left_out + dropped)
+
 
 # ---- from groups of tensors to stacks
 

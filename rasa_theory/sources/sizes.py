@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from rasa_theory.formats import grouped
 from rasa_theory.sources.catalogue import Catalogue, StackSource
 
 
@@ -17,8 +18,8 @@ def size_line(source: StackSource, dtype: torch.dtype, note: str = "") -> str:
 
 
 def left_out_lines(catalogue: Catalogue) -> list[str]:
-    """The tensors that are in no stack, each with its reason."""
-    return [f"  left out: {one.name}: {one.reason}" for one in catalogue.left_out]
+    """The tensors that are in no stack, grouped, with the reason of each group."""
+    return [f"  left out: {group.label}: {group.reason}" for group in grouped(catalogue.left_out)]
 
 
 def memory_line(most: int, world_size: int, sharing: str) -> str:

@@ -216,7 +216,10 @@ def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--rank", "99"], "rank 99 exceeds min(b, a) = 24"),
+        (["--format", "diff", "--k", "1"], "k must be 0 for format diff, which has no ranks"),
+        (["--exclude", "nothing*"], "no stack matches --exclude 'nothing*'; there are"),
+        (["--exclude", "*"], "--exclude leaves no stack; name fewer"),
+        (["--format", "kohya", "--save-modules"], "format kohya has no modules_to_save; write lora or lora-exact-rasa"),
         (["--format", "rasa", "--k", "0"], "k must be at least 1 for format rasa"),
         (["--k", "-1"], "shared_rank must be at least 0, got -1 (--k)"),
         (["--k", "40"], "shared_rank 40 exceeds rank 16 (--k)"),
@@ -293,7 +296,7 @@ def test_a_single_matrix_goes_along_and_what_has_not_changed_does_not(tmp_path, 
         run(tmp_path, tmp_path / "out", "--rank", "9", "--k", "1", "--format", "lora-exact-rasa", "--sweeps", "3") == 0
     )
     said = capsys.readouterr()
-    assert "left out: bert.embeddings.word_embeddings.weight: an embedding" in said.err
+    assert "left out: bert.embeddings.position_embeddings.weight, " in said.err
     assert "Unchanged, and not written: " in said.out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     queries = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]

@@ -18,7 +18,7 @@ from tests.helpers.processes import Pool
         ["--rank", "2", "--k", "1", "--format", "rasa", "--start", "lora"],
         ["--rank", "2", "--k", "1", "--format", "lora-exact-rasa", "--start", "lora"],
         ["--rank", "auto", "--energy", "0.8"],
-        ["--rank", "3", "--k", "0", "--format", "diff"],
+        ["--rank", "3", "--k", "0", "--format", "dense"],
     ],
 )
 def test_stacks_dealt_over_processes_give_the_files_of_one(
@@ -57,7 +57,8 @@ def test_what_fails_in_one_process_leaves_finished_stacks_that_are_taken_up(
 
 
 def test_what_is_wrong_before_any_stack_is_said_in_all(pool: Pool, pair: list[str], tmp_path: Path) -> None:
-    for options in (["--rank", "11"], ["--rank", "2", "--device", "cuda:77"], ["--rank", "auto", "--parameters", "1"]):
+    wrong = ["--exclude", "nothing"], ["--rank", "2", "--device", "cuda:77"], ["--rank", "auto", "--parameters", "1"]
+    for options in wrong:
         said = [one[0] for one in pool.run(2, extracts, [*pair, *options, "--out", str(tmp_path / "out")])]
         assert said[1].endswith(said[0])
     assert not (tmp_path / "out" / ".extract").exists()

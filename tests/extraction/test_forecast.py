@@ -21,11 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
     monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=7 * 2**30))
-    assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4") == 0
+    assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4", "--k", "1") == 0
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
     assert "LoRA takes less than 1 s here, reading aside, by a layer timed now; the solver comes on top." in text
-    assert "  left out: model.norm.weight: the weight of a norm, by the model class LlamaForCausalLM" in text
+    assert "  left out: 7 norms: the weight of a norm, by the model class LlamaForCausalLM" in text
+    assert "\nk concerns the report alone: format lora holds no pool. --k 0 takes less time.\n" in text
+    assert "\nAll factors have rank 4 in the file.\n" in text
     assert (
         f"the adapter takes at most about 0.0 MiB, twice that while it is made; 7 GiB are free in {tmp_path / 'out'}."
         in text
@@ -55,7 +57,7 @@ def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory
     updates = {f"h.{i}.q.weight": torch.randn(b, a) for i in range(n)}
     save_file(updates, tmp_path / "updates.safetensors")
     arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--out", str(tmp_path)]
-    arguments += ["--format", "diff", "--dry-run"]
+    arguments += ["--format", "dense", "--dry-run"]
     work = 8 * (n * b * a + n * min(b, a) * (b + a) + 4 * b * a) + 4 * n * b * a
 
     def said():
@@ -71,7 +73,7 @@ def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory
     ("more", "exact", "said", "least", "most"),
     [
         (("--rank", "2", "--k", "0"), 1024, "4 times;", 4, 4),
-        (("--rank", "2", "--k", "0", "--format", "diff"), 1024, "4 times;", 4, 4),
+        (("--rank", "2", "--k", "0", "--format", "diff"), 1024, "3 times;", 3, 3),
         (("--rank", "2", "--k", "0"), 1, "4 times;", 4, 4),
         (("--rank", "auto", "--energy", "0.9"), 1024, "8 times;", 8, 8),
         (("--rank", "auto", "--energy", "0.9"), 1, "8 times;", 8, 8),

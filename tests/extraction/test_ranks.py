@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, target):
     folder, tuned = llamas
     few = ("--modules", "*self_attn.v*", "--modules", "*mlp.down*")
-    assert run(folder, tmp_path, "--rank", "auto", *target, *few) == 0
+    assert run(folder, tmp_path, "--rank", "auto", *target, *few, "--ranks", "own") == 0
     rows, config = report_of(tmp_path)["stacks"], json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
     assert len(set(ranks.values())) > 1

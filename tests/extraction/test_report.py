@@ -60,7 +60,7 @@ def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, c
 
 def test_the_report_says_how_it_was_searched(llamas, tmp_path):
     folder, _ = llamas
-    few = ("--rank", "3", "--sweeps", "2", "--modules", "*self_attn.v*")
+    few = ("--rank", "3", "--k", "1", "--sweeps", "2", "--modules", "*self_attn.v*")
     assert run(folder, tmp_path / "quick", *few, "--effort", "quick", "--max-cancellation", "inf") == 0
     report = report_of(tmp_path / "quick")
     solver = report["plan"]["settings"]["solver"]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from rasa_theory import LayerStack, solve_lora
-from rasa_theory.formats import ModuleNames, adapter_format, lora_config, lora_factors, lora_key, lora_tensors
+from rasa_theory.formats import (
+    BaseModel,
+    ModuleNames,
+    adapter_format,
+    lora_config,
+    lora_factors,
+    lora_key,
+    lora_tensors,
+)
 from tests.helpers.problems import noise
 
 NAMES = tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(3))
@@ -42,7 +50,7 @@ def test_half_precision_is_read_in_double():
 
 
 def test_ranks_that_differ_go_into_patterns():
-    config = lora_config({"a.q": 8, "a.k": 8, "a.v": 9}, True, "base")
+    config = lora_config({"a.q": 8, "a.k": 8, "a.v": 9}, True, BaseModel("base"))
     assert (config["r"], config["lora_alpha"]) == (8, 8)
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"^a\.v": 9}
     assert config["fan_in_fan_out"]

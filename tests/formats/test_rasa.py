@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 import rasa_theory as rt
 from rasa_theory import InputError
 from rasa_theory.adapter import load
-from rasa_theory.formats import ModuleNames, RasaConfig, rasa_factors, rasa_modules, rasa_tensors
+from rasa_theory.formats import (
+    BaseModel,
+    ModuleNames,
+    RasaConfig,
+    rasa_factors,
+    rasa_modules,
+    rasa_tensors,
+)
 from rasa_theory.sources import open_source
 from tests.helpers.problems import noise, random_factors
 
@@ -62,7 +69,7 @@ def test_the_modules_of_an_adapter():
 
 def test_a_configuration_that_was_written_is_read_again():
     config = RasaConfig(rank=8, shared_rank=2, alpha=16.0, dropout=0.1)
-    plain = config.plain(["a.q", "b.q"], True, "org/base")
+    plain = config.plain(["a.q", "b.q"], True, BaseModel("org/base"))
     assert RasaConfig.of(plain) == config
     assert (plain["peft_type"], plain["target_modules"]) == ("RASA", ["a.q", "b.q"])
     assert (plain["fan_in_fan_out"], plain["base_model_name_or_path"]) == (True, "org/base")
@@ -89,7 +96,7 @@ def second_layout(f, adapter="", copies=False):
 
 def rasa_folder(folder, tensors, **changed):
     folder.mkdir(exist_ok=True)
-    config = RasaConfig(rank=3, shared_rank=1, alpha=4.0).plain(["q_proj"], False, None)
+    config = RasaConfig(rank=3, shared_rank=1, alpha=4.0).plain(["q_proj"], False, BaseModel(None))
     (folder / "adapter_config.json").write_text(json.dumps(config | {"rasa_d_init": "keep_scale"} | changed))
     save_file({key: x.clone() for key, x in tensors.items()}, folder / "adapter_model.safetensors")
     return folder

@@ -1,0 +1,50 @@
+"""The base model of an adapter, as the adapter's configuration names it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rasa_theory.formats.safetensors import read_json
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The name or path of a base model, and the class that loads it, which `library` has; None where unknown."""
+
+    name: str | None
+    architecture: str | None = None
+    library: str = "transformers"
+
+    @classmethod
+    def of(cls, name: str | None, checkpoints: Iterable[Path]) -> BaseModel:
+        """The model with the class that the first config.json says which names one, of these checkpoints.
+
+        A class whose code comes with the checkpoint is none that a library has. Raises InputError if a config.json
+        holds no JSON object.
+        """
+        for path in checkpoints:
+            file = (path if path.is_dir() else path.parent) / "config.json"
+            if not os.path.exists(file):
+                continue
+            config = read_json(file)
+            if isinstance(diffusers := config.get("_class_name"), str):
+                return cls(name, diffusers, "diffusers")
+            match config.get("architectures"):
+                case [str(architecture), *_] if "auto_map" not in config:
+                    return cls(name, architecture)
+        return cls(name)
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of adapter_config.json by which PEFT's AutoPeftModel finds the class.
+
+        `task_type` stays empty: AutoPeftModel refuses a configuration that has one, and the classes for one task take
+        a configuration without.
+        """
+        mapping = None
+        if self.architecture is not None:
+            mapping = {"base_model_class": self.architecture, "parent_library": self.library}
+        return {"base_model_name_or_path": self.name, "task_type": None, "auto_mapping": mapping}
