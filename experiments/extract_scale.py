@@ -7,7 +7,8 @@ Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the a
 matrices (`SHAPES`). The base is zeros in sparse files. Every matrix of the tuned model has 32 terms with
 sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
 The command is `rasa_theory.extract --rank 16 --k K --compute float32 --memory 8GiB`. With a pool, floors and errors
-over e_lora are printed as well. Appends a row to `--out`.
+over e_lora are printed as well. Appends a row to `--out`. With `--inspect`, the seconds of plain reading and of
+`rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
 """
 
 from __future__ import annotations
@@ -85,13 +86,20 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="a new folder for the pair")
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
     folder = options.scratch
     size = write_pair(folder, options.layers) / 1e9
-    command = [sys.executable, "-m", "rasa_theory.extract", "--base", f"{folder}/base", "--tuned", f"{folder}/tuned"]
-    command += ["--rank", "16", "--compute", "float32", "--memory", "8GiB"]
+    pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned", "--memory", "8GiB"]
+    command = [sys.executable, "-m", "rasa_theory.extract", *pair, "--rank", "16", "--compute", "float32"]
     try:
+        if options.inspect:
+            files = [str(file) for file in sorted(folder.rglob("*.safetensors"))]
+            inspection = [sys.executable, "-m", "rasa_theory.inspect", *pair, "--out", f"{folder}/inspection"]
+            for name, words in (("reading", ["cat", *files]), ("inspect", inspection)):
+                seconds, peak = measured(words)
+                print(f"{name}: {seconds:.1f} s, {seconds / size:.2f} s per GB, {peak:.0f} MiB", flush=True)
         for k in options.k:
             out = folder / f"adapter-{k}"
             seconds, peak = measured([*command, "--k", str(k), "--out", str(out)])

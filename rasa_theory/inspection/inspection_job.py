@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rasa_theory.common import Plan, plan_of
-from rasa_theory.formats import ModuleNames
+from rasa_theory.formats import Exclusion, ModuleNames
 from rasa_theory.inspection.inspect_settings import InspectSettings
 from rasa_theory.inspection.inspection_folder import InspectionFolder
 from rasa_theory.inspection.measurement import LayerNames, Row, measure
@@ -109,13 +109,14 @@ def _measured(job: InspectionJob, n: int) -> Row:
 
 
 def left_out_rows(job: InspectionJob, folder: InspectionFolder | None) -> list[dict[str, Any]]:
-    """The tensors in no stack, with the reason, and with ||M||^2 where it can be known."""
+    """The tensors in no stack, with the reason, and with ||M||^2 where it can be known; not what nobody asked for."""
 
     def rows() -> list[dict[str, Any]]:
         norms = {name: norm.update for name, norm in job.catalogue.norms_left_out().items()}
         return [
             {"name": one.name, "reason": one.reason, "norm_squared": norms.get(one.name)}
             for one in job.catalogue.left_out
+            if one.kind is not Exclusion.UNSELECTED
         ]
 
     return rows() if folder is None else folder.compute_once(_LEFT_OUT, rows)

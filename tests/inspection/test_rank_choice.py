@@ -139,3 +139,10 @@ def test_impossible_ranks_are_refused(ranks: Any) -> None:
 def test_no_stack_is_refused() -> None:
     with pytest.raises(InputError, match="no stack"):
         rt.inspect([])
+
+
+def test_bounds_of_the_error_are_in_order() -> None:
+    for point in inspected()["curve"]:
+        low, high = point["error"]
+        assert 0 <= low <= high <= 1
+    assert any(low < high for low, high in (point["error"] for point in inspected()["curve"]))
