@@ -1,6 +1,12 @@
 """Formats of files and names: each read and written in one place."""
 
-from rasa_theory.formats.adapter_files import MLX_WEIGHTS, adapter_in_folder, adapter_in_tensors, refuse_unmerged
+from rasa_theory.formats.adapter_files import (
+    MLX_WEIGHTS,
+    adapter_in_folder,
+    adapter_in_tensors,
+    holds_adapter,
+    refuse_unmerged,
+)
 from rasa_theory.formats.architecture import Architecture, architecture
 from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
@@ -100,6 +106,7 @@ __all__ = [
     "called_conv1d",
     "dense_tensor",
     "grouped",
+    "holds_adapter",
     "in_first_layout",
     "is_floating",
     "is_rasa_key",

@@ -73,10 +73,10 @@ def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
     cannot be had from the file alone, or if it is a model with adapters that are not merged.
     """
     refuse_unmerged(checkpoint)
-    keys = _AdapterKeys.of(checkpoint)
-    if keys.count == 0 or 2 * keys.count < len(checkpoint.entries):
+    _refuse_bare_factors(checkpoint)
+    keys, path = _AdapterKeys.of(checkpoint), checkpoint.path
+    if not keys.prevail_in(checkpoint):
         return None
-    path = checkpoint.path
     if keys.are_rasa:
         return rasa_adapter(path, checkpoint, checkpoint.files)
     if not keys.sides_of:
@@ -103,6 +103,11 @@ def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
     return StoredAdapter(path, checkpoint, pairs, left_out, checkpoint.files)
 
 
+def holds_adapter(checkpoint: Checkpoint) -> bool:
+    """True if a file, by its keys, is an adapter, whether or not it can be read. Raises InputError for two in one."""
+    return _AdapterKeys.of(checkpoint).prevail_in(checkpoint)
+
+
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
     """Raise InputError if a checkpoint is a model with adapters beside its weights.
 
@@ -125,6 +130,26 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
                 "update is not in its weights; merge them (merge_and_unload) and save the model, or give the adapter's "
                 "own folder as --source"
             )
+
+
+def _refuse_bare_factors(checkpoint: Checkpoint) -> None:
+    """Raise InputError if half of the tensors come in pairs `X.A` (a, r), `X.B` (r, b): what mlx-vlm writes.
+
+    Their names alone do not tell, for A and B may be two kinds of module; a small common r does.
+    """
+    entries = checkpoint.entries
+    pairs = []
+    for name, A in entries.items():
+        B = entries.get(f"{name.removesuffix('.A')}.B") if name.endswith(".A") else None
+        if B is not None and len(A.shape) == len(B.shape) == 2:
+            (a, r), (rank, b) = A.shape, B.shape
+            pairs += [(A, B)] * (r == rank < min(a, b))
+    if pairs and 4 * len(pairs) >= len(entries):
+        A, B = pairs[0]
+        raise InputError(
+            f"{checkpoint.path}: {A.name!r} {A.shape} and {B.name!r} {B.shape} look like the factors of an adapter "
+            f"(mlx-vlm writes such), whose scaling is not in this file; {MERGE}"
+        )
 
 
 # ---- a file without configuration
@@ -163,10 +188,10 @@ class _AdapterKeys:
                 keys.others.append(name)
         return keys
 
-    @property
-    def count(self) -> int:
-        """The number of tensors that are an adapter's."""
-        return sum(map(len, self.sides_of.values())) + len(self.alpha_of) + len(self.foreign)
+    def prevail_in(self, checkpoint: Checkpoint) -> bool:
+        """True if at least half of the tensors, and one of them, are an adapter's."""
+        count = sum(map(len, self.sides_of.values())) + len(self.alpha_of) + len(self.foreign)
+        return count > 0 and len(checkpoint.entries) <= 2 * count
 
     @property
     def are_rasa(self) -> bool:

@@ -228,7 +228,12 @@ def adapter_type(config: dict[str, Any]) -> Any:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base model that an adapter's configuration names, or None. Raises InputError if the file is not sound."""
+    """The base model that an adapter's configuration names, or None, also where there is no configuration.
+
+    Raises InputError if the file is not sound.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
     name = read_config(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) else None
 

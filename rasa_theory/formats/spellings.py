@@ -105,7 +105,7 @@ _OTHERS = {
     r"fourierft_\w+|waveft_\w+": "an adapter in Fourier space",
     r"(?:randlora|hra|c3a|miss|bone|shira|road|delora|gralora|hira|psoft|unilora|tinylora|adamss|peanut|poly)_\w+":
         "an adapter that is not LoRA",
-    r"rasa_(?:(?:shared|private)_)?(?:A|B|D|mixing)|rasa_adapters": RASA,
+    r"rasa_(?:(?:shared|private|pool)_)?(?:A|B|D|mixing)|rasa_adapters": RASA,
     r"token_adapter": "trained rows of an embedding",
     r"lora_(?:A|B|a|b|down|up|linear_layer)|\w+_lora[12]?": "LoRA",
 }  # fmt: skip

@@ -18,6 +18,7 @@ from rasa_theory.formats import (
     LeftOut,
     ModelCheckpoint,
     architecture,
+    holds_adapter,
     is_floating,
     model_config,
     model_types,
@@ -105,6 +106,8 @@ def _model(path: Path) -> Checkpoint:
     """The checkpoint of a model with weights that can be subtracted. Raises InputError if they cannot."""
     checkpoint = Checkpoint(path)
     refuse_unmerged(checkpoint)
+    if holds_adapter(checkpoint):
+        raise InputError(f"{path} is an adapter, not a model; give it alone as --source, or several as --adapters")
     refuse_quantised(path, checkpoint.entries.values(), model_config(path))
     return checkpoint
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import rasa_theory as rt
-from rasa_theory.commands import reconstruct
+from rasa_theory.commands import extract, reconstruct
 from rasa_theory.sources import open_source
 from tests.helpers.problems import noise
 
@@ -257,6 +257,10 @@ REFUSED = {
     "MLX without its configuration": (layered("lora_a", "lora_b"), "LoRA as MLX spells them"),
     "torchtune": (layered("lora_a.weight", "lora_b.weight"), "LoRA as torchtune spells them"),
     "NeMo": (layered("adapter.linear_in.weight", "adapter.linear_out.weight"), "export the adapter to PEFT's layout"),
+    "mlx-vlm": (
+        layered("A", shape=(4, 2)) | layered("B", shape=(2, 4)),
+        "'layers.0.q.A' (4, 2) and 'layers.0.q.B' (2, 4) look like the factors of an adapter (mlx-vlm writes such)",
+    ),
     "alpha 0": (
         layered("lora_down.weight", "lora_up.weight") | {f"layers.{i}.q.alpha": torch.tensor(0.0) for i in LAYERS},
         "'layers.0.q.alpha', of shape (), must be one finite number other than 0",
@@ -315,6 +319,23 @@ def test_factors_beside_updates_are_left_out(tmp_path: Path) -> None:
     assert all("a factor of an adapter, not an update" in reason for _, reason in left_out)
 
 
+def test_two_kinds_of_module_that_are_called_a_and_b_are_no_factors(tmp_path: Path) -> None:
+    for shapes in (((4, 4), (4, 4)), ((6, 4), (4, 3)), ((6, 4), (5, 6))):
+        A, B = (layered(end, shape=shape) for end, shape in zip("AB", shapes, strict=True))
+        save_file(A | B, tmp_path / "x.safetensors")
+        assert [s.name for s in open_source(str(tmp_path / "x.safetensors")).stacks] == ["layers.*.q.A", "layers.*.q.B"]
+
+
+def test_an_adapter_is_no_model_of_a_pair(tmp_path: Path) -> None:
+    save_file(layered("weight"), tmp_path / "base.safetensors")
+    for case in ("kohya", "XLabs", "ComfyUI with lora_A"):
+        save_file(tensors_of(*FILES[case][0]), tmp_path / "tuned.safetensors")
+        with pytest.raises(
+            rt.InputError, match=r"tuned\.safetensors is an adapter, not a model; give it alone as --so"
+        ):
+            open_source(base=str(tmp_path / "base.safetensors"), tuned=str(tmp_path / "tuned.safetensors"))
+
+
 # ---- PEFT's own folder, as tools leave it
 
 
@@ -362,3 +383,18 @@ def test_other_types_of_peft_are_refused_by_name(kind: str | None, tmp_path: Pat
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}), encoding="utf-8")
     with pytest.raises(rt.InputError, match=f"peft_type is {kind!r}, but only LORA and RASA have updates B A; merge"):
         open_source(str(folder))
+
+
+def test_extraction_from_single_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file over its layers, and two over tasks: a LoRA of full rank is the update."""
+    paths = [str(tmp_path / f"{task}.safetensors") for task in range(2)]
+    for path in paths:
+        save_file(tensors_of(*FILES["kohya"][0]), path)
+    common = ["--rank", "2", "--k", "0", "--quiet", "--dtype", "float32"]
+    assert extract.main(["--source", paths[0], *common, "--out", str(tmp_path / "one")]) == 0
+    assert extract.main(["--adapters", *paths, *common, "--out", str(tmp_path / "two")]) == 0
+    capsys.readouterr()
+    (stack,), _ = rt.load(str(tmp_path / "one"), dtype="float64")
+    for i in LAYERS:
+        B, A = factors(i)
+        np.testing.assert_allclose(stack.values[i].numpy(), B @ A / 2, rtol=1e-5, atol=1e-5)
