@@ -96,7 +96,7 @@ class ExtractionFolder(PartsFolder):
         parts = [part for n in range(len(rows) + 1) if (part := self.tensors(n)).exists()]
         base = BaseModel(**settings["base"])
         ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
-        transposed = any(row["transposed"] for row in rows)
+        transposed = any(row["transposed"] and not row["parameter"] for row in rows)
         if (dense := settings["format"]) in DENSE:
             files = {key: part.name for part in parts for key in read_header(part).tensors}
             index = {"metadata": {"rasa_theory": _DENSE_TENSORS[dense]}, "weight_map": files}
@@ -131,9 +131,9 @@ class ExtractionFolder(PartsFolder):
         """Write a LoRA whose modules have these ranks, and beside it the modules that are saved whole."""
         parameters = tuple(row["parameter"] for row in report["stacks"] if row["parameter"] and row["ranks"])
         finish = LoraFile(report["rank"], parameters)
-        transposed = any(row["transposed"] for row in report["stacks"])
+        transposed = any(row["transposed"] and not row["parameter"] for row in report["stacks"])
         padded = dict(zip(ranks, _padded(ranks, report["rank"]), strict=True))
-        config = lora_config(padded, transposed, base, parameters, report["saved_modules"])
+        config = lora_config(padded, transposed, base, parameters, report["saved_modules"], report["has_experts"])
         self._write_adapter(folder, parts, config, task, finish)
 
     def _write_adapter(

@@ -279,6 +279,8 @@ def _stored_dense(
         tensors[key] = rounded(key, update, dtype)
         stored = tensors[key].to(stack.device, torch.float64)
         errors.append(float(((M.double() - (stored.mT if modules.transposed else stored)) ** 2).sum()))
+    if modules.parameter is not None:
+        tensors = {modules.parameter: torch.stack(list(tensors.values()))}
     return tensors, errors
 
 

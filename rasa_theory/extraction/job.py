@@ -21,9 +21,10 @@ from rasa_theory.formats import (
     Exclusion,
     LeftOut,
     ModuleNames,
-    Role,
+    Place,
     called_conv1d,
     place_by_name,
+    refused_by_peft,
 )
 from rasa_theory.problem import check_memory
 from rasa_theory.sources import Catalogue, StackSource
@@ -72,6 +73,12 @@ class Job:
         )
 
     @property
+    def has_experts(self) -> bool:
+        """True if the model has fused experts, whether or not they are adapted."""
+        entries = {} if self.catalogue.updates is None else self.catalogue.updates.entries
+        return any(entry.place is not None and entry.place.role.is_experts for entry in entries.values())
+
+    @property
     def copies_on_disk(self) -> int:
         """How often the adapter is on disk at most: dense updates are written in their final place."""
         return 1 if self.settings.format in DENSE else 2
@@ -105,7 +112,7 @@ def job_of(
     """
     unnamed: list[StackSource] = []
     if tasks is None and settings.format != "diff":
-        catalogue, unnamed = nameable(catalogue, settings.save_modules)
+        catalogue, unnamed = nameable(catalogue, settings, base.model_type)
     readable = {} if catalogue.updates is None else catalogue.updates.entries
     rest = [one.name for one in catalogue.left_out if one.name in readable and one.kind != Exclusion.UNSELECTED]
     whole: list[WholeModule] = []
@@ -128,10 +135,30 @@ def module_names(source: StackSource, settings: ExtractSettings, over_tasks: boo
     return ModuleNames.experts(prefix + parameter, source.layers, source.transposed)
 
 
-def nameable(catalogue: Catalogue, without_output: bool = False) -> tuple[Catalogue, list[StackSource]]:
+def _unnameable(place: Place | None, settings: ExtractSettings) -> str | None:
+    """The reason why no adapter of the format can name a tensor with three axes; None if one can: fused experts."""
+    if place is None or not place.role.is_experts:
+        return "one tensor with three axes, whose layers are no modules"
+    if settings.format in ("kohya", "rasa"):
+        return f"{place.reason}, which format {settings.format} cannot name"
+    if place.position is None:
+        return f"{place.reason}; transformers would say which axis is the input, but does not know the model"
+    return None
+
+
+def _in_model_order(stacks: list[StackSource]) -> list[StackSource]:
+    """The stacks, with the fused experts last and in the order of the model, in which PEFT wraps their parameters."""
+    experts = [s for s in stacks if s.place is not None and s.place.role.is_experts]
+    others = [s for s in stacks if s not in experts]
+    return others + sorted(experts, key=lambda s: (s.place and s.place.position) or 0)
+
+
+def nameable(
+    catalogue: Catalogue, settings: ExtractSettings, model_type: str | None = None
+) -> tuple[Catalogue, list[StackSource]]:
     """Split off the stacks whose layers are no weights of modules: return the other stacks, and those split off.
 
-    They move to `left_out`, each with its reason. `without_output`: so does the output layer. Raises InputError if no
+    They move to `left_out`, each with its reason. With `save_modules` so does the output layer. Raises InputError if no
     stack remains.
     """
     named: list[StackSource] = []
@@ -140,15 +167,15 @@ def nameable(catalogue: Catalogue, without_output: bool = False) -> tuple[Catalo
     for source in catalogue.stacks:
         reason = None
         if len(source.keys) != source.layers:
-            reason = "one tensor with three axes, whose layers are no modules"
-            if source.place is not None and source.place.role is Role.EXPERTS:
-                reason = source.place.reason
+            reason = _unnameable(source.place, settings)
         elif strange := [key for key in source.keys if not key.endswith(".weight")]:
             reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
         elif not (place := source.place or place_by_name(source.keys[0], source.shape)).role.is_matrix:
             reason = place.reason
-        elif without_output and _OUTPUT.search(source.keys[0]):
+        elif settings.save_modules and _OUTPUT.search(source.keys[0]):
             reason = "the output layer, which --save-modules saves whole"
+        elif settings.format in ("lora", "lora-exact-rasa"):
+            reason = refused_by_peft(source.keys[0].removesuffix(".weight"), model_type)
         if reason is None:
             named.append(source)
         else:
@@ -156,7 +183,7 @@ def nameable(catalogue: Catalogue, without_output: bool = False) -> tuple[Catalo
             left_out.append(LeftOut(source.name, reason, Exclusion.NO_MODULE))
     if not named:
         raise InputError(f"{catalogue.source}: no stack remains ({left_out[-1].name!r}: {left_out[-1].reason})")
-    return dataclasses.replace(catalogue, stacks=named, left_out=left_out), unnamed
+    return dataclasses.replace(catalogue, stacks=_in_model_order(named), left_out=left_out), unnamed
 
 
 def check(job: Job, out: Path | None) -> None:

@@ -262,6 +262,7 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
             "rank": _common_rank(job.settings, rows),
             "whole": [{"name": name, "norm_squared": norms[name].update} for name in written],
             "saved_modules": saved,
+            "has_experts": job.has_experts,
             "left_out": [one for one in left_out if one["name"] not in written],
         }
     )

@@ -32,6 +32,7 @@ from rasa_theory.formats.peft import (
     lora_key,
     lora_tensors,
     peft_adapter,
+    refused_by_peft,
     whole_key,
 )
 from rasa_theory.formats.quantised import refuse_quantised
@@ -144,6 +145,7 @@ __all__ = [
     "read_tensors",
     "refuse_quantised",
     "refuse_unmerged",
+    "refused_by_peft",
     "safetensors_bytes",
     "whole_key",
     "write_safetensors",

@@ -158,14 +158,14 @@ def _quiet() -> Iterator[None]:
 def _places(model: nn.Module, decided_by: str) -> Iterator[tuple[str, Place]]:
     modules = dict(model.named_modules())
     routers = _router_classes(model)
-    for name in model.state_dict():
+    for position, name in enumerate(model.state_dict()):
         module_name, _, parameter = name.rpartition(".")
         module = modules.get(module_name, model)
         parent = modules.get(module_name.rpartition(".")[0])
         tensor = getattr(module, parameter, None)
         role = _role(module, parent, parameter, tensor, routers)
         of_class = f", of a {type(module).__name__}" if role in (Role.PARAMETER, Role.ROUTER) else ""
-        yield name, Place(role, f"{decided_by}{of_class}")
+        yield name, Place(role, f"{decided_by}{of_class}", position)
 
 
 def _role(module: nn.Module, parent: nn.Module | None, parameter: str, tensor: Any, routers: tuple[type, ...]) -> Role:
@@ -188,7 +188,7 @@ def _role(module: nn.Module, parent: nn.Module | None, parameter: str, tensor: A
     if isinstance(module, nn.modules.conv._ConvNd):
         return Role.CONVOLUTION
     if axes == 3 and isinstance(tensor, nn.Parameter) and tensor.shape[0] > 1:
-        return Role.EXPERTS
+        return Role.EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else Role.EXPERTS
     return Role.NORM if axes == 1 and parameter == "weight" else Role.PARAMETER
 
 

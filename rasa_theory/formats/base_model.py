@@ -13,11 +13,12 @@ from rasa_theory.formats.safetensors import read_json
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The name or path of a base model, and the class that loads it, which `library` has; None where unknown."""
+    """The name or path of a base model, its type, and the class of `library` that loads it; None where unknown."""
 
     name: str | None
     architecture: str | None = None
     library: str = "transformers"
+    model_type: str | None = None
 
     @classmethod
     def of(cls, name: str | None, checkpoints: Iterable[Path]) -> BaseModel:
@@ -31,11 +32,14 @@ class BaseModel:
             if not os.path.exists(file):
                 continue
             config = read_json(file)
+            kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
             if isinstance(diffusers := config.get("_class_name"), str):
                 return cls(name, diffusers, "diffusers")
             match config.get("architectures"):
                 case [str(architecture), *_] if "auto_map" not in config:
-                    return cls(name, architecture)
+                    return cls(name, architecture, model_type=kind)
+            if kind is not None:
+                return cls(name, model_type=kind)
         return cls(name)
 
     def fields(self) -> dict[str, Any]:

@@ -81,8 +81,8 @@ class ModelCheckpoint:
         shape = converted_shape(parameter, shapes)
         dtype = _common_dtype([self._disk.entries[source].dtype for source in parameter.sources])
         place = place or place_by_name(name, shape)
-        is_turned = place.role is Role.CONV1D and len(shape) == 2
-        return Entry(name, shape[::-1] if is_turned else shape, dtype, is_turned, place)
+        is_turned = (place.role is Role.CONV1D and len(shape) == 2) or place.role is Role.EXPERTS_TRANSPOSED
+        return Entry(name, (*shape[:-2], *shape[:-3:-1]) if is_turned else shape, dtype, is_turned, place)
 
 
 def _common_dtype(dtypes: list[str]) -> str:

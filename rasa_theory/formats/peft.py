@@ -32,11 +32,20 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _BIAS = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias\Z")
 _MAGNITUDE = ".lora_magnitude_vector"
+_OF_AN_EXPERT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
 def lora_key(module: str, side: str) -> str:
     """The key of a module's factor; `side` is A or B."""
     return f"{PEFT_PREFIX}{module}.lora_{side}.weight"
+
+
+def refused_by_peft(module: str, model_type: str | None) -> str | None:
+    """The reason why PEFT refuses to adapt a Linear layer of this name in a model of this type; None if it does not."""
+    if model_type in _MAMBAS and module.rpartition(".")[2] == "out_proj":
+        return f"PEFT refuses out_proj of {model_type} models, whose fast path does not call it"
+    return None
 
 
 def whole_key(module: str, part: str) -> str:
@@ -107,17 +116,24 @@ def lora_config(
     base: BaseModel,
     parameters: Sequence[str] = (),
     whole: Sequence[str] = (),
+    has_experts: bool = False,
 ) -> dict[str, Any]:
     """The adapter_config.json for modules of these ranks; the scaling alpha / r is 1 everywhere.
 
     `parameters` are the names in `ranks` of parameters, with several matrices each. `whole` are modules that the
-    adapter replaces. Keys of a pattern are regular expressions that PEFT lets match the end of a name: anchored, they
+    adapter replaces. `has_experts`: the model has fused experts. PEFT then takes every target called like a projection
+    of an expert before fusion for that expert, also where it is a module of its own; so such modules are targeted by
+    their weight. Keys of a pattern are regular expressions that PEFT lets match the end of a name: anchored, they
     match one module.
     """
     counts = list(ranks.values())
     common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    more: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
+    taken_for_experts = [
+        name for name in ranks if has_experts and name not in parameters and name.rpartition(".")[2] in _OF_AN_EXPERT
+    ]
+    targets = [*parameters, *(f"{name}.weight" for name in taken_for_experts)]
+    more: dict[str, Any] = {"target_parameters": targets} if targets else {}
     if whole:
         more["modules_to_save"] = list(whole)
     return {
@@ -128,7 +144,7 @@ def lora_config(
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": [name for name in ranks if name not in parameters],
+        "target_modules": [name for name in ranks if name not in (*parameters, *taken_for_experts)],
         "fan_in_fan_out": transposed,
         "bias": "none",
         "lora_dropout": 0.0,

@@ -29,6 +29,7 @@ class Role(Enum):
     LINEAR = "the weight of a Linear layer"
     CONV1D = "the weight of a Conv1D, a Linear layer stored as (in, out)"
     EXPERTS = "the matrices of all experts of a layer in one tensor"
+    EXPERTS_TRANSPOSED = "the matrices of all experts of a layer in one tensor, stored as (in, out)"
     EMBEDDING = "an embedding"
     CONVOLUTION = "a convolution"
     ROUTER = "the router of a mixture of experts"
@@ -40,17 +41,24 @@ class Role(Enum):
     @property
     def is_matrix(self) -> bool:
         """Whether the tensor is the matrix of a linear map, or may be: updates of these form stacks."""
-        return self in (Role.LINEAR, Role.CONV1D, Role.EXPERTS, Role.UNKNOWN)
+        return self in (Role.LINEAR, Role.CONV1D, Role.UNKNOWN) or self.is_experts
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether the tensor has three axes, of which the first counts experts."""
+        return self in (Role.EXPERTS, Role.EXPERTS_TRANSPOSED)
 
 
 class Place(NamedTuple):
     """The place of a tensor in its model.
 
     `decided_by` ends the sentence of a report: "by the model class T5ForConditionalGeneration", "by its name".
+    `position`: the position of the tensor among all of the model's, by the class; None where only names are known.
     """
 
     role: Role
     decided_by: str
+    position: int | None = None
 
     @property
     def reason(self) -> str:

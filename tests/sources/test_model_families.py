@@ -62,6 +62,6 @@ def test_stacks_are_of_linear_maps_that_the_class_calls(family: tuple[Any, Truth
     assert matrices == linear & truth.keys()
     for source in catalogue.stacks:
         if source.place.role not in (Role.LINEAR, Role.CONV1D):
-            assert source.place.role is Role.EXPERTS
+            assert source.place.role.is_experts
             assert truth[source.keys[0]].ndim == 3
         assert source.place.decided_by == f"by the model class {type(model).__name__}"
