@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rasa_theory.formats.spellings import (
     Side,
     Spelling,
     adapter_format,
+    bare,
     foreign,
     kohya_module,
     spelt,
@@ -38,7 +40,10 @@ from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut
 
 MLX_WEIGHTS = "adapters.safetensors"
-_COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior")
+_PIPELINE = frozenset(
+    {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior"}
+)
+_OF_DIFFUSERS = re.compile(r"\.(?:(?:single_)?transformer_blocks|attn[12]|to_[qkv]|to_out|add_q_proj)(?:\.|\Z)")
 _METADATA = "lora_adapter_metadata"  # what diffusers writes into the header since 0.34
 _WITHOUT_SCALING = {
     Spelling.PEFT: f"give the folder of the adapter, with its {CONFIG_FILE}",
@@ -82,10 +87,10 @@ def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
     if not keys.sides_of:
         formats = "; ".join(sorted({other.what for other in keys.foreign.values()}))
         raise InputError(f"{path}: holds an adapter ({formats}), whose update cannot be read as B A; {MERGE}")
-    scalings = _Scalings(checkpoint)
+    scalings = _Scalings(checkpoint, keys.sides_of)
     left_out = [LeftOut(name, _beside(other.what), Exclusion.NO_FACTOR) for name, other in keys.foreign.items()]
     left_out += [LeftOut(name, _beside(None), Exclusion.NO_FACTOR) for name in keys.others]
-    changed = {other.module: other.what for other in keys.foreign.values()}
+    changed = {other.module: other.what for other in keys.foreign.values()} | keys.strangers()
     pairs: dict[str, FactorPair] = {}
     for module, sides in keys.sides_of.items():
         for entry in sides.values():
@@ -184,9 +189,22 @@ class _AdapterKeys:
         for name, module in alphas.items():
             if module in modules:
                 keys.alpha_of[module] = name
+            elif adapter_format(module) is not None or spelt(module) is not None:
+                raise InputError(f"{checkpoint.path}: it is not known to which factors {name!r} belongs; {MERGE}")
             else:
                 keys.others.append(name)
         return keys
+
+    def strangers(self) -> dict[str, str]:
+        """Modules with a tensor of their own beside the factors that is no bias: it may be a scaling, say."""
+        found = {}
+        for name in self.others:
+            module, _, part = name.rpartition(".")
+            while module and bare(module) not in self.sides_of:
+                module, _, _ = module.rpartition(".")
+            if module and "bias" not in part and part != "diff_b":
+                found[bare(module)] = f"{name!r} stands beside its factors, and may change what they mean"
+        return found
 
     def prevail_in(self, checkpoint: Checkpoint) -> bool:
         """True if at least half of the tensors, and one of them, are an adapter's."""
@@ -209,7 +227,7 @@ class _AdapterKeys:
         self.spelling_of[key.module] = key.spelling
 
     def _add_other(self, name: str) -> None:
-        if (other := foreign(name)) is not None:
+        if not name.endswith(".bias") and (other := foreign(name)) is not None:
             self.foreign[name] = other
         else:
             self.others.append(name)
@@ -224,9 +242,12 @@ def _beside(what: str | None) -> str:
 class _Scalings:
     """The scalings of the modules in a file: by its alphas, by its metadata, or 1 where all loaders take it so."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, modules: Collection[str]) -> None:
         self._checkpoint, self._file = checkpoint, checkpoint.path
         self._config_of = _configs_in_metadata(checkpoint.path, checkpoint.metadata)
+        # `transformer` is a part of a pipeline, and the body of GPT-2 and its relatives: attention tells them apart
+        with_names = {module.partition(".")[0] for module in modules if _OF_DIFFUSERS.search(module)}
+        self._components = _PIPELINE - ({"transformer"} - with_names)
 
     def of(self, module: str, spelling: Spelling, A: Entry, alpha: str | None) -> float:
         """The scaling of one module. Raises InputError if the file does not say it."""
@@ -236,7 +257,7 @@ class _Scalings:
         component, _, within = module.partition(".")
         if component in self._config_of:
             return self._config_of[component].scaling(within, rank)
-        if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and component in _COMPONENTS):
+        if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and component in self._components):
             raise InputError(
                 f"{self._file}: factors of LoRA as {spelling.value} spells them ({A.name!r}), whose scaling is not in "
                 f"this file; {_WITHOUT_SCALING[spelling]}"

@@ -22,7 +22,7 @@ from rasa_theory.formats.lora_options import MERGE, check_options
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.safetensors import read_json
-from rasa_theory.formats.spellings import Spelling, adapter_format, bare, spelt
+from rasa_theory.formats.spellings import Spelling, adapter_format, foreign, spelt
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, padded_with_zeros
 from rasa_theory.problem import LoraFactors, balanced
@@ -334,10 +334,11 @@ def peft_adapter(folder: Path) -> StoredAdapter:
         shown = ", ".join(map(repr, names.values()))
         raise InputError(f"{files[1]}: holds factors of several adapters, {shown}; save each by itself")
     transposed = adapted_conv1d(sides_of, config.fan_in_fan_out)
-    with_magnitudes = {bare(key.split(_MAGNITUDE)[0]) for key in checkpoint.entries if _MAGNITUDE in key}
+    beside = [one.name for one in left_out if one.name.startswith(PEFT_PREFIX) and not _BIAS.search(one.name)]
+    changed = {other.module: other.what for other in map(foreign, beside) if other is not None}
     pairs: dict[str, FactorPair] = {}
     for module, sides in sides_of.items():
-        refusal = _refusal(module, sides, config, module in with_magnitudes)
+        refusal = _refusal(module, sides, config, changed.get(module))
         if refusal is None:
             pairs[module] = _pair(files, config, module, sides, module in transposed)
         else:
@@ -378,7 +379,7 @@ def _no_factor(key: str) -> LeftOut:
 
 
 def _refusal(
-    module: str, sides: dict[str, Entry], config: PeftConfig, has_magnitudes: bool
+    module: str, sides: dict[str, Entry], config: PeftConfig, variant: str | None
 ) -> tuple[str, Exclusion] | None:
     """The reason why the factors of a module are left out, with its kind; None if they are taken."""
     parents = {name.rpartition(".")[0] for name in config.target_parameters}
@@ -387,7 +388,6 @@ def _refusal(
         return reason, Exclusion.VARIANT
     if (reason_and_kind := unusable(sides)) is not None:
         return reason_and_kind
-    if has_magnitudes:
-        reason = f"lora_magnitude_vector (DoRA) makes this a variant of LoRA whose update is not B A; {MERGE}"
-        return reason, Exclusion.VARIANT
+    if variant is not None:
+        return f"{variant}: the update is not B A; {MERGE}", Exclusion.VARIANT
     return None

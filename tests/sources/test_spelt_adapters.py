@@ -132,6 +132,12 @@ def test_a_file_is_recognised_by_its_keys(case: str, tmp_path: Path) -> None:
     check(str(tmp_path / "folder"), name, scaling)
 
 
+def test_transformers_of_diffusers_are_told_from_language_models(tmp_path: Path) -> None:
+    for module in ("transformer.blocks.{i}.attn1.to_q", "transformer.layers.{i}.attention.to_out.0"):
+        save_file(tensors_of(f"{module}.lora_A.weight", f"{module}.lora_B.weight"), tmp_path / "x.safetensors")
+        check(str(tmp_path / "x.safetensors"), f"{module.format(i='*')}.weight", 1)
+
+
 def test_several_files_are_stacked_over_tasks(tmp_path: Path) -> None:
     for task, alpha in enumerate((1.0, 4.0)):
         (keys, *_), names = FILES["kohya"], [str(tmp_path / f"{task}.safetensors") for task in range(2)]
@@ -257,6 +263,29 @@ REFUSED = {
     "MLX without its configuration": (layered("lora_a", "lora_b"), "LoRA as MLX spells them"),
     "torchtune": (layered("lora_a.weight", "lora_b.weight"), "LoRA as torchtune spells them"),
     "NeMo": (layered("adapter.linear_in.weight", "adapter.linear_out.weight"), "export the adapter to PEFT's layout"),
+    "GPT-2 without its configuration": (
+        {
+            f"transformer.{key.replace('layers', 'h')}": x
+            for key, x in layered("lora_A.weight", "lora_B.weight").items()
+        },
+        "whose scaling is not in this file",
+    ),
+    "MPT without its configuration": (
+        {
+            f"transformer.{key.replace('layers', 'blocks')}": x
+            for key, x in layered("lora_A.weight", "lora_B.weight").items()
+        },
+        "whose scaling is not in this file",
+    ),
+    "alphas that name the factor": (
+        layered("lora.down.weight", "lora.up.weight")
+        | {f"layers.{i}.q.lora.down.weight.alpha": torch.tensor(2.0) for i in LAYERS},
+        "it is not known to which factors 'layers.0.q.lora.down.weight.alpha' belongs",
+    ),
+    "a scaling of another name": (
+        layered("lora_down.weight", "lora_up.weight") | {f"layers.{i}.q.scalar": torch.tensor(2.0) for i in LAYERS},
+        "'layers.0.q.scalar' stands beside its factors, and may change what they mean",
+    ),
     "mlx-vlm": (
         layered("A", shape=(4, 2)) | layered("B", shape=(2, 4)),
         "'layers.0.q.A' (4, 2) and 'layers.0.q.B' (2, 4) look like the factors of an adapter (mlx-vlm writes such)",
@@ -296,6 +325,8 @@ def test_modules_of_another_format_beside_lora_are_left_out(tmp_path: Path) -> N
         "layers.0.full.diff": torch.ones(4, 3),
         "layers.0.loha.hada_w1_a": torch.ones(4, 3),
         "layers.0.half.lora_down.weight": torch.ones(2, 3),
+        "layers.1.q.diff_b": torch.ones(6),
+        "layers.2.q.lora_up.bias": torch.ones(6),
         "alphas.0.alpha": torch.tensor(1.0),
     }
     save_file(tensors_of(down, up, "layers.{i}.q.alpha", 4.0) | beside, tmp_path / "x.safetensors")
