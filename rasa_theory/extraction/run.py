@@ -224,7 +224,7 @@ def _write_whole(job: Job, folder: ExtractionFolder, norms: Mapping[str, Norms])
     tuned = {whole_key(module.name, part): updates.tuned(key) for module in modules for part, key in module.keys}
     folder.add_tensors(n, {key: tensor for key, tensor in tuned.items() if tensor is not None})
     changed = [name for module in modules for name in module.changes if name in norms and norms[name].update > 0]
-    return changed, [module.name for module in modules]
+    return list(dict.fromkeys(changed)), [module.name for module in modules]
 
 
 def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:

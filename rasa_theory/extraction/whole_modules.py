@@ -37,7 +37,18 @@ def whole_modules(entries: Mapping[str, Entry], adapted: Iterable[str], rest: Co
         changes = tuple(key for _, key in parts if key in rest)
         if module and module not in taken and changes and all(part in _PARTS for part, _ in parts):
             modules.append(WholeModule(module, tuple(parts), changes))
+            modules += _tied(entries, parts, changes)
     return modules
+
+
+def _tied(
+    entries: Mapping[str, Entry], parts: Sequence[tuple[str, str]], changes: tuple[str, ...]
+) -> list[WholeModule]:
+    """The modules that share a tensor with one that is saved whole. PEFT replaces that one alone, and unties them."""
+    names = [
+        (name, key) for _, key in parts if (place := entries[key].place) for name in place.tied if name not in entries
+    ]
+    return [WholeModule(name.rpartition(".")[0], ((name.rpartition(".")[2], key),), changes) for name, key in names]
 
 
 def changed_modules(modules: Sequence[WholeModule], changed: Collection[str]) -> list[WholeModule]:

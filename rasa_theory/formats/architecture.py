@@ -158,6 +158,10 @@ def _quiet() -> Iterator[None]:
 def _places(model: nn.Module, decided_by: str) -> Iterator[tuple[str, Place]]:
     modules = dict(model.named_modules())
     routers = _router_classes(model)
+    source_of = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied_to = {
+        source: (source, *(name for name in source_of if source_of[name] == source)) for source in source_of.values()
+    }
     for position, name in enumerate(model.state_dict()):
         module_name, _, parameter = name.rpartition(".")
         module = modules.get(module_name, model)
@@ -165,7 +169,8 @@ def _places(model: nn.Module, decided_by: str) -> Iterator[tuple[str, Place]]:
         tensor = getattr(module, parameter, None)
         role = _role(module, parent, parameter, tensor, routers)
         of_class = f", of a {type(module).__name__}" if role in (Role.PARAMETER, Role.ROUTER) else ""
-        yield name, Place(role, f"{decided_by}{of_class}", position)
+        tied = tuple(one for one in tied_to.get(source_of.get(name, name), ()) if one != name)
+        yield name, Place(role, f"{decided_by}{of_class}", position, tied)
 
 
 def _role(module: nn.Module, parent: nn.Module | None, parameter: str, tensor: Any, routers: tuple[type, ...]) -> Role:

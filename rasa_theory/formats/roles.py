@@ -54,11 +54,13 @@ class Place(NamedTuple):
 
     `decided_by` ends the sentence of a report: "by the model class T5ForConditionalGeneration", "by its name".
     `position`: the position of the tensor among all of the model's, by the class; None where only names are known.
+    `tied`: other names of the same tensor in the model, such as that of an output layer tied to an embedding.
     """
 
     role: Role
     decided_by: str
     position: int | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
