@@ -17,7 +17,7 @@ Runs on a GPU and on CPUs draw other dropout masks, so that all runs of one file
 The task is the one of the bundled updates (`experiments.finetune_minilm`): to find Python functions by their
 docstrings, InfoNCE over a batch. Training, validation and test pairs come from disjoint modules. The methods are full
 fine-tuning, LoRA of rank r, RaSA (r, k), and LoRA of rank q + R, the largest rank of RaSA's updates. All linear layers
-of the encoder are adapted; adapters are `rasa_theory.adapter`, LoRA is its k = 0. Each method first takes one run at
+of the encoder are adapted; adapters are `rasa_theory.peft`, LoRA is its k = 0. Each method first takes one run at
 every learning rate of one grid; the rate with the best validation MRR is used for the seeds. Runs of one seed see the
 same batches and the same dropout masks. Every finished run is a line of --out, and is not run again.
 

@@ -22,10 +22,11 @@ from experiments.minilm.encoder import Encoder, machine
 from experiments.support.rows import Row, append_rows, read_rows
 from experiments.train_adapters import __doc__ as description
 from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Settings, Task
-from experiments.train_adapters.starts import TARGETS, factors_of_data, kinds, start_from, updates
+from experiments.train_adapters.starts import adapted, factors_of_data, kinds, start_from, updates
 from experiments.train_adapters.training import look, retrieval, train
-from rasa_theory import adapter as adapters
 from rasa_theory.distributed import end_with_parent
+from rasa_theory.peft import save_as_lora
+from rasa_theory.peft.library import PeftModel
 from rasa_theory.problem import compute_device
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -34,16 +35,16 @@ BUDGETS = ((2, 1), (8, 1), (8, 4))
 """Budgets of the reconstructions of full updates."""
 
 
-def prepared(encoder: Encoder, run: Run, task: Task) -> tuple[list[torch.nn.Parameter], adapters.Adapter | None]:
+def prepared(encoder: Encoder, run: Run, task: Task) -> tuple[list[torch.nn.Parameter], PeftModel | None]:
     """Return the parameters that a run trains, and the adapter that holds them (None for full fine-tuning)."""
     if run.method == "full":
         return list(encoder.model.parameters()), None
     budget = rt.RankBudget(run.rank, run.k)
     factors = None if run.start == "zero" else factors_of_data(run, task, encoder.device)
-    adapter = adapters.inject(encoder.model, TARGETS, budget, seed=run.seed)
+    adapter = adapted(encoder, budget, run.seed)
     if factors is not None:
-        for kind, terms in adapter.terms.items():
-            start_from(terms, factors[kind].to(torch.float32, encoder.device), run.start == "updates")
+        for kind, one in factors.items():
+            start_from(adapter, kind, one.to(torch.float32, encoder.device), run.start == "updates")
     return [p for p in adapter.parameters() if p.requires_grad], adapter
 
 
@@ -86,9 +87,9 @@ def execute(run: Run, task: Task, device: str, tuning: bool, keep: Path | None =
     }
 
 
-def keep_half(adapter: adapters.Adapter, folder: Path) -> None:
+def keep_half(adapter: PeftModel, folder: Path) -> None:
     """Write the adapter for PEFT in half precision, which takes half the room."""
-    file = adapters.save(adapter, folder, format="lora-exact-rasa") / "adapter_model.safetensors"
+    file = save_as_lora(folder, adapter) / "adapter_model.safetensors"
     save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 

@@ -149,6 +149,12 @@ class RasaLayer(BaseTunerLayer):  # type: ignore[misc]  # a class of the library
             raise InputError(
                 f"weights quantised by {backend.backend_name} cannot be merged; load the model in bfloat16"
             )
+        state = getattr(self.get_base_layer().weight, "quant_state", None) if backend is not None else None
+        if getattr(state, "packing_format_for_cpu", False):  # bitsandbytes does so at the first answer in evaluation
+            raise InputError(
+                "bitsandbytes has packed the 4-bit weights for the CPU, and cannot read them back; merge before the "
+                "first answer in evaluation mode, or on a GPU"
+            )
         if backend is None and self.get_base_layer().weight.dtype.itemsize < 2:
             raise InputError(
                 f"weights of {self.get_base_layer().weight.dtype} cannot be merged: they are too coarse, and their "

@@ -24,7 +24,8 @@ from experiments.minilm.data import TASKS
 from experiments.minilm.encoder import Encoder
 from experiments.train_adapters import protocol, starts, training
 from experiments.train_adapters import run as experiment
-from rasa_theory import adapter as ad
+from rasa_theory.peft.library import PeftModel
+from rasa_theory.peft.pools import Pool
 from tests.experiments.test_finetune import tiny
 
 SETTINGS = protocol.Settings(steps=3, batch=4, warmup=1, train_pairs=40, validation_pairs=20, test_pairs=20,
@@ -98,9 +99,9 @@ def test_sentences_of_docstrings_and_the_next_ones() -> None:
     assert len({text for _, *both in found for text in both}) == 600
 
 
-def some_factors(terms: ad.Terms) -> rt.RasaFactors:
+def some_factors(pool: Pool) -> rt.RasaFactors:
     """Of no particular scale."""
-    (b, a), q, R = terms.shape, terms.budget.private_rank, 2 * terms.budget.shared_rank
+    (b, a), q, R = pool.shape, pool.budget.private_rank, pool.rank
     generator = torch.Generator().manual_seed(0)
     return rt.RasaFactors(*(3 * torch.randn(shape, generator=generator)
                             for shape in ((2, b, q), (2, q, a), (b, R), (R, a), (2, R))))  # fmt: skip
@@ -109,19 +110,20 @@ def some_factors(terms: ad.Terms) -> rt.RasaFactors:
 @pytest.mark.parametrize(("rank", "k"), [(2, 0), (2, 1), (2, 2)])
 def test_starts_from_data(rank: int, k: int) -> None:
     encoder = tiny()
-    adapter = ad.inject(encoder.model, starts.TARGETS, rt.RankBudget(rank, k), alpha=3.0)
-    for terms in adapter.terms.values():
-        mixing, factors = terms.mixing[0].detach().clone(), some_factors(terms)
-        starts.start_from(terms, factors, True)
-        for i in range(2):
-            torch.testing.assert_close(terms.update(i), factors.update(i), rtol=1e-4, atol=1e-4)
-        rows = torch.cat([*terms.private_A, terms.shared_A]).detach()
-        torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), 3**-0.5))  # of Kaiming's start on average
-        assert all(bool((d.abs() <= mixing * (1 + 1e-6)).all()) for d in terms.mixing)
-    adapter = ad.inject((other := tiny()).model, starts.TARGETS, rt.RankBudget(rank, k))
-    for terms in adapter.terms.values():
-        starts.start_from(terms, some_factors(terms), False)
-    assert not any(terms.update(i).any() for terms in adapter.terms.values() for i in range(2))
+    adapter = starts.adapted(encoder, rt.RankBudget(rank, k), 0)
+    for pool in adapter.base_model.pools("default"):
+        layers = [adapter.base_model.layer(name) for name in pool.modules]
+        mixing, factors = layers[0].rasa_mixing["default"].detach().clone(), some_factors(pool)
+        starts.start_from(adapter, pool.name, factors, True)
+        for i, layer in enumerate(layers):
+            torch.testing.assert_close(layer.update("default"), factors.update(i), rtol=1e-4, atol=1e-4)
+            rows = layer.terms_of("default")[2].detach()  # [A~_i; A_S]
+            torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), 3**-0.5))  # as Kaiming
+            assert bool((layer.rasa_mixing["default"].abs() <= mixing * (1 + 1e-6)).all())
+    adapter = starts.adapted(other := tiny(), rt.RankBudget(rank, k), 0)
+    for pool in adapter.base_model.pools("default"):
+        starts.start_from(adapter, pool.name, some_factors(pool), False)
+        assert not any(adapter.base_model.layer(name).update("default").any() for name in pool.modules)
     ids = torch.arange(6).reshape(1, 6)
     assert torch.equal(other.model.eval()(ids)[0], tiny().model.eval()(ids)[0])
 
@@ -147,8 +149,9 @@ def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
         assert all(e["e_rasa"] <= e["e_lora"] <= 1 for of in row["reconstruction"].values() for e in of.values())
     else:
         assert max(len(s) for of in row["updates"].values() for s in of["sigma"]) == rank - k + 2 * k
-        stack = torch.stack([ad.load(tiny().model, tmp_path / run.folder("code")).delta_weight(f"encoder.layer.{i}."
-                             "attention.self.query") for i in range(2)])  # fmt: skip
+        kept = PeftModel.from_pretrained(tiny().model, str(tmp_path / run.folder("code"))).base_model.model
+        stack = torch.stack([kept.get_submodule(f"encoder.layer.{i}.attention.self.query").get_delta_weight("default")
+                             for i in range(2)])  # fmt: skip
         found = row["updates"]["attention.self.query"]["norms"]
         assert found == pytest.approx(torch.linalg.vector_norm(stack, dim=(1, 2)).tolist(), rel=1e-3)
     short = experiment.execute(run, task(), "cpu", True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import rasa_theory as rt
 from rasa_theory.peft import RasaConfig
-from tests.helpers.tiny_models import TINY, VOCABULARY, tiny
+from tests.helpers.tiny_models import IDS, TINY, VOCABULARY, tiny
 from tests.peft.toy import data, layers, parameters, perturbed, toy
 
 
@@ -27,55 +27,53 @@ def trained(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[float]
     return losses
 
 
-def wide_toy(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The toy with sides that quantisers accept."""
-    torch.manual_seed(0)
-    model = toy()
-    for block in model.layers:
-        block.up, block.down = nn.Linear(6, 64), nn.Linear(64, 6, bias=False)
-    return model.to(dtype)
-
-
 # ---- bitsandbytes
 
 
-def quantised_by_bitsandbytes(bits: int) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
-    model = wide_toy()
-    for block in model.layers:
-        old = block.up
-        if bits == 8:
-            block.up = bnb.nn.Linear8bitLt(6, 64, has_fp16_weights=False)
-        else:
-            block.up = bnb.nn.Linear4bit(6, 64, compute_dtype=torch.float32, quant_type="nf4")
-        block.up.load_state_dict(old.state_dict())
-        block.up = block.up.to("cpu")
-    return model
+def quantised_by_bitsandbytes(bits: int, folder: Path) -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(str(folder))
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4",
+                                bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.filterwarnings("ignore")
 def test_a_base_quantised_by_bitsandbytes_trains_merges_and_reloads(bits: int, tmp_path: Path) -> None:
-    base = quantised_by_bitsandbytes(bits)
-    with torch.no_grad():
-        before = base(data(torch.float32))
-    model = get_peft_model(base, RasaConfig(r=4, k=1, target_modules=["up"], seed=0))
+    model = get_peft_model(quantised_by_bitsandbytes(bits, tmp_path / "base"),
+                           RasaConfig(r=4, k=1, target_modules=["q_proj", "v_proj"], seed=0)).train()  # fmt: skip
     assert {p.dtype for p in parameters(model).values()} == {torch.float32}
-    with torch.no_grad():
-        torch.testing.assert_close(model(data(torch.float32)), before)
-    losses = trained(model)
-    assert losses[-1] < losses[0]
-    after = model(data(torch.float32)).detach()
-    model.save_pretrained(str(tmp_path))
-    again = PeftModel.from_pretrained(quantised_by_bitsandbytes(bits), str(tmp_path))
-    torch.testing.assert_close(again(data(torch.float32)), after)
-    layer = layers(model)["layers.1.up"]
+    optimiser, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01), []
+    for _ in range(10):
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.95 * losses[0]
+    after = model(input_ids=IDS).logits.detach()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(quantised_by_bitsandbytes(bits, tmp_path / "base"), str(tmp_path / "adapter"))
+    torch.testing.assert_close(again.train()(input_ids=IDS).logits, after, rtol=0, atol=1e-3)
+    layer = layers(model)["model.layers.1.self_attn.q_proj"]
     exact = layer.get_base_weight().float() + layer.get_delta_weight("default")
     model.merge_adapter()
     error = (layer.get_base_weight().float() - exact).abs().max()
     assert float(error) < {8: 0.02, 4: 0.2}[bits] * float(exact.abs().max())  # one rounding of the quantiser
+    assert float((model(input_ids=IDS).logits - after).abs().max()) < {8: 0.02, 4: 0.2}[bits] * float(after.abs().max())
     model.unmerge_adapter()
     assert not layer.merged
+    if bits == 4:
+        again.eval()(input_ids=IDS)
+        with pytest.raises(rt.InputError, match="has packed the 4-bit weights for the CPU"):
+            again.merge_adapter()
 
 
 # ---- torchao
@@ -84,7 +82,7 @@ def test_a_base_quantised_by_bitsandbytes_trains_merges_and_reloads(bits: int, t
 @pytest.mark.filterwarnings("ignore")
 def test_a_base_quantised_by_torchao_trains_and_says_that_it_cannot_merge() -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    base = wide_toy()
+    base = toy(torch.float32)
     quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
     model = get_peft_model(base, RasaConfig(r=4, k=1, target_modules=["up"], seed=0))
     losses = trained(model)
