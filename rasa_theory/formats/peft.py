@@ -383,7 +383,10 @@ def _refusal(
 ) -> tuple[str, Exclusion] | None:
     """The reason why the factors of a module are left out, with its kind; None if they are taken."""
     parents = {name.rpartition(".")[0] for name in config.target_parameters}
-    if any(re.fullmatch(rf"(.*\.)?{re.escape(parent)}(\.base_layer)*", module) for parent in parents):
+    has_one_matrix = "A" in sides and sides["A"].shape[:1] == (config.rank(module),)  # else r rows for each expert
+    if not has_one_matrix and any(
+        re.fullmatch(rf"(.*\.)?{re.escape(parent)}(\.base_layer)*", module) for parent in parents
+    ):
         reason = "factors of a parameter with several matrices (target_parameters), not of one"
         return reason, Exclusion.VARIANT
     if (reason_and_kind := unusable(sides)) is not None:

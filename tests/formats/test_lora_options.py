@@ -151,12 +151,13 @@ def read_updates(folder: Path) -> dict[str, torch.Tensor]:
         {"modules_to_save": ["embed_tokens"]},
         {"rank_pattern": {"q": 4}, "alpha_pattern": {"layers.1.q": 3}},
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"target_modules": ["o"], "target_parameters": ["q.weight"]},
     ],
     ids=str,
 )
 def test_updates_are_what_peft_merges(tmp_path: Path, options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft", minversion="0.18")
-    model = trained(peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q", "o"], **options))
+    model = trained(peft.LoraConfig(**{"r": 2, "lora_alpha": 5, "target_modules": ["q", "o"]} | options))
     model.save_pretrained(tmp_path)
     updates = read_updates(tmp_path)
     before, merged = base_weights(), model.merge_and_unload().state_dict()
