@@ -45,8 +45,8 @@ class StackEnergies:
         return low, high
 
     def parameters(self, ranks: Sequence[int]) -> int:
-        """The number of parameters of a LoRA of these ranks; a rank above min(b, a) takes the matrix whole."""
-        return sum(min(rank, *self.shape) for rank in ranks) * sum(self.shape)
+        """The number of parameters of a LoRA of these ranks, at most min(b, a) each."""
+        return sum(ranks) * sum(self.shape)
 
     @property
     def worth(self) -> Tensor:

@@ -23,6 +23,7 @@ GOAL = 1e-3
 SMALL = 1024
 """Layers with at most so many rows or columns are decomposed, by the eigenvectors of the smaller Gram matrix."""
 _DEPTH = 12  # blocks of a search: for pure noise of 2048 x 2048 the bounds of rank 128 are then 0.4 % apart
+_BLOCK = 1 << 20  # entries of a block of rows in float64, 8 MiB: it stays in the cache for both products
 _EPS = float(torch.finfo(torch.float64).eps)
 _ROUNDING = 10 * _EPS  # times max(b, a) ||M||^2: of a Gram matrix, its eigenvalues and their sums
 
@@ -75,20 +76,18 @@ def _of_matrix(M: Tensor, n: int, directions: int, failure: float, generator: to
     size = _power_above(M)
     if size == 0:
         return _zero((M.shape[0], M.shape[1]), n, directions, M.device)
-    M = M / size
-    D = M.double()
-    b, a = D.shape
-    norm_squared = float((torch.linalg.vector_norm(D, dim=1) ** 2).sum())
+    b, a = M.shape
+    norm_squared = math.fsum(float((torch.linalg.vector_norm(B, dim=1) ** 2).sum()) for B in _blocks(M, size))
     rounding = _ROUNDING * b * norm_squared
-    found = None if is_decomposed((b, a), n) else _searched(M.float(), D, norm_squared, n, failure, generator)
+    found = None if is_decomposed((b, a), n) else _searched(M, size, norm_squared, n, failure, generator)
     if found is not None:
         low, high = found.ky_fan_sums(n)
         V = found.V[:, :directions]
     else:
-        energies, V = _gram_eigenpairs(D)
+        energies, V = _gram_eigenpairs(M, size)
         low, high = _within(energies[:n].cumsum(0), rounding)
         V = V[:, :directions]
-    U = linalg.product(D, V)
+    U = torch.cat([linalg.product(B, V) for B in _blocks(M, size)])
     lengths = torch.linalg.vector_norm(U, dim=0)
     noise = linalg.rounding(float(lengths[0]), (b, a), float(torch.finfo(M.dtype).eps))
     real = lengths > max(noise, math.sqrt(rounding))
@@ -96,23 +95,38 @@ def _of_matrix(M: Tensor, n: int, directions: int, failure: float, generator: to
     return _in_range(norm_squared, low, high, a, size**2, U, V)
 
 
+def _blocks(M: Tensor, size: float) -> Iterator[Tensor]:
+    """M / size in float64, in blocks of rows: a copy of a whole output layer would take gigabytes, and more time."""
+    step = max(1, _BLOCK // M.shape[1])
+    for start in range(0, M.shape[0], step):
+        yield M[start : start + step].double() / size
+
+
 def _searched(
-    M: Tensor, D: Tensor, norm_squared: float, n: int, failure: float, generator: torch.Generator
+    M: Tensor, size: float, norm_squared: float, n: int, failure: float, generator: torch.Generator
 ) -> linalg.Majorant | None:
-    """The majorant of M^T M from products, for M in single precision and D, the same in float64."""
+    """The majorant of M^T M / size^2 from products; the search is in single precision, the certificate in float64."""
+    single, power = (M, size) if M.dtype == torch.float32 else ((M / size).float(), 1.0)  # M as it is, uncopied
 
     def apply(X: Tensor) -> Tensor:
-        A = M if X.dtype == M.dtype else D
-        return linalg.product(A.mT, linalg.product(A, X))
+        if X.dtype == single.dtype:
+            return linalg.product(single.mT, linalg.product(single, X).div_(power)).div_(power)
+        result = torch.zeros_like(X)
+        for B in _blocks(M, size):
+            result += linalg.product(B.mT, linalg.product(B, X))
+        return result
 
     b, a = M.shape
-    S = Operator(apply, a, norm_squared, 1.1 * (b + a) * _EPS * norm_squared, M.dtype, M.device)
+    S = Operator(apply, a, norm_squared, 1.1 * (b + a) * _EPS * norm_squared, single.dtype, M.device)
     return linalg.closest_majorant(S, n, GOAL * norm_squared, linalg.depth_within(a, n, _DEPTH), failure, generator)
 
 
-def _gram_eigenpairs(D: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of D^T D, falling and at least 0, and eigenvectors: (b, a) -> (a,), (a, a)."""
-    values, vectors = linalg.symmetric_eigenpairs(D.mT @ D)
+def _gram_eigenpairs(M: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of M^T M / size^2, falling and at least 0, and eigenvectors: (b, a) -> (a,), (a, a)."""
+    gram = torch.zeros(M.shape[1], M.shape[1], dtype=torch.float64, device=M.device)
+    for B in _blocks(M, size):
+        gram += B.mT @ B
+    values, vectors = linalg.symmetric_eigenpairs(gram)
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 

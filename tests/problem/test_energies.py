@@ -72,7 +72,10 @@ def test_small_layers_are_known_to_rounding(name: str, shape: tuple[int, int]) -
     found = measured(M)
     check(found, M, min(12, *shape))
     assert float((found.high - found.low).max()) <= 1e-11 * found.norm_squared
-    if min(shape) <= 12:
+    if min(shape) > 12:
+        allowed = max(shape) * torch.finfo(torch.float64).eps * found.norm_squared  # of products that long
+        assert float((found.high - found.low).min()) >= allowed or name in ("rank one", "rank 12")
+    else:
         assert float(found.low[-1]) == float(found.high[-1]) == found.norm_squared, "all terms hold all of the energy"
 
 
