@@ -161,7 +161,11 @@ def _job(args: argparse.Namespace, processes: Processes) -> Job:
         dtype = compute_dtype(args.compute)
         device = flags.selected_device(args, processes)
         solver = flags.solver_options(args)
-    catalogue = flags.open_catalogue(args, alone=True).matching(args.modules).without(args.exclude)
+    catalogue = (
+        flags.open_catalogue(args, alone=True, convolutions=args.format == "kohya")
+        .matching(args.modules)
+        .without(args.exclude)
+    )
     base = _base(args, catalogue)
     with naming_flags(flags.NAMES):
         settings = ExtractSettings(

@@ -98,17 +98,25 @@ def check_sources(args: argparse.Namespace) -> str | None:
     return present[0] if present else None
 
 
-def open_catalogue(args: argparse.Namespace, default: str | None = None, alone: bool = False) -> Catalogue:
+def open_catalogue(
+    args: argparse.Namespace, default: str | None = None, alone: bool = False, convolutions: bool = False
+) -> Catalogue:
     """Open the source on the command line, or `default`, with all its stacks; --modules is not applied.
 
-    `alone` is passed to `open_source`. Raises InputError as `check_sources` and `open_source` do, and if there is
-    neither a source nor a default.
+    `alone` and `convolutions` are passed to `open_source`. Raises InputError as `check_sources` and `open_source` do,
+    and if there is neither a source nor a default.
     """
     if check_sources(args) is None and default is None:
         raise InputError("give --base and --tuned, two checkpoints, or --source, one that holds updates, or --adapters")
     source = args.source if args.source is not None else default or ""
     return open_source(
-        source, base=args.base, tuned=args.tuned, adapters=args.adapters, memory=args.memory, alone=alone
+        source,
+        base=args.base,
+        tuned=args.tuned,
+        adapters=args.adapters,
+        memory=args.memory,
+        alone=alone,
+        convolutions=convolutions,
     )
 
 

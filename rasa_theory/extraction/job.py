@@ -130,7 +130,8 @@ def module_names(source: StackSource, settings: ExtractSettings, over_tasks: boo
     if over_tasks:
         return ModuleNames(tuple(f"{task}/{prefix}{source.name}" for task in range(source.layers)))
     if len(source.keys) == source.layers:
-        return ModuleNames.of(source.keys, source.transposed, prefix)
+        kernel = () if source.place is None else source.place.kernel
+        return dataclasses.replace(ModuleNames.of(source.keys, source.transposed, prefix), kernel=kernel)
     (parameter,) = source.keys or (source.name,)
     return ModuleNames.experts(prefix + parameter, source.layers, source.transposed)
 

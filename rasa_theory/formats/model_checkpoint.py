@@ -5,6 +5,8 @@ Where transformers does not know the model, or is not installed, tensors keep th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -24,11 +26,16 @@ class ModelCheckpoint:
     A parameter is one tensor of the checkpoint, or is made of several: a fused tensor of experts is read expert by
     expert, a part of a fused tensor is cut out of it. `entries` describes the parameters, each with its `place`: what
     it is in the model, and by what this was decided. With `architecture` None, `models` (values of `model_type`) and
-    the names decide.
+    the names decide. With `convolutions`, those in two dimensions are read as matrices (out, in k k), but for those of
+    one channel each, whose inputs the shape does not tell.
     """
 
     def __init__(
-        self, disk: Checkpoint, architecture: Architecture | None, models: frozenset[str] = frozenset()
+        self,
+        disk: Checkpoint,
+        architecture: Architecture | None,
+        models: frozenset[str] = frozenset(),
+        convolutions: bool = False,
     ) -> None:
         self._disk = disk
         self.path = disk.path
@@ -39,9 +46,27 @@ class ModelCheckpoint:
         else:
             self._parameters = architecture.parameters(shapes)
         in_class = {} if architecture is None else {name: architecture.place(name) for name in self._parameters}
+        if convolutions:
+            in_class |= self._flatten_convolutions(in_class, shapes)
         entries = [self._entry(name, in_class.get(name), shapes) for name in self._parameters]
         turned = oriented((entry for entry in entries if in_class.get(entry.name) is None), models)
         self.entries = {entry.name: entry for entry in entries} | {entry.name: entry for entry in turned}
+
+    def _flatten_convolutions(
+        self, in_class: Mapping[str, Place | None], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Place]:
+        """Make matrices of the convolutions in two dimensions; return their places."""
+        flat: dict[str, Place] = {}
+        for name, parameter in self._parameters.items():
+            shape = converted_shape(parameter, shapes)
+            place = in_class.get(name) or place_by_name(name, shape)
+            is_plain = parameter.made_of is None and len(shape) == 4 and shape[1] > 1
+            if is_plain and place.role is Role.CONVOLUTION and name.endswith(".weight"):
+                flat[name] = place._replace(role=Role.KERNELS, kernel=shape[2:])
+        for name in flat:
+            source = self._parameters[name].sources[0]
+            self._parameters[name] = Parameter((source,), functools.partial(_flat, source))
+        return flat
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -83,6 +108,11 @@ class ModelCheckpoint:
         place = place or place_by_name(name, shape)
         is_turned = (place.role is Role.CONV1D and len(shape) == 2) or place.role is Role.EXPERTS_TRANSPOSED
         return Entry(name, (*shape[:-2], *shape[:-3:-1]) if is_turned else shape, dtype, is_turned, place)
+
+
+def _flat(source: str, read: Callable[[str], Tensor]) -> Tensor:
+    """The weight of a convolution as the matrix (out, in k k)."""
+    return read(source).flatten(1)
 
 
 def _common_dtype(dtypes: list[str]) -> str:

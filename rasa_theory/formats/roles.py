@@ -32,6 +32,7 @@ class Role(Enum):
     EXPERTS_TRANSPOSED = "the matrices of all experts of a layer in one tensor, stored as (in, out)"
     EMBEDDING = "an embedding"
     CONVOLUTION = "a convolution"
+    KERNELS = "a convolution, as the matrix (out, in k k) of its kernels"
     ROUTER = "the router of a mixture of experts"
     NORM = "the weight of a norm"
     BIAS = "a bias"
@@ -41,7 +42,7 @@ class Role(Enum):
     @property
     def is_matrix(self) -> bool:
         """Whether the tensor is the matrix of a linear map, or may be: updates of these form stacks."""
-        return self in (Role.LINEAR, Role.CONV1D, Role.UNKNOWN) or self.is_experts
+        return self in (Role.LINEAR, Role.CONV1D, Role.KERNELS, Role.UNKNOWN) or self.is_experts
 
     @property
     def is_experts(self) -> bool:
@@ -55,12 +56,14 @@ class Place(NamedTuple):
     `decided_by` ends the sentence of a report: "by the model class T5ForConditionalGeneration", "by its name".
     `position`: the position of the tensor among all of the model's, by the class; None where only names are known.
     `tied`: other names of the same tensor in the model, such as that of an output layer tied to an embedding.
+    `kernel`: the last two axes of a convolution that is read as a matrix.
     """
 
     role: Role
     decided_by: str
     position: int | None = None
     tied: tuple[str, ...] = ()
+    kernel: tuple[int, ...] = ()
 
     @property
     def reason(self) -> str:

@@ -43,7 +43,8 @@ class _Member(NamedTuple):
 
     def alike(self, position: int) -> tuple[object, ...]:
         """What the layers of one stack have in common where the number at `position` is that of the layer."""
-        role = None if self.entry.place is None else self.entry.place.role
+        place = self.entry.place
+        role = None if place is None else (place.role, place.kernel)
         others = self.parts[:position] + self.parts[position + 1 :]
         return others, self.entry.shape, self.entry.transposed, role
 

@@ -28,6 +28,7 @@ def open_source(
     adapters: Sequence[str] | None = None,
     memory: int | None = None,
     alone: bool = False,
+    convolutions: bool = False,
 ) -> Catalogue:
     """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
 
@@ -43,7 +44,7 @@ def open_source(
     `memory` (bytes; None: no limit) bounds the allocations for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
     adapters are thin, and held in memory. With `alone`, a matrix that is the only one of its kind is a stack of one
-    layer. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+    layer. With `convolutions`, those in two dimensions are matrices, too. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
@@ -54,7 +55,7 @@ def open_source(
     if base is not None and tuned is not None:
         before, after = _here_or_hub([base, tuned], "a .safetensors file or a directory of them")
         _refuse_adapters((before, after))
-        return open_pair(before, after, memory, alone)
+        return open_pair(before, after, memory, alone, convolutions)
     if base is not None or tuned is not None:
         present, missing = ("--base", "--tuned") if tuned is None else ("--tuned", "--base")
         raise InputError(f"{present} is given without {missing}; an update is the difference of the two")
@@ -65,7 +66,7 @@ def open_source(
         return open_adapter(folder, memory, alone)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in (".safetensors", ".gguf", *PICKLES):
-        return open_checkpoint(path, memory, alone)
+        return open_checkpoint(path, memory, alone, convolutions)
     if suffix == ".npy":
         return open_npy(path, memory)
     if suffix == ".npz":

@@ -58,7 +58,9 @@ class Prefix(NamedTuple):
         )
 
 
-def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
+def open_pair(
+    base: Path, tuned: Path, memory: int | None = None, alone: bool = False, convolutions: bool = False
+) -> Catalogue:
     """The stacks of updates, tuned - base in float32 (float64 if either is), of the tensors that both have.
 
     Tensors have the names of the model that the config.json of `base`, or else of `tuned`, describes; so the two may
@@ -71,7 +73,7 @@ def open_pair(base: Path, tuned: Path, memory: int | None = None, alone: bool = 
     """
     disk = _model(base), _model(tuned)
     model, models = architecture(base) or architecture(tuned), model_types(tuned) or model_types(base)
-    before, after = (ModelCheckpoint(one, model, models) for one in disk)
+    before, after = (ModelCheckpoint(one, model, models, convolutions) for one in disk)
     prefixes = find_prefixes(before, after)
     key_after = _corresponding(before.entries, after.entries, prefixes)
     entries: list[Entry] = []

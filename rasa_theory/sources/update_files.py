@@ -19,8 +19,11 @@ from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.tensor_updates import Updates
 
 
-def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) -> Catalogue:
-    """The stacks of a checkpoint, with matrices (out, in); `alone` as for `grouping.group`.
+def open_checkpoint(
+    path: Path, memory: int | None = None, alone: bool = False, convolutions: bool = False
+) -> Catalogue:
+    """The stacks of a checkpoint, with matrices (out, in); `alone` as for `grouping.group`, `convolutions` as for
+    `ModelCheckpoint`.
 
     Beside a config.json they have the names and the roles of that model. Without one, every matrix is an update. If the
     keys are those of an adapter, the stacks are the adapter's updates. Raises InputError as `find_shards` and
@@ -31,7 +34,7 @@ def open_checkpoint(path: Path, memory: int | None = None, alone: bool = False) 
         return catalogue_of_adapter(adapter, memory, alone)
     refuse_quantised(path, disk.entries.values(), model_config(path))
     model, models = architecture(path), model_types(path)
-    checkpoint = ModelCheckpoint(disk, model, models)
+    checkpoint = ModelCheckpoint(disk, model, models, convolutions)
     entries = list(checkpoint.entries.values())
     if not models:
         entries = [entry._replace(place=None) for entry in entries]

@@ -258,7 +258,7 @@ def test_from_source_to_source_nothing_changes(llamas: Any, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_diffusers_loads_kohyas_file_into_a_unet(tmp_path: Path) -> None:
-    """Every Linear layer of the tuned UNet, by diffusers' own loader; all else stays as it was."""
+    """Every Linear layer and convolution of the tuned UNet, by diffusers' own loader; all else stays as it was."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
@@ -267,9 +267,10 @@ def test_diffusers_loads_kohyas_file_into_a_unet(tmp_path: Path) -> None:
         cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
     before, after = changed_pair(model, tmp_path)
-    assert run(tmp_path, tmp_path / "out", "--rank", "32", "--format", "kohya") == 0
+    assert run(tmp_path, tmp_path / "out", "--rank", "144", "--format", "kohya") == 0
+    rank = report_of(tmp_path / "out")["rank"]
     with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:
-        assert file.metadata()["ss_network_dim"] == file.metadata()["ss_network_alpha"] == "32"
+        assert file.metadata()["ss_network_dim"] == file.metadata()["ss_network_alpha"] == str(rank)
     loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
     found = loader.lora_state_dict(tmp_path / "out", weight_name="lora.safetensors", unet_config=model.config)
     fresh = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base").double()
@@ -277,5 +278,5 @@ def test_diffusers_loads_kohyas_file_into_a_unet(tmp_path: Path) -> None:
     fresh.fuse_lora()
     fresh.unload_lora()
     for name, weight in fresh.state_dict().items():
-        expected = after if weight.ndim == 2 else before
+        expected = after if weight.ndim in (2, 4) else before
         assert torch.allclose(weight, expected[name], rtol=0, atol=1e-6), name
