@@ -129,6 +129,12 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
             f"{prefix}{place.module}.{own}" for prefix in ("", PEFT_PREFIX) for own in ("weight", "linear.weight")
         ]
         base = wrapped or next((candidate for candidate in candidates if candidate in names), None)
+        if base is not None and checkpoint.file_of(name) != checkpoint.file_of(base):
+            raise InputError(
+                f"{checkpoint.path}: {checkpoint.file_of(name)} holds an adapter ({name!r}) and "
+                f"{checkpoint.file_of(base)} the weights beside it; name the one file that is meant, for whether the "
+                "adapter is in the weights already is not said"
+            )
         if base is not None:
             raise InputError(
                 f"{checkpoint.path}: a model with adapters that are not merged ({name!r} beside {base!r}), whose "

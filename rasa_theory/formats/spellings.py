@@ -5,6 +5,7 @@ One table for all of them. A key that the table knows is never the key of an upd
 
 from __future__ import annotations
 
+import functools
 import re
 from enum import Enum
 from typing import NamedTuple
@@ -109,7 +110,7 @@ _OTHERS = {
     r"token_adapter": "trained rows of an embedding",
     r"lora_(?:A|B|a|b|down|up|linear_layer)|\w+_lora[12]?": "LoRA",
 }  # fmt: skip
-_OTHER = [(re.compile(rf"(?:\A|\.)(?:{names})(?=\.|\Z)"), what) for names, what in _OTHERS.items()]
+_OTHER = [(re.compile(names), what) for names, what in _OTHERS.items()]
 
 
 def spelt(name: str) -> Key | None:
@@ -141,10 +142,16 @@ class Foreign(NamedTuple):
 
 def foreign(name: str) -> Foreign | None:
     """What a key is to another format than products B A; None if it belongs to none."""
-    for pattern, what in _OTHER:
-        if (match := pattern.search(name)) is not None:
-            return Foreign(bare(name[: match.start()]), what)
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if (what := _format_of_component(part)) is not None:
+            return Foreign(bare(".".join(parts[:i])), what)
     return None
+
+
+@functools.lru_cache(maxsize=4096)  # a model has 100,000 names of a few dozen components
+def _format_of_component(part: str) -> str | None:
+    return next((what for pattern, what in _OTHER if pattern.fullmatch(part)), None)
 
 
 def adapter_format(name: str) -> str | None:

@@ -80,6 +80,19 @@ def test_a_checkpoint_of_a_model_with_an_injected_adapter_is_refused(tmp_path: P
         open_source(base=str(tmp_path / "base.safetensors"), tuned=str(tmp_path / "tuned.safetensors"))
 
 
+def test_a_model_with_the_file_of_an_adapter_beside_it_is_unclear(tmp_path: Path) -> None:
+    """Whoever merges into the folder of the adapter has both; so has who keeps an adapter with its base."""
+    folder = saved(tmp_path / "tuned", model(3))
+    factors = {f"base_model.model.{MODULES[0]}.lora_{side}.weight": torch.ones(6, 6) for side in "AB"}
+    save_file(factors, tmp_path / "tuned" / "adapter_model.safetensors")
+    with pytest.raises(
+        rt.InputError, match=r"adapter_model\.safetensors holds an adapter .* name the one file that is"
+    ):
+        open_source(base=saved(tmp_path / "base", model()), tuned=folder)
+    alone = str(tmp_path / "tuned" / "model.safetensors")
+    assert len(open_source(base=str(tmp_path / "base"), tuned=alone).stacks) == 2
+
+
 # ---- wrappers
 
 
