@@ -44,7 +44,8 @@ def open_source(
     `memory` (bytes; None: no limit) bounds the allocations for a stack, as for LayerStack: one larger than a quarter
     of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
     adapters are thin, and held in memory. With `alone`, a matrix that is the only one of its kind is a stack of one
-    layer. With `convolutions`, those in two dimensions are matrices, too. Raises InputError if the source is missing, unknown or damaged, or holds no stack.
+    layer. With `convolutions`, those in two dimensions are matrices, too. Raises InputError if the source is missing,
+    unknown or damaged, or holds no stack.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")

@@ -22,8 +22,9 @@ from rasa_theory.sources.tensor_updates import Updates
 def open_checkpoint(
     path: Path, memory: int | None = None, alone: bool = False, convolutions: bool = False
 ) -> Catalogue:
-    """The stacks of a checkpoint, with matrices (out, in); `alone` as for `grouping.group`, `convolutions` as for
-    `ModelCheckpoint`.
+    """The stacks of a checkpoint, with matrices (out, in).
+
+    `alone` is as for `grouping.group`, `convolutions` as for `ModelCheckpoint`.
 
     Beside a config.json they have the names and the roles of that model. Without one, every matrix is an update. If the
     keys are those of an adapter, the stacks are the adapter's updates. Raises InputError as `find_shards` and

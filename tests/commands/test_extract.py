@@ -53,12 +53,12 @@ def test_weights_that_lie_the_other_way_round(tmp_path):
 
 
 def test_a_mixture_of_experts_with_grouped_queries(tmp_path):
-    """Attention goes into the adapter, narrow keys and values too; experts are left out with their share."""
+    """Attention goes into the adapter, narrow keys and values too, and the experts of a layer as one parameter."""
     tuned = saved_pair(tmp_path, mixtral, ".layers.")
     assert run(tmp_path, tmp_path / "all", "--rank", "3", "--k", "0") == 0
-    left_out = {one["name"]: one for one in report_of(tmp_path / "all")["left_out"]}
-    for name in ("gate_up_proj", "down_proj"):
-        assert left_out[f"model.layers.1.mlp.experts.{name}"]["norm_squared"] > 0
+    rows = {row["name"]: row for row in report_of(tmp_path / "all")["stacks"]}
+    experts = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+    assert [rows[name]["ranks"] for name in experts] == [{name: 3} for name in experts]
     assert run(tmp_path, tmp_path / "out", "--rank", "12", "--k", "0", "--modules", "*self_attn*") == 0
     model = peft.PeftModel.from_pretrained(base_model(transformers.MixtralForCausalLM, tmp_path), tmp_path / "out")
     merged, after = model.merge_and_unload().state_dict(), tuned.state_dict()
