@@ -150,6 +150,12 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise InputError(f"{error} (--{flag})", error.parameter) from None
 
 
+def say_notes(notes: Sequence[str]) -> None:
+    """Print the notes of a catalogue."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
     """Print the first few groups of tensors that are in no stack, and the number of others, which `file` lists."""
     axes_last = sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)  # biases and norms

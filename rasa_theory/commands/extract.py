@@ -15,7 +15,15 @@ from typing import Any
 
 from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
-from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar, say_left_out
+from rasa_theory.commands.console import (
+    Parser,
+    exit_status,
+    naming_flags,
+    output_folder,
+    progress_bar,
+    say_left_out,
+    say_notes,
+)
 from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
@@ -201,6 +209,7 @@ def run(arguments: list[str], processes: Processes) -> int:
     processes = processes.with_long_timeout()
     with entered(out, job, processes) as folder:
         if processes.first:
+            say_notes(job.catalogue.notes)
             say_left_out(job.catalogue.left_out, "report.json")
         if folder is None:
             report = _earlier_report(out) if processes.first else {}

@@ -258,6 +258,7 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
         about
         | pair
         | {
+            "notes": list(job.catalogue.notes),
             "stacks": rows,
             "rank": _common_rank(job.settings, rows),
             "whole": [{"name": name, "norm_squared": norms[name].update} for name in written],

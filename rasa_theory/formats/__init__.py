@@ -7,7 +7,7 @@ from rasa_theory.formats.adapter_files import (
     holds_adapter,
     refuse_unmerged,
 )
-from rasa_theory.formats.architecture import Architecture, architecture
+from rasa_theory.formats.architecture import Architecture, architecture, why_unknown
 from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.kohya import (
@@ -148,5 +148,6 @@ __all__ = [
     "refused_by_peft",
     "safetensors_bytes",
     "whole_key",
+    "why_unknown",
     "write_safetensors",
 ]

@@ -91,6 +91,16 @@ def architecture(checkpoint: Path) -> Architecture | None:
     return _built(str(file), os.stat(file).st_mtime_ns)
 
 
+def why_unknown(checkpoint: Path) -> str:
+    """Why `architecture` returns None for a checkpoint, as the end of a sentence."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if not os.path.exists(folder / _CONFIG):
+        return f"no {_CONFIG} lies beside {checkpoint}"
+    if not is_transformers_here():
+        return "transformers 5 or later is not installed (pip install 'rasa-theory[hf]')"
+    return f"transformers cannot build the model of {folder / _CONFIG}"
+
+
 @functools.lru_cache(maxsize=4)
 def _built(file: str, stamp: int) -> Architecture | None:
     """The architecture of a config.json; `stamp`, its time of change, makes a rewritten file another one."""

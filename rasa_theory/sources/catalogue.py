@@ -73,7 +73,7 @@ class Catalogue:
     """The stacks of `source`, the tensors left out, and the files that it reads.
 
     `updates`: the updates of all tensors, also of those left out, by their names; None where a source has no tensors
-    beside its stacks.
+    beside its stacks. `notes`: sentences that a user should read before the names are used.
     """
 
     source: str
@@ -81,6 +81,7 @@ class Catalogue:
     left_out: list[LeftOut]
     files: tuple[Path, ...] = ()
     updates: Updates | None = None
+    notes: tuple[str, ...] = ()
 
     def norms(self, source: StackSource) -> list[Norms] | None:
         """The norms of every layer of a stack; None where the source does not measure them.

@@ -24,6 +24,7 @@ from rasa_theory.formats import (
     model_types,
     refuse_quantised,
     refuse_unmerged,
+    why_unknown,
 )
 from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 from rasa_theory.sources.tensor_updates import Differences, PairedKeys
@@ -101,7 +102,16 @@ def open_pair(
     source = f"{tuned} minus {base}" + (f" ({', '.join(map(str, prefixes))} of {tuned})" if prefixes else "")
     reader = Reader(updates.read, updates.file_of, updates.part)
     catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
-    return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates)
+    notes = () if model is not None else (as_on_disk(base),)
+    return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates, notes=notes)
+
+
+def as_on_disk(path: Path) -> str:
+    """The sentence that names are those of the disk, with the reason."""
+    return (
+        f"Modules are named as on the disk, which may not be their names in the model, for {why_unknown(path)}; "
+        "what a tensor is was decided by its name and shape."
+    )
 
 
 def _model(path: Path) -> Checkpoint:
