@@ -22,7 +22,6 @@ from rasa_theory.commands.console import (
     output_folder,
     progress_bar,
     say_left_out,
-    say_notes,
 )
 from rasa_theory.common import InputError
 from rasa_theory.distributed import Processes
@@ -148,7 +147,6 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     processes.from_first(lambda: catalogue.check_changed("there is nothing to reconstruct"))
     out = processes.from_first(lambda: output_folder(args.out))
     if processes.first:
-        say_notes(catalogue.notes)
         say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())
     state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *words], folder, processes)

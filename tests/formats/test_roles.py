@@ -27,7 +27,8 @@ IN_CLASS = {
     ("mamba", "backbone.layers.0.mixer.in_proj.weight"): Role.LINEAR,
     ("mixtral", "model.layers.0.mlp.gate.weight"): Role.ROUTER,
     ("gpt-oss", "model.layers.0.mlp.router.weight"): Role.ROUTER,
-    ("gpt-oss", "model.layers.0.mlp.experts.gate_up_proj"): Role.EXPERTS,
+    ("gpt-oss", "model.layers.0.mlp.experts.gate_up_proj"): Role.EXPERTS_TRANSPOSED,
+    ("mixtral", "model.layers.0.mlp.experts.gate_up_proj"): Role.EXPERTS,
     ("granite-moe", "model.layers.0.block_sparse_moe.experts.down_proj"): Role.EXPERTS,
     ("siglip", "head.attention.out_proj.weight"): Role.PARAMETER,  # torch reads it without calling it
     ("siglip", "head.mlp.fc1.weight"): Role.LINEAR,
@@ -93,7 +94,9 @@ def test_without_transformers_names_are_those_of_the_disk(tmp_path: Path, monkey
     assert "not installed" in module.why_unknown(tmp_path)
     names = ModelCheckpoint(Checkpoint(tmp_path), None).entries
     assert "vit.encoder.layer.0.attention.attention.query.weight" in names
-    assert names["vit.encoder.layer.0.attention.attention.query.weight"].place == (Role.LINEAR, "by its name")
+    place = names["vit.encoder.layer.0.attention.attention.query.weight"].place
+    assert place is not None
+    assert (place.role, place.decided_by) == (Role.LINEAR, "by its name")
 
 
 @pytest.mark.parametrize(
