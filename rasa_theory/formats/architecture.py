@@ -194,9 +194,8 @@ def _role(module: nn.Module, parent: nn.Module | None, parameter: str, tensor: A
     if isinstance(module, Conv1D):
         return Role.CONV1D
     if isinstance(module, nn.Linear):
-        # a subclass with a forward of its own does something else with its weight, and nn.MultiheadAttention takes the
-        # weight of its out_proj without calling it: an adapter on either would be wrong, or without effect
-        is_called = type(module).forward is nn.Linear.forward and not isinstance(parent, nn.MultiheadAttention)
+        # nn.MultiheadAttention takes the weight of its out_proj without calling it: an adapter would be without effect
+        is_called = _is_linear(module) and not isinstance(parent, nn.MultiheadAttention)
         return Role.LINEAR if is_called and parameter == "weight" else Role.PARAMETER
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Role.EMBEDDING
@@ -205,6 +204,21 @@ def _role(module: nn.Module, parent: nn.Module | None, parameter: str, tensor: A
     if axes == 3 and isinstance(tensor, nn.Parameter) and tensor.shape[0] > 1:
         return Role.EXPERTS_TRANSPOSED if getattr(module, "is_transposed", False) else Role.EXPERTS
     return Role.NORM if axes == 1 and parameter == "weight" else Role.PARAMETER
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a Linear, or a subclass with a forward of its own, maps vectors of its inputs to vectors of its outputs.
+
+    Falcon's does. A router that returns logits and choices does not, nor a matrix that stands for several: an adapter
+    around such a module would be wrong.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        output = module(torch.empty(2, module.in_features, device="meta", dtype=module.weight.dtype))
+    except Exception:  # whatever the code of a model raises on an input that it is not made for
+        return False
+    return isinstance(output, Tensor) and output.shape == (2, module.out_features)
 
 
 def _router_classes(model: nn.Module) -> tuple[type, ...]:

@@ -32,6 +32,8 @@ IN_CLASS = {
     ("granite-moe", "model.layers.0.block_sparse_moe.experts.down_proj"): Role.EXPERTS,
     ("siglip", "head.attention.out_proj.weight"): Role.PARAMETER,  # torch reads it without calling it
     ("siglip", "head.mlp.fc1.weight"): Role.LINEAR,
+    ("falcon", "transformer.h.0.mlp.dense_h_to_4h.weight"): Role.LINEAR,  # of a Linear with a forward of its own
+    ("llama4", "model.layers.0.feed_forward.router.weight"): Role.ROUTER,  # a Linear that returns a pair
     ("bert", "bert.encoder.layer.0.output.LayerNorm.weight"): Role.NORM,
     ("bert", "classifier.weight"): Role.LINEAR,
 }

@@ -79,10 +79,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=8,
         kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, first_k_dense_replace=1,
     ),
+    "llama4": _of(
+        "Llama4ForCausalLM", "Llama4TextConfig", **_MOE, intermediate_size_mlp=32, moe_layers=[0, 1],
+        attention_chunk_size=8,
+    ),
     "phi3": _of("Phi3ForCausalLM", "Phi3Config", **_TEXT),
     "gpt2": _of("GPT2LMHeadModel", "GPT2Config", vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=40),
     "gpt-neox": _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **_ENCODER),
     "bloom": _of("BloomForCausalLM", "BloomConfig", vocab_size=50, hidden_size=24, n_layer=2, n_head=4),
+    "falcon": _of(
+        "FalconForCausalLM", "FalconConfig", vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4
+    ),
     "opt": _of(
         "OPTForCausalLM", "OPTConfig", vocab_size=50, hidden_size=24, ffn_dim=32, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=40, word_embed_proj_dim=24,
@@ -122,6 +129,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mamba": _of("MambaForCausalLM", "MambaConfig", vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4),
 }  # fmt: skip
 """A function that builds the model, by the name of the family."""
+
+
+_NO_HEAD_DIM = {name: value for name, value in _MOE.items() if name != "head_dim"}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "qwen2-moe": _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **_MOE, shared_expert_intermediate_size=16),
+    "qwen3-next": _of(
+        "Qwen3NextForCausalLM", "Qwen3NextConfig", **_MOE, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=6, linear_value_head_dim=6, shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "jamba": _of(
+        "JambaForCausalLM", "JambaConfig", **_NO_HEAD_DIM, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+    ),
+    "mpt": _of("MptForCausalLM", "MptConfig", vocab_size=50, d_model=24, n_heads=4, n_layers=2),
+    "albert": _of("AlbertModel", "AlbertConfig", **_ENCODER, embedding_size=16),
+    "longformer": _of("LongformerModel", "LongformerConfig", **_ENCODER, attention_window=8),
+    "segformer": _of(
+        "SegformerForSemanticSegmentation", "SegformerConfig", hidden_sizes=[8, 16], depths=[1, 2],
+        num_encoder_blocks=2, num_attention_heads=[1, 2], sr_ratios=[2, 1], patch_sizes=[3, 3], strides=[2, 2],
+        mlp_ratios=[2, 2], decoder_hidden_size=16,
+    ),
+    "convnext": _of("ConvNextModel", "ConvNextConfig", hidden_sizes=[8, 16], depths=[1, 2], num_stages=2),
+    "rwkv": _of(
+        "RwkvForCausalLM", "RwkvConfig", vocab_size=50, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16,
+        intermediate_size=32,
+    ),
+}  # fmt: skip
+"""Models of other layouts: layers shared or of unequal kinds, mixtures beside shared experts, convolutions."""
 
 
 def changed_pair(model: Any, folder: Any, size: float = 0.01) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,17 +11,17 @@ from torch import nn
 
 from rasa_theory.formats import Role
 from rasa_theory.sources import Catalogue, open_source
-from tests.helpers.families import FAMILIES, changed_pair, transformers
+from tests.helpers.families import FAMILIES, OTHERS, changed_pair, transformers
 
 Truth = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES | OTHERS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Truth, Catalogue]:
     """The model, the change of every parameter by its name in the model, and the catalogue of the pair on the disk."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    model = FAMILIES[request.param]().float().eval()
+    model = (FAMILIES | OTHERS)[request.param]().float().eval()
     before, after = changed_pair(model, folder)
     shared = {name for name, _ in model.named_parameters()}  # of tied parameters only the first name
     truth = {name: after[name] - before[name] for name in shared}
@@ -57,6 +57,7 @@ def test_stacks_are_of_linear_maps_that_the_class_calls(family: tuple[Any, Truth
     modules = dict(model.named_modules())
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     inside = {f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    inside |= {name for name, module in modules.items() if type(module).__name__ == "Llama4Router"}  # returns a pair
     linear = {f"{name}.weight" for name, module in modules.items() if isinstance(module, kinds) and name not in inside}
     matrices = {key for s in catalogue.stacks if s.place.role in (Role.LINEAR, Role.CONV1D) for key in s.keys}
     assert matrices == linear & truth.keys()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rasa_theory.commands import extract, reconstruct
 from rasa_theory.common import InputError
 from rasa_theory.sources import Norms, open_source, pair_warning
-from tests.helpers.families import FAMILIES, changed_pair
+from tests.helpers.families import FAMILIES, changed_pair, transformers
 
 Tensors = dict[str, torch.Tensor]
 QUICK = ("--quiet", "--rank", "2", "--k", "0", "--effort", "quick")
@@ -84,7 +85,7 @@ def test_another_model_as_tuned_is_said_in_every_output(
 @pytest.mark.parametrize("rounded", ["base", "tuned"])
 def test_the_rounding_of_a_dtype_is_recognised(tmp_path: Path, dtype: torch.dtype, rounded: str) -> None:
     """Also where the rounded side is stored in float32 again; not where anything else has changed as well."""
-    exact = weights()
+    exact = weights(vocabulary=1000)
     other = {name: tensor.to(dtype).float() for name, tensor in exact.items()}
     sides = {"base": exact, "tuned": other} if rounded == "tuned" else {"base": other, "tuned": exact}
     catalogue = open_source(**saved(tmp_path, sides["base"], sides["tuned"]), alone=True)
@@ -92,9 +93,9 @@ def test_the_rounding_of_a_dtype_is_recognised(tmp_path: Path, dtype: torch.dtyp
     name = str(dtype).removeprefix("torch.")
     assert norms.rounding == {name}
     assert f"differs by the rounding of {name}" in (pair_warning(norms, "pair") or "")
-    sides["tuned"]["model.layers.1.q_proj.weight"][3, 2] += 0.5
+    sides["tuned"]["model.embed_tokens.weight"][-1, -1] += 0.5
     catalogue = open_source(**saved(tmp_path, sides["base"], sides["tuned"]), alone=True)
-    assert Norms.together(catalogue.norms(catalogue.stacks[0]) or ()).rounding == frozenset()
+    assert catalogue.norms_left_out()["model.embed_tokens.weight"].rounding == frozenset()
 
 
 @pytest.mark.parametrize("command", [extract, reconstruct])
@@ -214,17 +215,69 @@ def test_an_adapter_names_modules_of_the_model(tmp_path: Path, family: str, know
         assert torch.allclose(merged[name].double(), after[name], atol=1e-5)
 
 
-def test_both_arrangements_of_one_model_are_a_pair(tmp_path: Path) -> None:
-    """One side saved as transformers 4 did, the other under the names of the model in memory."""
-    model = FAMILIES["llava"]().float()
+@pytest.mark.parametrize("family", ["llava", "vit", "mixtral", "qwen3-moe"])
+def test_both_arrangements_of_one_model_are_a_pair(tmp_path: Path, family: str) -> None:
+    """One side saved as transformers 4 did, expert by expert; the other under the names of the model in memory."""
+    model = FAMILIES[family]().float()
     before, after = changed_pair(model, tmp_path)
-    names = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
-    save_file({name: tensor.clone() for name, tensor in names.items()}, tmp_path / "tuned" / "model.safetensors")
+    in_memory = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    save_file(in_memory, tmp_path / "tuned" / "model.safetensors")
+    assert in_memory.keys() != load_file(tmp_path / "base" / "model.safetensors").keys()
+    catalogue = open_source(base=str(tmp_path / "base"), tuned=str(tmp_path / "tuned"), alone=True)
+    assert not [one for one in catalogue.left_out if one.reason.startswith("in ")]
+    for source in catalogue.stacks:
+        expected = torch.stack([after[key] - before[key] for key in source.keys])
+        values = source.load(torch.float64, None).values
+        assert torch.allclose(values, expected[0] if expected.ndim == 4 else expected, atol=1e-6)
+
+
+LAYOUTS: dict[str, Callable[[str], str]] = {
+    "a base model saved inside a wrapper": lambda name: f"bert.{name}",
+    "torch.compile in DDP": lambda name: f"module._orig_mod.{name}",
+    "the names of TensorFlow's norms": lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tuned_model_under_other_names_is_read_under_those_of_the_base(tmp_path: Path, layout: str) -> None:
+    model = transformers.BertModel(FAMILIES["bert"]().config).float()
+    before, after = changed_pair(model, tmp_path)
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file({LAYOUTS[layout](name): tensor for name, tensor in load_file(file).items()}, file)
     catalogue = open_source(base=str(tmp_path / "base"), tuned=str(tmp_path / "tuned"), alone=True)
     assert not [one for one in catalogue.left_out if one.reason.startswith("in ")]
     for source in catalogue.stacks:
         expected = torch.stack([after[key] - before[key] for key in source.keys])
         assert torch.allclose(source.load(torch.float64, None).values, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_one_configuration_of_the_two_is_enough(tmp_path: Path, side: str) -> None:
+    changed_pair(FAMILIES["vit"](), tmp_path)
+    (tmp_path / side / "config.json").unlink()
+    catalogue = open_source(base=str(tmp_path / "base"), tuned=str(tmp_path / "tuned"), alone=True)
+    assert "vit.layers.*.attention.q_proj.weight" in {source.name for source in catalogue.stacks}
+    assert catalogue.notes == ()
+
+
+def test_a_model_with_code_of_its_own_is_read_by_names_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No code of a checkpoint is run."""
+    changed_pair(FAMILIES["llama"](), tmp_path)
+    for side in ("base", "tuned"):
+        file = tmp_path / side / "config.json"
+        config = json.loads(file.read_text()) | {"model_type": "mine", "auto_map": {"AutoModel": "model.Mine"}}
+        file.write_text(json.dumps(config))
+    paths = {side: str(tmp_path / side) for side in ("base", "tuned")}
+    assert extract.main(flags(paths, tmp_path / "out")) == 0
+    assert "note: Modules are named as on the disk, " in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "transformers cannot build the model of" in report["notes"][0]
+    assert {one["reason"] for one in report["left_out"]} == {
+        "an embedding, by its name",
+        "the weight of a norm, by its 1 axes",
+    }
 
 
 # ---- the Hub
