@@ -312,7 +312,7 @@ def spectral_facts(sigma: Tensor) -> list[dict[str, Any]]:
 def _error_at_rank(stack: LayerStack, factors: LoraFactors, exact: bool) -> dict[str, float]:
     """e_lora of the whole stack at ranks 0, 1, 2, 4, .., as far as the singular values reach that were computed."""
     energy = stack.spectra.svd().S.double() ** 2 if exact else (factors.B.double() ** 2).sum(1)
-    kept = torch.cumsum(energy.sum(0).cpu() * (stack.scale**2 if exact else 1.0), 0).tolist()
+    kept = torch.cumsum(energy.sum(0).cpu(), 0).tolist()
     ranks = [2**n for n in range(len(kept).bit_length())]
     errors = {str(r): max(stack.norm_squared - kept[r - 1], 0.0) for r in [*ranks, len(kept)] if r <= len(kept)}
     return {"0": stack.norm_squared} | errors

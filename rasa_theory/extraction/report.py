@@ -15,6 +15,7 @@ from rasa_theory.bounds import PROBABLE
 from rasa_theory.common import aligned, csv_text
 from rasa_theory.extraction.consumers import consumer_notes
 from rasa_theory.formats import grouped
+from rasa_theory.plotting import unique_labels
 
 _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
@@ -57,7 +58,7 @@ def extraction_table(report: dict[str, Any]) -> str:
     is_diff = report["plan"]["settings"]["format"] == "diff"
     lines = _difference_lines(report, changed) if is_diff else _error_lines(report, changed)
     is_too_wide = max(map(len, aligned(lines))) > _WIDTH
-    prefix = _common_prefix([row["kind"] for row in changed]) if is_too_wide else ""
+    prefix = _common_prefix(_labels(changed)) if is_too_wide else ""
     text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
     note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
     probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
@@ -74,15 +75,20 @@ def extraction_table(report: dict[str, Any]) -> str:
     return "\n".join([*text, *note, _DIFFERENCE if is_diff else _EXPLANATION, *probable, *wrapped, *_warning(report)])
 
 
+def _labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of the stacks, and what tells them apart where two are of one kind."""
+    return unique_labels([row["kind"] for row in rows], [row["name"].replace(".weight", "") for row in rows])
+
+
 def _error_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The head, a line for each stack, and the line of the sums."""
     lines: list[tuple[str, ...]] = [_HEAD]
-    for row in changed:
+    for label, row in zip(_labels(changed), changed, strict=True):
         floor = "-" if row["k"] == 0 else _ratio(row["lower_bound"], row["e_lora"])
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
         lines.append(
-            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
+            (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
              *_errors(row), floor, _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
     total: dict[str, Any] = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
@@ -96,10 +102,9 @@ def _difference_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]])
     return [
         ("kind", "layers", "shape", "M/W", "share", "file/||M||^2"),
         *(
-            (row["kind"], str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row),
-             _ratio(row["norm_squared"], whole),
-             f"{row['e_stored'] / row['norm_squared']:.1e}")
-            for row in changed
+            (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row),
+             _ratio(row["norm_squared"], whole), f"{row['e_stored'] / row['norm_squared']:.1e}")
+            for label, row in zip(_labels(changed), changed, strict=True)
         ),
     ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rasa_theory.plotting import style
-from rasa_theory.plotting.heat_map import LINE, heat_map, shortened
+from rasa_theory.plotting.heat_map import LINE, heat_map, shortened, unique_labels
 from rasa_theory.plotting.style import BLUE, COLOURS, GREY, INK
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     """
     settings = report["plan"]["settings"]
     rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
+    labels = unique_labels([row["kind"] for row in rows], [row["name"].replace(".weight", "") for row in rows])
+    rows = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
     many = [row for row in rows if len(row["modules"]) > 1]
     single = [row for row in rows if len(row["modules"]) == 1]
     curves = [row for row in rows if len(row["error_at_rank"]) > 1]
@@ -74,9 +76,9 @@ def _heat_map(ax: Axes, rows: Sequence[dict[str, Any]], value: str, across: str)
         places = [i if module["layer"] is None else module["layer"] for i, module in enumerate(row["modules"])]
         share_at = dict(zip(places, _shares(row, value), strict=True))
         grid.append([share_at.get(place) for place in range(max(places) + 1)])
-    heat_map(ax, grid, [row["kind"] for row in rows], "", _meaning(value))
+    heat_map(ax, grid, [row["label"] for row in rows], "", _meaning(value))
     step = -(-len(rows) // _TALLEST)
-    ax.set_yticks(range(0, len(rows), step), [shortened(row["kind"]) for row in rows[::step]])
+    ax.set_yticks(range(0, len(rows), step), [shortened(row["label"]) for row in rows[::step]])
     style.name(ax, x=across)
 
 
@@ -85,7 +87,7 @@ def _points(ax: Axes, rows: Sequence[dict[str, Any]], value: str) -> None:
     ranked = sorted(rows, key=lambda row: -(_shares(row, value)[0] or 0.0))[:_POINTS]
     heights = range(len(ranked))
     ax.plot([_shares(row, value)[0] or 0.0 for row in ranked], heights, "o", color=BLUE)
-    ax.set_yticks(heights, [shortened(row["kind"]) for row in ranked])
+    ax.set_yticks(heights, [shortened(row["label"]) for row in ranked])
     ax.set_ylim(len(ranked) - 0.5, -0.5)
     ax.set_xlim(left=0.0)
     style.grid(ax)
@@ -99,13 +101,16 @@ def _curves(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for row, colour, marker in zip(ranked, COLOURS, style.MARKERS, strict=False):
         ranks = [int(rank) for rank in row["error_at_rank"]]
         errors = [error / row["norm_squared"] for error in row["error_at_rank"].values()]
-        ax.plot(ranks, errors, color=colour, marker=marker, markersize=4, linewidth=1.2, label=shortened(row["kind"]))
+        ax.plot(ranks, errors, color=colour, marker=marker, markersize=4, linewidth=1.2, label=shortened(row["label"]))
     common = [rank for rank in rows[0]["error_at_rank"] if all(rank in row["error_at_rank"] for row in rows)]
     norm = sum(row["norm_squared"] for row in rows)
     whole = [sum(row["error_at_rank"][rank] for row in rows) / norm for rank in common]
     ax.plot([int(rank) for rank in common], whole, color=INK, linewidth=2.2, label="all")
     ax.axhline(0.0, color=GREY, linewidth=0.8)
     ax.set_xscale("symlog", base=2, linthresh=1)
+    ticks = sorted({int(rank) for row in rows for rank in row["error_at_rank"] if int(rank) & (int(rank) - 1) == 0})
+    ax.set_xticks(ticks, [str(rank) for rank in ticks], minor=False)
+    ax.set_xlim(left=0)
     ax.set_ylim(-0.02, 1.02)
     style.name(ax, x="rank of the best LoRA", y="missed share")
     style.legend(ax, loc="upper right")

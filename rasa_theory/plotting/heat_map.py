@@ -45,3 +45,24 @@ def heat_map(
 def shortened(kind: str) -> str:
     """The end of a long name, after two dots."""
     return kind if len(kind) <= _LONGEST else f"..{kind[2 - _LONGEST :]}"
+
+
+def unique_labels(short: Sequence[str], long: Sequence[str]) -> list[str]:
+    """The short names; where one occurs several times, what tells the long ones apart stands before it.
+
+    Of `model.encoder.layers.*.fc1` and `model.decoder.layers.*.fc1` that is `encoder` and `decoder`.
+    """
+    labels = list(short)
+    for name in {name for name in short if short.count(name) > 1}:
+        alike = [i for i, one in enumerate(short) if one == name]
+        parts = [long[i].split(".") for i in alike]
+        start = _common(parts)
+        stop = _common([part[start:][::-1] for part in parts])
+        for i, part in zip(alike, parts, strict=True):
+            labels[i] = f"{'.'.join(part[start : len(part) - stop])}: {name}"
+    return labels
+
+
+def _common(lists: Sequence[Sequence[str]]) -> int:
+    """The number of components at the beginning that all lists share."""
+    return next((n for n, column in enumerate(zip(*lists, strict=False)) if len(set(column)) > 1), min(map(len, lists)))
