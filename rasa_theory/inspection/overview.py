@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rasa_theory.common import aligned, csv_text
+from rasa_theory.formats import grouped
 
 _WIDTH = 80
 _WHOLE = 1 - 1e-9  # a share from here on is printed as 100 %: the rest is rounding
@@ -131,26 +132,23 @@ def megabytes(size: int) -> str:
 
 
 def _left_out_lines(report: dict[str, Any]) -> list[str]:
-    """What is in no stack, names that differ in numbers together, with the share of the squared norm of the source."""
-    together: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in report["left_out"]:
-        together.setdefault((re.sub(r"\d+", "*", one["name"]), one["reason"]), []).append(one)
-    if not together:
+    """What is in no stack, in groups, with the share of each in the squared norm of the whole source."""
+    norms = {one["name"]: one["norm_squared"] for one in report["left_out"]}
+    if not norms:
         return []
-    whole = report["norm_squared"] + math.fsum(one["norm_squared"] or 0.0 for one in report["left_out"])
-    groups = [
-        (math.fsum(one["norm_squared"] or 0.0 for one in ones), name, reason, ones)
-        for (name, reason), ones in together.items()
-    ]
-    lines = ["Left out, with the share of the squared norm of the whole source:"]
+    whole = report["norm_squared"] + math.fsum(norm for norm in norms.values() if norm is not None)
+    groups = []
+    for group in grouped((one["name"], one["reason"]) for one in report["left_out"]):
+        known = [norms[name] for name in group.names if norms[name] is not None]
+        share = math.fsum(known) / whole if whole > 0 else 0.0
+        said = f"{100 * share:.2g} %" if len(known) == len(group.names) else "share unknown"
+        groups.append((share, f"{group.label}: {said} ({group.reason})"))
     groups.sort(key=lambda group: -group[0])
-    for norm, name, reason, ones in groups[:_GROUPS_SHOWN]:
-        is_known = all(one["norm_squared"] is not None for one in ones)
-        share = f"{100 * norm / whole if whole > 0 else 0:.2g} %" if is_known else "share unknown"
-        count = f"{len(ones)} x {name}" if len(ones) > 1 else ones[0]["name"]
-        lines += textwrap.wrap(f"{count}: {share} ({reason})", _WIDTH, initial_indent="  ", subsequent_indent="    ")
-    rest = sum(len(ones) for *_, ones in groups[_GROUPS_SHOWN:])
-    return [*lines, f"  and {rest} tensors more, in inspect.json"] if rest else lines
+    lines = ["Left out, with the share of the squared norm of the whole source:"]
+    for _, text in groups[:_GROUPS_SHOWN]:
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    rest = len(groups) - _GROUPS_SHOWN
+    return [*lines, f"  and {rest} groups more, in inspect.json"] if rest > 0 else lines
 
 
 # ---- the recommendation

@@ -130,7 +130,7 @@ def test_the_table_fits_80_columns_and_csv_has_a_line_for_each_rank(
     assert run(pair, tmp_path, "--size", "6KB") == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.replace(str(pair), "P").replace(str(tmp_path), "O").splitlines())) <= 80
-    assert "3 x model.layers.*.input_layernorm.weight" in printed
+    assert "model.embed_tokens.weight: 0.4 % (an embedding" in printed
     assert "In at most 0.006 MB: rank" in printed
     lines = list(csv.DictReader((tmp_path / "inspect.csv").open()))
     assert len(lines) == len(SHAPES) * LAYERS * 3

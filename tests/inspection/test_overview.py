@@ -70,14 +70,14 @@ def test_what_is_out_of_reach_is_said() -> None:
 def test_left_out_tensors_are_grouped_with_the_largest_first() -> None:
     report = report_of(rt.LayerStack(diagonal(3.0), "q"))
     report["left_out"] = [
-        {"name": f"layers.{i}.norm.weight", "reason": "a norm", "norm_squared": 0.25} for i in range(2)
+        {"name": f"layers.{i}.norm.weight", "reason": "a norm", "norm_squared": 0.25} for i in range(4)
     ]
-    report["left_out"] += [{"name": "embed.weight", "reason": "an embedding", "norm_squared": 0.5 + 9.0}]
+    report["left_out"] += [{"name": "embed.weight", "reason": "an embedding", "norm_squared": 10.0}]
     report["left_out"] += [{"name": "mask", "reason": "bool", "norm_squared": None}]
     lines = [line.strip() for line in inspection_table(report).splitlines()]
     at = lines.index("Left out, with the share of the squared norm of the whole source:")
     assert lines[at + 1] == "embed.weight: 50 % (an embedding)"
-    assert lines[at + 2] == "2 x layers.*.norm.weight: 2.6 % (a norm)"
+    assert lines[at + 2] == "4 norms: 5 % (a norm)"
     assert lines[at + 3] == "mask: share unknown (bool)"
 
 
