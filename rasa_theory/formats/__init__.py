@@ -69,7 +69,7 @@ from rasa_theory.formats.safetensors import (
 )
 from rasa_theory.formats.shards import PICKLES
 from rasa_theory.formats.spellings import adapter_format
-from rasa_theory.formats.stored_adapter import StoredAdapter
+from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, LeftOutGroup, grouped, is_floating
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "Exclusion",
+    "FactorPair",
     "KohyaFile",
     "LeftOut",
     "LeftOutGroup",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -71,11 +72,12 @@ def adapter_in_folder(folder: Path) -> StoredAdapter:
     raise InputError(f"{file}: peft_type is {kind!r}, but only LORA and RASA have updates B A; {MERGE}")
 
 
-def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
+def adapter_in_tensors(checkpoint: Checkpoint, convolutions: bool = False) -> StoredAdapter | None:
     """The adapter that a file, or a folder without configuration, holds by its keys; None if it holds none.
 
-    It does if at least half of its tensors are an adapter's. Raises InputError, naming the format, if its updates
-    cannot be had from the file alone, or if it is a model with adapters that are not merged.
+    It does if at least half of its tensors are an adapter's. With `convolutions`, the updates of those in two
+    dimensions are read as matrices (out, in k k); else they are left out. Raises InputError, naming the format, if its
+    updates cannot be had from the file alone, or if it is a model with adapters that are not merged.
     """
     refuse_unmerged(checkpoint)
     _refuse_bare_factors(checkpoint)
@@ -95,6 +97,7 @@ def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
     for module, sides in keys.sides_of.items():
         for entry in sides.values():
             check_gathered(path, entry)
+        sides, kernel = _flattened(sides) if convolutions else (sides, ())
         refusal = unusable(sides)
         if refusal is None and module in changed:
             refusal = f"{changed[module]}: the update is not B A; {MERGE}", Exclusion.VARIANT
@@ -103,7 +106,7 @@ def adapter_in_tensors(checkpoint: Checkpoint) -> StoredAdapter | None:
             continue
         spelling = keys.spelling_of[module]
         scaling = scalings.of(module, spelling, sides["A"], keys.alpha_of.get(module))
-        pair = factor_pair(path, sides["A"], sides["B"], scaling, False)
+        pair = factor_pair(path, sides["A"], sides["B"], scaling, False)._replace(kernel=kernel)
         pairs[kohya_module(module) if spelling is Spelling.KOHYA else module] = pair
     return StoredAdapter(path, checkpoint, pairs, left_out, checkpoint.files)
 
@@ -237,6 +240,19 @@ class _AdapterKeys:
             self.foreign[name] = other
         else:
             self.others.append(name)
+
+
+def _flattened(sides: dict[str, Entry]) -> tuple[dict[str, Entry], tuple[int, ...]]:
+    """The factors of a convolution, A (r, in, k, k) and B (out, r, 1, 1), as matrices, and (k, k).
+
+    Others are returned as they are, with ().
+    """
+    if len(sides) == 2 and all(len(entry.shape) == 4 for entry in sides.values()) and sides["B"].shape[2:] == (1, 1):
+        flat = {
+            side: entry._replace(shape=(entry.shape[0], math.prod(entry.shape[1:]))) for side, entry in sides.items()
+        }
+        return flat, sides["A"].shape[2:]
+    return sides, ()
 
 
 def _beside(what: str | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory.formats.names import ModuleNames
+from rasa_theory.formats.spellings import kohya_name
 from rasa_theory.formats.tensors import padded_with_zeros
 from rasa_theory.problem import LoraFactors, balanced
 
@@ -36,7 +37,7 @@ def kohya_tensors(
         if rank == 0:
             continue
         B, A = balanced(factors.B[i, :, :rank], factors.A[i, :rank])
-        module = _module(name, prefix)
+        module = kohya_name(name, prefix)
         if modules.kernel:
             tensors[module + _DOWN] = A.reshape(rank, -1, *modules.kernel)
             tensors[module + _UP] = B.reshape(*B.shape, *(1 for _ in modules.kernel))
@@ -55,7 +56,7 @@ def kohya_factors(
     Modules of less rank, or without tensors, are filled up with zeros. `shape` is (b, a).
     """
     (b, a), L = shape, len(modules.names)
-    parts = [_module(name, prefix) for name in modules.names]
+    parts = [kohya_name(name, prefix) for name in modules.names]
     r = max((len(tensors[part + _DOWN]) for part in parts if part + _DOWN in tensors), default=0)
     B, A = torch.zeros(L, b, r, dtype=torch.float64), torch.zeros(L, r, a, dtype=torch.float64)
     for i, part in enumerate(parts):
@@ -71,10 +72,6 @@ def kohya_metadata(ranks: Sequence[int], base: str | None) -> dict[str, str]:
     dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
     names = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
     return {"format": "pt", **names, **({} if base is None else {"ss_sd_model_name": base})}
-
-
-def _module(name: str, prefix: str) -> str:
-    return prefix + name.replace(".", "_")
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def adapter_format(name: str) -> str | None:
 # ---- kohya's names of modules
 
 _COMPONENTS = {
-    "lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder.", "lora_te2_": "text_encoder_2.",
+    "lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder_1.", "lora_te2_": "text_encoder_2.",
     "lora_te3_": "text_encoder_3.", "lora_transformer_": "transformer.",
 }  # fmt: skip
 _COMPONENT_NAMES = """
@@ -208,6 +208,19 @@ def kohya_module(name: str) -> str:
         parts.append("_".join(words[:count]))
         words = words[count:]
     return _COMPONENTS[prefix] + ".".join(parts)
+
+
+def kohya_name(module: str, prefix: str) -> str:
+    """kohya's name of a module, with `_` for every dot, after the prefix of its part of a pipeline, or else `prefix`.
+
+    It undoes `kohya_module`: `unet.mid_block.proj` is `lora_unet_mid_block_proj`, whatever the prefix.
+    """
+    if module.startswith(tuple(_COMPONENTS)):
+        return module  # the name of a file that `kohya_module` has not recognised
+    for own, component in _COMPONENTS.items():
+        if module.startswith(component):
+            return own + module.removeprefix(component).replace(".", "_")
+    return prefix + module.replace(".", "_")
 
 
 def _is_component(text: str) -> bool:

@@ -28,6 +28,7 @@ class FactorPair(NamedTuple):
     """The factors of one module. The update (b, a) is the sum of the terms, times `scaling`; `rank` is theirs together.
 
     `transposed`: the module's weight is (a, b). `swapped`: the file has the factors as A^T (a, r) and B^T (r, b).
+    `kernel`: the last axes (k, k) of a convolution, whose update is the matrix (out, in k k).
     """
 
     terms: tuple[Term, ...]
@@ -37,6 +38,7 @@ class FactorPair(NamedTuple):
     dtype: torch.dtype
     transposed: bool = False
     swapped: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class StoredAdapter:
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B (b, r) times scaling and mixing, in float64, and A (r, a) in the dtype of the file."""
         pair = self.pairs[module]
-        sides = [self._term(term, pair.swapped) for term in pair.terms]
+        sides = [self._term(term, pair) for term in pair.terms]
         return torch.cat([B for B, _ in sides], 1) * pair.scaling, torch.cat([A for _, A in sides], 0)
 
-    def _term(self, term: Term, swapped: bool) -> tuple[Tensor, Tensor]:
+    def _term(self, term: Term, pair: FactorPair) -> tuple[Tensor, Tensor]:
         B, A = self.checkpoint.read(term.B).double(), self.checkpoint.read(term.A)
-        if swapped:
+        if pair.kernel:
+            B, A = B.flatten(1), A.flatten(1)
+        if pair.swapped:
             B, A = B.mT, A.mT
         if term.mixing is not None:
             B = B * self.checkpoint.read(term.mixing).double()[term.first : term.first + B.shape[1]]

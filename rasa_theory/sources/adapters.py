@@ -15,7 +15,10 @@ from rasa_theory.formats import (
     Checkpoint,
     Entry,
     Exclusion,
+    FactorPair,
     LeftOut,
+    Place,
+    Role,
     StoredAdapter,
     adapter_in_folder,
     adapter_in_tensors,
@@ -42,7 +45,7 @@ def catalogue_of_adapter(adapter: StoredAdapter, memory: int | None = None, alon
     """
     place_of = {f"{module}.weight": (adapter, module) for module in adapter.pairs}
     pairs = {key: adapter.pairs[module] for key, (_, module) in place_of.items()}
-    entries = [Entry(key, pair.shape, "float32", pair.transposed) for key, pair in pairs.items()]
+    entries = [Entry(key, pair.shape, "float32", pair.transposed, _place(pair)) for key, pair in pairs.items()]
     groups, ungrouped = group(entries, alone)
     source, holder = str(adapter.path), FactorHolder(place_of)
     catalogue = catalogue_of_groups(source, groups, adapter.left_out + ungrouped, holder, memory)
@@ -75,6 +78,11 @@ def open_adapters(paths: Sequence[Path], memory: int | None = None) -> Catalogue
     source = ", ".join(map(str, paths))
     catalogue = catalogue_of_groups(source, groups, left_out, FactorHolder(place_of), memory)
     return dataclasses.replace(catalogue, files=tuple(file for x in adapters for file in x.files))
+
+
+def _place(pair: FactorPair) -> Place | None:
+    """The place of a convolution; None for a Linear layer, since nothing is to be said about it."""
+    return Place(Role.KERNELS, "by the axes of its factors", kernel=pair.kernel) if pair.kernel else None
 
 
 def _adapter(path: Path) -> StoredAdapter:

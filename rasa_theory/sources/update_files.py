@@ -31,7 +31,7 @@ def open_checkpoint(
     `adapter_in_tensors` do, if a config.json is not sound, if weights are quantised, and if no stack remains.
     """
     disk = Checkpoint(path)
-    if (adapter := adapter_in_tensors(disk)) is not None:
+    if (adapter := adapter_in_tensors(disk, convolutions)) is not None:
         return catalogue_of_adapter(adapter, memory, alone)
     refuse_quantised(path, disk.entries.values(), model_config(path))
     model, models = architecture(path), model_types(path)

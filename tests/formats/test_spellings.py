@@ -2,7 +2,7 @@
 
 import pytest
 
-from rasa_theory.formats.spellings import Side, Spelling, adapter_format, foreign, kohya_module, spelt
+from rasa_theory.formats.spellings import Side, Spelling, adapter_format, foreign, kohya_module, kohya_name, spelt
 
 ATTENTION = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1"
 
@@ -116,6 +116,15 @@ def test_names_of_no_adapter(name):
 )  # fmt: skip
 def test_kohyas_names_of_modules(name, dotted):
     assert kohya_module(name) == dotted
+    if name.startswith("lora_"):
+        assert kohya_name(dotted, "lora_unet_") == name
+
+
+def test_modules_of_no_part_of_a_pipeline_get_the_prefix():
+    assert kohya_name("down_blocks.0.proj_in", "lora_unet_") == "lora_unet_down_blocks_0_proj_in"
+    assert (
+        kohya_name("encoder.layers.0.mlp.fc1", "lora_te_") == "lora_te_encoder_layers_0_mlp_fc1"
+    )
 
 
 def test_kohyas_names_are_those_of_a_text_encoder():
@@ -128,4 +137,4 @@ def test_kohyas_names_are_those_of_a_text_encoder():
     names = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
     assert len(names) > 12
     for name in names:
-        assert kohya_module("lora_te1_" + name.replace(".", "_")) == f"text_encoder.{name}"
+        assert kohya_module("lora_te1_" + name.replace(".", "_")) == f"text_encoder_1.{name}"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import rasa_theory as rt
 from rasa_theory.formats.spellings import kohya_module
 from rasa_theory.sources import open_source
 
@@ -79,3 +80,43 @@ def test_kohyas_names_of_all_modules_of_diffusers(unet: Any) -> None:
         assert len(names) >= 30
         for name in names:
             assert kohya_module(prefix + name.replace(".", "_")) == f"{component}.{name}"
+
+
+def test_kohyas_convolutions_come_back(unet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read as matrices (out, in k k) for kohya's format, written at full rank, and read again: the same updates."""
+    from rasa_theory.commands import extract
+
+    layers = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Conv2d) and (".resnets" in n or "proj_" in n)}
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    truth: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        down = torch.randn(2, *layer.weight.shape[1:], generator=generator)
+        up = torch.randn(layer.out_channels, 2, 1, 1, generator=generator)
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(3.0)}
+        truth[name] = 1.5 * up.double()[:, :, 0, 0] @ down.double().flatten(1)
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    def updates(file: Path) -> dict[str, Tensor]:
+        read = {}
+        for source in open_source(str(file), alone=True, convolutions=True).stacks:
+            read |= dict(zip(source.keys, source.load(torch.float64, None).values, strict=True))
+        return read
+
+    assert len(layers) > 10
+    first = updates(tmp_path / "x.safetensors")
+    assert {key.removesuffix(".weight").partition(".")[2] for key in first} == layers.keys()
+    for name, update in truth.items():
+        torch.testing.assert_close(first[f"unet.{name}.weight"], update, rtol=0, atol=1e-12)
+    with pytest.raises(rt.InputError, match=r"no stack remains .*has 4 axes \(a convolution\?\)"):
+        open_source(str(tmp_path / "x.safetensors"), alone=True)
+
+    out = ["--rank", "2", "--format", "kohya", "--quiet", "--out", str(tmp_path / "out")]
+    assert extract.main(["--source", str(tmp_path / "x.safetensors"), *out]) == 0
+    capsys.readouterr()
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    again = updates(file)
+    assert again.keys() == first.keys()
+    for key, update in first.items():
+        torch.testing.assert_close(again[key], update, rtol=0, atol=1e-5)
