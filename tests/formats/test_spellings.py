@@ -122,9 +122,7 @@ def test_kohyas_names_of_modules(name, dotted):
 
 def test_modules_of_no_part_of_a_pipeline_get_the_prefix():
     assert kohya_name("down_blocks.0.proj_in", "lora_unet_") == "lora_unet_down_blocks_0_proj_in"
-    assert (
-        kohya_name("encoder.layers.0.mlp.fc1", "lora_te_") == "lora_te_encoder_layers_0_mlp_fc1"
-    )
+    assert kohya_name("encoder.layers.0.mlp.fc1", "lora_te_") == "lora_te_encoder_layers_0_mlp_fc1"
 
 
 def test_kohyas_names_are_those_of_a_text_encoder():
