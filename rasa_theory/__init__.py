@@ -10,7 +10,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("KMP_BLOCKTIME", "0")  # ms: LLVM's and Intel's OpenMP spin that long before they sleep
 
-from rasa_theory import adapter, methods
+from rasa_theory import methods
 from rasa_theory.bounds import Bound, FloorOptions, SearchProgress, allocation_bound, lower_bound
 from rasa_theory.common import InputError, __version__
 from rasa_theory.inspection import inspect
@@ -65,7 +65,6 @@ __all__ = [
     "SpectralRanks",
     "StopReason",
     "__version__",
-    "adapter",
     "allocation_bound",
     "gain",
     "inspect",

@@ -18,7 +18,7 @@ FLOORS = (
     "linalg",
     "problem",
     "bounds formats",
-    "solvers sources adapter peft",
+    "solvers sources peft",
     "methods reconstruction verification extraction inspection",
     "commands",
     "__init__ reconstruct verify extract inspect",

@@ -81,7 +81,7 @@ def _of_rasa(report: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         shown = ", ".join(lost[:_SHOWN]) + (", .." if len(lost) > _SHOWN else "")
         notes.append(
             f"The authors' fork finds a layer by `layers.N.` in its name, and cannot load {len(lost)} of "
-            f"{len(modules)} modules ({shown}). `rasa_theory.adapter` and format lora-exact-rasa can."
+            f"{len(modules)} modules ({shown}). `rasa_theory.peft` and format lora-exact-rasa can."
         )
     if settings["k"] == settings["rank"] and settings["layout"] == "private":
         notes.append("The authors' second fork wants private ranks, k below r, and cannot load this file.")

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 
 import rasa_theory as rt
+import rasa_theory.peft  # registers the method
 from rasa_theory import InputError
-from rasa_theory.adapter import load
 from rasa_theory.formats import (
     BaseModel,
     ModuleNames,
@@ -140,9 +141,10 @@ def test_the_second_layout_loads_into_a_model(tmp_path):
         torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 7).double()})})
         for _ in range(3)
     )
-    adapter = load(net, rasa_folder(tmp_path / "a", tensors["second, with copies"]))
+    folder = rasa_folder(tmp_path / "a", tensors["second, with copies"])
+    adapter = PeftModel.from_pretrained(net, str(folder)).base_model
     for i, name in enumerate(NAMES):
-        torch.testing.assert_close(adapter.delta_weight(name), f.update(i), rtol=0, atol=1e-12)
+        torch.testing.assert_close(adapter.layer(name).get_delta_weight("default"), f.update(i), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

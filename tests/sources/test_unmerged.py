@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 import rasa_theory as rt
-from rasa_theory.adapter import inject
 from rasa_theory.commands import reconstruct
 from rasa_theory.formats.wrappers import unwrapped
+from rasa_theory.peft import RasaConfig
 from rasa_theory.sources import open_source
 from tests.helpers.problems import noise
 
@@ -74,8 +75,8 @@ def test_a_checkpoint_of_a_model_with_an_injected_adapter_is_refused(tmp_path: P
     net = torch.nn.Module()
     net.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(6, 6)}) for _ in range(2))
     save_file(net.state_dict(), tmp_path / "base.safetensors")
-    inject(net, ["q"], rt.RankBudget(2, 1))
-    save_file({key: x.clone() for key, x in net.state_dict().items()}, tmp_path / "tuned.safetensors")
+    model = get_peft_model(net, RasaConfig(r=2, k=1, target_modules=["q"]))
+    save_file({key: x.clone() for key, x in model.state_dict().items()}, tmp_path / "tuned.safetensors")
     with pytest.raises(rt.InputError, match="a model with adapters that are not merged"):
         open_source(base=str(tmp_path / "base.safetensors"), tuned=str(tmp_path / "tuned.safetensors"))
 
