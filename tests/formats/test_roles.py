@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from rasa_theory.formats import Checkpoint, ModelCheckpoint, Role, architecture, place_by_name
+from rasa_theory.formats import Architecture, Checkpoint, ModelCheckpoint, Role, architecture, place_by_name
 from rasa_theory.formats import architecture as architecture_module
 from tests.helpers.families import FAMILIES
 
@@ -107,3 +108,29 @@ def test_without_transformers_names_are_those_of_the_disk(tmp_path: Path, monkey
 def test_a_configuration_that_transformers_cannot_build_leaves_it_to_names(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     assert architecture(tmp_path) is None
+
+
+class _Pair(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class _Grouped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight.view(2, -1, self.in_features).mT)
+
+
+class _Same(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("kind", "role"),
+    [(_Pair, Role.PARAMETER), (_Grouped, Role.PARAMETER), (_Same, Role.LINEAR), (nn.Linear, Role.LINEAR)],
+)
+def test_a_subclass_of_linear_is_one_if_it_maps_vectors_to_vectors(kind: type[nn.Linear], role: Role) -> None:
+    with torch.device("meta"):
+        place = Architecture(nn.Sequential(kind(4, 6, bias=False))).place("0.weight")
+    assert place is not None
+    assert place.role is role
