@@ -256,6 +256,28 @@ def test_other_sources_have_no_base(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert list(report["stacks"][0]["energy"][1:]) == [[1.0, 1.0]] * 5
 
 
+def test_adapters_are_compared_over_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Factors are never multiplied out; the truth is alpha / r times B A, by NumPy."""
+    generator, updates_of = np.random.default_rng(0), []
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    for task in ("a", "b"):
+        B, A = generator.standard_normal((10, 3)), generator.standard_normal((3, 12))
+        updates_of.append(2 * B @ A)
+        (tmp_path / task).mkdir()
+        tensors = {f"{name}.lora_B.weight": torch.tensor(B), f"{name}.lora_A.weight": torch.tensor(A)}
+        save_file(tensors, tmp_path / task / "adapter_model.safetensors")
+        (tmp_path / task / "adapter_config.json").write_text(json.dumps(config))
+    words = ["--adapters", str(tmp_path / "a"), str(tmp_path / "b"), "--out", "none", "--quiet", "--json"]
+    assert main([*words, "--ranks", "1,2,3"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["stacks"]
+    assert [module["module"].partition("/")[0] for module in row["modules"]] == ["0", "1"]
+    for module, M in zip(row["modules"], updates_of, strict=True):
+        share = np.cumsum(np.linalg.svd(M, compute_uv=False) ** 2)[:3] / (M**2).sum()
+        assert module["norm_squared"] == pytest.approx((M**2).sum())
+        assert [low for low, _ in module["energy"]] == pytest.approx(share, abs=1e-9)
+
+
 def test_a_memory_limit_reads_the_same_from_the_files(pair: Path, tmp_path: Path) -> None:
     assert run(pair, tmp_path / "all") == 0
     assert run(pair, tmp_path / "limited", "--memory", "30KB") == 0
