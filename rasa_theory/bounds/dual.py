@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rasa_theory import linalg
+from rasa_theory.bounds.applied import applied_dual_value
 from rasa_theory.bounds.search import (
     Blocks,
     Evaluation,
@@ -96,7 +97,8 @@ def rounding_allowance(terms: int, m: int, energy: float) -> float:
 
 
 def search_dual(view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> float:
-    """`dual_value` at the F where a search in the leading `options.width` directions ends.
+    """`dual_value` at the F where a search in the leading `options.width` directions ends: from products where
+    the spectra of the view are.
 
     For q = 0 or R = 0 it cannot exceed the stack and the rank floor: KF is subadditive, so Y = 0 is optimal.
     """
@@ -112,5 +114,7 @@ def search_dual(view: LayerStack, budget: RankBudget, options: FloorOptions, wat
 
     search = Search("dual", objective, [clipped_factors(g, budget)], scale, options, watch)
     search.run(time.perf_counter() + options.max_seconds)
-    (F,) = search.solution
-    return dual_value(view, budget, math.sqrt(scale.level) * V @ F)
+    F = math.sqrt(scale.level) * search.solution[0]
+    if view.spectra.is_leading:
+        return applied_dual_value(view, budget, V, F)
+    return dual_value(view, budget, V @ F)

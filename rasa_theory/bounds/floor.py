@@ -7,7 +7,7 @@ import torch
 from rasa_theory.bounds.bound import Bound, BoundName
 from rasa_theory.bounds.closed import closed_floors
 from rasa_theory.bounds.dual import search_dual
-from rasa_theory.bounds.probable import probable_floor
+from rasa_theory.bounds.probable import FAILURE, probable_floor
 from rasa_theory.bounds.search import FloorOptions, SearchProgress, SearchWatch, level_of
 from rasa_theory.bounds.two_sided import search_two_sided
 from rasa_theory.common import InputError, one_of
@@ -59,7 +59,8 @@ def lower_bound(
     - options: limits of the searches. None: `FloorOptions()`.
     - watch: called after every iteration of a search with its `SearchProgress`.
     - spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. From leading directions the closed floors
-      are those of `probable_floor`: they hold but for a probability of 1e-10, and their name says so.
+      are those of `probable_floor`, and the searched ones are evaluated by products too: all of them together hold but
+      for a probability of 1e-10, and their name says so.
 
     **Returns:**
 
@@ -91,13 +92,15 @@ def _searched_floors(
     unit: LayerStack, budget: RankBudget, certificate: str, options: FloorOptions, watch: SearchWatch | None
 ) -> list[Bound]:
     """The floors of a search that `certificate` includes."""
-    floors = []
+    found: list[tuple[BoundName, float]] = []
     if budget.private_rank > 0:
         for view in (unit, unit.transpose()):
-            floors.append(Bound(search_dual(view, budget, options, watch), BoundName.DUAL))
+            found.append((BoundName.DUAL, search_dual(view, budget, options, watch)))
     if certificate == "two-sided":
-        floors.append(Bound(search_two_sided(unit, budget, options, watch), BoundName.TWO_SIDED))
-    return floors
+        found.append((BoundName.TWO_SIDED, search_two_sided(unit, budget, options, watch)))
+    if unit.spectra.is_leading:
+        return [Bound(value, f"{name}, probable", FAILURE) for name, value in found]
+    return [Bound(value, name) for name, value in found]
 
 
 def _is_open(unit: LayerStack, budget: RankBudget) -> bool:
@@ -111,7 +114,7 @@ def _is_resolved(unit: LayerStack, budget: RankBudget) -> bool:
     With m = min(b, a), e_lora <= sum_i (m - r) sigma_{i,r+1}^2. Where the mean is lower, that is less than the rounding
     of a search, whose value would be negative.
     """
-    return level_of(unit.spectra.singular_values(), budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
+    return level_of(unit, budget.rank) > torch.finfo(torch.float64).eps * unit.norm_squared
 
 
 def _in_units(stack: LayerStack, watch: SearchWatch) -> SearchWatch:

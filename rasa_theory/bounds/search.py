@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import positive, whole_number
+from rasa_theory.linalg import orthogonal
 from rasa_theory.problem import LayerStack, RankBudget
 
 # Why the search smooths, and why it does so in stages.
@@ -125,14 +126,15 @@ class SearchScale:
     @classmethod
     def of(cls, view: LayerStack, budget: RankBudget) -> SearchScale:
         """The scale of the search for a floor of `view` at this budget."""
-        S = view.spectra.svd().S
-        level = level_of(S, budget.rank)
-        return cls(level, view.norm_squared / level, float(linalg.tail_energy(S, budget.rank).sum()) / level)
+        level = level_of(view, budget.rank)
+        return cls(level, view.norm_squared / level, view.spectra.tail_energy(budget.rank) / level)
 
 
-def level_of(S: Tensor, rank: int) -> float:
-    """The mean of sigma_{i,r+1}^2 over the layers: S (L, m). It is 0 for r = m."""
-    return float((S[:, rank] ** 2).mean()) if rank < S.shape[1] else 0.0
+def level_of(view: LayerStack, rank: int) -> float:
+    """The mean of sigma_{i,r+1}^2 over the layers. It is 0 for r = min(b, a)."""
+    if rank == min(view.shape):
+        return 0.0
+    return float((view.spectra.leading(rank + 1).S[:, rank] ** 2).mean())
 
 
 Blocks = list[Tensor]
@@ -260,11 +262,10 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     floor decides between directions near the level. The fourth power, chosen by trial, leaves the others small weights.
     Levels are bounded below, see `_LEAST_LEVEL`, so that no layer divides by zero.
     """
+    if view.spectra.is_leading:
+        return _leading_basis_from_products(view, budget, width)
     U, S, _ = view.spectra.svd()
-    energy = S**2  # (L, m)
-    following = energy[:, budget.rank : budget.rank + 1]
-    level = following.clamp_min(torch.finfo(torch.float64).tiny + _LEAST_LEVEL * float(following.mean()))
-    weights = (energy / level).clamp_max(1) ** 4
+    weights = _importance(S, budget)
     importance = U.new_zeros(U.shape[1], U.shape[1])
     for u, w in zip(U, weights, strict=True):
         importance += (u * w) @ u.mT
@@ -272,6 +273,28 @@ def leading_basis(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
     t = values[max(len(values) - 1 - view.layers * budget.rank, 0)].clamp_min(_LEAST_LEVEL * values[-1])
     importance += (X * (values / t).clamp(0, 1) ** 4) @ X.mT
     return linalg.symmetric_eigenpairs(importance)[1][:, -width:]
+
+
+def _importance(S: Tensor, budget: RankBudget) -> Tensor:
+    """min(sigma_ij^2 / sigma_{i,r+1}^2, 1)^4 for singular values S (L, n), falling."""
+    energy = S**2
+    following = energy[:, budget.rank : budget.rank + 1]
+    level = following.clamp_min(torch.finfo(torch.float64).tiny + _LEAST_LEVEL * float(following.mean()))
+    return (energy / level).clamp_max(1) ** 4
+
+
+def _leading_basis_from_products(view: LayerStack, budget: RankBudget, width: int) -> Tensor:
+    """`leading_basis` from as many terms of each layer as fill it, and 3/2 L r directions of the sum."""
+    b, Lr = view.shape[0], view.layers * budget.rank
+    count = min(max(budget.rank + 1, math.ceil(width / view.layers)), *view.shape)
+    U, S, _ = view.spectra.leading(count)
+    values, X = view.transpose().spectra.common_pairs(min(Lr + Lr // 2 + 1, b))
+    t = values[min(Lr, len(values) - 1)].clamp_min(_LEAST_LEVEL * values[0])
+    scaled = [u * w.sqrt() for u, w in zip(U, _importance(S, budget), strict=True)]
+    scaled.append(X * (values / t).clamp(0, 1) ** 2)
+    columns = torch.cat(scaled, 1)  # (b, n): importance is columns times columns^T
+    leading = linalg.symmetric_eigenpairs(columns.mT @ columns)[1][:, -min(width, b) :]
+    return orthogonal.orthonormal_columns(columns @ leading.flip(1))
 
 
 def clipped_factors(g: Tensor, budget: RankBudget) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
+from rasa_theory.bounds.applied import Capping, ThinDivision, applied_two_sided_value
 from rasa_theory.bounds.closed import cappings
 from rasa_theory.bounds.dual import CapturedEnergy, rounding_allowance
 from rasa_theory.bounds.search import (
@@ -91,6 +93,7 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
 class ProjectedProblem:
     """The two-sided problem in the leading directions of both sides, in units of the level.
 
+    - times_T: the function X (a, m) -> T X, T symmetric.
     - Vb, Va: these directions, orthonormal (b, n) and (a, n').
     - G: Vb^T M_i (I - T T^T) M_i^T Vb, (L, n, n).
     - A: Vb^T A_i Va, (L, n, n').
@@ -98,12 +101,14 @@ class ProjectedProblem:
     - below: (L, n', n'), the part of Va^T A_i^T A_i Va from column directions outside Vb.
     """
 
-    def __init__(self, view: LayerStack, budget: RankBudget, T: Tensor, width: int, level: float) -> None:
-        self.budget, self.T, self.level = budget, T, level
+    def __init__(
+        self, view: LayerStack, budget: RankBudget, times_T: Callable[[Tensor], Tensor], width: int, level: float
+    ) -> None:
+        self.view, self.budget, self.times_T, self.level = view, budget, times_T, level
         self.Vb, self.Va = (leading_basis(side, budget, width) for side in (view, view.transpose()))
         left = view.left(self.Vb.to(view.dtype)).double().mT / math.sqrt(level)  # Vb^T M_i (L, n, a)
-        right = view.right((T @ self.Va).to(view.dtype)).double() / math.sqrt(level)  # A_i Va (L, b, n')
-        left_T = left @ T
+        right = view.right(times_T(self.Va).to(view.dtype)).double() / math.sqrt(level)  # A_i Va (L, b, n')
+        left_T = times_T(left.mT).mT
         self.A = self.Vb.mT @ right
         self.G = left @ left.mT - left_T @ left_T.mT
         self.beside = left_T @ left_T.mT - self.A @ self.A.mT
@@ -135,8 +140,8 @@ class ProjectedProblem:
         gradients = [slope_U, slope_x, columns.slope_F, rows.slope_F]
         return Evaluation(columns.smooth + rows.smooth, columns.exact + rows.exact, gradients)
 
-    def complete(self, blocks: Blocks) -> Division:
-        """The division of the whole A_i: U_i in the leading directions is a block, outside them it follows a rule.
+    def complete(self, blocks: Blocks, T: Tensor) -> Division:
+        """The division of the whole A_i = M_i T, T (a, a): U_i in the leading directions is a block, else by a rule.
 
         The block of A_i of leading columns with other rows costs nothing on the row side, so V_i gets it. Likewise U_i
         gets the block of other columns with leading rows. But with s_i far from 1/2 the weights 1 / s_i and
@@ -145,15 +150,36 @@ class ProjectedProblem:
         """
         U, x, F, H = blocks
         root, s = math.sqrt(self.level), torch.sigmoid(x)
-        Vb, Va = self.Vb, self.Va
 
         def whole(i: int, A: Tensor) -> Tensor:
-            beside, below = (2 * s[i] - 1).clamp_min(0), (2 * s[i]).clamp_max(1)  # shares of U_i in the two blocks
-            AV, VA = A @ Va, Vb.mT @ A
-            inner = root * U[i] + (s[i] - beside - below) * (VA @ Va)
-            return s[i] * A + Vb @ (inner @ Va.mT + (beside - s[i]) * VA) + (below - s[i]) * AV @ Va.mT
+            _, below = _shares(s[i])
+            return (
+                s[i] * A + self.Vb @ self._thin(U[i], s[i], self.Vb.mT @ A) + (below - s[i]) * A @ self.Va @ self.Va.mT
+            )
 
-        return Division(self.T, whole, s, root * Vb @ F, root * Va @ H)
+        return Division(T, whole, s, root * self.Vb @ F, root * self.Va @ H)
+
+    def complete_thin(self, blocks: Blocks, T: Capping) -> ThinDivision:
+        """The division of `complete` in thin factors, at the cost of one pass."""
+        U, x, F, H = blocks
+        root, s = math.sqrt(self.level), torch.sigmoid(x)
+        tiles = self.view.tiles(rows=self.view.shape[0])
+        K = [
+            self._thin(U[i], s[i], T.times(linalg.product(tile.values.double().mT, self.Vb)).mT)
+            for i, tile in enumerate(tiles)
+        ]
+        return ThinDivision(T, self.Vb, self.Va, s, _shares(s)[1] - s, torch.stack(K), root * F, root * H)
+
+    def _thin(self, U: Tensor, s: Tensor, VA: Tensor) -> Tensor:
+        """K_i (n, a) for U_i (n, n'), s_i, and Vb^T A_i (n, a): U_i - s_i A_i - .. is Vb K_i where columns lead."""
+        beside, below = _shares(s)
+        inner = math.sqrt(self.level) * U + (s - beside - below) * (VA @ self.Va)
+        return inner @ self.Va.mT + (beside - s) * VA
+
+
+def _shares(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of U_i in the block beside the leading one, and in the block below it."""
+    return (2 * s - 1).clamp_min(0), (2 * s).clamp_max(1)
 
 
 class _SideSearch:
@@ -162,15 +188,29 @@ class _SideSearch:
     def __init__(self, view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> None:
         self.view, self.budget = view, budget
         scale = SearchScale.of(view, budget)
-        identity = torch.eye(view.shape[1], dtype=torch.float64, device=view.device)
-        T = (cappings(view, (view.layers * budget.rank,)) or [identity])[0]
-        self.problem = ProjectedProblem(view, budget, T, options.width_of(view, budget), scale.level)
+        self.T: Tensor | Capping = self._capping()
+        times_T = self.T.times if isinstance(self.T, Capping) else self.T.__matmul__
+        self.problem = ProjectedProblem(view, budget, times_T, options.width_of(view, budget), scale.level)
         x0 = self.problem.initial_guess()
         self.search = Search("two-sided", self.problem.captured, x0, scale, options, watch)
+        self._points = 0
+
+    def _capping(self) -> Tensor | Capping:
+        """T, which brings the row directions that layers share down to their L r-th; T = I without an L r-th."""
+        level = self.view.layers * self.budget.rank
+        if self.view.spectra.is_leading:
+            return Capping.of(self.view, level)
+        identity = torch.eye(self.view.shape[1], dtype=torch.float64, device=self.view.device)
+        return (cappings(self.view, (level,)) or [identity])[0]
 
     def value(self) -> float:
         """The floor at the solution so far."""
-        return two_sided_value(self.view, self.budget, self.problem.complete(self.search.solution))
+        self._points += 1
+        blocks = self.search.solution
+        if isinstance(self.T, Capping):
+            division = self.problem.complete_thin(blocks, self.T)
+            return applied_two_sided_value(self.view, self.budget, division, self._points)
+        return two_sided_value(self.view, self.budget, self.problem.complete(blocks, self.T))
 
 
 def search_two_sided(view: LayerStack, budget: RankBudget, options: FloorOptions, watch: SearchWatch | None) -> float:

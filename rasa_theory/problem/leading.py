@@ -22,7 +22,7 @@ GOAL = 1e-6
 _TARGET = 1e-6  # of ||M||^2: what common directions lose, about
 LAYERS_FAILURE = 2e-11
 """The largest probability that any bound on the terms of single layers is wrong, over all passes of one orientation."""
-COMMON_FAILURE = 1e-11
+COMMON_FAILURE = 2e-12
 """The largest probability that one majorant of the sum over the layers is wrong."""
 _EPS = float(torch.finfo(torch.float64).eps)
 _SMALLEST_EXPONENT = {torch.float32: -100, torch.float64: -1000}  # of a layer's largest entry, else it is scaled less

@@ -51,9 +51,10 @@ def test_every_floor_is_just_below_the_exact_one_of_its_name(shape, r, k, power)
         assert unit.norm_squared - captured == pytest.approx(value, abs=5e-3 * e_lora)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_floor_is_within_a_ten_thousandth_of_the_highest_exact_one(seed):
-    M, budget = decaying(3, 130, 120, seed=seed), RankBudget(2, 1)
+@pytest.mark.parametrize("M", [decaying(3, 130, 120, seed=s) for s in range(3)] + [noise(3, 64, 60, s) for s in (1, 2)])
+def test_the_floor_is_within_a_ten_thousandth_of_the_highest_exact_one(M):
+    """In noise the estimate of the clipped floor is the highest, and too high by 1 % of e_lora."""
+    budget = RankBudget(2, 1)
     e_lora = solve_lora(LayerStack(M), 2).error
     exact, probable = (lower_bound(LayerStack(M), budget, spectra=s) for s in ("exact", "leading"))
     assert -1e-9 * e_lora <= exact.value - probable.value <= 1e-4 * e_lora

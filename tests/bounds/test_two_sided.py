@@ -163,7 +163,9 @@ def test_what_is_no_division_gives_no_floor():
 def test_gradients(k):
     """Of U, x, F and H, against differences along random directions."""
     stack, budget = LayerStack(decaying(2, 9, 10)).unit(), RankBudget(3, k)
-    problem = ProjectedProblem(stack, budget, cappings(stack, (4,))[0], 7, SearchScale.of(stack, budget).level)
+    problem = ProjectedProblem(
+        stack, budget, cappings(stack, (4,))[0].__matmul__, 7, SearchScale.of(stack, budget).level
+    )
     rng = np.random.default_rng(0)
     point = [p + 0.1 * torch.tensor(rng.standard_normal(p.shape)) for p in problem.initial_guess()]
     gradients, h = problem.captured(point, 0.3).gradients, 1e-6

@@ -1,0 +1,238 @@
+"""The dual and the two-sided floor of large layers: their formulas at a point, from products with M alone.
+
+The formulas are those of `dual_value` and `two_sided_value`. There g_i is formed and decomposed. Here it is applied,
+and a `Majorant` bounds each sum of its eigenvalues.
+
+**The probability.** Each side of a point takes `FAILURE`. A search uses random numbers of other purposes, see
+`linalg.stream`, so the bounds hold wherever it ends. A two-sided search evaluates five points at most, the dual ones
+one each: 12 sides, 2.4e-11, beside the 6.4e-11 of `probable_floor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasa_theory import linalg
+from rasa_theory.linalg import Operator, orthogonal
+from rasa_theory.problem import LayerStack, RankBudget
+
+FAILURE = 2e-12
+"""The largest probability that the captured energy of one side at one point is above its bound."""
+_GOAL = 1e-5  # of e_lora: by how much each sum of eigenvalues may exceed the exact value
+_LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
+_NORM_ROUNDING = 1e-13  # of ||M||^2: more than the rounding of a sum of squares
+_EPS = float(torch.finfo(torch.float64).eps)
+
+Product = Callable[[int, Tensor, Tensor], Tensor]
+"""A function (i, M_i (b, a), X (n, m)) -> g_i X, in the dtype of M_i and X."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Symmetric g_i (n, n), which are only applied, and Y_i = V F_i F_i^T V^T for `CapturedEnergy`.
+
+    - name: of the point, for its random numbers.
+    - times: g_i X.
+    - sizes: upper bounds on ||g_i||_F.
+    - V: (n, d), orthonormal to the rounding of one QR.
+    - F: (L, d, p), in float64.
+    - width: the most columns of a thin factor in the formula of g_i.
+    """
+
+    name: str
+    times: Product
+    sizes: list[float]
+    V: Tensor
+    F: Tensor
+    width: int
+
+
+def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
+    """An upper bound on KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i)): `CapturedEnergy`.
+
+    Rounding: a product with g_i is a chain of at most eight of inner length at most b + a + width, with factors
+    orthonormal to sqrt(width) (b + a) eps. Each is off by at most that length times eps, relative to `sizes`.
+    """
+    L, q, R = view.layers, budget.private_rank, budget.pool_rank(view.layers)
+    n, d = side.V.shape
+    Y = side.F @ side.F.mT
+    thin = [float(y.trace()) for y in Y]
+    relative = 40 * math.sqrt(side.width + d) * (sum(view.shape) + side.width + d) * _EPS
+    norms = [size + 2 * y for size, y in zip(side.sizes, thin, strict=True)]
+    goal = _GOAL * max(view.spectra.tail_energy(budget.rank), _LEAST_GOAL * view.norm_squared)
+
+    def rest(i: int, M: Tensor, X: Tensor) -> Tensor:
+        V = side.V.to(X.dtype)
+        return side.times(i, M, X) - V @ (Y[i].to(X.dtype) @ (V.mT @ X))
+
+    def operator(apply: Callable[[Tensor], Tensor], norm: float) -> Operator:
+        return Operator(apply, n, norm, relative * norm, view.dtype, view.device)
+
+    def all_layers(X: Tensor) -> Tensor:
+        result = torch.zeros_like(X)
+        for i, tile in enumerate(view.tiles(rows=view.shape[0])):
+            result += rest(i, tile.values.to(X.dtype), X)
+        return result
+
+    own = 0.0
+    if q > 0:
+        for i, tile in enumerate(view.tiles(rows=view.shape[0])):
+            one = operator(_of_layer(rest, i, tile.values), norms[i])
+            stream = linalg.stream(side.name, "own", view.transposed, i)
+            own += linalg.majorant(one, q, goal / L, FAILURE / (2 * L), stream).ky_fan(q)
+    pooled = 0.0
+    if R > 0:
+        stream = linalg.stream(side.name, "pooled", view.transposed)
+        pooled = linalg.majorant(operator(all_layers, math.fsum(norms)), R, goal, FAILURE / 2, stream).ky_fan(R)
+    whole = float(linalg.ky_fan(Y.sum(0), L * budget.rank)) if Y.numel() else 0.0
+    return own + pooled + whole + relative * math.fsum(thin)
+
+
+def _of_layer(rest: Product, i: int, M: Tensor) -> Callable[[Tensor], Tensor]:
+    """X -> `rest`(i, M, X) for one layer, whose values are converted once for each dtype."""
+    values = {M.dtype: M}
+
+    def apply(X: Tensor) -> Tensor:
+        if X.dtype not in values:
+            values[X.dtype] = M.to(X.dtype)
+        return rest(i, values[X.dtype], X)
+
+    return apply
+
+
+def applied_dual_value(view: LayerStack, budget: RankBudget, V: Tensor, F: Tensor) -> float:
+    """`dual_value` at V F_i, V (b, d) orthonormal and F (L, d, p), from products; -inf if F is not finite."""
+    if not bool(torch.isfinite(F).all()):
+        return -math.inf
+
+    def times(i: int, M: Tensor, X: Tensor) -> Tensor:
+        return linalg.product(M, linalg.product(M.mT, X))
+
+    side = Side("dual", times, view.layer_norms_squared, V, F, 0)
+    return view.norm_squared * (1 - _NORM_ROUNDING) - captured_energy(view, budget, side)
+
+
+# ---- two sides
+
+
+@dataclass(frozen=True)
+class Capping:
+    """T = I - W diag(c) W^T, W (a, w) orthonormal to rounding, c (w,) in [0, 1): symmetric, 0 < T <= I."""
+
+    W: Tensor
+    c: Tensor
+
+    @classmethod
+    def of(cls, view: LayerStack, index: int) -> Capping:
+        """That of `cappings` with leading Ritz pairs of sum_i M_i^T M_i: at most `index` directions."""
+        values, W = view.spectra.common_pairs(min(index + 1, view.shape[1]))
+        if index >= len(values) or not float(values[index]) > 0:
+            return cls(W[:, :0], values[:0])
+        W = orthogonal.thin_qr(W[:, :index])[0]
+        return cls(W, 1 - (values[index] / values[:index].clamp_min(values[index])).sqrt())
+
+    def times(self, X: Tensor) -> Tensor:
+        """T X, (a, n) -> (a, n)."""
+        W = self.W.to(X.dtype)
+        return X - W @ (self.c.to(X.dtype)[:, None] * (W.mT @ X))
+
+
+@dataclass(frozen=True)
+class ThinDivision:
+    """A point of the two-sided floor, as `Division` has it, of thin factors:
+
+        U_i = A_i (s_i I + e_i V_a V_a^T) + V_b K_i,    A_i = M_i T.
+
+    - T: the part of M_i that counts on both sides.
+    - Vb, Va: orthonormal (b, d) and (a, d').
+    - s: weights (L,) in (0, 1), s_i for U_i and 1 - s_i for V_i = A_i - U_i.
+    - e: (L,) in [-1, 1].
+    - K: (L, d, a).
+    - F, H: (L, d, p) and (L, d', p), with Y_i = V_b F_i F_i^T V_b^T and Y'_i = V_a H_i H_i^T V_a^T.
+    """
+
+    T: Capping
+    Vb: Tensor
+    Va: Tensor
+    s: Tensor
+    e: Tensor
+    K: Tensor
+    F: Tensor
+    H: Tensor
+
+    def is_valid(self) -> bool:
+        """Whether 0 < s_i < 1 and everything is finite."""
+        tensors = (self.T.W, self.T.c, self.s, self.e, self.K, self.F, self.H)
+        return all(bool(torch.isfinite(x).all()) for x in tensors) and bool(((self.s > 0) & (self.s < 1)).all())
+
+    def part(self, i: int, of_rows: bool) -> _Part:
+        """U_i or, `of_rows`, V_i."""
+        s, e = float(self.s[i]), float(self.e[i])
+        return _Part(self, 1 - s, -e, -self.K[i]) if of_rows else _Part(self, s, e, self.K[i])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A_i (alpha I + beta V_a V_a^T) + V_b K, a part of A_i = M_i T."""
+
+    division: ThinDivision
+    alpha: float
+    beta: float
+    K: Tensor
+
+    def _inner(self, X: Tensor) -> Tensor:
+        """(alpha I + beta V_a V_a^T) X."""
+        V = self.division.Va.to(X.dtype)
+        return self.alpha * X + self.beta * V @ (V.mT @ X)
+
+    def times(self, M: Tensor, X: Tensor) -> Tensor:
+        """The part times X, (a, m) -> (b, m)."""
+        thin = self.division.Vb.to(X.dtype) @ (self.K.to(X.dtype) @ X)
+        return linalg.product(M, self.division.T.times(self._inner(X))) + thin
+
+    def transposed_times(self, M: Tensor, X: Tensor) -> Tensor:
+        """Its transpose times X, (b, m) -> (a, m)."""
+        thin = self.K.to(X.dtype).mT @ (self.division.Vb.to(X.dtype).mT @ X)
+        return self._inner(self.division.T.times(linalg.product(M.mT, X))) + thin
+
+
+def applied_two_sided_value(view: LayerStack, budget: RankBudget, division: ThinDivision, stage: int) -> float:
+    """`two_sided_value` at a division, from products; -inf if it is not valid.
+
+    `stage` counts the points of a search, so that each has random numbers of its own.
+
+    Rounding: the proof asks for orthonormal W. The nearest orthonormal matrix is off by sqrt(w) a eps, and with it A_i,
+    V_i and B_i = M_i (I - T T^T)^{1/2}. U_i may be anything. The allowance of `captured_energy` has room for that.
+    """
+    if not division.is_valid():
+        return -math.inf
+    T, s = division.T, division.s
+    B = _products(view, T.W * (T.c * (2 - T.c)).sqrt())  # (L, b, w), B_i B_i^T = M_i (I - T T^T) M_i^T
+
+    def column_side(i: int, M: Tensor, X: Tensor) -> Tensor:
+        part, Bi = division.part(i, of_rows=False), B[i].to(X.dtype)
+        return Bi @ (Bi.mT @ X) + part.times(M, part.transposed_times(M, X)) / float(s[i])
+
+    def row_side(i: int, M: Tensor, X: Tensor) -> Tensor:
+        part = division.part(i, of_rows=True)
+        return part.transposed_times(M, part.times(M, X)) / (1 - float(s[i]))
+
+    norms = torch.tensor(view.layer_norms_squared, dtype=torch.float64, device=s.device).sqrt()
+    sizes = (2 * norms + torch.linalg.matrix_norm(division.K)) ** 2  # at least ||U_i||^2 and ||V_i||^2
+    width = max(T.W.shape[1], division.Vb.shape[1], division.Va.shape[1])
+    name = f"two-sided {stage}"
+    columns = Side(name + " columns", column_side, (norms**2 + sizes / s).tolist(), division.Vb, division.F, width)
+    rows = Side(name + " rows", row_side, (sizes / (1 - s)).tolist(), division.Va, division.H, width)
+    captured = sum(captured_energy(view, budget, side) for side in (columns, rows))
+    return view.norm_squared * (1 - _NORM_ROUNDING) - captured
+
+
+def _products(view: LayerStack, X: Tensor) -> Tensor:
+    """M_i X in float64, (a, n) -> (L, b, n). One pass."""
+    b = view.shape[0]
+    return torch.stack([linalg.product(tile.values.double(), X) for tile in view.tiles(rows=b)])
