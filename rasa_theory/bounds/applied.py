@@ -23,7 +23,7 @@ from rasa_theory.problem import LayerStack, RankBudget
 
 FAILURE = 2e-12
 """The largest probability that the captured energy of one side at one point is above its bound."""
-_GOAL = 1e-5  # of e_lora: by how much each sum of eigenvalues may exceed the exact value
+_GOAL = 1e-4  # of e_lora: by how much each sum of eigenvalues may exceed the exact value, see `linalg.majorant`
 _LEAST_GOAL = 1e-5  # of ||M||^2, in place of e_lora
 _NORM_ROUNDING = 1e-13  # of ||M||^2: more than the rounding of a sum of squares
 _EPS = float(torch.finfo(torch.float64).eps)
@@ -41,7 +41,8 @@ class Side:
     - sizes: upper bounds on ||g_i||_F.
     - V: (n, d), orthonormal to the rounding of one QR.
     - F: (L, d, p), in float64.
-    - width: the most columns of a thin factor in the formula of g_i.
+    - rounding: a computed product with g_i, or with the one that the proof asks for, is off by at most this times
+      `sizes` and ||X||_F.
     """
 
     name: str
@@ -49,29 +50,30 @@ class Side:
     sizes: list[float]
     V: Tensor
     F: Tensor
-    width: int
+    rounding: float
 
 
 def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
     """An upper bound on KF_Lr(sum_i Y_i) + sum_i KF_q(g_i - Y_i) + KF_R(sum_i (g_i - Y_i)): `CapturedEnergy`.
 
-    Rounding: a product with g_i is a chain of at most eight of inner length at most b + a + width, with factors
-    orthonormal to sqrt(width) (b + a) eps. Each is off by at most that length times eps, relative to `sizes`.
+    Rounding: Y_i X takes products of inner length n, d, p, d and d. ||V||^2 <= 1 + ||V^T V - I||_F.
     """
     L, q, R = view.layers, budget.private_rank, budget.pool_rank(view.layers)
     n, d = side.V.shape
     Y = side.F @ side.F.mT
     thin = [float(y.trace()) for y in Y]
-    relative = 40 * math.sqrt(side.width + d) * (sum(view.shape) + side.width + d) * _EPS
-    norms = [size + 2 * y for size, y in zip(side.sizes, thin, strict=True)]
+    deviation = _deviation(side.V)
+    thin_error = 2 * (n + 4 * d) * _EPS + deviation
+    norms = [size + 1.1 * y for size, y in zip(side.sizes, thin, strict=True)]
+    errors = [side.rounding * size + thin_error * y for size, y in zip(side.sizes, thin, strict=True)]
     goal = _GOAL * max(view.spectra.tail_energy(budget.rank), _LEAST_GOAL * view.norm_squared)
 
     def rest(i: int, M: Tensor, X: Tensor) -> Tensor:
         V = side.V.to(X.dtype)
         return side.times(i, M, X) - V @ (Y[i].to(X.dtype) @ (V.mT @ X))
 
-    def operator(apply: Callable[[Tensor], Tensor], norm: float) -> Operator:
-        return Operator(apply, n, norm, relative * norm, view.dtype, view.device)
+    def operator(apply: Callable[[Tensor], Tensor], norm: float, error: float) -> Operator:
+        return Operator(apply, n, norm, error, view.dtype, view.device)
 
     def all_layers(X: Tensor) -> Tensor:
         result = torch.zeros_like(X)
@@ -82,15 +84,23 @@ def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
     own = 0.0
     if q > 0:
         for i, tile in enumerate(view.tiles(rows=view.shape[0])):
-            one = operator(_of_layer(rest, i, tile.values), norms[i])
+            one = operator(_of_layer(rest, i, tile.values), norms[i], errors[i])
             stream = linalg.stream(side.name, "own", view.transposed, i)
-            own += linalg.majorant(one, q, goal / L, FAILURE / (2 * L), stream).ky_fan(q)
+            own += linalg.majorant(one, q, goal / L, FAILURE / (2 * L), stream, tolerance=math.inf).ky_fan(q)
     pooled = 0.0
     if R > 0:
         stream = linalg.stream(side.name, "pooled", view.transposed)
-        pooled = linalg.majorant(operator(all_layers, math.fsum(norms)), R, goal, FAILURE / 2, stream).ky_fan(R)
+        everything = operator(all_layers, math.fsum(norms), math.fsum(errors) + L * _EPS * math.fsum(norms))
+        pooled = linalg.majorant(everything, R, goal, FAILURE / 2, stream, tolerance=math.inf).ky_fan(R)
     whole = float(linalg.ky_fan(Y.sum(0), L * budget.rank)) if Y.numel() else 0.0
-    return own + pooled + whole + relative * math.fsum(thin)
+    return own + pooled + whole + (thin_error + 10 * d * _EPS) * math.fsum(thin)
+
+
+def _deviation(V: Tensor) -> float:
+    """An upper bound on ||V^T V - I||_F, its rounding included: (n, d)."""
+    n, d = V.shape
+    computed = torch.linalg.matrix_norm(V.mT @ V - torch.eye(d, dtype=V.dtype, device=V.device))
+    return float(computed) + n * math.sqrt(d) * _EPS
 
 
 def _of_layer(rest: Product, i: int, M: Tensor) -> Callable[[Tensor], Tensor]:
@@ -113,7 +123,7 @@ def applied_dual_value(view: LayerStack, budget: RankBudget, V: Tensor, F: Tenso
     def times(i: int, M: Tensor, X: Tensor) -> Tensor:
         return linalg.product(M, linalg.product(M.mT, X))
 
-    side = Side("dual", times, view.layer_norms_squared, V, F, 0)
+    side = Side("dual", times, view.layer_norms_squared, V, F, 1.1 * sum(view.shape) * _EPS)
     return view.norm_squared * (1 - _NORM_ROUNDING) - captured_energy(view, budget, side)
 
 
@@ -206,8 +216,9 @@ def applied_two_sided_value(view: LayerStack, budget: RankBudget, division: Thin
 
     `stage` counts the points of a search, so that each has random numbers of its own.
 
-    Rounding: the proof asks for orthonormal W. The nearest orthonormal matrix is off by sqrt(w) a eps, and with it A_i,
-    V_i and B_i = M_i (I - T T^T)^{1/2}. U_i may be anything. The allowance of `captured_energy` has room for that.
+    Rounding: a product with U_i or V_i takes inner lengths that add up to b + 3 a + w + 4 d at most, and there are two
+    of them. The proof asks for orthonormal W. The nearest orthonormal matrix is off by ||W^T W - I||, T and
+    B_i = M_i (I - T T^T)^{1/2} by twice that, relative to ||M_i||, and so are A_i and V_i. U_i may be anything.
     """
     if not division.is_valid():
         return -math.inf
@@ -224,10 +235,11 @@ def applied_two_sided_value(view: LayerStack, budget: RankBudget, division: Thin
 
     norms = torch.tensor(view.layer_norms_squared, dtype=torch.float64, device=s.device).sqrt()
     sizes = (2 * norms + torch.linalg.matrix_norm(division.K)) ** 2  # at least ||U_i||^2 and ||V_i||^2
-    width = max(T.W.shape[1], division.Vb.shape[1], division.Va.shape[1])
+    lengths = sum(view.shape) + T.W.shape[1] + division.Vb.shape[1] + division.Va.shape[1]
+    rounding = 8 * lengths * _EPS + 4 * _deviation(T.W)
     name = f"two-sided {stage}"
-    columns = Side(name + " columns", column_side, (norms**2 + sizes / s).tolist(), division.Vb, division.F, width)
-    rows = Side(name + " rows", row_side, (sizes / (1 - s)).tolist(), division.Va, division.H, width)
+    columns = Side(name + " columns", column_side, (norms**2 + sizes / s).tolist(), division.Vb, division.F, rounding)
+    rows = Side(name + " rows", row_side, (sizes / (1 - s)).tolist(), division.Va, division.H, rounding)
     captured = sum(captured_energy(view, budget, side) for side in (columns, rows))
     return view.norm_squared * (1 - _NORM_ROUNDING) - captured
 

@@ -42,13 +42,14 @@ from rasa_theory.linalg.krylov import BlockLanczos, Operator
 
 PROBES = 16  # p, the number of columns of Omega
 ATTEMPTS = 2  # number of bases before the matrix is decomposed
-STEPS = 24  # greatest number of steps of the recurrence
+STEPS = 40  # greatest number of steps of the recurrence
 
 # The numbers below decide how often a certificate is reached and how much work it takes, not whether it is valid.
 SEARCH_SHARE = 0.15  # of the goal that the search aims at, so that tau and rounding have the rest
 BETA_ABOVE_LAST = 0.05  # position of beta from the last Ritz value to the m-th
 _LEAST_GAP = 1e-10  # of the eigenvalue that decides, where eigenvalues coincide
 _STEPS_WITHOUT_GOAL = 11  # of the recurrence: on flat spectra more of them hardly gain anything
+LARGEST_FORMED = 1024  # rows of a matrix that is formed rather than bounded less well
 LEAST_BETA = 1e-3  # of the goal per eigenvalue: beta stays positive where the last Ritz value is 0
 
 
@@ -185,14 +186,17 @@ def majorant(
     generator: torch.Generator,
     guess: Tensor | None = None,
     excess: Excess | None = None,
+    tolerance: float = 10.0,
 ) -> Majorant:
     """A majorant of S for sums of at most m eigenvalues, whose `excess` is at most `goal` where rounding allows.
 
     The excess is that of the Ky Fan sum of order m, if None. `guess` (n, w) is a basis to try first, from
     `leading_guess`. The bounds of the result are wrong with probability `failure` at most, over `generator`. Where the
-    goal is not reached, or a basis would get too large, S is formed and decomposed: n applications and n^3.
+    goal is not reached, or a basis would get too large, S is formed and decomposed: n applications and n^3. Where S has
+    more than `LARGEST_FORMED` rows, an excess of `tolerance` times the goal is taken instead.
     """
-    found = _by_products(S, m, goal, failure, generator, guess, excess or ky_fan_excess(m))
+    tolerance = tolerance if S.n > LARGEST_FORMED else 1.0
+    found = _by_products(S, m, goal, failure, generator, guess, excess or ky_fan_excess(m), tolerance)
     return found or _by_eigenvectors(S, min(columns_for(m), S.n))
 
 
@@ -264,24 +268,29 @@ def _by_products(
     generator: torch.Generator,
     guess: Tensor | None,
     excess: Excess,
+    tolerance: float,
 ) -> Majorant | None:
-    """`majorant` without forming S; None where the goal is not reached."""
+    """`majorant` without forming S; None where `tolerance` times the goal is not reached."""
     width, w = _block(m), columns_for(m)
     if 2 * (w + width) > S.n or S.norm == 0:
         return None
     goal = max(goal, 8 * math.sqrt(m) * _rounding(S, w))  # no search gets below rounding
+    best: tuple[float, Majorant] | None = None
     search: BlockLanczos | None = None
     for _ in range(ATTEMPTS):
         if guess is None:
             search = search or BlockLanczos(S, width, generator)
             if not search.run(m, w, SEARCH_SHARE * goal):
-                return None
+                break
             guess = search.vectors(w)
         for found in _certified(S, guess, m, goal, failure / ATTEMPTS, generator):
-            if excess(found) <= goal:
+            reached = excess(found)
+            if reached <= goal:
                 return found
+            if reached <= (best[0] if best else tolerance * goal):
+                best = reached, found
         guess = None
-    return None
+    return best[1] if best else None
 
 
 def _rounding(S: Operator, w: int) -> float:
