@@ -1,6 +1,13 @@
 """Bounds on e_rasa(k) from both sides that need no solver, each with its proof."""
 
-from rasa_theory.bounds.allocation import RankTarget, allocate_pool, allocate_ranks, largest_terms, terms_within_reach
+from rasa_theory.bounds.allocation import (
+    RankTarget,
+    allocate_pool,
+    allocate_ranks,
+    largest_terms,
+    terms_among_largest,
+    terms_within_reach,
+)
 from rasa_theory.bounds.bound import PROBABLE, Bound, BoundName
 from rasa_theory.bounds.closed import (
     allocation_bound,
@@ -57,6 +64,7 @@ __all__ = [
     "smoothed_ky_fan",
     "split_floor",
     "stack_floor",
+    "terms_among_largest",
     "terms_within_reach",
     "two_sided_value",
 ]

@@ -5,6 +5,7 @@ The terms of a stack are the singular terms sigma_ij u_ij v_ij^T of its layers, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,19 +42,29 @@ def allocate_pool(sigma: Tensor, budget: RankBudget) -> tuple[Tensor, Tensor]:
 
 
 def terms_within_reach(stack: LayerStack, budget: RankBudget) -> SVD:
-    """Leading singular terms of the layers held, among which are all that `allocate_pool` can choose.
-
-    A layer gets at most R terms of the pool. Where terms come from products, more are taken as long as the next one of
-    some layer could be among the R largest.
-    """
-    spectra, q, R = stack.spectra, budget.private_rank, budget.pool_rank(stack.layers)
+    """Leading singular terms of the layers held, among which are all that `allocate_pool` can choose."""
+    q, R = budget.private_rank, budget.pool_rank(stack.layers)
     most = min(q + R, *stack.shape)
-    count = most if most <= 2 * budget.rank else min(budget.rank + _AHEAD, most)
+    return _within_reach(stack, q, R, most if most <= 2 * budget.rank else budget.rank + _AHEAD)
+
+
+def terms_among_largest(stack: LayerStack, count: int) -> SVD:
+    """Leading singular terms of the layers held, among which are the `count` largest of all layers."""
+    return _within_reach(stack, 0, count, math.ceil(count / stack.layers) + _AHEAD)
+
+
+def _within_reach(stack: LayerStack, skipped: int, wanted: int, first: int) -> SVD:
+    """At least `first` leading terms of each layer; beyond `skipped` of each, the `wanted` largest are among them.
+
+    Where terms come from products, more are taken as long as the next one of some layer could be among these.
+    """
+    most = min(skipped + wanted, *stack.shape)
+    count = min(first, most)
     while True:
-        svd = spectra.leading(count)
-        S, following = (stack.sharding.all_gather(x) for x in (svd.S, spectra.following(count)))
-        least = S[:, q:].flatten().sort(descending=True).values[:R]
-        if count >= most or R == 0 or bool((following <= least[-1]).all()):
+        svd = stack.spectra.leading(count)
+        S, following = (stack.sharding.all_gather(x) for x in (svd.S, stack.spectra.following(count)))
+        least = S[:, skipped:].flatten().sort(descending=True).values[:wanted]
+        if count >= most or wanted == 0 or bool((following <= least[-1]).all()):
             return svd
         count = min(2 * count, most)
 

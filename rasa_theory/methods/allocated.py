@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from rasa_theory.bounds import RankTarget, allocate_ranks
+import math
+
+from rasa_theory.bounds import RankTarget, allocate_ranks, terms_among_largest
 from rasa_theory.common import at_least
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
 from rasa_theory.methods.method import Method, at_most
+from rasa_theory.methods.products import unit_of
 from rasa_theory.problem import LayerStack
 
 
@@ -26,7 +29,7 @@ def fit_allocated(stack: LayerStack, terms: int) -> Fit:
     **Raises:** InputError if `terms` is out of its range.
     """
     at_most("terms", at_least("terms", terms, 1), stack.layers * min(stack.shape), stack)
-    U, S, Vh = stack.unit().spectra.svd()
+    U, S, Vh = terms_among_largest(unit_of(stack, math.ceil(terms / stack.layers)), terms)
     cost = sum(stack.shape)
     [ranks] = allocate_ranks([S], [cost], RankTarget(parameters=terms * cost))
     B = [U[i, :, :n] * S[i, :n] for i, n in enumerate(ranks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
 from rasa_theory.methods.method import EFFORT, Method, at_most, largest
-from rasa_theory.methods.products import leading_terms, left, right, seeded
+from rasa_theory.methods.products import leading_terms, left, right, seeded, unit_of
 from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms, RasaFactors
 from rasa_theory.solvers import RasaDescent, SolverOptions, solve_rasa
 
@@ -51,7 +52,7 @@ def fit_joint(stack: LayerStack, rank: int, core: str = "full", seed: int = 0) -
     one_of("core", core, CORES)
     at_most("rank", rank, _largest_rank(stack, core), stack)
     solve = _tucker if core == "full" else _cp
-    solution = solve(stack.unit(), rank, seed)
+    solution = solve(unit_of(stack, math.ceil(rank / stack.layers)), rank, seed)
     settings: Settings = {"rank": rank, "core": core}
     return measured(stack, f"joint_{core}", settings, Evidence.BEST_FOUND_WITH_FLOOR, solution)
 
@@ -106,7 +107,7 @@ def _tucker(unit: LayerStack, R: int, seed: int) -> UnitFit:
     def error(sides: _Sides) -> float:
         return residual(unit, sides.updates(unit).update)
 
-    hosvd = _Sides(*(linalg.leading_eigenpairs(view.spectra.gram(), R)[1] for view in (unit, unit.transpose())))
+    hosvd = _Sides(*(view.spectra.common(R) for view in (unit, unit.transpose())))
     terms = leading_terms(unit, R, seed)
     largest_terms = _Sides(linalg.thin_qr(terms.B)[0], linalg.thin_qr(terms.A.mT)[0])
     # heat = all sweeps: both starts are run to their end

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rasa_theory.bounds import largest_terms
-from rasa_theory.problem import LayerStack, RankOneTerms
+from rasa_theory.bounds import largest_terms, terms_among_largest
+from rasa_theory.problem import LayerStack, RankBudget, RankOneTerms
+
+
+def unit_of(stack: LayerStack, rank: int) -> LayerStack:
+    """`stack.unit()` with directions for rank `rank`: from SVDs, or from products where layers are large."""
+    return stack.with_spectra("auto", RankBudget(max(rank, 1), 0)).unit()
 
 
 def right(stack: LayerStack, X: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def leading_terms(unit: LayerStack, count: int, seed: int) -> RankOneTerms:
 
     If all layers together have fewer terms, random ones that no layer uses fill up the rest.
     """
-    U, S, Vh = unit.spectra.svd()
+    U, S, Vh = terms_among_largest(unit, count)
     layer, index = largest_terms(S, count)
     missing = count - len(layer)
     D = S.new_zeros(unit.layers, count)

@@ -10,7 +10,7 @@ from rasa_theory import linalg
 from rasa_theory.common import at_least, one_of
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
 from rasa_theory.methods.method import Method, at_most, largest
-from rasa_theory.methods.products import right
+from rasa_theory.methods.products import right, unit_of
 from rasa_theory.problem import LayerStack
 
 SHARED = ("A", "B", "both")
@@ -38,13 +38,14 @@ def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
     at_least("rank", rank, 1)
     one_of("shared", shared, SHARED)
     at_most("rank", rank, _largest_rank(stack, shared), stack)
-    solution = _with_both(stack.unit(), rank) if shared == "both" else _with_one(stack.unit(), rank, shared)
+    unit = unit_of(stack, rank)
+    solution = _with_both(unit, rank) if shared == "both" else _with_one(unit, rank, shared)
     return measured(stack, "share_lora", {"rank": rank, "shared": shared}, Evidence.CLOSED_FORM, solution)
 
 
 def _with_one(unit: LayerStack, rank: int, shared: str) -> UnitFit:
     view = unit if shared == "A" else unit.transpose()
-    A = linalg.leading_eigenpairs(view.transpose().spectra.gram(), rank)[1].mT  # (r, a)
+    A = view.transpose().spectra.common(rank).mT  # (r, a)
     B = right(view, A.mT)  # (L, b, r)
     return UnitFit(lambda i: B[i] @ A if shared == "A" else (B[i] @ A).mT, (B, A), rank)
 

@@ -8,13 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from rasa_theory import linalg
 from rasa_theory.common import at_least
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.diagonals import Diagonals, beyond
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
 from rasa_theory.methods.method import Method, largest
-from rasa_theory.methods.products import leading_terms, left, right, seeded
+from rasa_theory.methods.products import leading_terms, left, right, seeded, unit_of
 from rasa_theory.problem import LayerStack
 
 
@@ -42,7 +41,7 @@ def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, 
     at_least("rank", rank, 1)
     at_least("starts", starts, 1)
     at_least("max_sweeps", max_sweeps, 1)
-    unit = stack.unit()
+    unit = unit_of(stack, rank)
     norms = unit.layer_norms(torch.float64)
     makers = (_leading, _common, *[_random] * starts)[:starts]
     initial = [make(unit, rank, seed + 1000 * n) for n, make in enumerate(makers)]
@@ -73,7 +72,7 @@ def _common(unit: LayerStack, rank: int, seed: int) -> Diagonals:
     """Random B and A in the leading common column and row space, which no layer uses yet: all v_i = 1 and u_i = 0."""
     f = _random(unit, rank, seed)
     n = min(rank, *unit.shape)
-    U, V = (linalg.leading_eigenpairs(view.spectra.gram(), n)[1] for view in (unit, unit.transpose()))
+    U, V = (view.spectra.common(n) for view in (unit, unit.transpose()))
     return f._replace(B=U @ (U.mT @ f.B), A=(f.A @ V) @ V.mT).evened()
 
 

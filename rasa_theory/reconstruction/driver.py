@@ -94,7 +94,7 @@ def study_steps(
         )
         stack = stack.with_spectra(settings.solver.spectra, RankBudget(settings.rank, 0))
         with stack.suitable_threads():
-            lora = solve_lora(stack, settings.rank)
+            lora = solve_lora(stack, settings.rank, "exact")
             row = stack_row(stack, lora)
         reporter.begin_stack(stack.name, lora.error)
         passes_before = stack.data_passes

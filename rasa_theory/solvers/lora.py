@@ -12,7 +12,7 @@ from rasa_theory.common import InputError
 from rasa_theory.linalg import lanczos
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, check_memory
 
-METHODS = ("exact", "fast")
+METHODS = ("auto", "exact", "fast")
 WIDTH = 1e-6  # largest width of the interval of method "fast", in units of ||M_i||^2; else the SVD is computed
 _EPS = float(torch.finfo(torch.float64).eps)
 FAILURE = 1e-10  # largest probability that the interval of one call is wrong
@@ -35,10 +35,13 @@ class LoraSolution:
     factors: LoraFactors
 
 
-def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 0) -> LoraSolution:
+def solve_lora(stack: LayerStack, rank: int, method: str = "auto", seed: int = 0) -> LoraSolution:
     """Compute e_lora = min sum_i ||M_i - B_i A_i||_F^2 = sum_i sum_{j>r} sigma_ij^2 (Eckart-Young), with the factors.
 
-    - "exact": SVDs in float64, computed once per stack. The interval allows for `stack.rounding`.
+    - "auto": "exact" for small layers, else leading terms from products, which other work on the stack shares. They are
+      certified as with "fast", see `LayerStack.with_spectra` for the rule.
+    - "exact": SVDs in float64, computed once per stack. The interval allows for `stack.rounding`. A view of a stack
+      whose spectra are leading directions keeps to these.
     - "fast": leading parts by block Lanczos, certified (see `linalg.lanczos`), a layer at a time in one pass. `error`
       is measured before the factors are rounded to the dtype of the stack, so it is not below e_lora but for rounding.
       The interval is at most 1e-6 ||M||^2 wide. It holds the e_lora of the entries as they are, whatever their dtype,
@@ -49,7 +52,7 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
 
     - stack: the L updates M_i (b, a).
     - rank: r.
-    - method: "exact" or "fast".
+    - method: "auto", "exact" or "fast".
     - seed: of the random vectors of method "fast".
 
     **Returns:**
@@ -63,10 +66,12 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "exact", seed: int = 
     RankBudget(rank, 0).check_fits(stack)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method == "auto" and not stack.spectra.is_leading:
+        stack = stack.with_spectra("auto", RankBudget(rank, 0))
     with stack.suitable_threads():
         if stack.spectra.is_leading:
             return _from_leading(stack, rank)
-        return _exact(stack, rank) if method == "exact" else _fast(stack, rank, seed)
+        return _fast(stack, rank, seed) if method == "fast" else _exact(stack, rank)
 
 
 def _exact(stack: LayerStack, rank: int) -> LoraSolution:

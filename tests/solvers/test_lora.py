@@ -306,7 +306,7 @@ def test_the_allowance_is_taken_off_and_added():
 
 def test_bad_input_is_named():
     stack = LayerStack(noise(2, 3, 4), "mine")
-    with pytest.raises(InputError, match="unknown method 'quick'; known: exact, fast"):
+    with pytest.raises(InputError, match="unknown method 'quick'; known: auto, exact, fast"):
         solve_lora(stack, 1, method="quick")
     with pytest.raises(InputError, match=r"rank 4 exceeds min\(b, a\) = 3 of stack 'mine'"):
         solve_lora(stack, 4, method="fast")

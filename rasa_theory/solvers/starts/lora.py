@@ -12,7 +12,7 @@ def lora_start(stack: LayerStack, budget: RankBudget, seed: int = 0) -> RasaFact
 
     `seed` is not used.
     """
-    return RasaFactors.from_lora(solve_lora(stack, budget.rank).factors, budget, pooled="smallest")
+    return RasaFactors.from_lora(solve_lora(stack, budget.rank, "exact").factors, budget, pooled="smallest")
 
 
 LORA = Start("lora", lora_start, is_at_most_lora=True)

@@ -1,0 +1,49 @@
+"""Methods on layers that count as large: their directions come from products, and their errors stay the same."""
+
+import pytest
+
+from rasa_theory import LayerStack, solve_lora
+from rasa_theory.methods import METHODS
+from rasa_theory.problem import spectra
+from tests.helpers.problems import decaying
+
+CASES = [
+    ("share_lora", {"rank": 3, "shared": "A"}),
+    ("share_lora", {"rank": 3, "shared": "B"}),
+    ("allocated", {"terms": 7}),
+    ("tied_lora", {"rank": 2, "max_sweeps": 3}),
+    ("joint_full", {"rank": 3, "core": "full"}),
+    ("lora", {"rank": 2}),
+]
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(spectra, "_SMALL", 100)
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_directions_from_products_give_the_same_error(method, settings, monkeypatch):
+    M = decaying(2, 120, 110, seed=1)
+    exact = METHODS[method].solve(LayerStack(M), **settings).error
+    monkeypatch.setattr(spectra, "_SMALL", 100)
+    stack = LayerStack(M)
+    assert METHODS[method].solve(stack, **settings).error == pytest.approx(exact, abs=1e-5 * stack.norm_squared)
+
+
+@pytest.mark.parametrize(("method", "settings"), [case for case in CASES if not case[0].startswith("joint")])
+def test_no_large_layer_is_decomposed(method, settings, small_is_large, monkeypatch):
+    def refuse(self, *args):
+        raise AssertionError("a decomposition of a large layer")
+
+    for name in ("svd", "singular_values", "gram"):
+        monkeypatch.setattr(spectra.ExactDecompositions, name, refuse)
+    METHODS[method].solve(LayerStack(decaying(2, 120, 110, seed=1)), **settings)
+
+
+def test_lora_of_large_layers_has_an_interval_from_products(small_is_large):
+    M = decaying(2, 120, 110, seed=1)
+    found, exact = solve_lora(LayerStack(M), 2), solve_lora(LayerStack(M), 2, "exact")
+    low, high = found.interval
+    assert low <= exact.error <= high
+    assert high - low <= 2e-6 * (M**2).sum()
