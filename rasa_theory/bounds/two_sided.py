@@ -153,9 +153,8 @@ class ProjectedProblem:
 
         def whole(i: int, A: Tensor) -> Tensor:
             _, below = _shares(s[i])
-            return (
-                s[i] * A + self.Vb @ self._thin(U[i], s[i], self.Vb.mT @ A) + (below - s[i]) * A @ self.Va @ self.Va.mT
-            )
+            K = self._thin(U[i], s[i], self.Vb.mT @ A)
+            return s[i] * A + self.Vb @ K + (below - s[i]) * A @ self.Va @ self.Va.mT
 
         return Division(T, whole, s, root * self.Vb @ F, root * self.Va @ H)
 
@@ -171,7 +170,7 @@ class ProjectedProblem:
         return ThinDivision(T, self.Vb, self.Va, s, _shares(s)[1] - s, torch.stack(K), root * F, root * H)
 
     def _thin(self, U: Tensor, s: Tensor, VA: Tensor) -> Tensor:
-        """K_i (n, a) for U_i (n, n'), s_i, and Vb^T A_i (n, a): U_i - s_i A_i - .. is Vb K_i where columns lead."""
+        """K_i (n, a), what the leading columns add to s_i A_i, from U_i (n, n'), s_i and Vb^T A_i (n, a)."""
         beside, below = _shares(s)
         inner = math.sqrt(self.level) * U + (s - beside - below) * (VA @ self.Va)
         return inner @ self.Va.mT + (beside - s) * VA

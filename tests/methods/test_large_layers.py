@@ -1,16 +1,17 @@
 """Methods on layers that count as large: their directions come from products, and their errors stay the same."""
 
+import numpy as np
 import pytest
 
 from rasa_theory import LayerStack, solve_lora
 from rasa_theory.methods import METHODS
 from rasa_theory.problem import spectra
-from tests.helpers.problems import decaying
+from tests.helpers.problems import decaying, falling
 
 CASES = [
     ("share_lora", {"rank": 3, "shared": "A"}),
     ("share_lora", {"rank": 3, "shared": "B"}),
-    ("allocated", {"terms": 7}),
+    ("allocated", {"terms": 12}),
     ("tied_lora", {"rank": 2, "max_sweeps": 3}),
     ("joint_full", {"rank": 3, "core": "full"}),
     ("lora", {"rank": 2}),
@@ -24,7 +25,7 @@ def small_is_large(monkeypatch):
 
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_directions_from_products_give_the_same_error(method, settings, monkeypatch):
-    M = decaying(2, 120, 110, seed=1)
+    M = falling(2, 120, 110, seed=1) * np.array([1.0, 0.1])[:, None, None]  # most terms are the first layer's
     exact = METHODS[method].solve(LayerStack(M), **settings).error
     monkeypatch.setattr(spectra, "_SMALL", 100)
     stack = LayerStack(M)
@@ -47,3 +48,10 @@ def test_lora_of_large_layers_has_an_interval_from_products(small_is_large):
     low, high = found.interval
     assert low <= exact.error <= high
     assert high - low <= 2e-6 * (M**2).sum()
+
+
+def test_the_largest_terms_are_found_in_whichever_layer_they_are(small_is_large):
+    M = falling(2, 120, 110, seed=1) * np.array([1.0, 0.1])[:, None, None]
+    energies = np.sort(np.linalg.svd(M, compute_uv=False).ravel() ** 2)
+    error = METHODS["allocated"].solve(LayerStack(M), terms=12).error
+    assert error == pytest.approx(energies[:-12].sum(), rel=1e-5)
