@@ -14,15 +14,11 @@ from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack
+from rasa_theory.solvers import solver_seconds
 from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line, synthetic_stack
 
 _SAMPLE = 512  # side of the layer whose exact SVD is timed
 _LEADING_SAMPLE = 1280  # side of the layer whose leading part is timed: smaller ones have it from the exact SVD
-
-# The default solver and the closed floor of a stack without SVDs, measured on two cores with 4 x 512^2 to 8 x 4096^2
-# (`experiments.at_size`): these times LoRA's seconds, and the seconds of a search on its core.
-_TIMES_LORA = 14
-_SEARCH_SECONDS = 5
 
 
 def forecast(job: Job, out: Path, world_size: int = 1) -> str:
@@ -149,7 +145,7 @@ def _solver_time(settings: ExtractSettings, lora_seconds: float, searches: int, 
     """The time of solver and floors, as text: of `searches` stacks without SVDs, whose LoRA takes `lora_seconds`."""
     if searches == 0 or settings.k is None or settings.solver.start != "best" or settings.solver.effort != "default":
         return "; the solver comes on top"
-    seconds = _TIMES_LORA * lora_seconds + _SEARCH_SECONDS * searches
+    seconds = solver_seconds(lora_seconds, searches)
     rest = f", and that of the {others} other stacks comes on top" if others else ""
     return f"; solver and floors some {seconds:.0f} s more{rest}"
 

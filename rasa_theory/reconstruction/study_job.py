@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from rasa_theory.reconstruction.results_folder import ResultsFolder
 from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_progress import Watch
 from rasa_theory.reconstruction.study_settings import StudySettings
+from rasa_theory.solvers import attempt_seconds, lora_seconds, solver_seconds
 from rasa_theory.sources import Catalogue, Norms, StackSource, left_out_lines, memory_line, pair_warning, size_line
 
 
@@ -64,7 +66,26 @@ class StudyJob:
         lines.append(memory_line(most, world_size, f", its layers over {world_size} processes"))
         if self.memory is not None and most > self.memory:
             lines.append(f"At most {self.memory / 2**20:.4g} MiB of that are in memory, the rest on disk.")
+        lines += self._duration()
         return "\n".join(lines + left_out_lines(catalogue))
+
+    def _duration(self) -> list[str]:
+        """A sentence with the seconds that stacks of large layers take; those of small ones nobody knows before."""
+        settings, solver = self.settings, self.settings.solver
+        large = [source for source in self.catalogue.stacks if not settings.exact(source)]
+        if not large or solver.start != "best" or solver.effort != "default":
+            return []
+        entries = sum(source.layers * math.prod(source.shape) for source in large)
+        lora = lora_seconds(entries, settings.rank, self.dtype, self.device)
+        ks = sum(k > 0 for k in settings.ks)
+        least, most = (ks * settings.seeds * seconds for seconds in attempt_seconds(lora))
+        text = f"LoRA takes about {lora:.3g} s here, by a layer timed now, reading aside"
+        if ks:
+            text += f"; solver and closed floors some {ks * solver_seconds(lora, len(large)):.3g} s more"
+        if ks and settings.seeds:
+            text += f"; the random attempts {least:.3g} to {most:.3g} s, which --seeds 0 leaves out"
+        kinds = "" if len(large) == len(self.catalogue.stacks) else " These are the stacks of large layers alone."
+        return [f"{text}.{kinds}"]
 
     def _update_rank(self, source: StackSource) -> int:
         """The largest r - k + L k of all k, at most min(b, a)."""

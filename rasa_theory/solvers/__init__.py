@@ -19,6 +19,7 @@ from rasa_theory.solvers.descent import (
     SweepFailed,
     decreases_less,
 )
+from rasa_theory.solvers.duration import attempt_seconds, lora_seconds, solver_seconds
 from rasa_theory.solvers.lora import LoraSolution, solve_lora
 from rasa_theory.solvers.mixing_drop import drop_allowance, mixing_drop, resolve_mixing
 from rasa_theory.solvers.options import SolverOptions, is_at_most_lora
@@ -97,6 +98,7 @@ __all__ = [
     "SweepFailed",
     "SweepOnCore",
     "allocation_start",
+    "attempt_seconds",
     "bounded_sweeps",
     "cancellation",
     "common_start",
@@ -112,6 +114,7 @@ __all__ = [
     "joint_sweep",
     "largest_excess",
     "leading_terms",
+    "lora_seconds",
     "lora_start",
     "measurable",
     "median_iterations",
@@ -128,6 +131,7 @@ __all__ = [
     "solve_lora",
     "solve_path",
     "solve_rasa",
+    "solver_seconds",
     "subspace_start",
     "sweeps_on",
     "term_norms",

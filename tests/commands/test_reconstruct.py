@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -590,8 +591,25 @@ def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.Captur
 def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "none-made"
     assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--dry-run", "--out", str(out)]) == 0
-    assert "updates: 3 x 12 x 10" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "updates: 3 x 12 x 10" in text
+    assert "LoRA takes" not in text  # nobody knows how long small layers take
     assert not out.exists()
+
+
+def test_dry_run_forecasts_the_seconds_of_large_layers(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(stack_file), "--rank", "2", "--dry-run", "--spectra", "leading", "--k"]
+    assert reconstruct.main([*arguments, "1"]) == 0
+    text = capsys.readouterr().out
+    numbers = re.search(
+        r"LoRA takes about (\S+) s .* floors some (\S+) s more; the random attempts (\S+) to (\S+) s", text
+    )
+    assert numbers is not None
+    lora, more, least, most = map(float, numbers.groups())
+    assert more == pytest.approx(14 * lora + 5, rel=0.01)
+    assert (least, most) == (pytest.approx(255 * lora, rel=0.02), pytest.approx(510 * lora, rel=0.02))
+    assert reconstruct.main([*arguments, "0"]) == 0
+    assert "floors" not in capsys.readouterr().out
 
 
 def test_synthetic_and_float32(capsys: pytest.CaptureFixture[str]) -> None:
