@@ -314,11 +314,6 @@ class RasaConfig:
     alpha: float = 1
     dropout: float = 0.0
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> RasaConfig:
-        """The fields of a configuration that was read from a file. They are not checked: missing ones are None."""
-        return cls(*(config.get(key) for key in ("r", "rasa_k", "rasa_alpha", "rasa_dropout")))  # type: ignore[arg-type]
-
     def plain(self, modules: Sequence[str], transposed: bool, base: BaseModel) -> dict[str, Any]:
         """The whole file for these modules of the base model `base`; `transposed`: their weights are (in, out)."""
         return {
