@@ -6,7 +6,7 @@ one of `SWEEPS`, wrapped by `Guarded` and `BestSoFar`. Everything below `solve_r
 """
 
 from rasa_theory.solvers import updates
-from rasa_theory.solvers.accuracy import cancellation, largest_excess, measurable, term_norms, term_size
+from rasa_theory.solvers.accuracy import cancellation, largest_excess, measurable, term_norms, term_size, unresolved
 from rasa_theory.solvers.attempts import Attempt, median_iterations, random_attempt
 from rasa_theory.solvers.descent import (
     BestSoFar,
@@ -136,6 +136,7 @@ __all__ = [
     "sweeps_on",
     "term_norms",
     "term_size",
+    "unresolved",
     "update_private",
     "updates",
 ]

@@ -68,6 +68,17 @@ def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None
     return linalg.rounding(term_size(stack, factors), stack.shape, stack.eps if eps is None else eps)
 
 
+def unresolved(stack: LayerStack, factors: RasaFactors) -> float:
+    """How far from an exact fit sweeps may end by rounding, in units of norm.
+
+    They take no step along b^T E_i a below `residual_noise`. For each of the q + R terms these are b + a numbers.
+    """
+    terms = factors.private_B.shape[2] + factors.shared_B.shape[1]
+    size = torch.tensor([term_size(stack, factors)], dtype=torch.float64)
+    noise = float(residual_noise(size, factors.to(torch.float64))) * stack.eps / torch.finfo(torch.float64).eps
+    return math.sqrt(terms * sum(stack.shape)) * noise
+
+
 def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:
     """`error`, a squared error that was put together from products, or the direct residual where rounding could show.
 

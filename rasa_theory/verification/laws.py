@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rasa_theory.bounds import floor_slack
 from rasa_theory.problem import LayerStack, layer_residuals
-from rasa_theory.solvers import RasaSolution, SolverOptions, StopReason, drop_allowance, measurable
+from rasa_theory.solvers import RasaSolution, SolverOptions, StopReason, drop_allowance, measurable, unresolved
 from rasa_theory.verification.evidence import Evidence, MixingStep, VerificationSettings, residual
 
 Margin = float | None
@@ -212,7 +212,7 @@ def _answer_meets_optimum(e: Evidence) -> Margin:
 
     Cut short it may end at a closed-form start: of equal layers those are saddles. Sweeps end when one of them gains
     less than rtol of the error; the families for which this is asked converge by more than half a sweep, so that less
-    than that is left to gain.
+    than that is left to gain. Where the fit is exact they end where rounding hides it, see `unresolved`.
     """
     if e.known is None or "solver" not in e.known.met_by:
         return None
@@ -220,7 +220,8 @@ def _answer_meets_optimum(e: Evidence) -> Margin:
     if "allocation" not in e.known.met_by and not ended:
         return None
     optimum, rtol = e.known.e_rasa, SolverOptions().rtol
-    tolerance = _squared(optimum, measurable(e.stack, e.answer.factors)) + rtol * optimum
+    rounding = measurable(e.stack, e.answer.factors) + unresolved(e.stack, e.answer.factors)
+    tolerance = _squared(optimum, rounding) + rtol * optimum
     return _in_units(e.answer.error - optimum, tolerance)
 
 
