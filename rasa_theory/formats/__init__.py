@@ -37,13 +37,11 @@ from rasa_theory.formats.peft import (
 )
 from rasa_theory.formats.quantised import refuse_quantised
 from rasa_theory.formats.rasa import (
-    COMPILED,
     LAYOUTS,
     MODULE_PARTS,
     RESERVED,
     RasaConfig,
     in_first_layout,
-    is_rasa_key,
     key_of_parameter,
     module_key,
     module_parameter,
@@ -68,9 +66,10 @@ from rasa_theory.formats.safetensors import (
     write_safetensors,
 )
 from rasa_theory.formats.shards import PICKLES
-from rasa_theory.formats.spellings import adapter_format
+from rasa_theory.formats.spellings import adapter_format, is_rasa_key
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, LeftOutGroup, grouped, is_floating
+from rasa_theory.formats.wrappers import COMPILED
 
 __all__ = [
     "COMPILED",

@@ -26,7 +26,6 @@ from rasa_theory.formats.peft import (
 )
 from rasa_theory.formats.rasa import rasa_adapter
 from rasa_theory.formats.spellings import (
-    RASA,
     Foreign,
     Key,
     Side,
@@ -34,6 +33,7 @@ from rasa_theory.formats.spellings import (
     adapter_format,
     bare,
     foreign,
+    is_rasa_key,
     kohya_module,
     spelt,
 )
@@ -223,7 +223,7 @@ class _AdapterKeys:
     @property
     def are_rasa(self) -> bool:
         """True if there are adapters of RaSA, and no others."""
-        return bool(self.foreign) and not self.sides_of and all(x.what == RASA for x in self.foreign.values())
+        return bool(self.foreign) and not self.sides_of and all(map(is_rasa_key, self.foreign))
 
     def _add_factor(self, path: Path, key: Key, entry: Entry) -> None:
         sides = self.sides_of.setdefault(key.module, {})

@@ -59,10 +59,13 @@ def check_options(file: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name in _APPLIED or name in _HARMLESS or name == "init_lora_weights" or _is_off(value):
             continue
-        meaning = _MEANING.get(name, "is not known, and may change what the factors mean")
-        if meaning is not None:
-            advice = MERGE if name in _MEANING else f"if it does not, remove it from the file; else {MERGE}"
-            raise InputError(f"{file}: {name} is {_short(value)}, which {meaning}: the update is not B A; {advice}")
+        if name in _MEANING:
+            consequence = f"which {_MEANING[name]}: the update is not B A"
+            raise InputError(f"{file}: {name} is {_short(value)}, {consequence}; {MERGE}")
+        raise InputError(
+            f"{file}: {name} is {_short(value)}, an option that is not known and may change what the factors mean; if "
+            f"it does not, remove it from the file; else {MERGE}"
+        )
 
 
 def _check_initial(file: Path, value: Any) -> None:

@@ -29,6 +29,7 @@ from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames, layer_span
 from rasa_theory.formats.orientation import adapted_conv1d
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, Term, wide
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
+from rasa_theory.formats.wrappers import COMPILED
 from rasa_theory.problem import RankBudget, RasaFactors
 
 _SPELLINGS = {
@@ -49,9 +50,6 @@ RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 MODULE_PARTS = {"A": "rasa_private_A", "B": "rasa_private_B", "mixing": "rasa_mixing"}
 """The names of a module's parameters in a model, by the part in a key of the file."""
-
-COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a model's parts."""
 
 
 # ---- keys
@@ -96,11 +94,6 @@ def key_of_parameter(parameter: str, adapter: str) -> str | None:
         if match := re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+)\.{attribute}\.{name}", parameter):
             return module_key(match[1].replace(COMPILED, ""), part)
     return None
-
-
-def is_rasa_key(key: str) -> bool:
-    """True if the key is of a RaSA adapter, in either of the authors' layouts."""
-    return re.search(r"(?:\A|\.)rasa_(?:shared_|private_)?(?:A|B|D|mixing)(?:\.|\Z)", key) is not None
 
 
 def pools_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:

@@ -88,8 +88,7 @@ _RULES = (
 )
 _ALPHA = re.compile(r"\.alpha\Z")
 
-RASA = "RaSA"
-"""What `foreign` calls the adapters of RaSA, which another module reads."""
+_RASA = r"rasa_(?:(?:shared|private|pool)_)?(?:A|B|D|mixing)|rasa_adapters"
 
 _OTHERS = {
     r"lora_E|ranknum": "AdaLoRA, whose update has a diagonal between its factors",
@@ -99,18 +98,26 @@ _OTHERS = {
     r"lora_mid": "LoRA of a convolution in three factors (Tucker)",
     r"hada_(?:w[12]_[ab]|t[12])": "LoHa, a product of two products entry by entry",
     r"lokr_(?:w[12](?:_[ab])?|t2)": "LoKr, a Kronecker product",
-    r"(?:oft|boft)_(?:\w+)": "OFT, which turns the weight",
+    r"b?oft_\w+": "OFT, which turns the weight",
     r"ia3_\w+|on_input": "IA3, which scales inputs or outputs",
     r"p?vera_(?:lambda_\w+|[AB])": "VeRA, whose random factors are not in the file",
     r"vblora_\w+": "VB-LoRA",
     r"fourierft_\w+|waveft_\w+": "an adapter in Fourier space",
-    r"(?:randlora|hra|c3a|miss|bone|shira|road|delora|gralora|hira|psoft|unilora|tinylora|adamss|peanut|poly)_\w+":
+    r"(?:randlora|gralora|delora|glora|supertuning|tinylora|unilora|hra|c3a|shira|hira|psoft|adamss|peanut|frod|osf)_\w+":
         "an adapter that is not LoRA",
-    r"rasa_(?:(?:shared|private|pool)_)?(?:A|B|D|mixing)|rasa_adapters": RASA,
-    r"token_adapter": "trained rows of an embedding",
-    r"lora_(?:A|B|a|b|down|up|linear_layer)|\w+_lora[12]?": "LoRA",
+    # names that begin with a word of English are given in full: a model may have a road_head
+    r"poly_(?:lora_[AB]|router)|lily_(?:A|B|router)|road_(?:theta|alpha)|shadow_(?:down|up|update_transform|update_gate)":
+        "an adapter that is not LoRA",
+    r"miss_block|bone_block|deft_[PR]|beft_bias|ln_tuning_layers|lora_monteclora_sampler":
+        "an adapter that is not LoRA",
+    _RASA: "RaSA",
+    r"token_adapter|trainable_tokens_delta": "trained rows of an embedding",
+    # w_lora.lora.0 is a Linear layer of RWKV
+    r"lora_(?:A|B|a|b|down|up|linear_layer)|\w+_lora[12]?\.(?:down|up)": "LoRA",
 }  # fmt: skip
+"""What an adapter is by a component of its keys, or by two components with the dot between them."""
 _OTHER = [(re.compile(names), what) for names, what in _OTHERS.items()]
+_RASA_COMPONENT = re.compile(_RASA)
 
 
 def spelt(name: str) -> Key | None:
@@ -144,14 +151,20 @@ def foreign(name: str) -> Foreign | None:
     """What a key is to another format than products B A; None if it belongs to none."""
     parts = name.split(".")
     for i, part in enumerate(parts):
-        if (what := _format_of_component(part)) is not None:
+        what = _format_of(part) or _format_of(".".join(parts[i : i + 2]))
+        if what is not None:
             return Foreign(bare(".".join(parts[:i])), what)
     return None
 
 
 @functools.lru_cache(maxsize=4096)  # a model has 100,000 names of a few dozen components
-def _format_of_component(part: str) -> str | None:
-    return next((what for pattern, what in _OTHER if pattern.fullmatch(part)), None)
+def _format_of(components: str) -> str | None:
+    return next((what for pattern, what in _OTHER if pattern.fullmatch(components)), None)
+
+
+def is_rasa_key(key: str) -> bool:
+    """True if the key is of a RaSA adapter, in either of the authors' layouts."""
+    return any(_RASA_COMPONENT.fullmatch(part) for part in key.split("."))
 
 
 def adapter_format(name: str) -> str | None:

@@ -6,7 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of a model's parts."""
+
+_WRAPPERS = frozenset(
+    {COMPILED.removesuffix("."), "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
 _MAYBE = "module"  # the wrapper of DDP and DeepSpeed, but also a legal name of a real module
 
 

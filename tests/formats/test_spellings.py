@@ -1,5 +1,8 @@
 """The table of spellings: module and side of a key, kohya's names, and what belongs to another format of adapter."""
 
+import importlib
+import pkgutil
+
 import pytest
 
 from rasa_theory.formats.spellings import Side, Spelling, adapter_format, foreign, kohya_module, kohya_name, spelt
@@ -79,10 +82,26 @@ def test_tensors_of_other_formats(key, module, word):
 @pytest.mark.parametrize(
     "name",
     ["layers.0.q.weight", "my.lora_Alpha", "colora_A.weight", "h.0.diff", "layers.0.A", "layers.0.on_inputs.weight",
-     "base_layer.weight", "encoder.flora_down.weight"],
+     "base_layer.weight", "encoder.flora_down.weight", "layers.0.attn.w_lora.lora.0.weight", "layers.0.g_lora.weight",
+     "road_head.weight", "layers.0.poly_attention.q.weight", "bone_embedding.weight", "miss_token",
+     "shadow_net.weight"],
 )  # fmt: skip
 def test_names_of_no_adapter(name):
     assert adapter_format(name) is None
+
+
+def test_the_parameters_of_the_installed_peft_are_all_known():
+    """Adapters of every tuner are told from updates by each of their keys, also in a file without configuration."""
+    peft = pytest.importorskip("peft")
+    names = set()
+    for found in pkgutil.walk_packages(peft.tuners.__path__, f"{peft.tuners.__name__}."):
+        if found.name.endswith(("layer", "layers")):
+            for kind in vars(importlib.import_module(found.name)).values():
+                own = getattr(kind, "adapter_layer_names", ())
+                names |= set(own if isinstance(own, tuple) else ())
+    assert len(names) > 50
+    of_no_tensor = {"lora_dropout", "lora_variant", "shadow_dropout"}
+    assert {name for name in names - of_no_tensor if adapter_format(f"layers.0.q.{name}.weight") is None} == set()
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,10 @@ NAMES = {
                     for i, n in ((1, 2), (2, 5)) for j in range(2)}),
     "Swin": (SWIN, {f"encoder.layers.{i}.blocks.*.attention.self.query.weight": 2 for i in range(3)}),
     "experts": (EXPERTS, {f"model.layers.*.mlp.experts.{e}.w1.weight": 3 for e in range(4)}),
+    "names like an adapter's": (  # RWKV-7 has Linear layers of low rank that are called so
+        {f"layers.{i}.attn.w_lora.lora.{j}.weight": (8 - 4 * j, 4 + 4 * j) for i in range(2) for j in range(2)},
+        {f"layers.*.attn.w_lora.lora.{j}.weight": 2 for j in range(2)},
+    ),
     "no stack": ({"a.1.b.2.weight": (4, 4), "a.2.b.3.weight": (5, 4)}, {"a.1.b.2.weight": 1, "a.2.b.3.weight": 1}),
     "one narrow layer": (
         {f"layers.{i}.q.weight": (6, 8) for i in range(3)} | {"layers.3.q.weight": (4, 8)},
