@@ -45,6 +45,7 @@ _PIPELINE = frozenset(
     {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior"}
 )
 _OF_DIFFUSERS = re.compile(r"\.(?:(?:single_)?transformer_blocks|attn[12]|to_[qkv]|to_out|add_q_proj)(?:\.|\Z)")
+_CALLED_A = re.compile(r"(?P<stem>.*[._])(?P<side>[Aa])(?P<end>(?:\.weight)?)")
 _METADATA = "lora_adapter_metadata"  # what diffusers writes into the header since 0.34
 _WITHOUT_SCALING = {
     Spelling.PEFT: f"give the folder of the adapter, with its {CONFIG_FILE}",
@@ -147,23 +148,33 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_bare_factors(checkpoint: Checkpoint) -> None:
-    """Raise InputError if half of the tensors come in pairs `X.A` (a, r), `X.B` (r, b): what mlx-vlm writes.
+    """Raise InputError if half of the tensors come in pairs called A and B with a small common rank.
 
-    Their names alone do not tell, for A and B may be two kinds of module; a small common r does.
+    mlx-vlm writes `X.A` (a, r) and `X.B` (r, b); others write `X.A.weight` (r, a) and `X.B.weight` (b, r), or `w_a`
+    and `w_b`. Their names alone do not tell, for A and B may be two kinds of module; a small common r does.
     """
     entries = checkpoint.entries
     pairs = []
     for name, A in entries.items():
-        B = entries.get(f"{name.removesuffix('.A')}.B") if name.endswith(".A") else None
-        if B is not None and len(A.shape) == len(B.shape) == 2:
-            (a, r), (rank, b) = A.shape, B.shape
-            pairs += [(A, B)] * (r == rank < min(a, b))
+        match = _CALLED_A.fullmatch(name)
+        if match is None or adapter_format(name) is not None:
+            continue
+        B = entries.get(f"{match['stem']}{'b' if match['side'] == 'a' else 'B'}{match['end']}")
+        if B is not None and _multiply_at_low_rank(A.shape, B.shape):
+            pairs.append((A, B))
     if pairs and 4 * len(pairs) >= len(entries):
         A, B = pairs[0]
         raise InputError(
-            f"{checkpoint.path}: {A.name!r} {A.shape} and {B.name!r} {B.shape} look like the factors of an adapter "
-            f"(mlx-vlm writes such), whose scaling is not in this file; {MERGE}"
+            f"{checkpoint.path}: {A.name!r} {A.shape} and {B.name!r} {B.shape} look like the factors of an adapter, "
+            f"whose scaling is not in this file; {MERGE}"
         )
+
+
+def _multiply_at_low_rank(A: tuple[int, ...], B: tuple[int, ...]) -> bool:
+    """Whether B A, or A B, is a product of two matrices with fewer terms than it has rows and columns."""
+    if not len(A) == len(B) == 2:
+        return False
+    return A[0] == B[1] < min(A[1], B[0]) or A[1] == B[0] < min(A[0], B[1])
 
 
 # ---- a file without configuration
@@ -278,7 +289,13 @@ class _Scalings:
             return self._alpha(alpha) / rank
         component, _, within = module.partition(".")
         if component in self._config_of:
-            return self._config_of[component].scaling(within, rank)
+            config = self._config_of[component]
+            if (expected := config.rank(within)) != rank:
+                raise InputError(
+                    f"{self._file}: module {module!r} has rank {expected} in {_METADATA}, but {A.name!r} has shape "
+                    f"{A.shape}, rank {rank}; save the adapter again"
+                )
+            return config.scaling(within, rank)
         if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and component in self._components):
             raise InputError(
                 f"{self._file}: factors of LoRA as {spelling.value} spells them ({A.name!r}), whose scaling is not in "

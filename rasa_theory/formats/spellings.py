@@ -114,6 +114,8 @@ _OTHERS = {
     r"token_adapter|trainable_tokens_delta": "trained rows of an embedding",
     # w_lora.lora.0 is a Linear layer of RWKV
     r"lora_(?:A|B|a|b|down|up|linear_layer)|\w+_lora[12]?\.(?:down|up)": "LoRA",
+    r"(?i:lora[ab12]|lora_[qkvo]|(?:\w+_)?lora_(?:[a-z]{1,4}_)?(?:[ab]|[0-9]|in|out|down|up|left|right|layer)(?:_weight)?)":
+        "LoRA in a spelling that is not known",
 }  # fmt: skip
 """What an adapter is by a component of its keys, or by two components with the dot between them."""
 _OTHER = [(re.compile(names), what) for names, what in _OTHERS.items()]

@@ -84,7 +84,7 @@ def test_tensors_of_other_formats(key, module, word):
     ["layers.0.q.weight", "my.lora_Alpha", "colora_A.weight", "h.0.diff", "layers.0.A", "layers.0.on_inputs.weight",
      "base_layer.weight", "encoder.flora_down.weight", "layers.0.attn.w_lora.lora.0.weight", "layers.0.g_lora.weight",
      "road_head.weight", "layers.0.poly_attention.q.weight", "bone_embedding.weight", "miss_token",
-     "shadow_net.weight"],
+     "shadow_net.weight", "exploration.weight", "lora_unet_conv_in.diff", "layers.0.lorax.weight"],
 )  # fmt: skip
 def test_names_of_no_adapter(name):
     assert adapter_format(name) is None

@@ -169,6 +169,9 @@ def test_the_metadata_of_diffusers_has_the_scaling(tmp_path: Path) -> None:
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config | {"transformer.use_dora": True})})
     with pytest.raises(rt.InputError, match="use_dora is True"):
         open_source(str(file))
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config | {"transformer.r": 8})})
+    with pytest.raises(rt.InputError, match=r"rank 8 in lora_adapter_metadata, but .* rank 2"):
+        open_source(str(file))
     for text in ("[1]", "{", "[" * 100000):
         save_file(tensors, file, {"lora_adapter_metadata": text})
         with pytest.raises(rt.InputError, match="its lora_adapter_metadata is no JSON object"):
@@ -288,7 +291,7 @@ REFUSED = {
     ),
     "mlx-vlm": (
         layered("A", shape=(4, 2)) | layered("B", shape=(2, 4)),
-        "'layers.0.q.A' (4, 2) and 'layers.0.q.B' (2, 4) look like the factors of an adapter (mlx-vlm writes such)",
+        "'layers.0.q.A' (4, 2) and 'layers.0.q.B' (2, 4) look like the factors of an adapter",
     ),
     "alpha 0": (
         layered("lora_down.weight", "lora_up.weight") | {f"layers.{i}.q.alpha": torch.tensor(0.0) for i in LAYERS},
@@ -348,6 +351,23 @@ def test_factors_beside_updates_are_left_out(tmp_path: Path) -> None:
     assert sorted(s.name for s in stacks) == [f"layers.*.{kind}.update" for kind in "uvwxyz"]
     assert {name for name, _ in left_out} == strays.keys()
     assert all("a factor of an adapter, not an update" in reason for _, reason in left_out)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("q_lora_A.weight", "q_lora_B.weight"), ("LoRA_A.weight", "LoRA_B.weight"), ("loraA", "loraB"),
+        ("lora1.weight", "lora2.weight"), ("lora_A_weight", "lora_B_weight"),
+        ("lora_q.A", "lora_q.B"), ("q_lora_a", "q_lora_b"), ("lora_q_a.weight", "lora_q_b.weight"),
+        ("lora_right", "lora_left"), ("w_lora_a", "w_lora_b"), ("lora_layer.down.weight", "lora_layer.up.weight"),
+        ("linear_lora_in.weight", "linear_lora_out.weight"), ("A.weight", "B.weight"), ("a", "b"),
+        ("w_a.weight", "w_b.weight"),
+    ],
+)  # fmt: skip
+def test_factors_in_a_spelling_that_no_table_has_are_never_updates(down: str, up: str, tmp_path: Path) -> None:
+    save_file(layered(down, shape=(2, 4)) | layered(up, shape=(4, 2)), tmp_path / "x.safetensors")
+    with pytest.raises(rt.InputError, match=r"holds an adapter \(LoRA|look like the factors of an adapter"):
+        open_source(str(tmp_path / "x.safetensors"))
 
 
 def test_two_kinds_of_module_that_are_called_a_and_b_are_no_factors(tmp_path: Path) -> None:
