@@ -6,7 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.tensors import Entry
@@ -15,11 +15,11 @@ _WHOLE = re.compile(r"[iu](?:8|16|32|64)|u?int(?:8|16|32|64)")
 _NARROW = re.compile(r"float(?:8|6|4)(?![0-9])")
 _WEIGHT = re.compile(r"(?:\A|\.)(?:weight|kernel)\Z")
 _SCALE = re.compile(r"\.\w*scales?\w*\Z")
-_CAST = "cast to 8 bits or fewer, with no scales"
-_CONVERT = (
+_DEQUANTISE = (
     "load it with transformers, call dequantize() and save it, or take the model from which it was made: both models "
     "must be in bfloat16 or wider"
 )
+_TAKE_WIDER = "rounding to so few bits is larger than most updates: give both models in bfloat16 or wider"
 
 _MARKS = [
     (scheme, re.compile(rf"[._](?:{mark})\Z"))
@@ -44,6 +44,14 @@ _MARKS = [
 """Ends of names that only the tensors of one scheme have, beside (or as) a tensor of whole or narrow numbers."""
 
 
+class _Finding(NamedTuple):
+    """The scheme of quantised weights in words, a tensor that shows it, and what to do."""
+
+    scheme: str
+    example: Entry
+    remedy: str = _DEQUANTISE
+
+
 def refuse_quantised(path: Path, entries: Iterable[Entry], config: dict[str, Any]) -> None:
     """Raise InputError, naming the scheme, if a checkpoint holds quantised weights. `config` is its config.json.
 
@@ -54,17 +62,15 @@ def refuse_quantised(path: Path, entries: Iterable[Entry], config: dict[str, Any
     finding = _marked(entries, packed) or _by_dtype(entries)
     if finding is None:
         return
-    scheme, example = finding
+    scheme, example, remedy = finding
     if (method := _method(config)) is not None:
         scheme += f"; {method} in its config.json"
-    advice = "rounding to so few bits is larger than most updates: give both models in bfloat16 or wider"
     raise InputError(
-        f"{path}: its weights are quantised ({scheme}), for example {example.name!r}, {example.dtype}; "
-        f"{advice if _CAST in scheme else _CONVERT}"
+        f"{path}: its weights are quantised ({scheme}), for example {example.name!r}, {example.dtype}; {remedy}"
     )
 
 
-def _marked(entries: list[Entry], packed: list[str]) -> tuple[str, Entry] | None:
+def _marked(entries: list[Entry], packed: list[str]) -> _Finding | None:
     """The first scheme with a mark beside a tensor in `packed` (sorted names), and the tensor that shows it."""
     for scheme, mark in _MARKS:
         for entry in entries:
@@ -72,11 +78,11 @@ def _marked(entries: list[Entry], packed: list[str]) -> tuple[str, Entry] | None
                 module = entry.name[: match.start()]
                 place = bisect_left(packed, module)
                 if place < len(packed) and packed[place].startswith(module):
-                    return scheme, entry
+                    return _Finding(scheme, entry)
     return None
 
 
-def _by_dtype(entries: list[Entry]) -> tuple[str, Entry] | None:
+def _by_dtype(entries: list[Entry]) -> _Finding | None:
     """A weight of whole numbers, or of floats below 16 bits, and the scheme as far as its neighbours tell."""
     scaled = {entry.name[: match.start()] for entry in entries if (match := _SCALE.search(entry.name)) is not None}
     for entry in entries:
@@ -84,9 +90,11 @@ def _by_dtype(entries: list[Entry]) -> tuple[str, Entry] | None:
             continue
         is_scaled, is_weight = entry.name.rpartition(".")[0] in scaled, _WEIGHT.search(entry.name) is not None
         if is_scaled and (is_weight or _is_narrow(entry)):
-            return "FP8 or integers with scales", entry
+            return _Finding("FP8 or integers with scales", entry)
+        if is_weight and _is_narrow(entry):
+            return _Finding("cast to 8 bits or fewer, with no scales", entry, _TAKE_WIDER)
         if is_weight:
-            return (_CAST if _is_narrow(entry) else "integers"), entry
+            return _Finding("integers", entry)
     return None
 
 
