@@ -19,8 +19,9 @@ from rasa_theory.formats.kohya import (
     kohya_tensors,
 )
 from rasa_theory.formats.model_checkpoint import ModelCheckpoint
+from rasa_theory.formats.model_config import config_file, model_config, model_types
 from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task
-from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d, model_config, model_types, oriented
+from rasa_theory.formats.orientation import called_conv1d
 from rasa_theory.formats.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -97,7 +98,6 @@ __all__ = [
     "RasaConfig",
     "Role",
     "StoredAdapter",
-    "adapted_conv1d",
     "adapter_format",
     "adapter_in_folder",
     "adapter_in_tensors",
@@ -105,6 +105,7 @@ __all__ = [
     "architecture",
     "base_of",
     "called_conv1d",
+    "config_file",
     "dense_tensor",
     "grouped",
     "holds_adapter",
@@ -129,7 +130,6 @@ __all__ = [
     "name_in_task",
     "not_loadable",
     "opened",
-    "oriented",
     "peft_adapter",
     "place_by_name",
     "pool_attribute",

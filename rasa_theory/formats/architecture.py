@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rasa_theory.formats.model_config import config_file
 from rasa_theory.formats.roles import Place, Role
-
-_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,18 @@ def architecture(checkpoint: Path) -> Architecture | None:
     None as well without a config.json, without transformers 5 or later, and for classes whose code is not a part of
     transformers: no code of a checkpoint is ever run.
     """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    file = folder / _CONFIG
-    if not os.path.exists(file):
-        return None
-    return _built(str(file), os.stat(file).st_mtime_ns)
+    file = config_file(checkpoint)
+    return None if file is None else _built(str(file), os.stat(file).st_mtime_ns)
 
 
 def why_unknown(checkpoint: Path) -> str:
     """Why `architecture` returns None for a checkpoint, as the end of a sentence."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if not os.path.exists(folder / _CONFIG):
-        return f"no {_CONFIG} lies beside {checkpoint}"
+    file = config_file(checkpoint)
+    if file is None:
+        return f"{checkpoint} has no config.json"
     if not is_transformers_here():
         return "transformers 5 or later is not installed (pip install 'rasa-theory[hf]')"
-    return f"transformers cannot build the model of {folder / _CONFIG}"
+    return f"transformers cannot build the model of {file}"
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rasa_theory.formats.safetensors import read_json
+from rasa_theory.formats.model_config import model_config
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,7 @@ class BaseModel:
         holds no JSON object.
         """
         for path in checkpoints:
-            file = (path if path.is_dir() else path.parent) / "config.json"
-            if not os.path.exists(file):
-                continue
-            config = read_json(file)
+            config = model_config(path)
             kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
             if isinstance(diffusers := config.get("_class_name"), str):
                 return cls(name, diffusers, "diffusers")

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
-from typing import Any
 
 from rasa_theory.formats.roles import Place, Role
-from rasa_theory.formats.safetensors import read_json
 from rasa_theory.formats.tensors import Entry
 
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 _CONV1D = re.compile(r"(?:\A|\.)(c_attn|q_attn|c_fc|c_proj)(?:\.weight)?\Z")
 _WIDENING = ("c_attn", "c_fc")  # more outputs than inputs, in every model that has them
-
-
-def model_config(checkpoint: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint's directory, or {}. Raises InputError if it holds no JSON object."""
-    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-    return read_json(file) if os.path.exists(file) else {}
-
-
-def model_types(checkpoint: Path) -> frozenset[str]:
-    """`model_type` in the config.json of a checkpoint's directory, and of its parts, such as a decoder; maybe empty.
-
-    Raises InputError if there is a config.json that holds no JSON object.
-    """
-    config = model_config(checkpoint)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return frozenset(kind for part in parts if isinstance(kind := part.get("model_type"), str))
 
 
 def oriented(entries: Iterable[Entry], models: frozenset[str]) -> list[Entry]:

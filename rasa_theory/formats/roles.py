@@ -74,14 +74,16 @@ class Place(NamedTuple):
 def place_by_name(name: str, shape: tuple[int, ...]) -> Place:
     """The place of a tensor of a model whose class is not known, from its shape and whole components of its name.
 
-    A matrix is a Linear layer's unless the module has the name of an embedding, or is called `router`. Of three axes,
-    a `weight` whose last axis is short is a convolution; with a first axis of 1, the tensor is a table of positions or
-    a token; with a component `experts` it holds experts. Everything else of three axes is UNKNOWN.
+    With fewer than two axes, a `weight` is a norm's. A matrix is a Linear layer's unless the module has the name of an
+    embedding, or is called `router`. Of three axes, a `weight` whose last axis is short is a convolution; with a first
+    axis of 1, the tensor is a table of positions or a token; with a component `experts` it holds experts. Everything
+    else of three axes is UNKNOWN.
     """
     parts = name.split(".")
     module, parameter = (parts[-2] if len(parts) > 1 else ""), parts[-1]
     if len(shape) < 2:
-        return Place(Role.BIAS if parameter == "bias" else Role.NORM, f"by its {len(shape)} axes")
+        role = {"bias": Role.BIAS, "weight": Role.NORM}.get(parameter, Role.PARAMETER)
+        return Place(role, "by its name and its number of axes")
     if len(shape) > 3:
         return Place(Role.CONVOLUTION, f"by its {len(shape)} axes")
     if len(shape) == 3:

@@ -112,7 +112,8 @@ def _unusable(entry: Entry) -> LeftOut | None:
     if entry.place is not None and not entry.place.role.is_matrix:
         return because(entry.place.reason, Exclusion.AXES if len(entry.shape) == 1 else Exclusion.ROLE)
     if len(entry.shape) not in (2, 3):
-        return because(f"{len(entry.shape)} axes; a layer has 2, a stack of layers 3", Exclusion.AXES)
+        axes = "1 axis" if len(entry.shape) == 1 else f"{len(entry.shape)} axes"
+        return because(f"{axes}; a layer has 2, a stack of layers 3", Exclusion.AXES)
     return None
 
 

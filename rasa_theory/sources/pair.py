@@ -18,6 +18,7 @@ from rasa_theory.formats import (
     LeftOut,
     ModelCheckpoint,
     architecture,
+    config_file,
     holds_adapter,
     is_floating,
     model_config,
@@ -102,11 +103,11 @@ def open_pair(
     source = f"{tuned} minus {base}" + (f" ({', '.join(map(str, prefixes))} of {tuned})" if prefixes else "")
     reader = Reader(updates.read, updates.file_of, updates.part)
     catalogue = catalogue_of(source, entries, reader, left_out, memory, alone)
-    notes = () if model is not None else (as_on_disk(base),)
+    notes = () if model is not None else (_as_on_disk(tuned if config_file(base) is None else base),)
     return dataclasses.replace(catalogue, files=before.files + after.files, updates=updates, notes=notes)
 
 
-def as_on_disk(path: Path) -> str:
+def _as_on_disk(path: Path) -> str:
     """The sentence that names are those of the disk, with the reason."""
     return (
         f"Modules are named as on the disk, which may not be their names in the model, for {why_unknown(path)}; "

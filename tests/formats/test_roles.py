@@ -56,6 +56,8 @@ BY_NAME = {
     ("model.layers.0.mlp.router.weight", (4, 24)): Role.ROUTER,
     ("model.norm.weight", (24,)): Role.NORM,
     ("q_proj.bias", (24,)): Role.BIAS,
+    ("layers.0.mixer.dt_bias", (32,)): Role.PARAMETER,
+    ("logit_scale", ()): Role.PARAMETER,
     ("layers.0.mixer.A_log", (32, 4)): Role.UNKNOWN,
     ("updates", (6, 24, 24)): Role.UNKNOWN,
 }

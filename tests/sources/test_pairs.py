@@ -280,8 +280,23 @@ def test_a_model_with_code_of_its_own_is_read_by_names_and_that_is_said(
     assert "transformers cannot build the model of" in report["notes"][0]
     assert {one["reason"] for one in report["left_out"]} == {
         "an embedding, by its name",
-        "the weight of a norm, by its 1 axes",
+        "the weight of a norm, by its name and its number of axes",
     }
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_the_note_on_names_is_about_the_configuration_that_there_is(tmp_path: Path, side: str) -> None:
+    paths = {one: str(tmp_path / one) for one in ("base", "tuned")}
+    for seed, one in enumerate(paths):
+        (tmp_path / one).mkdir()
+        save_file(weights(seed), tmp_path / one / "model.safetensors")
+    file = tmp_path / side / "config.json"
+    file.write_text('{"model_type": "mine"}')
+    (note,) = open_source(**paths).notes
+    assert f"transformers cannot build the model of {file};" in note
+    file.unlink()
+    (note,) = open_source(**paths).notes
+    assert "has no config.json;" in note
 
 
 # ---- the Hub

@@ -122,7 +122,7 @@ def test_unequal_shapes_form_separate_stacks() -> None:
         ([Entry(f"a{i}_b{i}", (3, 4), "float32") for i in "12"], r"2 numbers vary among the names 'a\*_b\*'"),
         ([Entry("lm_head", (3, 4), "float32")], "the only tensor of its kind"),
         ([Entry("layers.0.w", (3, 4), "float32")], r"the only layer of 'layers.\*.w'"),
-        ([Entry("h.0.b", (3,), "float32")], "1 axes; a layer has 2, a stack of layers 3"),
+        ([Entry("h.0.b", (3,), "float32")], "1 axis; a layer has 2, a stack of layers 3"),
         ([Entry("s", (), "float32")], "0 axes"),
         ([Entry("conv", (1, 2, 3, 4), "float32")], "4 axes"),
         ([Entry("none", (2, 0, 4), "float32")], r"shape \(2, 0, 4\) is empty"),
@@ -212,7 +212,7 @@ def test_left_out_tensors_stand_beside_the_stacks(tmp_path: Path) -> None:
     stacks, left_out = load(str(tmp_path / "m.safetensors"))
     assert [s.name for s in stacks] == ["h.*.w"]
     assert left_out == [
-        ("bias", "1 axes; a layer has 2, a stack of layers 3"),
+        ("bias", "1 axis; a layer has 2, a stack of layers 3"),
         ("f8", "float8_e4m3 needs its scales to be read; convert the checkpoint to bfloat16"),
     ]
 
@@ -700,7 +700,7 @@ def test_sources_that_do_not_exist_or_hold_no_stack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no stack remains \('whole': int64 is not real floating point\)"):
         open_source(str(tmp_path / "whole.npy"))
     np.savez(tmp_path / "b.npz", **{f"b{i}": np.ones(3) for i in range(7)})
-    with pytest.raises(InputError, match=r"no stack remains \('b0': 1 axes; .*'b4': 1 axes; [^;]*; and 2 more\)"):
+    with pytest.raises(InputError, match=r"no stack remains \('b0': 1 axis; .*'b4': 1 axis; [^;]*; and 2 more\)"):
         open_source(str(tmp_path / "b.npz"))
     np.savez(tmp_path / "none.npz")
     with pytest.raises(InputError, match="no stack remains \\(it holds no tensors\\)"):
