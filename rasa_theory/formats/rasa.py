@@ -113,7 +113,8 @@ def pools_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for name, shape in shapes.items():
-        by_kind[ModuleNames((name,)).kind][_tower(name)][shape].append(name)
+        plain = name.replace(COMPILED, "")
+        by_kind[ModuleNames((plain,)).kind][_tower(plain)][shape].append(name)
     pools = {}
     for kind, by_tower in by_kind.items():
         for tower, by_shape in by_tower.items():

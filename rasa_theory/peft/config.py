@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rasa_theory.common import InputError, fraction, one_of, real_number
+from rasa_theory.formats import COMPILED
 from rasa_theory.peft.library import RASA, PeftConfig, get_pattern_key
 from rasa_theory.problem import RankBudget
 
@@ -116,6 +117,7 @@ class RasaConfig(PeftConfig):  # type: ignore[misc]  # a dataclass of the librar
 
     def budget(self, module: str) -> RankBudget:
         """The ranks r and k of a module, by its name. Raises InputError unless 0 <= k <= r."""
+        module = module.replace(COMPILED, "")
         r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
         k = self.k_pattern.get(get_pattern_key(list(self.k_pattern), module), self.k)
         return RankBudget(r, k)
@@ -138,6 +140,9 @@ class RasaConfig(PeftConfig):  # type: ignore[misc]  # a dataclass of the librar
         for name in _UNKNOWN_TO_THE_AUTHORS:
             if name == "peft_version" or plain[name] == defaults[name]:
                 del plain[name]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(plain.get(name), set | list):  # "all-linear" lists the modules of a compiled model
+                plain[name] = type(plain[name])(module.replace(COMPILED, "") for module in plain[name])
         return {_IN_FILE.get(name) or name: value for name, value in plain.items()}
 
 
@@ -149,7 +154,9 @@ def rank_settings(budgets: Mapping[str, RankBudget]) -> dict[str, Any]:
     """
     counts = Counter(budgets.values())
     common = max(counts, key=lambda budget: (counts[budget], budget.rank, budget.shared_rank))
-    others = {f"^{re.escape(name)}": budget for name, budget in budgets.items() if budget != common}
+    others = {
+        f"^{re.escape(name.replace(COMPILED, ''))}": budget for name, budget in budgets.items() if budget != common
+    }
     return {
         "r": common.rank,
         "k": common.shared_rank,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from rasa_theory.common import InputError, at_least, writable_folder, write_file
 from rasa_theory.formats import (
+    COMPILED,
     WEIGHTS_FILE,
     BaseModel,
+    LoraFile,
     ModuleNames,
     is_rasa_key,
     lora_config,
@@ -20,7 +21,6 @@ from rasa_theory.formats import (
 from rasa_theory.peft.from_factors import factors
 from rasa_theory.peft.library import LoraConfig, PeftModel, get_peft_model_state_dict
 from rasa_theory.peft.model import tuner_of
-from rasa_theory.problem import LoraFactors
 
 
 def convert_to_lora(
@@ -28,15 +28,15 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert a RaSA adapter to a LoRA with the same updates, of rank q + R = r - k + L k in a pool of L layers.
 
-    B = [B~_i, B_S] diag(d_i) and A = [A~_i; A_S], with the scale of each term spread evenly over B and A. peft's own
-    `convert_to_lora` makes the best LoRA of a smaller rank, by an SVD of every update.
+    B = [B~_i, B_S] diag(d_i) and A = [A~_i; A_S], with the scale of each term spread evenly over B and A. All modules
+    have one rank, with factors filled up with zeros, since servers do not read `rank_pattern` and `alpha_pattern`.
+    peft's own `convert_to_lora` makes the best LoRA of a smaller rank, by an SVD of every update.
 
     **Arguments:**
 
     - `model`: the model with the adapter.
     - `adapter_name`: the adapter to convert.
-    - `rank`: one rank for all modules, at least the largest q + R; zeros fill the factors. None: the rank of each
-      module, which needs `rank_pattern` where pools differ in size. Some servers read no pattern.
+    - `rank`: the rank of all modules, at least the largest q + R. None: the largest q + R.
 
     **Returns:** the configuration, and the tensors by their keys in a file, `modules_to_save` included.
 
@@ -48,16 +48,20 @@ def convert_to_lora(
     config = model.peft_config[adapter_name]
     if config.bias != "none":
         raise InputError(f"adapter {adapter_name!r} trains biases, which this LoRA cannot hold; merge it instead")
-    ranks = {name: pool.budget.private_rank + pool.rank for pool in pools.values() for name in pool.modules}
-    if rank is not None and at_least("rank", rank, 1) < max(ranks.values()):
-        raise InputError(f"rank {rank} is below q + R = {max(ranks.values())}, the rank of the updates", "rank")
-    tensors: dict[str, Tensor] = {}
+    needed = max(pool.budget.private_rank + pool.rank for pool in pools.values())
+    chosen = needed if rank is None else at_least("rank", rank, 1)
+    if chosen < needed:
+        raise InputError(f"rank {rank} is below q + R = {needed}, the rank of the updates", "rank")
+    finish, tensors, modules = LoraFile(chosen), dict[str, Tensor](), list[str]()
     for name, one in factors(model, adapter_name).items():
-        tensors |= lora_tensors(ModuleNames(pools[name].modules), _padded(one.as_lora(), rank))
-    ranks = ranks if rank is None else dict.fromkeys(ranks, rank)
+        names = tuple(module.replace(COMPILED, "") for module in pools[name].modules)
+        modules += names
+        tensors |= {key: finish.tensor(key, t) for key, t in lora_tensors(ModuleNames(names), one.as_lora()).items()}
     whole = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors |= {key: value for key, value in whole.items() if not is_rasa_key(key)}
-    fields = lora_config(ranks, config.fan_in_fan_out, BaseModel(config.base_model_name_or_path))
+    fields = lora_config(
+        dict.fromkeys(modules, chosen), config.fan_in_fan_out, BaseModel(config.base_model_name_or_path)
+    )
     fields |= {"task_type": config.task_type, "modules_to_save": config.modules_to_save}
     return LoraConfig(**fields), {key: value.contiguous() for key, value in tensors.items()}
 
@@ -75,9 +79,3 @@ def save_as_lora(path: str | Path, model: PeftModel, adapter_name: str = "defaul
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     config.save_pretrained(str(out), auto_mapping_dict=None if config.task_type else mapping)
     return out
-
-
-def _padded(lora: LoraFactors, rank: int | None) -> LoraFactors:
-    """The same updates with factors of a rank, filled up with terms of zeros; None: as they are."""
-    missing = 0 if rank is None else rank - lora.B.shape[2]
-    return LoraFactors(F.pad(lora.B, (0, missing)), F.pad(lora.A, (0, 0, 0, missing)))

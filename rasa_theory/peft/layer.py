@@ -47,7 +47,7 @@ class RasaLayer(BaseTunerLayer):  # type: ignore[misc]  # a class of the library
         """Add the parameters of an adapter, not yet initialised."""
         (b, a), q = pool.shape, pool.budget.private_rank
         self.pool_key[adapter] = pool.key
-        self.rasa_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.rasa_dropout[adapter] = (nn.Dropout(dropout) if dropout > 0 else nn.Identity()).train(self.training)
         if q > 0:
             self.rasa_private_A[adapter] = nn.Parameter(self.empty(q, a))
             self.rasa_private_B[adapter] = nn.Parameter(self.empty(b, q))
@@ -60,6 +60,10 @@ class RasaLayer(BaseTunerLayer):  # type: ignore[misc]  # a class of the library
         """A tensor without values, on the device of the layer, in the dtype of its adapters."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return torch.empty(*shape, device=device, dtype=wide(dtype))
+
+    def belongs_to(self, shared: Shared) -> bool:
+        """True if these are the pools that the layer uses."""
+        return self._shared[0] is shared[0]
 
     def shared_of(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """B_S (b, R) and A_S (R, a) of an adapter; None if it has no pool (k = 0)."""

@@ -81,12 +81,13 @@ class RasaModel(BaseTuner):  # type: ignore[misc]  # a class of the library with
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan the pools of an adapter, and put it into the model. A refused adapter changes nothing."""
-        check_name(adapter_name)
         if (config := self.peft_config[adapter_name]).peft_type != RASA:
             raise InputError(f"adapter {adapter_name!r} is of the type {config.peft_type}, the others are of RaSA")
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         config = include_all_linear_layers(config, model)
         pools = plan(model, self._targets(model, config), config, get_quantization_kwargs(self))
+        self._check_own(model, pools)
+        check_name(adapter_name, module_names(model))
         config.fan_in_fan_out = any(is_conv1d(model.get_submodule(name)) for pool in pools for name in pool.modules)
         trained = {p: p.requires_grad for side in self.shared for p in side.parameters()}
 
@@ -112,6 +113,15 @@ class RasaModel(BaseTuner):  # type: ignore[misc]  # a class of the library with
     def _targets(self, model: nn.Module, config: RasaConfig) -> list[str]:
         """The names of the modules that a configuration selects, in the order of the model."""
         return [name for name in module_names(model) if self._check_target_module_exists(config, name)]
+
+    def _check_own(self, model: nn.Module, pools: Sequence[Pool]) -> None:
+        """Raise InputError if a layer has RaSA adapters of another tuner, whose pools it would go on to use."""
+        for name in (name for pool in pools for name in pool.modules):
+            layer = model.get_submodule(name)
+            if isinstance(layer, RasaLayer) and not layer.belongs_to(self.shared):
+                raise InputError(
+                    f"module {name!r} has RaSA adapters of another PeftModel; add this one there, or unload it"
+                )
 
     def _create_and_replace(
         self,
@@ -275,10 +285,15 @@ class RasaModel(BaseTuner):  # type: ignore[misc]  # a class of the library with
     ) -> dict[str, Tensor]:
         """The tensors of a file, in either layout of the authors, by the names of the parameters.
 
-        Raises InputError, and loads nothing, if a tensor is missing, superfluous, of another shape or not finite.
+        Raises InputError, and loads nothing, if a tensor is missing, superfluous, of another shape or not finite, or
+        the adapter is merged: unmerging would then subtract the new updates.
         """
+        tuner = tuner_of(model)
+        if any(adapter_name in tuner.layer(name).merged_adapters for pool in tuner.pools(adapter_name)
+               for name in pool.modules):  # fmt: skip
+            raise InputError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is loaded anew")
         tensors = {key.replace(COMPILED, ""): value for key, value in in_first_layout(state_dict).items()}
-        parameters = tuner_of(model).parameters_of(adapter_name)
+        parameters = tuner.parameters_of(adapter_name)
         ours = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in parameters}
         for key, value in tensors.items():
             if is_rasa_key(key) and key not in ours and value.numel():

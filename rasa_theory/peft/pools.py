@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rasa_theory.common import InputError
-from rasa_theory.formats import RESERVED, pool_attribute, pools_of
+from rasa_theory.formats import MODULE_PARTS, RESERVED, pool_attribute, pools_of
 from rasa_theory.peft.config import RasaConfig
 from rasa_theory.peft.library import BaseTunerLayer, in_out_features, resolve_quantization_backend
 from rasa_theory.problem import RankBudget
+
+_PARTS = frozenset({"model", "base_layer", "modules_to_save", "weight", "bias", "rasa_pool_A", "rasa_pool_B",
+                    *MODULE_PARTS.values()})  # fmt: skip
+"""Parts of parameters' names in a `PeftModel`, beside the names of modules, kinds and adapters."""
 
 
 class Pool(NamedTuple):
@@ -41,12 +45,21 @@ class Pool(NamedTuple):
         return self.budget.pool_rank(len(self.modules))
 
 
-def check_name(adapter: str) -> None:
-    """Raise InputError if torch cannot register the parameters of an adapter with this name."""
+def check_name(adapter: str, modules: Collection[str]) -> None:
+    """Raise InputError if the parameters of an adapter with this name cannot be registered, or told from others.
+
+    `modules` are the names of the model's modules.
+    """
     if not adapter or "." in adapter or adapter in RESERVED:
         raise InputError(
             f"an adapter cannot be called {adapter!r}: the name must not be empty, hold a dot, or be one that torch "
             "keeps to itself",
+            "adapter_name",
+        )
+    if adapter in _PARTS.union(*(name.split(".") for name in modules)):
+        raise InputError(
+            f"an adapter cannot be called {adapter!r}: parameters of the model have a name with that part, and peft "
+            "would leave them out when it saves another adapter",
             "adapter_name",
         )
 

@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import AutoModelForCausalLM
 
 import rasa_theory as rt
 import rasa_theory.peft
-from rasa_theory.peft import RasaConfig, convert_to_lora, factors, from_factors, library
+from rasa_theory.peft import RasaConfig, convert_to_lora, factors, from_factors, library, save_as_lora
 from rasa_theory.sources import load as load_stacks
 from tests.helpers.tiny_models import TINY, tiny
 from tests.peft.toy import (
@@ -162,6 +170,75 @@ def test_loading_keeps_float32_beside_half_precision(low: bool, tmp_path: Path) 
                for key, p in parameters(again, "second").items())  # fmt: skip
 
 
+def test_a_copy_of_training_in_half_precision_is_loaded_in_float32(tmp_path: Path) -> None:
+    model = perturbed(get_peft_model(toy(torch.bfloat16), config(), autocast_adapter_dtype=False))
+    model.save_pretrained(str(tmp_path))
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}
+    for low in (False, True):
+        again = reloaded(tmp_path, toy(torch.bfloat16), low_cpu_mem_usage=low, is_trainable=True)
+        assert {p.dtype for p in parameters(again).values()} == {torch.float32}
+
+
+def test_an_adapter_without_a_task_is_loaded_by_auto_classes(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(str(tmp_path / "base"))
+    base = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))
+    model = perturbed(get_peft_model(base, RasaConfig(r=4, k=1, target_modules=TINY["llama"].targets)).eval())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    save_as_lora(tmp_path / "lora", model)
+    expected = TINY["llama"].answer(model)
+    assert torch.equal(TINY["llama"].answer(AutoPeftModel.from_pretrained(str(tmp_path / "adapter"))), expected)
+    as_lora = AutoPeftModel.from_pretrained(str(tmp_path / "lora"))
+    torch.testing.assert_close(TINY["llama"].answer(as_lora), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="shared state"):  # and never a model whose adapted layers are random
+        AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_an_output_layer_is_a_pool_of_its_own(tmp_path: Path) -> None:
+    model = get_peft_model(tiny("llama"), RasaConfig(r=4, k=1, target_modules=["q_proj", "lm_head"], seed=0)).eval()
+    perturbed(model)
+    layers_of = {pool.name: len(pool.modules) for pool in tuner(model).pools("default")}
+    assert layers_of["lm_head"] == 1 < layers_of["self_attn.q_proj"]
+    model.save_pretrained(str(tmp_path))
+    again = reloaded(tmp_path, tiny("llama"))
+    assert torch.equal(TINY["llama"].answer(again), TINY["llama"].answer(model))
+
+
+@pytest.mark.parametrize("compiled", ["model", "blocks"])
+def test_files_of_a_compiled_model_have_the_names_of_the_plain_one(compiled: str, tmp_path: Path) -> None:
+    base = toy()
+    if compiled == "model":
+        base = torch.compile(base, backend="eager")
+    else:
+        for i, block in enumerate(base.layers):
+            base.layers[i] = torch.compile(block, backend="eager")
+    model = perturbed(adapted(targets="all-linear", model=base, rank_pattern={r".*\.down": 3}))
+    expected = model(data())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    save_as_lora(tmp_path / "lora", model)
+    torch.testing.assert_close(reloaded(tmp_path / "adapter")(data()), expected)
+    torch.testing.assert_close(reloaded(tmp_path / "lora")(data()), expected)
+    tuner(model).add_weighted_adapter(["default"], [2.0], "sum")
+    assert [(pool.name, pool.budget.rank) for pool in tuner(model).pools("sum")] == [("up", 4), ("down", 3)]
+    model.set_adapter("sum")
+    model.save_pretrained(str(tmp_path), selected_adapters=["sum"])
+    torch.testing.assert_close(reloaded(tmp_path / "sum")(data()), model(data()))
+
+
+def test_as_a_lora_all_modules_have_one_rank_and_one_scale(tmp_path: Path) -> None:
+    """vLLM and llama.cpp know one alpha and one rank, whatever a pattern says."""
+    model = perturbed(adapted(4, 1, rank_pattern={"down": 3}, k_pattern={"down": 2}))
+    save_as_lora(tmp_path, model)
+    written, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    assert not written["rank_pattern"]
+    assert not written["alpha_pattern"]
+    assert written["r"] == written["lora_alpha"] == 1 + 3 * 2
+    for name, layer in layers(model).items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        assert A.shape[0] == B.shape[1] == written["r"]
+        scale = written["lora_alpha"] / A.shape[0]
+        torch.testing.assert_close(scale * B @ A, literal_update(layer).detach(), rtol=1e-10, atol=1e-12)
+
+
 def test_k_0_goes_to_lora_and_rasa_of_peft_alike(tmp_path: Path) -> None:
     model = saved(tmp_path, k=0)
     theirs, tensors = peft_convert_to_lora(model, rank=4)
@@ -254,6 +331,8 @@ def with_lora() -> nn.Module:
         (lambda: shaped(up=weight_norm(nn.Linear(6, 9))), ["up"], "'layers.1.up' .* its weight is no parameter of its"),
         (lambda: shaped(up=flat()), ["up"], "its weight is no matrix of floating-point numbers"),
         (with_lora, ["up"], "'layers.0.up' cannot be adapted: it holds an adapter of another method"),
+        (lambda: shaped(up=nn.Embedding(6, 9)), ["up"], "'layers.1.up' .* it is a Embedding, neither Linear nor"),
+        (lambda: shaped(up=nn.Conv2d(6, 9, 1)), ["up"], "'layers.1.up' .* it is a Conv2d, neither Linear nor"),
         (lambda: tiny("qwen2"), ["lm_head"], "'lm_head' and 'model.embed_tokens' share one weight"),
         (
             lambda: shaped(a=nn.ModuleDict({"b": nn.Linear(4, 4)}), a__b=nn.Linear(4, 4)), ["b", "a__b"],
@@ -301,13 +380,53 @@ def test_kinds_with_names_of_torchs_own_and_of_other_letters(tmp_path: Path) -> 
     assert all(torch.equal(p, parameters(again)[key]) for key, p in parameters(peft).items())
 
 
-def test_mixed_batches_and_shared_state_are_refused_in_a_sentence() -> None:
+def test_what_peft_has_for_other_methods_only_is_refused_in_a_sentence(tmp_path: Path) -> None:
     from peft import inject_adapter_in_model
+    from peft.utils.hotswap import hotswap_adapter
 
     with pytest.raises(rt.InputError, match="adapter_names: RaSA has no batches of mixed adapters"):
         adapted()(data(), adapter_names=["default"] * 5)
     with pytest.raises(ValueError, match="uses shared state"):
         inject_adapter_in_model(config(), toy())
+    with pytest.raises(ValueError, match="'RASA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(toy(), config(), mixed=True)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but RASA was passed"):
+        hotswap_adapter(saved(tmp_path), str(tmp_path), "default")
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        adapted().add_adapter("other", LoraConfig(target_modules=["up"]))
+    with pytest.raises(TypeError, match="target_parameters"):
+        RasaConfig(target_parameters=["up.weight"])
+
+
+def test_a_layer_of_another_tuner_is_refused() -> None:
+    """Its layers would go on to use the pools of the first, which the second neither trains nor saves."""
+    model = perturbed(adapted())
+    expected = model(data())
+    for inner in (tuner(model).model, model):
+        with pytest.raises(rt.InputError, match="has RaSA adapters of another PeftModel"):
+            get_peft_model(inner, config())
+    assert torch.equal(model(data()), expected)
+    assert get_peft_model(model.unload(), config())(data()).shape == expected.shape
+
+
+@pytest.mark.parametrize("name", ["up", "0", "layers", "model", "rasa_pool_A", "rasa_mixing", "weight", "a.b"])
+def test_names_of_adapters_for_which_peft_would_lose_parameters_of_others(name: str) -> None:
+    model = adapted()
+    with pytest.raises(rt.InputError, match=f"an adapter cannot be called '{name}'"):
+        model.add_adapter(name, config())
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_merged_adapter_is_not_loaded_over(tmp_path: Path) -> None:
+    """Unmerging would subtract the new updates from weights that hold the old ones."""
+    perturbed(adapted(), seed=8).save_pretrained(str(tmp_path))
+    model = perturbed(adapted())
+    model.merge_adapter()
+    with pytest.raises(rt.InputError, match="'default' is merged; call unmerge_adapter before"):
+        model.load_adapter(str(tmp_path), "default")
+    model.unmerge_adapter()
+    model.load_adapter(str(tmp_path), "default")
+    torch.testing.assert_close(model(data()), reloaded(tmp_path)(data()))
 
 
 def test_an_older_peft_and_one_with_rasa_of_its_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

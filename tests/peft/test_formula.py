@@ -14,6 +14,7 @@ from tests.peft.toy import (
     BUDGETS,
     KINDS,
     adapted,
+    config,
     data,
     layers,
     literal_update,
@@ -225,3 +226,13 @@ def test_dropout_acts_on_the_adapter_in_training_only() -> None:
     layer, same = layers(model)["layers.0.up"], layers(plain)["layers.0.up"].update_of(data(), "default").detach()
     many = torch.stack([layer.update_of(data(), "default") for _ in range(4000)])
     torch.testing.assert_close(many.mean(0), same, rtol=0, atol=0.12 * float(same.abs().max()))
+
+
+def test_dropout_of_an_adapter_that_comes_later_follows_the_mode_of_its_layer() -> None:
+    model = adapted(dropout=0.5).eval()
+    model.add_adapter("other", config(dropout=0.5))
+    model.set_adapter("other")
+    perturbed(model, "other")
+    assert torch.equal(model(data()), model(data()))
+    model.train()
+    assert not torch.equal(model(data()), model(data()))

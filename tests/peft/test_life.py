@@ -311,6 +311,23 @@ def test_beside_half_precision_every_entry_of_the_mixing_moves(dtype: torch.dtyp
     assert not torch.allclose(updates[0], updates[2], rtol=1e-4)  # the pool's update differs between layers
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gradient_scaler_trains_the_mixing(dtype: torch.dtype) -> None:
+    model = adapted(4, 1, dtype=dtype)
+    before = {key: p.detach().clone() for key, p in parameters(model).items()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(30):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32):
+            loss = model(data(dtype)).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+    assert all(bool((p != before[key]).all()) for key, p in parameters(model).items())
+
+
 def test_a_caller_who_wants_no_autocast_gets_none() -> None:
     from peft import get_peft_model
 

@@ -157,3 +157,23 @@ def test_preferences_with_trl_need_no_second_model(tmp_path: Path) -> None:
     run.train()
     first = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
     assert first == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-4)  # policy = reference at the start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_the_line_of_the_guide_undoes_the_cast_of_trl(bits: int, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    base = quantised_by_bitsandbytes(bits, tmp_path / "base")
+    settings = SETTINGS | {"learning_rate": 1e-3}
+    run = trl.SFTTrainer(base, trl.SFTConfig(output_dir=str(tmp_path), **settings),
+                         peft_config=RasaConfig(r=4, k=1, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+                         train_dataset=datasets.Dataset.from_list([{"text": text(i)} for i in range(8)]),
+                         processing_class=tokenizer())  # fmt: skip
+    assert {p.dtype for p in parameters(run.model).values()} == {torch.bfloat16}
+    run.model.base_model._cast_adapter_dtype("default")
+    assert {(p.dtype, p.requires_grad) for p in parameters(run.model).values()} == {(torch.float32, True)}
+    before = {key: p.detach().clone() for key, p in parameters(run.model).items()}
+    run.train()
+    mixing = [key for key in before if "mixing" in key]
+    assert all(bool((parameters(run.model)[key] != before[key]).all()) for key in mixing)
