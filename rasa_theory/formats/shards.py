@@ -18,6 +18,7 @@ _TENSORS_SHOWN = 5
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp")
 _TRAINING_STATE = re.compile(r"(?:optimizer|scheduler|scaler|training_args|rng_state|random_states|trainer_state)")
 _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
+_ORIGINAL = re.compile(r"consolidated(?:[.-].*)?\.safetensors")  # a copy under the names of the authors' own code
 _MOST_SHARDS = 10_000
 _PROBLEMS_SHOWN = 200  # more than the largest checkpoints have files
 
@@ -54,7 +55,8 @@ def find_shards(path: Path) -> Shards:
 
 def _index(directory: Path) -> Path | None:
     """The only index of a directory, or None. Raises InputError if there are several."""
-    indexes = sorted(directory.glob("*.safetensors.index.json"))
+    found = sorted(directory.glob("*.safetensors.index.json"))
+    indexes = [file for file in found if not _ORIGINAL.fullmatch(file.name.removesuffix(".index.json"))] or found
     if len(indexes) > 1:
         names = ", ".join(file.name for file in indexes)
         raise InputError(f"{directory}: the directory has {len(indexes)} indexes ({names}); keep the one that is meant")
@@ -62,10 +64,20 @@ def _index(directory: Path) -> Path | None:
 
 
 def _named_by(index: Path) -> Shards:
-    """The tensors in the files where the index places them; other tensors of these files are left out."""
+    """The tensors in the files where the index places them; other tensors of these files are left out.
+
+    Raises InputError if a file with the index's own name is there, and the index does not name it: transformers loads
+    that file, other programs the shards, and one of the two may be left over from before a model was saved again.
+    """
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: expected weight_map, the name of a file for every tensor; download it again")
+    single = index.with_name(index.name.removesuffix(".index.json"))
+    if single.name not in places.values() and os.path.exists(single):
+        raise InputError(
+            f"{index.parent}: has both {single.name} and {index.name} with its shards, of which one may be left over; "
+            f"name the file ({single}), or remove it"
+        )
     refusals = {name: _refusal(index.parent, name) for name in sorted(set(places.values()))}
     headers, unsound = _read([(name, index.parent / name) for name, why in refusals.items() if why is None])
     absent: dict[str, list[str]] = {}
@@ -142,13 +154,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _files_in(directory: Path) -> list[Path]:
+    """The files of a directory without an index, less consolidated ones beside others: they hold the model again."""
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise InputError(f"{directory}: the directory cannot be read ({error.strerror or error})") from None
-    if files := [directory / name for name in names if name.endswith(".safetensors")]:
+    if files := [name for name in names if name.endswith(".safetensors")]:
         _refuse_lacking_shards(directory, names)
-        return files
+        return [directory / name for name in files if not _ORIGINAL.fullmatch(name)] or [directory / n for n in files]
     raise InputError(f"{directory}: the directory has no .safetensors file{_hint(directory, names)}")
 
 

@@ -99,6 +99,31 @@ def test_without_an_index_all_unreadable_files_are_named(sharded: Path) -> None:
     assert re.search(pattern, refused(sharded))
 
 
+def test_one_file_beside_shards_is_unclear_unless_the_index_names_it(sharded: Path) -> None:
+    """transformers loads model.safetensors, others the shards of the index."""
+    single = sharded / "model.safetensors"
+    save_file({key: x + 1 for key, x in layers().items()}, single)
+    sentence = f"{sharded}: has both model.safetensors and {INDEX} with its shards, of which one may be left over; "
+    assert refused(sharded).startswith(sentence)
+    assert torch.equal(values(single), torch.stack(list(layers().values())) + 1)
+    for file in (FIRST, SECOND):
+        (sharded / file).unlink()
+    assert refused(sharded).startswith(sentence)
+    write_index(sharded, dict.fromkeys(layers(), single.name))
+    assert torch.equal(values(sharded), torch.stack(list(layers().values())) + 1)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated-00001-of-00001.safetensors"])
+def test_a_copy_of_a_model_under_the_names_of_its_authors_counts_once(tmp_path: Path, name: str) -> None:
+    save_file({f"layers.{i}.wq.weight": torch.ones(3, 5) for i in range(2)}, tmp_path / name)
+    assert [source.name for source in open_source(str(tmp_path)).stacks] == ["layers.*.wq.weight"]
+    save_file(layers(), tmp_path / "model.safetensors")
+    assert [source.name for source in open_source(str(tmp_path)).stacks] == ["h.*.w"]
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{}", encoding="utf-8")
+    write_index(tmp_path, dict.fromkeys(layers(), "model.safetensors"))
+    assert [source.name for source in open_source(str(tmp_path)).stacks] == ["h.*.w"]
+
+
 @pytest.mark.parametrize(
     "name", ["/etc/x.safetensors", "../x.safetensors", "a/../../x.safetensors", "../checkpoint/" + FIRST]
 )
