@@ -2,6 +2,7 @@
 
 from rasa_theory.formats.adapter_files import (
     MLX_WEIGHTS,
+    adapter_folder,
     adapter_in_folder,
     adapter_in_tensors,
     holds_adapter,
@@ -98,6 +99,7 @@ __all__ = [
     "RasaConfig",
     "Role",
     "StoredAdapter",
+    "adapter_folder",
     "adapter_format",
     "adapter_in_folder",
     "adapter_in_tensors",

@@ -56,6 +56,12 @@ _WITHOUT_SCALING = {
 """Spellings whose tools keep alpha or the scale in another file, and what to do without it."""
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The folder with an adapter's configuration, if `path` is it or the file of the factors in it; None otherwise."""
+    folder = path.parent if path.name in (WEIGHTS_FILE, MLX_WEIGHTS) else path
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
 def adapter_in_folder(folder: Path) -> StoredAdapter:
     """The adapter in a folder with an adapter_config.json: LoRA of PEFT or MLX, or RaSA in one of its layouts.
 
@@ -296,7 +302,8 @@ class _Scalings:
                     f"{A.shape}, rank {rank}; save the adapter again"
                 )
             return config.scaling(within, rank)
-        if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and component in self._components):
+        is_of_pipeline = component in self._components and not _is_wrapped_by_peft(A.name)
+        if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and is_of_pipeline):
             raise InputError(
                 f"{self._file}: factors of LoRA as {spelling.value} spells them ({A.name!r}), whose scaling is not in "
                 f"this file; {_WITHOUT_SCALING[spelling]}"
@@ -313,6 +320,11 @@ class _Scalings:
                 "differ about 0; set it to the alpha of the training"
             )
         return value
+
+
+def _is_wrapped_by_peft(name: str) -> bool:
+    """Whether a key has PEFT's own prefix, so that PEFT has written it, and alpha into its configuration."""
+    return f".{PEFT_PREFIX}" in f".{name}"
 
 
 def _configs_in_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:

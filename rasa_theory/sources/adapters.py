@@ -11,7 +11,6 @@ import torch
 
 from rasa_theory.common import InputError
 from rasa_theory.formats import (
-    CONFIG_FILE,
     Checkpoint,
     Entry,
     Exclusion,
@@ -20,6 +19,7 @@ from rasa_theory.formats import (
     Place,
     Role,
     StoredAdapter,
+    adapter_folder,
     adapter_in_folder,
     adapter_in_tensors,
 )
@@ -87,12 +87,11 @@ def _place(pair: FactorPair) -> Place | None:
 
 def _adapter(path: Path) -> StoredAdapter:
     """The adapter in a folder or a file. Raises InputError if there is none, or it cannot be read exactly."""
+    if (folder := adapter_folder(path)) is not None:
+        return adapter_in_folder(folder)
     has_tensors = path.suffix.lower() == ".safetensors" or any(path.glob("*.safetensors"))
-    if has_tensors and not (path / CONFIG_FILE).is_file():
-        adapter = adapter_in_tensors(Checkpoint(path))
-        if adapter is not None:
-            return adapter
-    return adapter_in_folder(path)
+    adapter = adapter_in_tensors(Checkpoint(path)) if has_tensors else None
+    return adapter if adapter is not None else adapter_in_folder(path)
 
 
 def _difference(adapters: Sequence[StoredAdapter], module: str) -> str | None:

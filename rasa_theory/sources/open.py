@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rasa_theory.common import InputError, whole_number
-from rasa_theory.formats import CONFIG_FILE, MLX_WEIGHTS, PICKLES, WEIGHTS_FILE, LeftOut
+from rasa_theory.formats import CONFIG_FILE, MLX_WEIGHTS, PICKLES, WEIGHTS_FILE, LeftOut, adapter_folder
 from rasa_theory.problem import LayerStack, compute_device, compute_dtype
 from rasa_theory.sources.adapters import open_adapter, open_adapters
 from rasa_theory.sources.arrays import open_npy, open_npz
@@ -63,7 +63,7 @@ def open_source(
     if source in BUNDLED:
         return open_bundled(source, memory)
     (path,) = _here_or_hub([source], f"a file, a directory or a bundled set ({', '.join(BUNDLED)})")
-    if (folder := _folder_of_adapter(path)) is not None:
+    if (folder := adapter_folder(path)) is not None:
         return open_adapter(folder, memory, alone)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in (".safetensors", ".gguf", *PICKLES):
@@ -115,12 +115,6 @@ def _existing(sources: Sequence[str], wanted: str) -> list[Path]:
     if missing := [repr(s) for s, name in zip(sources, names, strict=True) if not os.path.exists(name)]:
         raise InputError(f"{' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist; give {wanted}")
     return [Path(name) for name in names]
-
-
-def _folder_of_adapter(path: Path) -> Path | None:
-    """The folder of an adapter with its configuration, if `path` is it or the file of the factors in it."""
-    folder = path.parent if path.name in (WEIGHTS_FILE, MLX_WEIGHTS) else path
-    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def _here_or_hub(sources: Sequence[str], wanted: str) -> list[Path]:

@@ -223,6 +223,17 @@ def test_adapters_are_stacked_over_tasks_in_the_order_given(tmp_path: Path) -> N
         }
 
 
+def test_the_file_of_the_factors_stands_for_its_folder(tmp_path: Path) -> None:
+    """Its configuration lies beside it, and is read for one adapter as for several."""
+    folders = [write(tmp_path / name, pairs(["q"], seed=seed)) for name, seed in (("one", 0), ("two", 7))]
+    files = [str(folder / "adapter_model.safetensors") for folder in folders]
+    (source,), (expected,) = (
+        open_source(adapters=paths).stacks for paths in (files, [str(folder) for folder in folders])
+    )
+    assert torch.equal(source.load(None, None).values, expected.load(None, None).values)
+    assert open_source(files[0], alone=True).files == open_source(str(folders[0]), alone=True).files
+
+
 def test_a_value_that_is_not_finite_names_file_and_task(tmp_path: Path) -> None:
     bad = pairs(["q"])
     bad[f"{ROOT}q.lora_B.weight"][3, 0] = math.nan

@@ -138,6 +138,17 @@ def test_transformers_of_diffusers_are_told_from_language_models(tmp_path: Path)
         check(str(tmp_path / "x.safetensors"), f"{module.format(i='*')}.weight", 1)
 
 
+@pytest.mark.parametrize("module", ["text_encoder.layers.{i}.q", "transformer.blocks.{i}.attn1.to_q"])
+@pytest.mark.parametrize("root", ["base_model.model.", "unet.base_model.model."])
+def test_a_file_of_peft_without_its_configuration_is_refused_whatever_its_modules_are_called(
+    root: str, module: str, tmp_path: Path
+) -> None:
+    """MusicGen has a text_encoder too, and PEFT keeps alpha in another file."""
+    save_file(tensors_of(f"{root}{module}.lora_A.weight", f"{root}{module}.lora_B.weight"), tmp_path / "x.safetensors")
+    with pytest.raises(rt.InputError, match="whose scaling is not in this file; give the folder of the adapter"):
+        open_source(str(tmp_path / "x.safetensors"))
+
+
 def test_several_files_are_stacked_over_tasks(tmp_path: Path) -> None:
     for task, alpha in enumerate((1.0, 4.0)):
         (keys, *_), names = FILES["kohya"], [str(tmp_path / f"{task}.safetensors") for task in range(2)]
