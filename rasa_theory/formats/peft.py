@@ -31,7 +31,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _BIAS = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias\Z")
-_MAGNITUDE = ".lora_magnitude_vector"
 _OF_AN_EXPERT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
@@ -362,18 +361,14 @@ def _pair(
 
 def _no_factor(key: str) -> LeftOut:
     """A tensor that is neither lora_A nor lora_B of a module, with the reason why it is left out."""
-    reason = f"a whole tensor beside the factors (modules_to_save, a bias or an embedding), not an update; {MERGE}"
-    if ".lora_embedding_" in key:
-        reason = "a factor of an embedding's update; there is one embedding, and a stack needs two layers or more"
-    elif ".token_adapter." in key:
-        reason = "trained rows of an embedding (trainable_token_indices), not an update of a layer"
-    elif _MAGNITUDE in key:
-        reason = "the magnitudes of DoRA, not a factor"
+    kind = adapter_format(key)
+    if kind is None:
+        reason = f"a whole tensor beside the factors (modules_to_save, a bias or an embedding), not an update; {MERGE}"
     elif _BIAS.search(key):
         reason = "the update of a bias (lora_bias), not a matrix"
-    elif (kind := adapter_format(key)) is not None and ".lora_" not in key:
+    elif spelt(key) is None:
         reason = f"belongs to {kind}; {MERGE}"
-    elif ".lora_" in key:
+    else:
         reason = f"not called {lora_key('<module>', 'A')} or .lora_B.weight, as the factors of LoRA are"
     return LeftOut(key, reason, Exclusion.NO_FACTOR)
 

@@ -126,7 +126,8 @@ def test_layers_of_unequal_rank_are_one_stack_and_of_unequal_shape_two(tmp_path:
 def test_what_cannot_be_taken_is_left_out_with_the_reason(tmp_path: Path) -> None:
     x = torch.ones(2, 3)
     beside = {
-        f"{ROOT}embed.lora_embedding_A": (x, "a factor of an embedding's update"),
+        f"{ROOT}embed.lora_embedding_A": (x, "belongs to LoRA of an embedding; merge it"),
+        f"{ROOT}embed.token_adapter.trainable_tokens_delta": (x, "belongs to trained rows of an embedding; merge it"),
         f"{ROOT}layers.0.q.lora_B.bias": (x[0], "the update of a bias (lora_bias)"),
         f"{ROOT}lm_head.weight": (x, "a whole tensor beside the factors (modules_to_save, a bias or an embedding)"),
         f"{ROOT}layers.0.conv.lora_A.weight": (torch.ones(2, 3, 1, 1), "lora_A or lora_B has 4 axes"),
@@ -135,7 +136,10 @@ def test_what_cannot_be_taken_is_left_out_with_the_reason(tmp_path: Path) -> Non
         f"{ROOT}layers.0.v.lora_B.weight": (x.mT.contiguous(), "lora_B without lora_A"),
         f"{ROOT}layers.0.d.lora_A.weight": (x, "DoRA, which also scales the columns"),
         f"{ROOT}layers.0.d.lora_B.weight": (x.mT.contiguous(), "DoRA, which also scales the columns"),
-        f"{ROOT}layers.0.d.lora_magnitude_vector": (x[0], "the magnitudes of DoRA"),
+        f"{ROOT}layers.0.d.lora_magnitude_vector": (
+            x[0],
+            "belongs to DoRA, which also scales the columns of the sum; merge it",
+        ),
         f"{ROOT}layers.0.i.lora_A.weight": (x.int(), "i32 cannot be computed with"),
         f"{ROOT}layers.0.i.lora_B.weight": (x.mT.contiguous(), "i32 cannot be computed with"),
         "layers.0.q.lora_A.weight": (x, "not called base_model.model.<module>.lora_A.weight"),
