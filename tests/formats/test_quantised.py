@@ -97,6 +97,18 @@ SCHEMES: dict[str, tuple[dict[str, Tensor], str]] = {
         },
         "AQLM",
     ),
+    "VPTQ": (
+        {
+            "indices": whole(1, 8, 4),
+            "centroids.weight": torch.ones(1, 64),
+            "res_centroids.weight": torch.ones(1, 64),
+            "perm": whole(16, dtype=torch.int16),
+            "weight_scale": torch.ones(16),
+        },
+        "VPTQ",
+    ),
+    "QuIP#": ({"Qidxs": whole(8, 2), "SU": torch.ones(16).half(), "SV": torch.ones(16).half()}, "QuIP#"),
+    "Marlin": ({"B": whole(1, 32), "s": torch.ones(1, 16).half(), "workspace": whole(16)}, "GPTQ as Marlin packs it"),
     "quanto": ({"weight._data": whole(16, 16, dtype=torch.int8), "weight._scale": torch.ones(16, 1)}, "quanto"),
     "MLX": (
         {
