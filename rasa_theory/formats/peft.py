@@ -20,7 +20,7 @@ from rasa_theory.formats.base_model import BaseModel
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.lora_options import MERGE, check_options
 from rasa_theory.formats.names import PEFT_PREFIX, ModuleNames
-from rasa_theory.formats.orientation import adapted_conv1d
+from rasa_theory.formats.orientation import adapted_conv1d, called_conv1d
 from rasa_theory.formats.safetensors import read_json
 from rasa_theory.formats.spellings import Spelling, adapter_format, foreign, spelt
 from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
@@ -31,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _BIAS = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias\Z")
+_WITHIN = r"\.base_layer"
 _OF_AN_EXPERT = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
@@ -127,11 +128,12 @@ def lora_config(
     """
     counts = list(ranks.values())
     common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     taken_for_experts = [
         name for name in ranks if has_experts and name not in parameters and name.rpartition(".")[2] in _OF_AN_EXPERT
     ]
-    targets = [*parameters, *(f"{name}.weight" for name in taken_for_experts)]
+    target_of = {name: f"{name}.weight" if name in taken_for_experts else name for name in ranks}
+    others = {f"^{re.escape(target_of[name])}": rank for name, rank in ranks.items() if rank != common}
+    targets = [*parameters, *(target_of[name] for name in taken_for_experts)]
     more: dict[str, Any] = {"target_parameters": targets} if targets else {}
     if whole:
         more["modules_to_save"] = list(whole)
@@ -228,8 +230,14 @@ class PeftConfig:
         )
 
     def rank(self, module: str) -> int:
-        """The rank r of a module."""
+        """The rank r of a module, or of a parameter by its whole name."""
         return self.rank_pattern.get(_matching(self.rank_pattern, module), self.r)
+
+    def parameters_of(self, module: str) -> set[str]:
+        """The names within a module of its parameters that the adapter targets; mostly none."""
+        names = [name.rpartition(".") for name in self.target_parameters]
+        wrapped = rf"(?:.*\.)?{{}}(?:{_WITHIN})*"
+        return {own for parent, _, own in names if re.fullmatch(wrapped.format(re.escape(parent)), module)}
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
@@ -349,14 +357,28 @@ def _pair(
     files: tuple[Path, Path], config: PeftConfig, module: str, sides: Mapping[str, Entry], transposed: bool
 ) -> FactorPair:
     A, B = sides["A"], sides["B"]
-    rank = A.shape[0]
-    pair = factor_pair(files[1], A, B, config.scaling(module, rank), transposed)
-    if (expected := config.rank(module)) != rank:
+    rank, target = A.shape[0], _target(config, module)
+    pair = factor_pair(files[1], A, B, config.scaling(target, rank), transposed)
+    if (expected := config.rank(target)) != rank:
         raise InputError(
             f"{files[0]}: module {module!r} has rank {expected} there, but {A.name!r} has shape "
             f"{A.shape}, rank {rank}; take both files from one adapter, or mend r or rank_pattern"
         )
     return pair
+
+
+def _target(config: PeftConfig, module: str) -> str:
+    """The name by which PEFT looks for the rank and alpha of a module, which may be targeted by its weight."""
+    return f"{module}.weight" if config.parameters_of(module) else module
+
+
+def _is_weight_alone(module: str, own: set[str], sides: Mapping[str, Entry], config: PeftConfig) -> bool:
+    """True if factors are of the weight of a Linear layer that is targeted by this parameter.
+
+    A fused parameter has r rows of A for each expert. The weight of a Conv1D, (in, out), is adapted as it lies.
+    """
+    has_one_matrix = "A" in sides and sides["A"].shape[:1] == (config.rank(_target(config, module)),)
+    return own == {"weight"} and has_one_matrix and not called_conv1d(module)
 
 
 def _no_factor(key: str) -> LeftOut:
@@ -377,12 +399,8 @@ def _refusal(
     module: str, sides: dict[str, Entry], config: PeftConfig, variant: str | None
 ) -> tuple[str, Exclusion] | None:
     """The reason why the factors of a module are left out, with its kind; None if they are taken."""
-    parents = {name.rpartition(".")[0] for name in config.target_parameters}
-    has_one_matrix = "A" in sides and sides["A"].shape[:1] == (config.rank(module),)  # else r rows for each expert
-    if not has_one_matrix and any(
-        re.fullmatch(rf"(.*\.)?{re.escape(parent)}(\.base_layer)*", module) for parent in parents
-    ):
-        reason = "factors of a parameter with several matrices (target_parameters), not of one"
+    if (own := config.parameters_of(module)) and not _is_weight_alone(module, own, sides, config):
+        reason = "factors of a parameter with several matrices, or of unknown orientation (target_parameters)"
         return reason, Exclusion.VARIANT
     if (reason_and_kind := unusable(sides)) is not None:
         return reason_and_kind

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.families import FAMILIES, changed_pair
+from tests.helpers.families import FAMILIES, OTHERS, changed_pair
 from tests.helpers.models import report_of, run
 
 peft = pytest.importorskip("peft")
@@ -70,6 +70,23 @@ def test_peft_makes_of_the_file_what_the_report_says(family: str, tmp_path: Path
         norms = {one["name"]: one.get("norm_squared") for one in report["left_out"]}
         for entry, missed in missed_of.items():
             assert norms[entry] == pytest.approx(missed, rel=1e-4), entry
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "deepseek-v3"])
+def test_modules_beside_fused_experts_may_have_ranks_of_their_own(family: str, tmp_path: Path) -> None:
+    """PEFT is told of a shared expert by its weight, and looks for the rank and alpha of that name."""
+    torch.manual_seed(0)
+    model = (FAMILIES | OTHERS)[family]()
+    _, after = changed_pair(model, tmp_path)
+    out = tmp_path / "own"
+    assert run(tmp_path, out, "--rank", "auto", "--energy", "0.5", "--ranks", "own") == 0
+    report, weights = report_of(out), merged(model, out)
+    ranks = {name: rank for row in report["stacks"] for name, rank in row["ranks"].items()}
+    assert len({rank for name, rank in ranks.items() if "shared_expert" in name}) > 1
+    for row in report["stacks"]:
+        for name, of_tensor in by_tensor(row).items():
+            missed = float(((weights[name] - after[name]) ** 2).sum())
+            assert missed == pytest.approx(of_tensor["e_stored"], rel=1e-3), name
 
 
 def by_tensor(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -159,6 +159,12 @@ def read_updates(folder: Path) -> dict[str, torch.Tensor]:
         {"rank_pattern": {"q": 4}, "alpha_pattern": {"layers.1.q": 3}},
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
         {"target_modules": ["o"], "target_parameters": ["q.weight"]},
+        {
+            "target_modules": ["o"],
+            "target_parameters": ["q.weight"],
+            "rank_pattern": {"q": 4, "q.weight": 3},
+            "alpha_pattern": {"q": 3, "q.weight": 7},
+        },
     ],
     ids=str,
 )

@@ -57,6 +57,14 @@ def test_ranks_that_differ_go_into_patterns():
     assert config["target_modules"] == ["a.q", "a.k", "a.v"]
 
 
+def test_patterns_name_a_module_as_peft_looks_for_it():
+    """A module that is targeted by its weight, beside fused experts, has this in its pattern too."""
+    ranks = {"a.q": 8, "a.gate_proj": 4, "a.experts.gate_up_proj": 2}
+    config = lora_config(ranks, False, BaseModel("base"), ["a.experts.gate_up_proj"], has_experts=True)
+    assert config["target_parameters"] == ["a.experts.gate_up_proj", "a.gate_proj.weight"]
+    assert config["rank_pattern"] == {r"^a\.gate_proj\.weight": 4, r"^a\.experts\.gate_up_proj": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -65,7 +73,8 @@ def test_ranks_that_differ_go_into_patterns():
         ("embed.lora_embedding_A", True),
         ("layers.0.q.lora_magnitude_vector.weight", True),
         ("my.lora_Alpha", False),
-        ("my_lora_A", False),
+        ("my_lora_A", True),
+        ("my_flora_A", False),
         ("layers.0.q.weight", False),
     ],
 )

@@ -158,6 +158,22 @@ def test_what_cannot_be_taken_is_left_out_with_the_reason(tmp_path: Path) -> Non
     assert all(reasons[key].startswith(reason) for key, (_, reason) in beside.items())
 
 
+@pytest.mark.parametrize(
+    ("module", "parameter"), [("experts", "up_proj"), ("experts", "weight"), ("attn.c_attn", "weight")]
+)
+def test_factors_of_several_matrices_are_never_taken_for_those_of_one(
+    tmp_path: Path, module: str, parameter: str
+) -> None:
+    """Two experts of rank 2 have 4 rows of A, as many as a module of rank 4 has; a Conv1D lies the other way round."""
+    own = {f"{module}.{parameter}": 4 if module == "attn.c_attn" else 2}
+    tensors = pairs(LAYERS, r=4) | pairs([f"layers.{i}.{module}" for i in range(2)], r=4)
+    write(tmp_path / "a", tensors, r=4, rank_pattern=own, target_parameters=list(own))
+    catalogue = open_source(str(tmp_path / "a"))
+    assert [s.name for s in catalogue.stacks] == ["layers.*.q.weight"]
+    assert len(catalogue.left_out) == 4
+    assert all(one.reason.startswith("factors of a parameter with several matrices") for one in catalogue.left_out)
+
+
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_qalora": True}, {"kasa_config": {"beta": 1.0}}])
 def test_variants_whose_update_is_no_product_are_refused(tmp_path: Path, variant: dict[str, Any]) -> None:
     write(tmp_path / "a", pairs(LAYERS), **variant)
