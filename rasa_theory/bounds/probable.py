@@ -258,7 +258,8 @@ def _most_captured(A: Tensor, q: int, goal: float, view: LayerStack, n: int, w: 
     if energy == 0:
         return 0.0
     size = 2.0 ** math.frexp(math.sqrt(energy / A.numel()))[1]
-    part = lanczos.leading_part(A / size, q, goal / energy, _SHARE / view.layers, generator)
+    failure = _SHARE / view.layers
+    part = lanczos.leading_part(A / size, q, goal / energy, failure, generator, tolerance=math.inf)
     if part is None:
         S = linalg.singular_values(A)
         return float((S[:q] ** 2).sum()) * (1 + 100 * max(A.shape) * _EPS)

@@ -50,6 +50,7 @@ from rasa_theory.linalg.krylov import BlockLanczos, Operator
 from rasa_theory.linalg.majorant import (
     ATTEMPTS,
     BETA_ABOVE_LAST,
+    LARGEST_FORMED,
     LEAST_BETA,
     PROBES,
     SEARCH_SHARE,
@@ -112,27 +113,42 @@ def worth_it(shape: tuple[int, int], rank: int) -> bool:
 
 
 def leading_part(
-    M: Tensor, rank: int, goal: float, failure: float, generator: torch.Generator, probes: int = PROBES
+    M: Tensor,
+    rank: int,
+    goal: float,
+    failure: float,
+    generator: torch.Generator,
+    probes: int = PROBES,
+    tolerance: float = 1.0,
 ) -> LeadingPart | None:
     """A rank-`rank` approximation of M (b, a) in float64, with an error proved within `goal` ||M||^2 of the least.
 
     The interval low .. high misses the least error with probability `failure` at most, over `generator`. The result is
-    None if the goal is not reached, or if M is too small for `worth_it`. The largest entry of M should be near 1.
+    None if the goal is not reached, or if M is too small for `worth_it`. Where M has more than `LARGEST_FORMED` rows
+    and columns, an attempt that comes no closer than `tolerance` times the goal counts as well. The largest entry of M
+    should be near 1.
     """
     b, a = M.shape
     width, columns = _sizes(rank)
     single, M = M.float(), M.double()
     norm_squared = float((torch.linalg.vector_norm(M, dim=1) ** 2).sum())
-    if not worth_it((b, a), rank) or norm_squared == 0:
+    if norm_squared == 0:
+        return _zero_part(M, rank)
+    if not worth_it((b, a), rank):
         return None
+    tolerance = tolerance if min(b, a) > LARGEST_FORMED else 1.0
     precision = max(b, a) * float(torch.finfo(M.dtype).eps)
     allowance = ALLOWANCE * math.sqrt(rank * columns) * precision * norm_squared
     if 4 * allowance > goal * norm_squared:
-        return None
+        if 4 * allowance > tolerance * goal * norm_squared:
+            return None
+        goal = 4 * allowance / norm_squared
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
     search = BlockLanczos(_gram(single, norm_squared), width, generator)
+    best: tuple[RitzBasis, float, float] | None = None
+    least = tolerance * goal * norm_squared
     for _ in range(ATTEMPTS):
-        if not search.run(rank, columns, SEARCH_SHARE * goal * norm_squared):
+        if not search.run(rank, columns, SEARCH_SHARE * goal * norm_squared) and tolerance == 1:
             return None
         basis = ritz(M, search.vectors(columns).double())
         if not basis.deviation <= math.sqrt(columns) * precision:
@@ -142,20 +158,40 @@ def leading_part(
         beta = max(last + BETA_ABOVE_LAST * (target - last), LEAST_BETA * goal * norm_squared / rank)
         omega = torch.randn(a, probes, generator=generator, dtype=M.dtype).to(M.device)
         for tau in norm_bounds(M, basis.V, omega, beta, quantile, math.sqrt(norm_squared)):
-            if tau >= max(target, _USEFUL_TAU * goal * norm_squared / rank):
+            useful = max(target, _USEFUL_TAU * goal * norm_squared / rank) if tolerance == 1 else math.inf
+            if tau >= useful:
                 continue
             most = most_captured(basis, rank, tau, 5 * math.sqrt(columns) * precision * norm_squared)
-            if most - captured + 2 * allowance <= goal * norm_squared:
-                B = basis.MV @ basis.S[:, :rank]
-                A = (basis.V @ basis.S[:, :rank]).mT
-                error = norm_squared - captured
-                if error < _MEASURE_BELOW * norm_squared:
-                    B, A = _refined(M, B)
-                    error = float(((M - B @ A) ** 2).sum())
-                low = max(norm_squared - most - allowance, 0.0)
-                found = _majorant(basis, tau, norm_squared, max(b, a))
-                return LeadingPart(B, A, error, min(low, error), error + allowance, found)
+            excess = most - captured + 2 * allowance
+            if excess <= least:
+                best, least = (basis, tau, most), excess
+            if excess <= goal * norm_squared:
+                break
+        if best is not None:
+            return _part(M, rank, *best, norm_squared, allowance)
     return None
+
+
+def _part(
+    M: Tensor, rank: int, basis: RitzBasis, tau: float, most: float, norm_squared: float, allowance: float
+) -> LeadingPart:
+    """The leading part in a basis whose leading terms hold the energy `most` at most."""
+    B = basis.MV @ basis.S[:, :rank]
+    A = (basis.V @ basis.S[:, :rank]).mT
+    error = norm_squared - float(basis.theta[:rank].sum())
+    if error < _MEASURE_BELOW * norm_squared:
+        B, A = _refined(M, B)
+        error = float(((M - B @ A) ** 2).sum())
+    low = max(norm_squared - most - allowance, 0.0)
+    found = _majorant(basis, tau, norm_squared, max(M.shape))
+    return LeadingPart(B, A, error, min(low, error), error + allowance, found)
+
+
+def _zero_part(M: Tensor, rank: int) -> LeadingPart:
+    """The leading part of zeros (b, a), in the directions of the axes."""
+    V = torch.eye(M.shape[1], rank, dtype=M.dtype, device=M.device)
+    nothing = Majorant(V, V.new_zeros(rank), V.new_zeros(rank, rank), 0.0, 0.0)
+    return LeadingPart(V.new_zeros(M.shape[0], rank), V.mT, 0.0, 0.0, 0.0, nothing)
 
 
 def leading_part_by_svd(M: Tensor, rank: int) -> LeadingPart:

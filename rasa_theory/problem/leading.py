@@ -18,7 +18,10 @@ from rasa_theory.linalg import Majorant, Operator, lanczos
 from rasa_theory.problem.entries import Purpose, StackEntries
 
 GOAL = 1e-6
-"""The leading terms of a layer hold less energy than the best ones by at most this share of ||M_i||^2."""
+"""The leading terms of a layer hold less energy than the best ones by at most this share of ||M_i||^2.
+
+By more, as their majorants say, where the spectrum of a layer of more than 1024 rows and columns is too flat for it.
+"""
 _TARGET = 1e-6  # of ||M||^2: what common directions lose, about
 LAYERS_FAILURE = 2e-11
 """The largest probability that any bound on the terms of single layers is wrong, over all passes of one orientation."""
@@ -73,28 +76,19 @@ class LeadingLayers:
 
 
 def leading_layer(M: Tensor, count: int, failure: float, generator: torch.Generator) -> LeadingLayer:
-    """The `count` leading terms of M (b, a), within `GOAL` ||M||^2 of the best; from its SVD if the search fails.
+    """The `count` leading terms of M (b, a), within `GOAL` ||M||^2 of the best; from the SVD of a small M if need be.
 
     Its bounds are wrong with probability `failure` at most, over `generator`.
     """
     low, high = (float(x) for x in torch.aminmax(M))
-    if low == high == 0:
-        return _zero_layer(M, count)
     exponent = math.frexp(max(-low, high))[1]
     size = math.ldexp(1.0, max(exponent, _SMALLEST_EXPONENT[M.dtype]))
     M = M / size
-    part = lanczos.leading_part(M, count, GOAL, failure, generator)
+    part = lanczos.leading_part(M, count, GOAL, failure, generator, tolerance=math.inf)
     if part is None:
         part = lanczos.leading_part_by_svd(M.double(), count)
     S = torch.linalg.vector_norm(part.B, dim=0)
     return LeadingLayer(part.B / torch.where(S > 0, S, 1), S * size, part.A, part.majorant, size)
-
-
-def _zero_layer(M: Tensor, count: int) -> LeadingLayer:
-    """The terms of a layer of zeros, in the directions of the axes."""
-    U, V = (torch.eye(n, count, dtype=torch.float64, device=M.device) for n in M.shape)
-    S = U.new_zeros(count)
-    return LeadingLayer(U, S, V.mT, Majorant(V, S, U.new_zeros(count, count), 0.0, 0.0), 1.0)
 
 
 # ---- all layers together

@@ -39,7 +39,8 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "auto", seed: int = 0
     """Compute e_lora = min sum_i ||M_i - B_i A_i||_F^2 = sum_i sum_{j>r} sigma_ij^2 (Eckart-Young), with the factors.
 
     - "auto": "exact" for small layers, else leading terms from products, which other work on the stack shares. They are
-      certified as with "fast", see `LayerStack.with_spectra` for the rule.
+      certified as with "fast", see `LayerStack.with_spectra` for the rule. No layer of more than 1024 rows and columns
+      falls back to its SVD. Where many singular values are as large as sigma_r, the interval is wider instead.
     - "exact": SVDs in float64, computed once per stack. The interval allows for `stack.rounding`. A view of a stack
       whose spectra are leading directions keeps to these.
     - "fast": leading parts by block Lanczos, certified (see `linalg.lanczos`), a layer at a time in one pass. `error`

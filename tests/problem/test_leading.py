@@ -6,6 +6,7 @@ import torch
 
 from rasa_theory import InputError, LayerStack, RankBudget, SolverOptions, allocation_bound, lower_bound, solve_lora
 from rasa_theory.bounds import allocate_pool, terms_within_reach
+from rasa_theory.linalg import lanczos
 from rasa_theory.problem import takes_leading
 from rasa_theory.solvers import allocation_start
 from rasa_theory.sources import StackSource
@@ -112,3 +113,37 @@ def test_an_unknown_kind_of_spectra_is_refused():
         SolverOptions(spectra="fast")
     with pytest.raises(InputError, match="unknown spectra 'fast'"):
         lower_bound(LayerStack(np.ones((2, 4, 3))), RankBudget(1, 1), spectra="fast")
+
+
+FLAT = {
+    "flat": np.ones(120),
+    "flat beyond two": np.r_[30.0, 20.0, np.ones(118)],
+    "two levels": np.r_[np.full(9, 1.0), np.full(111, 1 - 1e-6)],
+    "steep": 0.1 ** np.arange(120),
+    "zero": np.zeros(120),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_large_layer_is_decomposed_however_flat_it_is(name, dtype, monkeypatch):
+    """Its bounds are less close instead, and hold: e_lora, the next singular value and the floor."""
+    monkeypatch.setattr(lanczos, "LARGEST_FORMED", 100)
+    U, _, Vh = np.linalg.svd(noise(2, 130, 120, 5), full_matrices=False)
+    M, budget = (U * FLAT[name] @ Vh).astype(dtype), RankBudget(2, 1)
+    sizes, svd = [], torch.linalg.svd
+
+    def watched(X, *args, **kwargs):
+        sizes.append(min(X.shape[-2:]))
+        return svd(X, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    stack = leading(M, budget)
+    low, high = solve_lora(stack, 2).interval
+    norm_squared = float((M.astype(np.float64) ** 2).sum())
+    exact = tail(M.astype(np.float64), 2)
+    assert low - 1e-15 * norm_squared <= exact <= high + 1e-15 * norm_squared
+    assert high - low <= 2e-3 * norm_squared
+    S = np.linalg.svd(M.astype(np.float64), compute_uv=False)
+    assert np.all(stack.spectra.following(2).numpy() >= S[:, 2] * (1 - 1e-12))
+    assert max(sizes, default=0) < 60
