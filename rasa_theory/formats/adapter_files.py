@@ -76,7 +76,9 @@ def adapter_in_folder(folder: Path) -> StoredAdapter:
         return rasa_adapter(folder, weights_of(folder), (file, folder / WEIGHTS_FILE), flag)
     if kind is None and "lora_parameters" in config:
         return _mlx_adapter(folder, config)
-    raise InputError(f"{file}: peft_type is {kind!r}, but only LORA and RASA have updates B A; {MERGE}")
+    raise InputError(
+        f"{file}: peft_type is {kind!r}, but only LORA and RASA have updates B A; if it can be merged, {MERGE}"
+    )
 
 
 def adapter_in_tensors(checkpoint: Checkpoint, convolutions: bool = False) -> StoredAdapter | None:

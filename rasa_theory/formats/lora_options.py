@@ -37,17 +37,21 @@ _INITIAL_CHANGING_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 _MEANING = {
     "use_dora": "scales every column of the sum of weight and update (DoRA)",
-    "use_qalora": "pools the input before A (QALoRA)",
     "use_bdlora": "stores factors that are block-diagonal (BD-LoRA)",
-    "alora_invocation_tokens": "applies the update to some tokens only (aLoRA)",
-    "arrow_config": "chooses among several adapters for every token (Arrow)",
     "kasa_config": "changes the base's weights and puts a diagonal between B and A (KaSA)",
     "monteclora_config": "perturbs the update at random (Monteclora)",
-    "layer_replication": "gives the model more layers than the base has",
     "megatron_config": "may hold a part of every factor only (Megatron's tensor parallelism)",
     "enable_lora": "adapts parts of a merged matrix, each with factors of its own",
     "use_merged_linear": "adapts parts of a merged matrix, each with factors of its own",
 }
+
+_MEANING_UNMERGED = {
+    "use_qalora": "pools the input before A (QALoRA)",
+    "alora_invocation_tokens": "applies the update to some tokens only (aLoRA)",
+    "arrow_config": "chooses among several adapters for every token (Arrow)",
+    "layer_replication": "gives the model more layers than the base has",
+}
+"""Options of adapters that PEFT does not merge, or not into the layers of the base: merging is no way out."""
 
 
 def check_options(file: Path, config: Mapping[str, Any]) -> None:
@@ -62,6 +66,12 @@ def check_options(file: Path, config: Mapping[str, Any]) -> None:
         if name in _MEANING:
             consequence = f"which {_MEANING[name]}: the update is not B A"
             raise InputError(f"{file}: {name} is {_short(value)}, {consequence}; {MERGE}")
+        if name in _MEANING_UNMERGED:
+            consequence = f"which {_MEANING_UNMERGED[name]}: the update is not B A"
+            raise InputError(
+                f"{file}: {name} is {_short(value)}, {consequence}, and merging does not make it an update of the "
+                "base's weights; such adapters cannot be read"
+            )
         raise InputError(
             f"{file}: {name} is {_short(value)}, an option that is not known and may change what the factors mean; if "
             f"it does not, remove it from the file; else {MERGE}"

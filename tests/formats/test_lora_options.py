@@ -29,13 +29,9 @@ CONFIG = Path("adapter_config.json")
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "of-peft-0.30"),
         ("use_dora", True),
-        ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {"beta": 1.0}),
-        ("arrow_config", {"top_k": 3}),
         ("monteclora_config", {"num_samples": 8}),
-        ("alora_invocation_tokens", [128006, 78191]),
-        ("layer_replication", [[0, 4], [2, 5]]),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("enable_lora", [True, False, True]),
         ("invocation_string", "<|start|>"),
@@ -51,6 +47,24 @@ def test_what_changes_the_meaning_of_the_factors_is_refused_by_name(option: str,
     assert sentence.startswith(f"adapter_config.json: {option} is {value!r}")
     assert "merge it into the model" in sentence
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("alora_invocation_tokens", [128006, 78191]),
+        ("layer_replication", [[0, 4], [2, 5]]),
+    ],
+)
+def test_merging_is_not_advised_where_it_is_no_way_out(option: str, value: Any) -> None:
+    with pytest.raises(rt.InputError) as refusal:
+        check_options(CONFIG, {"peft_type": "LORA", "r": 8, option: value})
+    sentence = str(refusal.value)
+    assert sentence.startswith(f"adapter_config.json: {option} is {value!r}, which ")
+    assert "the update is not B A, and merging does not" in sentence
+    assert "merge it" not in sentence
 
 
 def test_an_option_that_is_not_known_is_not_said_to_change_the_update() -> None:

@@ -443,7 +443,9 @@ def test_a_folder_with_several_adapters_or_with_shards_that_were_not_gathered_is
 def test_other_types_of_peft_are_refused_by_name(kind: str | None, tmp_path: Path) -> None:
     folder = Path(peft(tmp_path / "a", layered("weight")))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}), encoding="utf-8")
-    with pytest.raises(rt.InputError, match=f"peft_type is {kind!r}, but only LORA and RASA have updates B A; merge"):
+    with pytest.raises(
+        rt.InputError, match=f"peft_type is {kind!r}, but only LORA and RASA have updates B A; if it can be merged, "
+    ):
         open_source(str(folder))
 
 
