@@ -47,6 +47,7 @@ _PIPELINE = frozenset(
 _OF_DIFFUSERS = re.compile(r"\.(?:(?:single_)?transformer_blocks|attn[12]|to_[qkv]|to_out|add_q_proj)(?:\.|\Z)")
 _CALLED_A = re.compile(r"(?P<stem>.*[._])(?P<side>[Aa])(?P<end>(?:\.weight)?)")
 _METADATA = "lora_adapter_metadata"  # what diffusers writes into the header since 0.34
+_ROUNDING_OF_ALPHA = 2**-8  # an alpha in bfloat16 has 8 bits
 _WITHOUT_SCALING = {
     Spelling.PEFT: f"give the folder of the adapter, with its {CONFIG_FILE}",
     Spelling.MLX: f"give the folder of the adapter, with its {CONFIG_FILE}",
@@ -291,19 +292,21 @@ class _Scalings:
         self._components = _PIPELINE - ({"transformer"} - with_names)
 
     def of(self, module: str, spelling: Spelling, A: Entry, alpha: str | None) -> float:
-        """The scaling of one module. Raises InputError if the file does not say it."""
+        """The scaling of one module. Raises InputError if the file does not say it, or says two."""
         rank = A.shape[0]
-        if alpha is not None:
-            return self._alpha(alpha) / rank
         component, _, within = module.partition(".")
-        if component in self._config_of:
-            config = self._config_of[component]
-            if (expected := config.rank(within)) != rank:
+        config = self._config_of.get(component)
+        by_metadata = None if config is None else self._by_metadata(config, module, within, A)
+        if alpha is not None:
+            by_alpha = self._alpha(alpha) / rank
+            if by_metadata is not None and not math.isclose(by_alpha, by_metadata, rel_tol=_ROUNDING_OF_ALPHA):
                 raise InputError(
-                    f"{self._file}: module {module!r} has rank {expected} in {_METADATA}, but {A.name!r} has shape "
-                    f"{A.shape}, rank {rank}; save the adapter again"
+                    f"{self._file}: {alpha!r} says the scaling {by_alpha:g}, and {_METADATA} {by_metadata:g}; remove "
+                    "the one that is wrong"
                 )
-            return config.scaling(within, rank)
+            return by_alpha
+        if by_metadata is not None:
+            return by_metadata
         is_of_pipeline = component in self._components and not _is_wrapped_by_peft(A.name)
         if spelling in _WITHOUT_SCALING and not (spelling is Spelling.PEFT and is_of_pipeline):
             raise InputError(
@@ -311,6 +314,16 @@ class _Scalings:
                 f"this file; {_WITHOUT_SCALING[spelling]}"
             )
         return 1.0  # without alpha, sd-scripts, ComfyUI and diffusers take alpha = rank
+
+    def _by_metadata(self, config: PeftConfig, module: str, within: str, A: Entry) -> float:
+        """The scaling of a module, called `within` in its component. Raises InputError if its rank is another."""
+        rank = A.shape[0]
+        if (expected := config.rank(within)) != rank:
+            raise InputError(
+                f"{self._file}: module {module!r} has rank {expected} in {_METADATA}, but {A.name!r} has shape "
+                f"{A.shape}, rank {rank}; save the adapter again"
+            )
+        return config.scaling(within, rank)
 
     def _alpha(self, name: str) -> float:
         entry = self._checkpoint.entries[name]

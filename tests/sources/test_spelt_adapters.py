@@ -189,6 +189,21 @@ def test_the_metadata_of_diffusers_has_the_scaling(tmp_path: Path) -> None:
             open_source(str(file))
 
 
+@pytest.mark.parametrize("alpha", [5.0, 4.0])
+def test_alphas_that_contradict_the_metadata_are_refused(alpha: float, tmp_path: Path) -> None:
+    """diffusers refuses a file with both; where they agree, nothing is to be guessed."""
+    module = "transformer.transformer_blocks.{i}.q"
+    keys = (f"{module}.lora_A.weight", f"{module}.lora_B.weight", f"{module}.alpha")
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 5})}
+    file = tmp_path / "x.safetensors"
+    save_file(tensors_of(*keys, alpha), file, metadata)
+    if alpha == 5:
+        check(str(file), "transformer.transformer_blocks.*.q.weight", 5 / 2)
+        return
+    with pytest.raises(rt.InputError, match=r"alpha' says the scaling 2, and lora_adapter_metadata 2\.5; remove"):
+        open_source(str(file))
+
+
 def mlx(folder: Path, tensors: dict[str, Tensor], **config: Any) -> str:
     folder.mkdir(exist_ok=True)
     fields = {"fine_tune_type": "lora", "num_layers": 3, "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0}}
