@@ -13,8 +13,8 @@ import rasa_theory
 
 ROOT = Path(rasa_theory.__file__).parent
 FLOORS = (
-    "common plotting",
-    "distributed",
+    "common",
+    "plotting distributed",
     "linalg",
     "problem",
     "bounds formats",

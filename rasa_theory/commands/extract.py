@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -255,7 +258,9 @@ def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:
     text = sys.stderr if as_json else sys.stdout
     print(f"Updates: {report['source']}", file=text)
     print(extraction_table(report), file=text)
-    print(f"Files: {out}/ ({', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))})", file=text)
+    names = Counter(re.sub(r"-\d{5}\.", "-*.", path.name) for path in out.iterdir() if path.is_file())
+    files = ", ".join(name if names[name] == 1 else f"{names[name]} {name}" for name in sorted(names))
+    print(textwrap.fill(f"Files: {out}/ ({files})", 80, break_long_words=False, break_on_hyphens=False), file=text)
     if as_json:
         print(json.dumps(report, indent=1, allow_nan=False))
 

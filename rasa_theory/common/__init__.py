@@ -5,6 +5,7 @@ from rasa_theory.common.environment import environment
 from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite, ProcessLost, UnsoundFile
 from rasa_theory.common.files import identity, unfinished, writable_folder, write_file
 from rasa_theory.common.interrupts import keeping_interrupts
+from rasa_theory.common.labels import shortened, unique_labels
 from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, plan_of, read_run_json, write_json
 from rasa_theory.common.tables import aligned, csv_text
 from rasa_theory.common.version import __version__
@@ -33,7 +34,9 @@ __all__ = [
     "positive",
     "read_run_json",
     "real_number",
+    "shortened",
     "unfinished",
+    "unique_labels",
     "whole_number",
     "writable_folder",
     "write_file",

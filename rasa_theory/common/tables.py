@@ -7,6 +7,8 @@ import io
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from rasa_theory.common.labels import shortened
+
 
 def aligned(
     rows: Sequence[Sequence[str]], left: Collection[int] | None = None, gap: str = "  ", width: int | None = None
@@ -14,21 +16,19 @@ def aligned(
     """Lines of a table: the first row, a rule, then the other rows, in columns of equal width.
 
     Columns whose index is in `left` are flush left (None: all), the others flush right. Where lines would be longer
-    than `width`, cells of the first column lose their beginning, for which ".." stands.
+    than `width`, the cells of the first column are `shortened`. Lines stay longer if those would be alike otherwise.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [list(column) for column in zip(*rows, strict=True)]
     if width is not None:
-        widths[0] = min(widths[0], width - sum(widths[1:]) - len(gap) * (len(widths) - 1))
-    sides = [str.ljust if left is None or i in left else str.rjust for i in range(len(widths))]
+        rest = sum(max(map(len, column)) for column in columns[1:])
+        columns[0] = shortened(columns[0], width - rest - len(gap) * (len(columns) - 1))
+    sides = [str.ljust if left is None or i in left else str.rjust for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in columns]
     lines = [
-        gap.join(side(_shortened(cell, w), w) for side, cell, w in zip(sides, row, widths, strict=True)).rstrip()
-        for row in rows
+        gap.join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
     ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _shortened(cell: str, width: int) -> str:
-    return cell if len(cell) <= width else f"..{cell[len(cell) - width + 2 :]}"
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rasa_theory.formats import not_loadable
+from rasa_theory.formats import not_loadable, task_heads
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes
 _VLLM_VOCABULARY = 258_048  # the largest vocabulary of an lm_head that vLLM adapts
@@ -46,7 +46,8 @@ def _of_lora(report: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "serve it."
         )
     else:
-        notes.append(f"Rank {largest}, alpha {largest} for all modules. vLLM serves it with --max-lora-rank {flag}.")
+        vllm = "" if report["saved_modules"] else f" vLLM serves it with --max-lora-rank {flag}."
+        notes.append(f"Rank {largest}, alpha {largest} for all modules.{vllm}")
     padded = sum(rank < largest for rank in ranks)
     if report["rank"] is not None and padded:
         notes.append(
@@ -70,6 +71,12 @@ def _of_lora(report: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         notes.append(
             f"{len(report['saved_modules'])} modules are saved whole (modules_to_save): PEFT loads them; vLLM, TGI and "
             "llama.cpp refuse such an adapter."
+        )
+    task, head_names = task_heads(settings["base"]["architecture"])
+    if task is not None and not set(head_names) & set(report["saved_modules"]):
+        notes.append(
+            f"AutoPeftModelFor{task} cannot load it: that class wants the head ({' or '.join(head_names)}) whole, as "
+            "--save-modules writes it if it changed. AutoPeftModel and PeftModel load it."
         )
     return notes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rasa_theory.extraction.conversion import extract_stack
 from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettings
 from rasa_theory.extraction.job import Job, free_bytes
-from rasa_theory.formats import ModuleNames
+from rasa_theory.formats import ModuleNames, grouped
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack
 from rasa_theory.solvers import solver_seconds
@@ -54,7 +54,8 @@ def _notes(job: Job) -> list[str]:
     if settings.k != 0 and not settings.is_pooled:
         notes.append(f"k concerns the report alone: format {settings.format} holds no pool. --k 0 takes less time.")
     if job.whole:
-        notes.append(f"Saved whole, where they changed: {', '.join(module.name for module in job.whole)}.")
+        labels = ", ".join(group.label for group in grouped((module.name, "") for module in job.whole))
+        notes.append(f"Saved whole, where they changed: {labels}.")
     return notes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettin
 from rasa_theory.extraction.whole_modules import WholeModule, whole_modules
 from rasa_theory.formats import (
     CONFIG_FILE,
+    OUTPUT_LAYERS,
     BaseModel,
     Exclusion,
     LeftOut,
@@ -30,7 +30,6 @@ from rasa_theory.problem import check_memory
 from rasa_theory.sources import Catalogue, StackSource
 
 _MOST_PROBLEMS = 20  # sentences in one error: more than a model has kinds of module
-_OUTPUT = re.compile(r"(?:\A|\.)(?:lm_head|embed_out)\.weight\Z")
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,11 @@ def _unnameable(place: Place | None, settings: ExtractSettings) -> str | None:
     return None
 
 
+def _is_output(source: StackSource) -> bool:
+    """True for the weight of an output layer, by its name."""
+    return source.keys[0].removesuffix(".weight").rpartition(".")[2] in OUTPUT_LAYERS
+
+
 def _in_model_order(stacks: list[StackSource]) -> list[StackSource]:
     """The stacks, with the fused experts last and in the order of the model, in which PEFT wraps their parameters."""
     experts = [s for s in stacks if s.place is not None and s.place.role.is_experts]
@@ -173,7 +177,7 @@ def nameable(
             reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"
         elif not (place := source.place or place_by_name(source.keys[0], source.shape)).role.is_matrix:
             reason = place.reason
-        elif settings.save_modules and _OUTPUT.search(source.keys[0]):
+        elif settings.save_modules and _is_output(source):
             reason = "the output layer, which --save-modules saves whole"
         elif settings.format in ("lora", "lora-exact-rasa"):
             reason = refused_by_peft(source.keys[0].removesuffix(".weight"), model_type)

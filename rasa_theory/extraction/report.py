@@ -12,26 +12,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import aligned, csv_text
+from rasa_theory.common import aligned, csv_text, unique_labels
 from rasa_theory.extraction.consumers import consumer_notes
 from rasa_theory.formats import grouped
-from rasa_theory.plotting import unique_labels
 
 _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
     "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
 )  # fmt: skip
-_HEAD = ("kind", "L", "shape", "M/W", "r", "k", "LoRA/||M||^2", "RaSA/LoRA", "floor/LoRA", "file/||M||^2", "90%")
-_WIDTH = 100
+_WIDTH = 80
 _EXPLANATION = (
-    "Squared errors. L: layers. M/W: the norm of the update over that of the weights before, not squared;\n"
-    "in the last line, of all tensors. LoRA: the best of rank r. RaSA: r - k private ranks and a pool, at\n"
-    "the same number of parameters but for the mixing. floor: no RaSA of this budget is below. file: the\n"
-    "adapter as written. 90%: the rank that this share of the energy needs, median over layers."
+    "rel: ||tuned - base|| / ||base||; in the last line, of all tensors. LoRA, file: the share of ||M||^2 that the "
+    "best LoRA of rank r misses, and the file as written. 90%: the rank that holds 90 % of ||M||^2, median over layers."
+)
+_POOL = (
+    "gain: by how many per cent of that error RaSA of r - k private ranks and a pool of k a layer misses less. No RaSA "
+    "of this size gains more than limit."
 )
 _DIFFERENCE = (
-    "M/W: the norm of the update over that of the weights before, not squared. share: of the squared norm of\n"
-    "all that changed. file: what rounding to the dtype of the file misses."
+    "rel: ||tuned - base|| / ||base||. share: of the squared norm of all that changed. file: the share of ||M||^2 that "
+    "rounding to the dtype of the file misses."
 )
 _DESCRIPTIONS = {
     "lora": "the best LoRA of every layer, of rank {rank}",
@@ -53,17 +53,19 @@ def totals(report: dict[str, Any]) -> dict[str, float | None]:
 
 
 def extraction_table(report: dict[str, Any]) -> str:
-    """Return a table with one line per stack and one for their sum, at most 100 characters wide."""
+    """Return a table with one line per stack and one for their sum, at most 80 characters wide if names allow it."""
     changed = [row for row in report["stacks"] if row["norm_squared"] > 0]
     is_diff = report["plan"]["settings"]["format"] == "diff"
     lines = _difference_lines(report, changed) if is_diff else _error_lines(report, changed)
-    is_too_wide = max(map(len, aligned(lines))) > _WIDTH
+    is_too_wide = max(map(len, _aligned(lines))) > _WIDTH
     prefix = _common_prefix(_labels(changed)) if is_too_wide else ""
-    text = aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
-    note = [f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []
-    probable = [PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []
+    text = _aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
     zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     sentences = [
+        *([f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []),
+        _DIFFERENCE if is_diff else _EXPLANATION,
+        *([_POOL] if _has_pool(changed) else []),
+        *([PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []),
         *_sizes(report, is_diff),
         *([] if is_diff else _equal_size(report)),
         *consumer_notes(report),
@@ -71,8 +73,19 @@ def extraction_table(report: dict[str, Any]) -> str:
         *_whole(report),
         *_left_out(report),
     ]
-    wrapped = [line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False)]
-    return "\n".join([*text, *note, _DIFFERENCE if is_diff else _EXPLANATION, *probable, *wrapped, *_warning(report)])
+    return "\n".join([*text, *(line for sentence in sentences for line in _wrapped(sentence)), *_warning(report)])
+
+
+def _aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    return aligned(lines, left={0}, gap=" ", width=width)
+
+
+def _wrapped(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+def _has_pool(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row["k"] > 0 for row in rows)
 
 
 def _labels(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -81,26 +94,29 @@ def _labels(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _error_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The head, a line for each stack, and the line of the sums."""
-    lines: list[tuple[str, ...]] = [_HEAD]
+    """The head, a line for each stack, and the line of the sums; k, gain and limit only where there is a pool."""
+    lines: list[tuple[str, ...]] = [("kind", "L", "shape", "rel", "r", "k", "LoRA", "gain", "limit", "file", "90%")]
     for label, row in zip(_labels(changed), changed, strict=True):
-        floor = "-" if row["k"] == 0 else _ratio(row["lower_bound"], row["e_lora"])
         ranks = [m["rank_90"] for m in row["modules"]]
         median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
+        limit = "-" if row["k"] == 0 else _less(row["lower_bound"], row["e_lora"])
         lines.append(
             (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
-             *_errors(row), floor, _ratio(row["e_stored"], row["norm_squared"]), median)
+             *_errors(row), limit, _ratio(row["e_stored"], row["norm_squared"]), median)
         )  # fmt: skip
     total: dict[str, Any] = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
     stored = _ratio(total["e_stored"], total["norm_squared"])
-    return [*lines, ("all", "", "", _relative(report), "", "", *_errors(total), "", stored, "")]
+    lines.append(("all", "", "", _relative(report), "", "", *_errors(total), "", stored, ""))
+    if _has_pool(changed):
+        return lines
+    return [(*line[:5], line[6], *line[9:]) for line in lines]
 
 
 def _difference_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The same for format diff, which has no ranks: norms, and the errors of rounding."""
     whole = math.fsum(row["norm_squared"] for row in [*changed, *report["whole"]])
     return [
-        ("kind", "layers", "shape", "M/W", "share", "file/||M||^2"),
+        ("kind", "L", "shape", "rel", "share", "file"),
         *(
             (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row),
              _ratio(row["norm_squared"], whole), f"{row['e_stored'] / row['norm_squared']:.1e}")
@@ -112,8 +128,9 @@ def _difference_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]])
 def _sizes(report: dict[str, Any], is_diff: bool) -> list[str]:
     counts = {key: sum(row["parameters"][key] for row in report["stacks"]) for key in ("lora", "rasa", "stored")}
     if is_diff:
-        return ["Numbers: the file {stored:,}, beside single tensors.".format(**counts)]
-    return ["Numbers: LoRA {lora:,}, RaSA {rasa:,}, the file {stored:,}{zeros}.".format(**counts, zeros=_zeros(report))]
+        return ["Parameters: {stored:,} in the file, beside single tensors.".format(**counts)]
+    rasa = ", RaSA {rasa:,}".format(**counts) if _has_pool(report["stacks"]) else ""
+    return [f"Parameters: LoRA {counts['lora']:,}{rasa}, the file {counts['stored']:,}{_zeros(report)}."]
 
 
 def _zeros(report: dict[str, Any]) -> str:
@@ -151,7 +168,7 @@ def _equal_size(report: dict[str, Any]) -> list[str]:
 def _warning(report: dict[str, Any]) -> list[str]:
     """Return the warning that the source may be no pair, after a line without text; nothing if there is none."""
     warning = report.get("warning")
-    return ["", *textwrap.wrap(warning, _WIDTH, break_on_hyphens=False, break_long_words=False)] if warning else []
+    return ["", *_wrapped(warning)] if warning else []
 
 
 def _whole(report: dict[str, Any]) -> list[str]:
@@ -179,7 +196,7 @@ def _left_out(report: dict[str, Any]) -> list[str]:
         for group in grouped((one["name"], one["reason"]) for one in changed)
     }
     ranked = sorted(share_of, key=lambda label: -share_of[label])
-    shares = ", ".join(f"{label.replace('.weight', '')} {100 * share_of[label] / whole:.3g} %" for label in ranked)
+    shares = ", ".join(f"{label.replace('.weight', '')} {100 * share_of[label] / whole:.3g}%" for label in ranked)
     return [f"Left out, by share of the squared norm: {shares}."]
 
 
@@ -192,7 +209,7 @@ def _ranks(row: dict[str, Any]) -> str:
     if row["rank"] is not None:
         return str(row["rank"])
     ranks = [module["rank"] for module in row["modules"]]
-    return f"{min(ranks)}..{max(ranks)}"
+    return f"{min(ranks)}..{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
 
 
 def _relative(row: dict[str, Any]) -> str:
@@ -202,8 +219,14 @@ def _relative(row: dict[str, Any]) -> str:
 
 
 def _errors(row: dict[str, Any]) -> tuple[str, str]:
-    rasa = "-" if row["k"] == 0 else _ratio(row["e_rasa"], row["e_lora"])
-    return _ratio(row["e_lora"], row["norm_squared"]), rasa
+    """Return the share that LoRA misses, and RaSA's gain in per cent of it, as text."""
+    gain = "-" if row["k"] == 0 else _less(row["e_rasa"], row["e_lora"])
+    return _ratio(row["e_lora"], row["norm_squared"]), gain
+
+
+def _less(x: float, y: float) -> str:
+    """Return by how many per cent of y x is below y, as text; "-" where y is 0."""
+    return f"{100 * (1 - x / y):.1f}" if y else "-"
 
 
 def _ratio(x: float | None, y: float | None) -> str:
@@ -237,18 +260,18 @@ def model_card(report: dict[str, Any]) -> str:
     place = "one of its folders" if settings["tasks"] else "this folder"
     load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
     use = f"\n```python\n{load}\n```\n" if peft else ""
-    covered = f"{sum(row['layers'] for row in report['stacks'])} in number"
-    if report["left_out"]:
-        covered += f" ({len(report['left_out'])} tensors or stacks of the source are left out, see `report.json`)"
     share = (total["e_stored"] or 0.0) / total["norm_squared"] if total["norm_squared"] else 0.0
+    modules = sum(row["layers"] for row in report["stacks"])
+    lost = len(report["left_out"])
+    left_out = f" {lost} tensors or stacks of the source are left out, see `report.json`." if lost else ""
     return f"""---
 {chr(10).join(header)}
 ---
 
 # Adapter extracted from {report["source"]}
 
-This is {description}, stored in {settings["dtype"]}. Of the squared norm of the updates of
-the modules below, {covered}, it misses {share:.2%}.
+This is {description}, stored in {settings["dtype"]}. It misses {share:.2%} of
+the squared norm of the updates of {modules} modules.{left_out}
 {use}
 ```
 {extraction_table(report)}

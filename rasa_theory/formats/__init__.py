@@ -9,7 +9,7 @@ from rasa_theory.formats.adapter_files import (
     refuse_unmerged,
 )
 from rasa_theory.formats.architecture import Architecture, architecture, why_unknown
-from rasa_theory.formats.base_model import BaseModel
+from rasa_theory.formats.base_model import OUTPUT_LAYERS, BaseModel, task_heads
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.kohya import (
     KOHYA_FILE,
@@ -80,6 +80,7 @@ __all__ = [
     "LAYOUTS",
     "MLX_WEIGHTS",
     "MODULE_PARTS",
+    "OUTPUT_LAYERS",
     "PICKLES",
     "RESERVED",
     "WEIGHTS_FILE",
@@ -149,6 +150,7 @@ __all__ = [
     "refuse_unmerged",
     "refused_by_peft",
     "safetensors_bytes",
+    "task_heads",
     "whole_key",
     "why_unknown",
     "write_safetensors",

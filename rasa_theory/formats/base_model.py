@@ -9,6 +9,20 @@ from typing import Any
 
 from rasa_theory.formats.model_config import model_config
 
+# the tasks whose AutoPeftModel saves the head of a model whole, and the names that it knows for heads
+_HEADS = {
+    "SequenceClassification": ("classifier", "score"),
+    "TokenClassification": ("classifier", "score"),
+    "QuestionAnswering": ("qa_outputs",),
+}
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", *(head for heads in _HEADS.values() for head in heads)})
+
+
+def task_heads(architecture: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The task in the name of a class whose head PEFT saves whole, and the names of such heads; None without one."""
+    task = (architecture or "").rpartition("For")[2]
+    return (task, _HEADS[task]) if task in _HEADS else (None, ())
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -42,7 +56,7 @@ class BaseModel:
         """The fields of adapter_config.json by which PEFT's AutoPeftModel finds the class.
 
         `task_type` stays empty: AutoPeftModel refuses a configuration that has one, and the classes for one task take
-        a configuration without.
+        a configuration without. Those of `task_heads` also want the head of the model in the file.
         """
         mapping = None
         if self.architecture is not None:

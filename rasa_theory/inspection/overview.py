@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rasa_theory.common import aligned, csv_text
+from rasa_theory.common import aligned, csv_text, unique_labels
 from rasa_theory.formats import grouped
 
 _WIDTH = 80
@@ -50,15 +50,23 @@ def inspection_table(report: dict[str, Any]) -> str:
 
 
 def kinds(stacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stacks of a report by kind, those together whose kinds differ in numbers alone (experts), of equal shape.
+    """The stacks of a report by kind, those together whose names differ in numbers alone (experts), of equal shape.
 
-    Energies are shares of the squared norm of the whole kind. Shared subspaces are means over its stacks.
+    Kinds of one name in different parts of the model, such as encoder and decoder, stay apart. Energies are shares of
+    the squared norm of the whole kind. Shared subspaces are means over its stacks.
     """
-    together: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    together: dict[tuple[str, str, tuple[int, ...]], list[dict[str, Any]]] = {}
     for row in stacks:
-        key = re.sub(r"\d+", "*", row["kind"]) if re.search(r"\.\d+\.", row["kind"]) else row["kind"]
-        together.setdefault((key, tuple(row["shape"])), []).append(row)
-    return [_kind(kind, shape, rows) for (kind, shape), rows in together.items()]
+        kind = _without_numbers(row["kind"])
+        name = _without_numbers(row["name"].replace(".weight", ""))
+        together.setdefault((kind, name, tuple(row["shape"])), []).append(row)
+    labels = unique_labels([kind for kind, _, _ in together], [name for _, name, _ in together])
+    return [_kind(label, key[2], rows) for label, (key, rows) in zip(labels, together.items(), strict=True)]
+
+
+def _without_numbers(name: str) -> str:
+    """The name with a star for each number that is a component of its own, as those of experts and layers are."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _kind(kind: str, shape: Sequence[int], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

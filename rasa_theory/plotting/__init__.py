@@ -2,7 +2,6 @@
 
 from rasa_theory.plotting import style
 from rasa_theory.plotting.extractions import plot_extraction
-from rasa_theory.plotting.heat_map import unique_labels
 from rasa_theory.plotting.results import plot_iterations
 from rasa_theory.plotting.spectrum_figure import plot_inspection
 
@@ -11,5 +10,4 @@ __all__ = [
     "plot_inspection",
     "plot_iterations",
     "style",
-    "unique_labels",
 ]

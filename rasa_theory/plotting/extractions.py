@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rasa_theory.common import shortened, unique_labels
 from rasa_theory.plotting import style
-from rasa_theory.plotting.heat_map import LINE, heat_map, shortened, unique_labels
+from rasa_theory.plotting.heat_map import LINE, LONGEST, heat_map
 from rasa_theory.plotting.style import BLUE, COLOURS, GREY, INK
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     settings = report["plan"]["settings"]
     rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
     labels = unique_labels([row["kind"] for row in rows], [row["name"].replace(".weight", "") for row in rows])
-    rows = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+    rows = [row | {"label": label} for row, label in zip(rows, shortened(labels, LONGEST), strict=True)]
     many = [row for row in rows if len(row["modules"]) > 1]
     single = [row for row in rows if len(row["modules"]) == 1]
     curves = [row for row in rows if len(row["error_at_rank"]) > 1]
@@ -78,7 +79,7 @@ def _heat_map(ax: Axes, rows: Sequence[dict[str, Any]], value: str, across: str)
         grid.append([share_at.get(place) for place in range(max(places) + 1)])
     heat_map(ax, grid, [row["label"] for row in rows], "", _meaning(value))
     step = -(-len(rows) // _TALLEST)
-    ax.set_yticks(range(0, len(rows), step), [shortened(row["label"]) for row in rows[::step]])
+    ax.set_yticks(range(0, len(rows), step), [row["label"] for row in rows[::step]])
     style.name(ax, x=across)
 
 
@@ -87,7 +88,7 @@ def _points(ax: Axes, rows: Sequence[dict[str, Any]], value: str) -> None:
     ranked = sorted(rows, key=lambda row: -(_shares(row, value)[0] or 0.0))[:_POINTS]
     heights = range(len(ranked))
     ax.plot([_shares(row, value)[0] or 0.0 for row in ranked], heights, "o", color=BLUE)
-    ax.set_yticks(heights, [shortened(row["label"]) for row in ranked])
+    ax.set_yticks(heights, [row["label"] for row in ranked])
     ax.set_ylim(len(ranked) - 0.5, -0.5)
     ax.set_xlim(left=0.0)
     style.grid(ax)
@@ -101,7 +102,7 @@ def _curves(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for row, colour, marker in zip(ranked, COLOURS, style.MARKERS, strict=False):
         ranks = [int(rank) for rank in row["error_at_rank"]]
         errors = [error / row["norm_squared"] for error in row["error_at_rank"].values()]
-        ax.plot(ranks, errors, color=colour, marker=marker, markersize=4, linewidth=1.2, label=shortened(row["label"]))
+        ax.plot(ranks, errors, color=colour, marker=marker, markersize=4, linewidth=1.2, label=row["label"])
     common = [rank for rank in rows[0]["error_at_rank"] if all(rank in row["error_at_rank"] for row in rows)]
     norm = sum(row["norm_squared"] for row in rows)
     whole = [sum(row["error_at_rank"][rank] for row in rows) / norm for rank in common]

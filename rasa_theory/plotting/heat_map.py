@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rasa_theory.common import shortened
 from rasa_theory.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINE = 0.24  # inches of one kind
-_LONGEST = 26
+LONGEST = 26  # characters of a name, as a rule
 
 
 def heat_map(
@@ -33,36 +34,10 @@ def heat_map(
     has_range = log and bool(np.isfinite(grid).any())
     scale = LogNorm(np.nanmin(grid), np.nanmax(grid)) if has_range else Normalize(0, 1 if log else None)
     image = ax.imshow(grid, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
-    ax.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
+    ax.set_yticks(range(len(kinds)), shortened(kinds, LONGEST))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.tick_params(labelsize=style.SMALL)
     style.name(ax, title=title)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
     bar.set_label(unit, fontsize=style.SMALL)
     bar.ax.tick_params(labelsize=style.SMALL)
-
-
-def shortened(kind: str) -> str:
-    """The end of a long name, after two dots."""
-    return kind if len(kind) <= _LONGEST else f"..{kind[2 - _LONGEST :]}"
-
-
-def unique_labels(short: Sequence[str], long: Sequence[str]) -> list[str]:
-    """The short names; where one occurs several times, what tells the long ones apart stands before it.
-
-    Of `model.encoder.layers.*.fc1` and `model.decoder.layers.*.fc1` that is `encoder` and `decoder`.
-    """
-    labels = list(short)
-    for name in {name for name in short if short.count(name) > 1}:
-        alike = [i for i, one in enumerate(short) if one == name]
-        parts = [long[i].split(".") for i in alike]
-        start = _common(parts)
-        stop = _common([part[start:][::-1] for part in parts])
-        for i, part in zip(alike, parts, strict=True):
-            labels[i] = f"{'.'.join(part[start : len(part) - stop])}: {name}"
-    return labels
-
-
-def _common(lists: Sequence[Sequence[str]]) -> int:
-    """The number of components at the beginning that all lists share."""
-    return next((n for n, column in enumerate(zip(*lists, strict=False)) if len(set(column)) > 1), min(map(len, lists)))

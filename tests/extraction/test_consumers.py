@@ -81,7 +81,8 @@ def test_one_rank_is_right_in_llama_cpp(llamas: Any, tmp_path: Path) -> None:
 
 
 def notes(rank: int | None, ranks: dict[str, int], **more: Any) -> str:
-    settings = {"format": "lora", "k": 0, "rank": 8, "layout": "mixing"} | more.pop("settings", {})
+    settings = {"format": "lora", "k": 0, "rank": 8, "layout": "mixing", "base": {"architecture": None}}
+    settings |= more.pop("settings", {})
     row = {"ranks": ranks, "kind": "q_proj", "shape": [9, 9], "parameter": None} | more.pop("row", {})
     report = {"plan": {"settings": settings}, "stacks": [row], "rank": rank, "saved_modules": []} | more
     return " ".join(consumer_notes(report))
@@ -95,7 +96,9 @@ def test_the_report_names_the_flag_of_vllm() -> None:
     assert "would scale updates wrongly" in notes(None, {"q": 4, "k": 2})
     head = notes(4, {"lm_head": 4}, row={"kind": "lm_head", "shape": [300_000, 9]})
     assert "a vocabulary of at most 258,048 entries, and this one has 300,000." in head
-    assert "vLLM, TGI and llama.cpp refuse such an adapter" in notes(4, {"q": 4}, saved_modules=["norm"])
+    whole = notes(4, {"q": 4}, saved_modules=["norm"])
+    assert "vLLM, TGI and llama.cpp refuse such an adapter" in whole
+    assert "vLLM serves" not in whole
     assert "--k 0 writes the same file" in notes(4, {"q": 4}, settings={"k": 1})
 
 
@@ -107,6 +110,38 @@ def test_auto_classes_load_the_folder(llamas: Any, tmp_path: Path) -> None:
         model = auto.from_pretrained(tmp_path).eval()
         assert isinstance(model.get_base_model(), transformers.LlamaForCausalLM)
         assert torch.allclose(logits(model), logits(tuned), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("BertForSequenceClassification", "SequenceClassification"),
+        ("BertForTokenClassification", "TokenClassification"),
+        ("LlamaForSequenceClassification", "SequenceClassification"),
+        ("BertForQuestionAnswering", "QuestionAnswering"),
+    ],
+)
+def test_the_auto_class_of_a_task_wants_the_head_whole(kind: str, task: str, tmp_path: Path, capsys: Any) -> None:
+    """PEFT then looks for the head in the file. Without --save-modules it is not there, which is said."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind.partition("For")[0].lower(), vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config)
+    _, after = changed_pair(model, tmp_path)
+    auto = getattr(peft, f"AutoPeftModelFor{task}")
+    assert run(tmp_path, tmp_path / "adapted", "--rank", "24") == 0
+    assert f"AutoPeftModelFor{task} cannot load it" in capsys.readouterr().out
+    with pytest.raises((KeyError, TypeError)):
+        auto.from_pretrained(tmp_path / "adapted")
+    head = next(name for name in ("classifier", "score", "qa_outputs") if f"{name}.weight" in after)
+    assert error(tmp_path, tmp_path / "adapted", model)[f"{head}.weight"] < 1e-10
+    assert run(tmp_path, tmp_path / "whole", "--rank", "24", "--save-modules") == 0
+    assert "cannot load it" not in capsys.readouterr().out
+    weights = auto.from_pretrained(tmp_path / "whole").merge_and_unload().state_dict()
+    for name in (name for name in after if name.startswith(head)):
+        assert torch.allclose(weights[name].double(), after[name], rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "gemma3-text"])

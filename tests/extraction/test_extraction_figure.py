@@ -64,7 +64,8 @@ def test_kinds_of_two_towers_have_their_whole_names(tmp_path: Path, capsys: Any)
     torch.manual_seed(0)
     changed_pair(FAMILIES["bart"](), tmp_path)
     assert run(tmp_path, tmp_path / "out", "--rank", "2", "--modules", "*fc1*", "--modules", "*encoder_attn.q*") == 0
-    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[3:6]]
+    lines = capsys.readouterr().out.splitlines()[3:6]
+    names = [line[: line.index(" 2 ")].rstrip() for line in lines]
     assert names == ["encoder_attn.q_proj", "decoder: fc1", "encoder: fc1"]
     (heat, _) = axes_of(report_of(tmp_path / "out"))
     assert len({text.get_text() for text in heat.get_yticklabels()}) == 3

@@ -40,8 +40,8 @@ def test_the_report_says_how_far_the_merged_weights_are(llamas, tmp_path, more, 
 def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, capsys):
     folder, _ = llamas
     assert run(folder, tmp_path, "--rank", "3", "--sweeps", "4", "--modules", "*self_attn*") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert max(map(len, printed[1:-1])) <= 100
+    table = capsys.readouterr().out.partition("\nFiles: ")[0].splitlines()[1:]
+    assert max(map(len, table)) <= 80
     report = report_of(tmp_path)
     assert [row["kind"] for row in report["stacks"]] == [f"self_attn.{x}_proj" for x in "koqv"]
     for row in report["stacks"]:
@@ -53,7 +53,7 @@ def test_the_report_is_a_table_a_figure_and_files_that_agree(llamas, tmp_path, c
     assert len(lines) == 1 + 4 * 3
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\nbase_model: ")
-    assert all(line in card for line in printed[1:-1])
+    assert all(line in card for line in table)
     assert (tmp_path / "report.png").stat().st_size > 5000
     assert not (tmp_path / ".extract").exists()
 
@@ -99,23 +99,24 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     for key in ("wte.weight", "gate", "wpe.weight"):
         assert left_out[key]["norm_squared"] == pytest.approx(energy[key], rel=1e-12)
     share, gate = (100 * energy[key] / sum(energy.values()) for key in ("wte.weight", "gate"))
-    line = f"Left out, by share of the squared norm: wte {share:.3g} %, gate {gate:.3g} %."
+    line = f"Left out, by share of the squared norm: wte {share:.3g}%, gate {gate:.3g}%."
     assert line in capsys.readouterr().out.splitlines()
     assert line in (tmp_path / "out" / "README.md").read_text().splitlines()
 
 
 def test_kinds_that_are_too_long_are_told_apart(llamas, tmp_path):
-    """As those of adapters are, whose names are whole: in 100 columns, and not by their ends alone."""
+    """As those of adapters are, whose names are whole: in 80 columns, and not by their ends alone."""
     folder, _ = llamas
     assert run(folder, tmp_path, *options()) == 0
     report = report_of(tmp_path)
-    names = [f"model.layers.{i}.self_attn.{x}_proj" for i in (3, 10) for x in "qv"]
+    prefix = "model.language_model.encoder.layers."
+    names = [f"{prefix}{i}.self_attn.{x}_proj" for i in (3, 10) for x in "qv"]
     for row, name in zip(report["stacks"], names, strict=True):
         row["kind"] = name
     lines = extraction_table(report).splitlines()
-    assert [line.split()[0] for line in lines[2:6]] == [name.removeprefix("model.layers.") for name in names]
-    assert "All kinds begin with 'model.layers.', which is not shown." in lines
-    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines[2:6]] == [name.removeprefix(prefix) for name in names]
+    assert f"All kinds begin with {prefix!r}, which is not shown." in lines
+    assert max(map(len, lines)) <= 80
     assert extraction_table({**report, "stacks": report["stacks"][:1]}).splitlines()[2].startswith("q_proj ")
 
 

@@ -40,6 +40,26 @@ def test_experts_of_one_shape_share_a_line() -> None:
     assert [int(cell) for cell in line.split()[5:8]] == shares
 
 
+def test_the_parts_of_a_model_are_told_apart() -> None:
+    """T5 has the same kinds in its encoder and its decoder, and experts of one part still share a line."""
+    sigma = {"encoder": (2.0, 0.0), "decoder": (1.0, 1.0)}
+    stacks = [
+        rt.LayerStack(diagonal(*sigma[part]), f"{part}.block.*.layer.{n}.SelfAttention.k.weight")
+        for part in sigma
+        for n in range(2)
+    ]
+    report = report_of(*stacks, ranks=(1, 2))
+    for row in report["stacks"]:
+        row["kind"] = row["name"].partition("*.")[2].removesuffix(".weight")
+    groups = {group["kind"]: group for group in overview.kinds(report["stacks"])}
+    assert groups.keys() == {f"{part}: layer.*.SelfAttention.k" for part in sigma}
+    assert groups["encoder: layer.*.SelfAttention.k"]["energy"][0] == pytest.approx([1.0, 1.0])
+    assert groups["decoder: layer.*.SelfAttention.k"]["energy"][0] == pytest.approx([0.5, 0.5])
+    assert [len(group["modules"]) for group in groups.values()] == [2, 2]
+    for line in inspection_table(report).splitlines():
+        assert len(line) <= 80
+
+
 def test_wide_intervals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pure noise and a short search: no smaller rank is excluded, and the text says so."""
     monkeypatch.setattr(energies, "SMALL", 50)
