@@ -95,6 +95,18 @@ class RitzBasis(NamedTuple):
     deviation: float
 
 
+class Certificate(NamedTuple):
+    """What is known of M from a basis: its leading terms hold the energy `captured`, and no others more than `most`.
+
+    tau is at least ||E||_2^2, see the module.
+    """
+
+    basis: RitzBasis
+    captured: float
+    most: float
+    tau: float
+
+
 def _sizes(rank: int) -> tuple[int, int]:
     """The width of a block, and the number m of columns of V."""
     return rank + 8, 2 * (rank + 8)
@@ -109,7 +121,8 @@ def worth_it(shape: tuple[int, int], rank: int) -> bool:
 # start nearly misses would stay unseen, and nothing would tell. So the search is only a guess, in the precision of M.
 # V is then made orthonormal in float64, and fresh random probes bound the norm of what V leaves out, with a known
 # probability of failure. Longer polynomials usually give a lower tau, so they grow until the certificate meets the
-# goal. If it does not, the search continues from where it stopped. After `ATTEMPTS` bases an SVD is taken instead.
+# goal. If it does not, the search continues from where it stopped. After `ATTEMPTS` bases an SVD is taken instead, but
+# for a large layer, where a certificate that is less close does.
 
 
 def leading_part(
@@ -139,13 +152,12 @@ def leading_part(
     tolerance = tolerance if min(b, a) > LARGEST_FORMED else 1.0
     precision = max(b, a) * float(torch.finfo(M.dtype).eps)
     allowance = ALLOWANCE * math.sqrt(rank * columns) * precision * norm_squared
-    if 4 * allowance > goal * norm_squared:
-        if 4 * allowance > tolerance * goal * norm_squared:
-            return None
-        goal = 4 * allowance / norm_squared
+    if 4 * allowance > tolerance * goal * norm_squared:
+        return None
+    goal = max(goal, 4 * allowance / norm_squared)
     quantile = 2 * float(scipy.special.gammaincinv(probes / 2, failure / ATTEMPTS))
     search = BlockLanczos(_gram(single, norm_squared), width, generator)
-    best: tuple[RitzBasis, float, float] | None = None
+    best: Certificate | None = None
     least = tolerance * goal * norm_squared
     for _ in range(ATTEMPTS):
         if not search.run(rank, columns, SEARCH_SHARE * goal * norm_squared) and tolerance == 1:
@@ -164,27 +176,26 @@ def leading_part(
             most = most_captured(basis, rank, tau, 5 * math.sqrt(columns) * precision * norm_squared)
             excess = most - captured + 2 * allowance
             if excess <= least:
-                best, least = (basis, tau, most), excess
+                best, least = Certificate(basis, captured, most, tau), excess
             if excess <= goal * norm_squared:
                 break
         if best is not None:
-            return _part(M, rank, *best, norm_squared, allowance)
+            return _part(M, rank, best, norm_squared, allowance)
     return None
 
 
-def _part(
-    M: Tensor, rank: int, basis: RitzBasis, tau: float, most: float, norm_squared: float, allowance: float
-) -> LeadingPart:
-    """The leading part in a basis whose leading terms hold the energy `most` at most."""
+def _part(M: Tensor, rank: int, found: Certificate, norm_squared: float, allowance: float) -> LeadingPart:
+    """The leading part that a certificate is for."""
+    basis = found.basis
     B = basis.MV @ basis.S[:, :rank]
     A = (basis.V @ basis.S[:, :rank]).mT
-    error = norm_squared - float(basis.theta[:rank].sum())
+    error = norm_squared - found.captured
     if error < _MEASURE_BELOW * norm_squared:
         B, A = _refined(M, B)
         error = float(((M - B @ A) ** 2).sum())
-    low = max(norm_squared - most - allowance, 0.0)
-    found = _majorant(basis, tau, norm_squared, max(M.shape))
-    return LeadingPart(B, A, error, min(low, error), error + allowance, found)
+    low = max(norm_squared - found.most - allowance, 0.0)
+    majorant = _majorant(basis, found.tau, norm_squared, max(M.shape))
+    return LeadingPart(B, A, error, min(low, error), error + allowance, majorant)
 
 
 def _zero_part(M: Tensor, rank: int) -> LeadingPart:
