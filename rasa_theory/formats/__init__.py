@@ -1,7 +1,6 @@
 """Formats of files and names: each read and written in one place."""
 
 from rasa_theory.formats.adapter_files import (
-    MLX_WEIGHTS,
     adapter_folder,
     adapter_in_folder,
     adapter_in_tensors,
@@ -19,6 +18,7 @@ from rasa_theory.formats.kohya import (
     kohya_prefix,
     kohya_tensors,
 )
+from rasa_theory.formats.mlx import MLX_WEIGHTS
 from rasa_theory.formats.model_checkpoint import ModelCheckpoint
 from rasa_theory.formats.model_config import config_file, model_config, model_types
 from rasa_theory.formats.names import ModuleNames, dense_tensor, layer_span, name_in_task

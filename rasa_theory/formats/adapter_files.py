@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.lora_options import MERGE
+from rasa_theory.formats.mlx import MLX_WEIGHTS, mlx_adapter
 from rasa_theory.formats.names import PEFT_PREFIX
 from rasa_theory.formats.peft import (
     CONFIG_FILE,
@@ -37,10 +37,16 @@ from rasa_theory.formats.spellings import (
     kohya_module,
     spelt,
 )
-from rasa_theory.formats.stored_adapter import FactorPair, StoredAdapter, check_gathered, factor_pair, unusable
+from rasa_theory.formats.stored_adapter import (
+    FactorPair,
+    StoredAdapter,
+    beside_factors,
+    check_gathered,
+    factor_pair,
+    unusable,
+)
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut
 
-MLX_WEIGHTS = "adapters.safetensors"
 _PIPELINE = frozenset(
     {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior"}
 )
@@ -76,7 +82,7 @@ def adapter_in_folder(folder: Path) -> StoredAdapter:
         flag = config.get("fan_in_fan_out") is True
         return rasa_adapter(folder, weights_of(folder), (file, folder / WEIGHTS_FILE), flag)
     if kind is None and "lora_parameters" in config:
-        return _mlx_adapter(folder, config)
+        return mlx_adapter(folder, file, config)
     raise InputError(
         f"{file}: peft_type is {kind!r}, but only LORA and RASA have updates B A; if it can be merged, {MERGE}"
     )
@@ -100,8 +106,8 @@ def adapter_in_tensors(checkpoint: Checkpoint, convolutions: bool = False) -> St
         formats = "; ".join(sorted({other.what for other in keys.foreign.values()}))
         raise InputError(f"{path}: holds an adapter ({formats}), whose update cannot be read as B A; {MERGE}")
     scalings = _Scalings(checkpoint, keys.sides_of)
-    left_out = [LeftOut(name, _beside(other.what), Exclusion.NO_FACTOR) for name, other in keys.foreign.items()]
-    left_out += [LeftOut(name, _beside(None), Exclusion.NO_FACTOR) for name in keys.others]
+    left_out = [LeftOut(name, beside_factors(other.what), Exclusion.NO_FACTOR) for name, other in keys.foreign.items()]
+    left_out += [LeftOut(name, beside_factors(None), Exclusion.NO_FACTOR) for name in keys.others]
     changed = {other.module: other.what for other in keys.foreign.values()} | keys.strangers()
     pairs: dict[str, FactorPair] = {}
     for module, sides in keys.sides_of.items():
@@ -275,12 +281,6 @@ def _flattened(sides: dict[str, Entry]) -> tuple[dict[str, Entry], tuple[int, ..
     return sides, ()
 
 
-def _beside(what: str | None) -> str:
-    if what is None:
-        return "a whole tensor beside the factors, not an update"
-    return f"belongs to {what}, whose update cannot be read as B A; {MERGE}"
-
-
 class _Scalings:
     """The scalings of the modules in a file: by its alphas, by its metadata, or 1 where all loaders take it so."""
 
@@ -355,50 +355,3 @@ def _configs_in_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, P
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{file}: its {_METADATA} is no JSON object; save the adapter again") from None
     return {component: PeftConfig.of(file, config) for component, config in by_component.items()}
-
-
-# ---- MLX
-
-
-def _mlx_adapter(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
-    """The adapter that mlx-lm has written: A^T (a, r) and B^T (r, b) for every module, and one scale for all."""
-    file, weights = folder / CONFIG_FILE, folder / MLX_WEIGHTS
-    if (kind := config.get("fine_tune_type") or "lora") != "lora":
-        raise InputError(f"{file}: fine_tune_type is {kind!r}, whose update is not B A; {MERGE}")
-    scaling = _mlx_scale(file, config["lora_parameters"])
-    if not os.path.isfile(weights):
-        raise InputError(f"{folder}: has {CONFIG_FILE} of MLX but no {MLX_WEIGHTS}; save the adapter as safetensors")
-    checkpoint = Checkpoint(weights)
-    sides_of: dict[str, dict[str, Entry]] = {}
-    left_out: list[LeftOut] = []
-    for name, entry in checkpoint.entries.items():
-        key = spelt(name)
-        if key is None or key.spelling is not Spelling.MLX:
-            left_out.append(LeftOut(name, _beside(adapter_format(name)), Exclusion.NO_FACTOR))
-            continue
-        check_gathered(weights, entry)
-        sides_of.setdefault(key.module, {})[key.side.value] = entry
-    pairs: dict[str, FactorPair] = {}
-    for module, sides in sides_of.items():
-        refusal = unusable(sides)
-        if refusal is None and f"{module}.m" in checkpoint.entries:
-            refusal = f"{module}.m, the magnitudes of DoRA, stands beside them; {MERGE}", Exclusion.VARIANT
-        if refusal is not None:
-            left_out += [LeftOut(entry.name, *refusal) for entry in sides.values()]
-            continue
-        pairs[module] = factor_pair(weights, sides["A"], sides["B"], scaling, False, swapped=True)
-    return StoredAdapter(folder, checkpoint, pairs, left_out, (file, weights))
-
-
-def _mlx_scale(file: Path, parameters: Any) -> float:
-    """The scale of all updates. Raises InputError unless the file has it, and no alpha that contradicts it."""
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < 1e300:
-        raise InputError(f"{file}: expected lora_parameters with a number as scale; mend it")
-    alpha, rank = parameters.get("alpha"), parameters.get("rank")
-    if alpha is not None and alpha != rank:
-        raise InputError(
-            f"{file}: has both scale {scale} and alpha {alpha}, which early versions of mlx-lm multiply by "
-            "alpha / rank and later ones ignore; remove alpha, after multiplying scale by alpha / rank if it counted"
-        )
-    return float(scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rasa_theory.common import InputError
 from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.lora_options import MERGE
 from rasa_theory.formats.tensors import Entry, Exclusion, LeftOut, is_floating
 
 
@@ -104,6 +105,13 @@ def unusable(entries: Mapping[str, Entry]) -> tuple[str, Exclusion] | None:
         if not is_floating(entry.dtype):
             return f"{entry.dtype} cannot be computed with; convert the adapter to bfloat16", Exclusion.DTYPE
     return None
+
+
+def beside_factors(what: str | None) -> str:
+    """The reason why a tensor of an adapter's file that is no factor is left out; `what`: its format, None for none."""
+    if what is None:
+        return "a whole tensor beside the factors, not an update"
+    return f"belongs to {what}, whose update cannot be read as B A; {MERGE}"
 
 
 def check_gathered(file: Path, entry: Entry) -> None:
