@@ -19,14 +19,14 @@ PATIENCE = 20  # seconds, far more than workers take, and less than a survivor c
 
 # The module is loaded by its path, since the package would import torch, which takes seconds.
 WORKER = """
-import importlib.util, multiprocessing, subprocess, sys, time
+import importlib.util, multiprocessing, os, subprocess, sys, time
 
 def begin():
     spec = importlib.util.spec_from_file_location("parents", PATH)
     parents = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parents)
     parents.end_with_parent()
-    print("computing", flush=True)
+    os.write(1, b"computing\\n")  # at once, so that the lines of two workers do not mix
 
 def work():
     begin()
