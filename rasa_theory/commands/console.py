@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,6 +150,11 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise InputError(f"{error} (--{flag})", error.parameter) from None
 
 
+def _is_same_folder(one: str, other: str) -> bool:
+    paths = [os.path.expanduser(path) for path in (one, other)]
+    return all(map(os.path.isdir, paths)) and os.path.samefile(*paths)
+
+
 def say_notes(notes: Sequence[str]) -> None:
     """Print the notes of a catalogue."""
     for note in notes:
@@ -210,15 +215,18 @@ def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, 
 # ---- files
 
 
-def output_folder(name: str) -> Path | None:
-    """The folder of --out, made if need be; None for `none`. Raises InputError if it cannot be written to.
+def output_folder(name: str, sources: Iterable[str | None] = ()) -> Path | None:
+    """The folder of --out, made if need be; None for `none`.
 
-    A temporary file is opened there at once, so that a long run does not fail at its end.
+    A temporary file is opened there at once, so that a long run does not fail at its end. Raises InputError if that
+    fails, or if the folder is one of `sources` (None: not given): what is written would be read as a part of it.
     """
     if name == "none":
         return None
     if not name:
         raise InputError("--out '' names no folder; name one, or none to write nothing")
+    if (same := next((one for one in sources if one is not None and _is_same_folder(one, name)), None)) is not None:
+        raise InputError(f"--out {name} is the source {same} itself; name another folder")
     try:
         return writable_folder(Path(name))
     except InputError as error:

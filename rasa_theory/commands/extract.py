@@ -206,7 +206,7 @@ def run(arguments: list[str], processes: Processes) -> int:
         if processes.first:
             print(forecast(job, Path(args.out), processes.world_size), file=text)
         return 0
-    out = processes.from_first(lambda: output_folder(args.out))
+    out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
     processes = processes.with_long_timeout()

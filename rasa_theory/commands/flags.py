@@ -98,6 +98,11 @@ def check_sources(args: argparse.Namespace) -> str | None:
     return present[0] if present else None
 
 
+def named_sources(args: argparse.Namespace) -> list[str | None]:
+    """All sources on the command line; None where a flag is not given."""
+    return [args.source, args.base, args.tuned, *(args.adapters or ())]
+
+
 def open_catalogue(
     args: argparse.Namespace, default: str | None = None, alone: bool = False, convolutions: bool = False
 ) -> Catalogue:

@@ -24,6 +24,7 @@ from rasa_theory.commands.console import (
     output_folder,
     progress_bar,
     say_left_out,
+    say_notes,
 )
 from rasa_theory.common import InputError, environment, keeping_interrupts
 from rasa_theory.distributed import Processes
@@ -109,8 +110,9 @@ def run(arguments: list[str], processes: Processes) -> int:
     if args.dry_run:
         print(job.forecast(), file=text)
         return 0
-    out = output_folder(args.out)
+    out = output_folder(args.out, flags.named_sources(args))
     folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
+    say_notes(job.catalogue.notes)
     say_left_out(job.catalogue.left_out, "inspect.json")
     report = _inspected(job, folder, goal, args, arguments)
     if report is None:

@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
         return 0
 
     processes.from_first(lambda: catalogue.check_changed("there is nothing to reconstruct"))
-    out = processes.from_first(lambda: output_folder(args.out))
+    out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
     if processes.first:
         say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())

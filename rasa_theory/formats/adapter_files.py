@@ -51,6 +51,7 @@ _PIPELINE = frozenset(
     {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior"}
 )
 _OF_DIFFUSERS = re.compile(r"\.(?:(?:single_)?transformer_blocks|attn[12]|to_[qkv]|to_out|add_q_proj)(?:\.|\Z)")
+_RESULT = re.compile(r".+/[0-9]+/(?:(?:private|shared)_[AB]|mixing)")
 _CALLED_A = re.compile(r"(?P<stem>.*[._])(?P<side>[Aa])(?P<end>(?:\.weight)?)")
 _METADATA = "lora_adapter_metadata"  # what diffusers writes into the header since 0.34
 _ROUNDING_OF_ALPHA = 2**-8  # an alpha in bfloat16 has 8 bits
@@ -96,6 +97,7 @@ def adapter_in_tensors(checkpoint: Checkpoint, convolutions: bool = False) -> St
     updates cannot be had from the file alone, or if it is a model with adapters that are not merged.
     """
     refuse_unmerged(checkpoint)
+    _refuse_results(checkpoint)
     _refuse_bare_factors(checkpoint)
     keys, path = _AdapterKeys.of(checkpoint), checkpoint.path
     if not keys.prevail_in(checkpoint):
@@ -160,6 +162,16 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
                 "update is not in its weights; merge them (merge_and_unload) and save the model, or give the adapter's "
                 "own folder as --source"
             )
+
+
+def _refuse_results(checkpoint: Checkpoint) -> None:
+    """Raise InputError if the tensors are the factors of stacks that `reconstruct` has written."""
+    name = next((name for name in checkpoint.entries if _RESULT.fullmatch(name)), None)
+    if name is not None:
+        raise InputError(
+            f"{checkpoint.path}: {name!r} is a factor that reconstruct has written, not an update; give the source "
+            "from which it was made"
+        )
 
 
 def _refuse_bare_factors(checkpoint: Checkpoint) -> None:

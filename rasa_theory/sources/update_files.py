@@ -42,4 +42,13 @@ def open_checkpoint(
     updates = Updates({entry.name: entry for entry in entries}, checkpoint)
     reader = Reader(updates.read, checkpoint.file_of, checkpoint.part)
     catalogue = catalogue_of(str(path), entries, reader, checkpoint.left_out, memory, alone)
-    return dataclasses.replace(catalogue, files=checkpoint.files, updates=updates)
+    notes = (_may_be_weights(path),) if models else ()
+    return dataclasses.replace(catalogue, files=checkpoint.files, updates=updates, notes=notes)
+
+
+def _may_be_weights(path: Path) -> str:
+    """The sentence on a source of updates beside the config.json of a model: it may be that model."""
+    return (
+        f"The tensors of {path} are taken for updates, though a config.json lies beside them. If they are the weights "
+        "of a model, give it as --tuned, and the model before fine-tuning as --base."
+    )

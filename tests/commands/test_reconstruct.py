@@ -20,10 +20,10 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
-from rasa_theory.commands import flags, reconstruct
+from rasa_theory.commands import extract, flags, inspect, reconstruct
 from rasa_theory.commands.console import memory_size
 from rasa_theory.common import write_file
 from rasa_theory.reconstruction import StudyProgress, summary
@@ -574,6 +574,29 @@ def test_bad_files_are_one_sentence_and_exit_status_2(
 def test_a_directory_without_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reconstruct.main(["--source", str(tmp_path), "--rank", "2", "--out", "none"]) == 2
     assert f"{tmp_path}: the directory has no .safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [reconstruct, inspect, extract])
+def test_the_output_does_not_go_into_the_source(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There the factors would be read as updates the next time."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        save_file({f"layers.{i}.q.weight": torch.randn(12, 12) for i in range(2)}, tmp_path / name / "x.safetensors")
+    monkeypatch.chdir(tmp_path / "base")
+    for sources in (["--source", "../base"], ["--base", str(tmp_path / "base"), "--tuned", "../tuned"]):
+        assert command.main([*sources, "--out", "."]) == 2
+        assert f"--out . is the source {sources[1]} itself; name another folder" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "base").iterdir()] == ["x.safetensors"]
+
+
+def test_results_are_no_source(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--rank", "2", "--seeds", "1", "--out"]
+    assert reconstruct.main(["--source", str(stack_file), *run, str(tmp_path / "results")]) == 0
+    for source in ("results", "results/factors.safetensors"):
+        assert reconstruct.main(["--source", str(tmp_path / source), *run, "none"]) == 2
+        assert "is a factor that reconstruct has written, not an update; give the source" in capsys.readouterr().err
 
 
 def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
