@@ -97,10 +97,10 @@ def unusable(entries: Mapping[str, Entry]) -> tuple[str, Exclusion] | None:
     """The reason why the factors A and B of a module, by side, are left out, with its kind; None if they are sound."""
     if len(entries) < 2:
         there, missing = ("A", "B") if "A" in entries else ("B", "A")
-        return f"lora_{there} without lora_{missing}", Exclusion.NO_PARTNER
+        return f"the factor {there} of a module without its factor {missing}", Exclusion.NO_PARTNER
     for entry in entries.values():
         if len(entry.shape) != 2:
-            reason = f"lora_A or lora_B has {len(entry.shape)} axes (a convolution?); a factor has 2"
+            reason = f"factors with {len(entry.shape)} axes (of a convolution?); those of a Linear layer have 2"
             return reason, Exclusion.NO_FACTOR
         if not is_floating(entry.dtype):
             return f"{entry.dtype} cannot be computed with; convert the adapter to bfloat16", Exclusion.DTYPE
