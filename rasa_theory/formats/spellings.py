@@ -108,7 +108,7 @@ _OTHERS = {
     # names that begin with a word of English are given in full: a model may have a road_head
     r"poly_(?:lora_[AB]|router)|lily_(?:A|B|router)|road_(?:theta|alpha)|shadow_(?:down|up|update_transform|update_gate)":
         "an adapter that is not LoRA",
-    r"miss_block|bone_block|deft_[PR]|beft_bias|ln_tuning_layers|lora_monteclora_sampler":
+    r"adaption_(?:prompt|gate)|miss_block|bone_block|deft_[PR]|beft_bias|ln_tuning_layers|lora_monteclora_sampler":
         "an adapter that is not LoRA",
     _RASA: "RaSA",
     r"token_adapter|trainable_tokens_delta": "trained rows of an embedding",
@@ -156,6 +156,8 @@ def foreign(name: str) -> Foreign | None:
         what = _format_of(part) or _format_of(".".join(parts[i : i + 2]))
         if what is not None:
             return Foreign(bare(".".join(parts[:i])), what)
+    if name.startswith(tuple(_COMPONENTS)) and ".".join(parts[1:]) not in _WHOLE:
+        return Foreign(parts[0], "another adapter of LyCORIS")
     return None
 
 
@@ -186,6 +188,8 @@ _COMPONENTS = {
     "lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder_1.", "lora_te2_": "text_encoder_2.",
     "lora_te3_": "text_encoder_3.", "lora_transformer_": "transformer.",
 }  # fmt: skip
+_WHOLE = frozenset({"", "weight", "bias", "alpha", "diff", "diff_b", "w_norm", "b_norm"})
+"""What follows kohya's name of a module where a tensor is a whole update or weight, or the alpha of factors."""
 _COMPONENT_NAMES = """
 down_blocks up_blocks mid_block single_transformer_blocks transformer_blocks attentions attn attn1 attn2 resnets
 downsamplers upsamplers conv conv1 conv2 conv_in conv_out conv_shortcut to_q to_k to_v to_out to_add_out add_q_proj

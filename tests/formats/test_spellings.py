@@ -56,6 +56,9 @@ def test_an_alpha_alone_makes_no_adapter():
         ("lora_unet_mid_block_q.lora_mid.weight", "lora_unet_mid_block_q", "Tucker"),
         ("lora_unet_mid_block_q.dora_scale", "lora_unet_mid_block_q", "DoRA"),
         ("lora_unet_mid_block_q.oft_blocks", "lora_unet_mid_block_q", "OFT"),
+        ("lora_unet_mid_block_q.a1.weight", "lora_unet_mid_block_q", "LyCORIS"),
+        ("lora_te1_layers_0_q.scalar", "lora_te1_layers_0_q", "LyCORIS"),
+        ("base_model.model.layers.0.adaption_prompt", "layers.0", "not LoRA"),
         ("base_model.model.q.oft_R.weight", "q", "OFT"),
         ("base_model.model.q.boft_R", "q", "OFT"),
         ("base_model.model.q.ia3_l", "q", "IA3"),
@@ -84,6 +87,7 @@ def test_tensors_of_other_formats(key, module, word):
     ["layers.0.q.weight", "my.lora_Alpha", "colora_A.weight", "h.0.diff", "layers.0.A", "layers.0.on_inputs.weight",
      "base_layer.weight", "encoder.flora_down.weight", "layers.0.attn.w_lora.lora.0.weight", "layers.0.g_lora.weight",
      "road_head.weight", "layers.0.poly_attention.q.weight", "bone_embedding.weight", "miss_token",
+     "lora_unet_mid_block_q.diff",
      "shadow_net.weight", "exploration.weight", "lora_unet_conv_in.diff", "layers.0.lorax.weight"],
 )  # fmt: skip
 def test_names_of_no_adapter(name):

@@ -109,7 +109,7 @@ def test_kohyas_convolutions_come_back(unet: Any, tmp_path: Path, capsys: pytest
     assert {key.removesuffix(".weight").partition(".")[2] for key in first} == layers.keys()
     for name, update in truth.items():
         torch.testing.assert_close(first[f"unet.{name}.weight"], update, rtol=0, atol=1e-12)
-    with pytest.raises(rt.InputError, match=r"no stack remains .*has 4 axes \(a convolution\?\)"):
+    with pytest.raises(rt.InputError, match=r"no stack remains .*factors with 4 axes \(of a convolution\?\)"):
         open_source(str(tmp_path / "x.safetensors"), alone=True)
 
     out = ["--rank", "2", "--format", "kohya", "--quiet", "--out", str(tmp_path / "out")]
