@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rasa_theory.common import InputError, fraction, one_of, real_number
+from rasa_theory.common import InputError, at_least, fraction, one_of, real_number
 from rasa_theory.formats import COMPILED
 from rasa_theory.peft.library import RASA, PeftConfig, get_pattern_key
 from rasa_theory.problem import RankBudget
@@ -104,6 +104,8 @@ class RasaConfig(PeftConfig):  # type: ignore[misc]  # a dataclass of the librar
         if not 0 < real_number("alpha", self.alpha) <= _LARGEST:
             raise InputError(f"alpha must be finite and above 0, got {self.alpha}", "alpha")
         fraction("dropout", self.dropout)
+        if self.seed is not None and at_least("seed", self.seed, 0) >= 2**63:
+            raise InputError(f"seed must be below 2^63, got {self.seed}", "seed")
         one_of("d_init", self.d_init, _D_INITS)
         one_of("bias", self.bias, ("none", "all", "rasa_only"))
         if isinstance(self.target_modules, list):

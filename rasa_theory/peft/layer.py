@@ -169,34 +169,37 @@ class RasaLayer(BaseTunerLayer):  # type: ignore[misc]  # a class of the library
                 raise InputError(f"adapter {adapter!r}: {part} of a layer has values that are not finite")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of the given adapters, or of the active ones, to the weight. Each sum is rounded once.
+        """Add the updates of the given adapters, or of the active ones, to the weight. Their sum is rounded once.
 
-        `safe_merge` is accepted for peft's sake: every merge is safe. Raises InputError, and changes nothing, if the
-        merged weight would not be finite.
+        `safe_merge` is accepted for peft's sake: every merge is safe. Raises InputError, and leaves the layer as it
+        is, if the merged weight would not be finite.
         """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter in self.pool_key:
-                self.check_merge(adapter)
-                self._add(adapter, 1)
-                self.merged_adapters.append(adapter)
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.pool_key]
+        for adapter in adapters:
+            self.check_merge(adapter)
+        if adapters:
+            self.set_base_weight(self.merged_weight(adapters))
+            self.merged_adapters += adapters
 
     def unmerge(self) -> None:
         """Subtract all merged updates from the weight, up to rounding. The adapters must not have changed since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if adapter in self.pool_key:
-                self._add(adapter, -1)
+            return
+        self.set_base_weight(self.merged_weight(self.merged_adapters, -1))
+        self.merged_adapters.clear()
 
     @torch.no_grad()
-    def _add(self, adapter: str, sign: int) -> None:
-        W = self.get_base_weight()
-        delta = self.get_delta_weight(adapter).to(W.device)
-        merged = (W.to(torch.promote_types(W.dtype, delta.dtype)) + sign * delta).to(W.dtype)
-        if not bool(merged.isfinite().all()):
-            raise InputError(f"with adapter {adapter!r} a weight would not be finite in {W.dtype}")
-        self.set_base_weight(merged)
+    def merged_weight(self, adapters: Sequence[str], sign: int = 1) -> Tensor:
+        """The weight plus (or minus) the updates of some adapters, rounded once. Raises InputError if not finite."""
+        W: Tensor = self.get_base_weight()
+        total = W.to(wide(W.dtype))
+        for adapter in adapters:
+            total = total + sign * self.get_delta_weight(adapter).to(W.device)
+        if not bool((merged := total.to(W.dtype)).isfinite().all()):
+            names = ", ".join(map(repr, adapters))
+            raise InputError(f"with the updates of {names} a weight would not be finite in {W.dtype}")
+        return merged
 
 
 class RasaLinear(nn.Module, RasaLayer):

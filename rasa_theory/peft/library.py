@@ -33,6 +33,7 @@ from peft.tuners.tuners_utils import (  # noqa: E402
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
+    onload_layer,
 )
 from peft.utils import (  # noqa: E402
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -83,6 +84,7 @@ __all__ = [
     "in_out_features",
     "include_all_linear_layers",
     "init_empty_weights",
+    "onload_layer",
     "quantization_extra_repr",
     "register_peft_method",
     "resolve_quantization_backend",

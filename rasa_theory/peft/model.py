@@ -32,6 +32,7 @@ from rasa_theory.peft.library import (
     get_quantization_kwargs,
     include_all_linear_layers,
     init_empty_weights,
+    onload_layer,
 )
 from rasa_theory.peft.pools import Pool, check_name, is_conv1d, module_names, plan
 
@@ -212,13 +213,19 @@ class RasaModel(BaseTuner):  # type: ignore[misc]  # a class of the library with
         yield
 
     def _check_merge_allowed(self) -> None:
-        """Raise InputError, before any weight changes, if a layer cannot be merged."""
+        """Raise InputError, before any weight changes, if the active adapters cannot be merged into a layer.
+
+        Every merged weight is formed for that, one at a time, since a model that is merged in half is of no use.
+        """
         super()._check_merge_allowed()
         for module in self.model.modules():
             if isinstance(module, RasaLayer):
-                for adapter in module.active_adapters:
-                    if adapter in module.pool_key:
+                adapters = [name for name in module.active_adapters if name in module.pool_key and not module.merged]
+                with onload_layer(module):
+                    for adapter in adapters:
                         module.check_merge(adapter)
+                    if adapters:
+                        module.merged_weight(adapters)
 
     # ---- sums of adapters
 

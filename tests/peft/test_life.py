@@ -162,6 +162,21 @@ def test_merged_weights_are_rounded_once(dtype: torch.dtype) -> None:
         assert float(error) <= 4 * torch.finfo(dtype).eps * float(exact[name].abs().max() + W.abs().max())
 
 
+def test_several_adapters_are_merged_with_one_rounding() -> None:
+    model = perturbed(adapted(dtype=torch.bfloat16))
+    model.add_adapter("other", config(2, 1, ["up"], seed=3))
+    perturbed(model, "other", seed=9)
+    layer = layers(model)["layers.0.up"]
+    W = layer.base_layer.weight.clone()
+    exact = W.double() + literal_update(layer).detach() + literal_update(layer, "other").detach()
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter()
+    merged = layer.base_layer.weight.double()
+    assert bool(((merged - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * 1.001 * exact.abs()).all())
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, W, rtol=0, atol=0.05)
+
+
 def test_in_half_precision_updates_are_formed_in_float32() -> None:
     model = perturbed(adapted(dtype=torch.bfloat16))
     for pool, one in factors(model).items():
@@ -194,10 +209,14 @@ def test_what_cannot_be_merged() -> None:
             action()
     assert torch.equal(layers(model)["layers.0.up"].base_layer.weight, toy().layers[0].up.weight)
     half = perturbed(adapted(dtype=torch.float16))
+    plain = half.state_dict()["base_model.model.layers.0.up.base_layer.weight"].clone()
     with torch.no_grad():
-        layers(half)["layers.0.up"].rasa_private_B["default"] *= 1e6
-    with pytest.raises(rt.InputError, match=r"would not be finite in torch\.float16"):
-        half.merge_adapter()
+        layers(half)["layers.2.down"].rasa_private_B["default"] *= 1e6
+    for action in (half.merge_adapter, half.merge_and_unload):
+        with pytest.raises(rt.InputError, match=r"updates of 'default' a weight would not be finite in torch\.float16"):
+            action()
+        assert torch.equal(layers(half)["layers.0.up"].base_layer.weight, plain)  # also in layers before that one
+        assert not layers(half)["layers.0.up"].merged
     coarse = toy(torch.float32)
     coarse.layers[1].up.weight.data = coarse.layers[1].up.weight.data.to(torch.float8_e4m3fn)
     refused = adapted(model=coarse)
