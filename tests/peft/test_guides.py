@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import rasa_theory as rt
+from rasa_theory.peft import factors, from_factors
 from tests.helpers.tiny_models import TINY, VOCABULARY, tiny
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/train.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def checkpoint(folder: Path) -> None:
@@ -28,7 +35,7 @@ def checkpoint(folder: Path) -> None:
 def test_the_page_trains_saves_loads_and_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    code = blocks()[0]
     lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
     assert len(lines) <= 30
     code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path / "base")).replace("max_steps=20", "max_steps=2")
@@ -39,3 +46,17 @@ def test_the_page_trains_saves_loads_and_converts(tmp_path: Path, monkeypatch: p
     answer = TINY["llama"].answer
     torch.testing.assert_close(answer(as_lora), answer(adapted), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(answer(merged), answer(adapted), rtol=0, atol=0.05)
+
+
+def test_the_page_starts_from_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, generator = tiny("llama"), torch.Generator().manual_seed(0)
+    updates = {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in base.state_dict().items()
+               if name.endswith(("q_proj.weight", "up_proj.weight"))}  # fmt: skip
+    save_file(updates, tmp_path / "updates.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"rt": rt, "from_factors": from_factors, "base": base}
+    exec(compile(blocks()[1], str(GUIDE), "exec"), names)
+    result = {pool: one.layers for pool, one in factors(names["model"]).items()}
+    assert result == {"self_attn.q_proj": 3, "mlp.up_proj": 3}
+    error = rt.reconstruction_error(names["stacks"][0], factors(names["model"])["mlp.up_proj"])
+    assert error < rt.solve_lora(names["stacks"][0], 8).error

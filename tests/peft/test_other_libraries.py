@@ -1,4 +1,4 @@
-"""TRL, bitsandbytes and torchao, where they are installed (extra `train`)."""
+"""TRL, bitsandbytes, torchao (extra `train`) and diffusers, where they are installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import rasa_theory as rt
-from rasa_theory.peft import RasaConfig
+from rasa_theory.peft import RasaConfig, save_as_lora
 from tests.helpers.tiny_models import IDS, TINY, VOCABULARY, tiny
 from tests.peft.toy import data, layers, parameters, perturbed, toy
 
@@ -107,6 +107,36 @@ def test_a_model_of_transformers_quantised_by_torchao_is_merged(tmp_path: Path) 
     model.merge_adapter()
     assert float((layer.get_base_weight() - exact).abs().max()) < 0.02 * float(exact.abs().max())
     assert float((TINY["llama"].answer(model) - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+# ---- diffusers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_loads_the_exact_lora_into_a_unet(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+
+    def unet() -> nn.Module:
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel(
+            sample_size=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=8,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ).eval()  # fmt: skip
+
+    def answer(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(1)
+        noise, text = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 8)
+        with torch.no_grad():
+            return model(noise, torch.tensor([3]), encoder_hidden_states=text).sample
+
+    model = perturbed(get_peft_model(unet(), RasaConfig(r=4, k=1, target_modules=["to_q", "to_v"], seed=0)))
+    expected = answer(model)
+    assert not torch.allclose(expected, answer(unet()), atol=1e-3)
+    save_as_lora(tmp_path, model)
+    loaded = unet()
+    loaded.load_lora_adapter(str(tmp_path), prefix="base_model.model", weight_name="adapter_model.safetensors")
+    torch.testing.assert_close(answer(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- TRL

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from rasa_theory.distributed import Processes
@@ -125,6 +126,37 @@ def test_two_processes_train_one_adapter(two: Pool, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(toy(), str(tmp_path))
     for key, parameter in parameters(model).items():
         torch.testing.assert_close(parameters(again)[key], parameter, rtol=1e-10, atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    """The blocks of an adapted toy, computed again in the backward pass."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.model.base_model.model.layers:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def _checkpointed(_: Processes) -> None:
+    plain, again = perturbed(adapted()), perturbed(adapted())
+    x = data(seed=torch.distributed.get_rank())
+    wrapped = nn.parallel.DistributedDataParallel(Checkpointed(again))
+    wrapped(x).square().sum().backward()
+    parts = [data(seed=rank) for rank in range(2)]
+    for block in plain.base_model.model.layers:
+        parts = [block(part) for part in parts]
+    (sum(part.square().sum() for part in parts) / 2).backward()
+    for key, parameter in parameters(plain).items():
+        torch.testing.assert_close(parameters(again)[key].grad, parameter.grad)
+
+
+@pytest.mark.slow
+def test_two_processes_with_gradient_checkpointing(two: Pool) -> None:
+    two.run(2, _checkpointed)
 
 
 def _fsdp(_: Processes, folder: Path) -> None:
