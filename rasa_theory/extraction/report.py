@@ -72,6 +72,7 @@ def extraction_table(report: dict[str, Any]) -> str:
         *([f"Unchanged, and not written: {', '.join(zero)}."] if zero else []),
         *_whole(report),
         *_left_out(report),
+        *_unknown(report),
     ]
     return "\n".join([*text, *(line for sentence in sentences for line in _wrapped(sentence)), *_warning(report)])
 
@@ -198,6 +199,13 @@ def _left_out(report: dict[str, Any]) -> list[str]:
     ranked = sorted(share_of, key=lambda label: -share_of[label])
     shares = ", ".join(f"{label.replace('.weight', '')} {100 * share_of[label] / whole:.3g}%" for label in ranked)
     return [f"Left out, by share of the squared norm: {shares}."]
+
+
+def _unknown(report: dict[str, Any]) -> list[str]:
+    """Return the sentence on what is left out and counts in no share, since its update is not known."""
+    unknown = [(one["name"], one["reason"]) for one in report["left_out"] if one.get("unknown")]
+    labels = ", ".join(group.label.replace(".weight", "") for group in grouped(unknown))
+    return [f"Left out, and in no share, since the change is not known: {labels}."] if labels else []
 
 
 def _setting(number: int | None, unit: str) -> str:

@@ -22,7 +22,7 @@ from rasa_theory.extraction.conversion import Extracted, difference_of, extract_
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
 from rasa_theory.extraction.job import Job
 from rasa_theory.extraction.whole_modules import changed_modules
-from rasa_theory.formats import whole_key
+from rasa_theory.formats import Exclusion, LeftOut, whole_key
 from rasa_theory.solvers import Callback, Progress
 from rasa_theory.sources import Norms, StackSource, pair_warning
 
@@ -227,6 +227,12 @@ def _write_whole(job: Job, folder: ExtractionFolder, norms: Mapping[str, Norms])
     return list(dict.fromkeys(changed)), [module.name for module in modules]
 
 
+def _is_unknown(job: Job, one: LeftOut) -> bool:
+    """True if what is left out without a norm may have changed: it has no partner, or entries that are not finite."""
+    is_tensor = job.catalogue.updates is not None
+    return is_tensor and one.kind in (Exclusion.UNMATCHED, Exclusion.ROLE, Exclusion.AXES, Exclusion.NO_MODULE)
+
+
 def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[str, Any]:
     """Write the final files from the rows and norms in the folder; return the report, which begins with `about`.
 
@@ -250,6 +256,7 @@ def finish(job: Job, folder: ExtractionFolder, about: dict[str, Any]) -> dict[st
     left_out = [
         {"name": one.name, "reason": one.reason}
         | ({} if one.name not in norms else {"norm_squared": norms[one.name].update} | norms[one.name].facts())
+        | ({"unknown": True} if one.name not in norms and _is_unknown(job, one) else {})
         for one in job.catalogue.left_out
     ]
     total = Norms.together([*(Norms.of_plain(row) for row in rows), *norms.values()])

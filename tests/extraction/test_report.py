@@ -71,6 +71,21 @@ def test_the_report_says_how_it_was_searched(llamas, tmp_path):
     assert report_of(tmp_path / "none")["stacks"][0]["search"] is None
 
 
+def test_what_has_no_share_for_its_change_is_not_known_is_said(tmp_path, capsys):
+    """Rows that only one vocabulary has, a head that only one model has, and entries that are not finite."""
+    base = {f"h.{i}.q.weight": torch.ones(8, 6) for i in range(2)} | {"ln.weight": torch.ones(6)}
+    base |= {"embed_tokens.weight": torch.ones(9, 6), "wpe.weight": torch.ones(9, 6)}
+    tuned = {key: x + 0.1 for key, x in base.items()} | {"lm_head.weight": torch.ones(9, 6)}
+    tuned |= {"embed_tokens.weight": torch.ones(10, 6), "wpe.weight": torch.full((9, 6), float("nan"))}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert run(tmp_path, tmp_path / "out", "--rank", "2") == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "in no share, since the change is not known: embed_tokens, lm_head, wpe." in table
+    assert "Left out, by share of the squared norm: ln " in table
+
+
 def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     """Of an embedding that lies on disk, of what is no weight of a module; not of what is 0 or cannot be read."""
     generator = torch.Generator().manual_seed(0)
