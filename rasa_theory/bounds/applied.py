@@ -30,6 +30,8 @@ _EPS = float(torch.finfo(torch.float64).eps)
 
 Product = Callable[[int, Tensor, Tensor], Tensor]
 """A function (i, M_i (b, a), X (n, m)) -> g_i X, in the dtype of M_i and X."""
+Sum = Callable[[Tensor], Tensor]
+"""A function X (n, m) -> sum_i g_i X."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Side:
 
     - name: of the point, for its random numbers.
     - times: g_i X.
+    - summed: sum_i g_i X, by one pass.
     - sizes: upper bounds on ||g_i||_F.
     - V: (n, d), orthonormal to the rounding of one QR.
     - F: (L, d, p), in float64.
@@ -47,6 +50,7 @@ class Side:
 
     name: str
     times: Product
+    summed: Sum
     sizes: list[float]
     V: Tensor
     F: Tensor
@@ -61,6 +65,7 @@ def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
     L, q, R = view.layers, budget.private_rank, budget.pool_rank(view.layers)
     n, d = side.V.shape
     Y = side.F @ side.F.mT
+    whole = Y.sum(0)
     thin = [float(y.trace()) for y in Y]
     deviation = _deviation(side.V)
     thin_error = 2 * (n + 4 * d) * _EPS + deviation
@@ -68,32 +73,33 @@ def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
     errors = [side.rounding * size + thin_error * y for size, y in zip(side.sizes, thin, strict=True)]
     goal = _GOAL * max(view.spectra.tail_energy(budget.rank), _LEAST_GOAL * view.norm_squared)
 
-    def rest(i: int, M: Tensor, X: Tensor) -> Tensor:
+    def less(products: Tensor, y: Tensor, X: Tensor) -> Tensor:
         V = side.V.to(X.dtype)
-        return side.times(i, M, X) - V @ (Y[i].to(X.dtype) @ (V.mT @ X))
+        return products - V @ (y.to(X.dtype) @ (V.mT @ X))
 
-    def operator(apply: Callable[[Tensor], Tensor], norm: float, error: float) -> Operator:
+    def operator(apply: Sum, norm: float, error: float) -> Operator:
         return Operator(apply, n, norm, error, view.dtype, view.device)
 
-    def all_layers(X: Tensor) -> Tensor:
-        result = torch.zeros_like(X)
-        for i, tile in enumerate(view.tiles(rows=view.shape[0])):
-            result += rest(i, tile.values.to(X.dtype), X)
-        return result
+    def of_layer(i: int, M: Tensor) -> Sum:
+        times = _of_layer(side.times, i, M)
+        return lambda X: less(times(X), Y[i], X)
+
+    def of_all(X: Tensor) -> Tensor:
+        return less(side.summed(X), whole, X)
 
     own = 0.0
     if q > 0:
         for i, tile in enumerate(view.tiles(rows=view.shape[0])):
-            one = operator(_of_layer(rest, i, tile.values), norms[i], errors[i])
+            one = operator(of_layer(i, tile.values), norms[i], errors[i])
             stream = linalg.stream(side.name, "own", view.transposed, i)
             own += linalg.majorant(one, q, goal / L, FAILURE / (2 * L), stream, tolerance=math.inf).ky_fan(q)
     pooled = 0.0
     if R > 0:
         stream = linalg.stream(side.name, "pooled", view.transposed)
-        everything = operator(all_layers, math.fsum(norms), math.fsum(errors) + L * _EPS * math.fsum(norms))
+        everything = operator(of_all, math.fsum(norms), math.fsum(errors) + L * _EPS * math.fsum(norms))
         pooled = linalg.majorant(everything, R, goal, FAILURE / 2, stream, tolerance=math.inf).ky_fan(R)
-    whole = float(linalg.ky_fan(Y.sum(0), L * budget.rank)) if Y.numel() else 0.0
-    return own + pooled + whole + (thin_error + 10 * d * _EPS) * math.fsum(thin)
+    together = float(linalg.ky_fan(whole, L * budget.rank)) if Y.numel() else 0.0
+    return own + pooled + together + (thin_error + 10 * d * _EPS) * math.fsum(thin)
 
 
 def _deviation(V: Tensor) -> float:
@@ -103,14 +109,26 @@ def _deviation(V: Tensor) -> float:
     return float(computed) + n * math.sqrt(d) * _EPS
 
 
-def _of_layer(rest: Product, i: int, M: Tensor) -> Callable[[Tensor], Tensor]:
-    """X -> `rest`(i, M, X) for one layer, whose values are converted once for each dtype."""
+def _of_layer(times: Product, i: int, M: Tensor) -> Sum:
+    """X -> g_i X for one layer, whose values are converted once for each dtype."""
     values = {M.dtype: M}
 
     def apply(X: Tensor) -> Tensor:
         if X.dtype not in values:
             values[X.dtype] = M.to(X.dtype)
-        return rest(i, values[X.dtype], X)
+        return times(i, values[X.dtype], X)
+
+    return apply
+
+
+def _of_layers(view: LayerStack, times: Product) -> Sum:
+    """X -> sum_i g_i X, whose layers are converted one after the other."""
+
+    def apply(X: Tensor) -> Tensor:
+        result = torch.zeros_like(X)
+        for i, tile in enumerate(view.tiles(rows=view.shape[0])):
+            result += times(i, tile.values.to(X.dtype), X)
+        return result
 
     return apply
 
@@ -123,7 +141,8 @@ def applied_dual_value(view: LayerStack, budget: RankBudget, V: Tensor, F: Tenso
     def times(i: int, M: Tensor, X: Tensor) -> Tensor:
         return linalg.product(M, linalg.product(M.mT, X))
 
-    side = Side("dual", times, view.layer_norms_squared, V, F, 1.1 * sum(view.shape) * _EPS)
+    summed = view.transpose().spectra.common_operator().apply  # its rows are converted while they are in the cache
+    side = Side("dual", times, summed, view.layer_norms_squared, V, F, 1.1 * sum(view.shape) * _EPS)
     return view.norm_squared * (1 - _NORM_ROUNDING) - captured_energy(view, budget, side)
 
 
@@ -238,8 +257,12 @@ def applied_two_sided_value(view: LayerStack, budget: RankBudget, division: Thin
     lengths = sum(view.shape) + T.W.shape[1] + division.Vb.shape[1] + division.Va.shape[1]
     rounding = 8 * lengths * _EPS + 4 * _deviation(T.W)
     name = f"two-sided {stage}"
-    columns = Side(name + " columns", column_side, (norms**2 + sizes / s).tolist(), division.Vb, division.F, rounding)
-    rows = Side(name + " rows", row_side, (sizes / (1 - s)).tolist(), division.Va, division.H, rounding)
+
+    def side(part: str, times: Product, sizes: Tensor, V: Tensor, F: Tensor) -> Side:
+        return Side(f"{name} {part}", times, _of_layers(view, times), sizes.tolist(), V, F, rounding)
+
+    columns = side("columns", column_side, norms**2 + sizes / s, division.Vb, division.F)
+    rows = side("rows", row_side, sizes / (1 - s), division.Va, division.H)
     captured = sum(captured_energy(view, budget, side) for side in (columns, rows))
     return view.norm_squared * (1 - _NORM_ROUNDING) - captured
 

@@ -150,7 +150,8 @@ def test_a_captured_energy_counts_every_sum():
     g = [torch.diag(torch.tensor([5.0, 4.0, 3.0] + [0.0] * 77, dtype=torch.float64)) for _ in range(2)]
     V = torch.eye(80, 3, dtype=torch.float64)
     F = torch.tensor([[2.0, 0], [0, 1.0], [0, 0]], dtype=torch.float64).expand(2, 3, 2)
-    side = Side("test", lambda i, _, X: g[i].to(X.dtype) @ X, [8.0, 8.0], V, F, 1e-15)
+    whole = sum(g)
+    side = Side("test", lambda i, _, X: g[i].to(X.dtype) @ X, lambda X: whole.to(X.dtype) @ X, [8.0, 8.0], V, F, 1e-15)
     # Y = diag(4, 1), g - Y = diag(1, 3, 3); sums over layers: 8 + 2, KF_1 = 3 twice, KF_2(2, 6, 6) = 12
     assert captured_energy(view, RankBudget(2, 1), side) == pytest.approx(10 + 6 + 12, rel=1e-5)
 
