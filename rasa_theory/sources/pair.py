@@ -92,6 +92,8 @@ def open_pair(
         entries.append(old._replace(dtype=_dtype_of_difference(old.dtype, new.dtype)))
     if not any(map(_is_matrix, entries)):
         _refuse_strangers(before, after, key_after)
+    if model is not None:
+        _refuse_other_config(base, model.name, entries)
     matched = set(key_after.values())
     left_out += [
         LeftOut(key, f"in {tuned} but not in {base}", Exclusion.UNMATCHED)
@@ -113,6 +115,16 @@ def _as_on_disk(path: Path) -> str:
         f"Modules are named as on the disk, which may not be their names in the model, for {why_unknown(path)}; "
         "what a tensor is was decided by its name and shape."
     )
+
+
+def _refuse_other_config(base: Path, model: str, entries: Sequence[Entry]) -> None:
+    """Raise InputError if the model class knows none of the matrices: the config.json is another model's."""
+    matrices = [entry for entry in entries if _is_matrix(entry)]
+    if matrices and all(entry.place is None or entry.place.position is None for entry in matrices):
+        raise InputError(
+            f"{base}: config.json describes a {model}, which has no matrix called as those of the checkpoints, such as "
+            f"{matrices[0].name!r}; put the config.json of this model there"
+        )
 
 
 def _model(path: Path) -> Checkpoint:

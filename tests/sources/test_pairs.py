@@ -348,3 +348,15 @@ def test_a_path_with_a_mistake_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"'{name}' does not exist"):
         open_source(name)
+
+
+def test_the_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
+    """By it a Conv1D would be taken for a Linear layer, and modules be named that the model has not."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        tensors = {f"transformer.h.{i}.attn.c_attn.weight": torch.randn(4, 12) for i in range(2)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=r"describes a LlamaForCausalLM, which has no matrix called as those"):
+        open_source(base=str(tmp_path / "base"), tuned=str(tmp_path / "tuned"))
