@@ -195,6 +195,9 @@ def majorant(
     goal is not reached, or a basis would get too large, S is formed and decomposed: n applications and n^3. Where S has
     more than `LARGEST_FORMED` rows, an excess of `tolerance` times the goal is taken instead.
     """
+    if S.norm == 0:
+        V = torch.eye(S.n, min(columns_for(m), S.n), dtype=torch.float64, device=S.device)
+        return Majorant(V, V.new_zeros(V.shape[1]), V.new_zeros(V.shape[1], V.shape[1]), 0.0, 0.0)
     tolerance = tolerance if S.n > LARGEST_FORMED else 1.0
     found = _by_products(S, m, goal, failure, generator, guess, excess or ky_fan_excess(m), tolerance)
     return found or _by_eigenvectors(S, min(columns_for(m), S.n))
@@ -272,7 +275,7 @@ def _by_products(
 ) -> Majorant | None:
     """`majorant` without forming S; None where `tolerance` times the goal is not reached."""
     width, w = _block(m), columns_for(m)
-    if 2 * (w + width) > S.n or S.norm == 0:
+    if 2 * (w + width) > S.n:
         return None
     goal = max(goal, 8 * math.sqrt(m) * _rounding(S, w))  # no search gets below rounding
     best: tuple[float, Majorant] | None = None

@@ -109,6 +109,12 @@ def test_where_products_do_not_do_the_matrix_is_formed(m):
     assert found.ky_fan(m) == pytest.approx(m, rel=1e-9)
 
 
+def test_zeros_are_never_formed():
+    columns = []
+    found = majorant(operator(matrix(SPECTRA["zero"]), columns=columns), 4, 1e-9, 1e-10, generator())
+    assert (columns, found.ky_fan(4), found.V.shape) == ([], pytest.approx(0, abs=1e-300), (N, columns_for(4)))
+
+
 def test_the_bound_is_that_of_the_formula():
     """S = [[2, x], [x, 1]], V the first axis, tau = 1: KF_1 <= t + (2 - t + 1.1 x^2 / (t - 1)), at the best t."""
     x = 0.3
