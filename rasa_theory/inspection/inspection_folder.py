@@ -30,10 +30,11 @@ class InspectionFolder(PartsFolder):
         return None
 
     def remove(self) -> None:
-        """Remove the files and the rows of an inspection."""
-        for name in FILES:
-            (self.out / name).unlink(missing_ok=True)
-        self.clear()
+        """Remove the files and the rows of an inspection. Raises InputError if it is in progress."""
+        with self:  # refuses a folder that another process has locked
+            for name in FILES:
+                (self.out / name).unlink(missing_ok=True)
+            self.clear()
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the files of the report, inspect.json last."""

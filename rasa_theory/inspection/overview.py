@@ -31,6 +31,8 @@ def inspection_table(report: dict[str, Any]) -> str:
     """The table with a line for each kind of module, and one for all modules at several ranks: 80 columns wide."""
     head = ("kind", "L", "shape", "rel", "stable", *map(str, report["ranks"]), "col", "row")
     groups = [group for group in kinds(report["stacks"]) if group["norm_squared"] > 0]
+    if not groups:
+        return "\n".join(["No stack has changed.", *_left_out_lines(report)])
     lines = [
         (
             group["kind"], str(len(group["modules"])), "{}x{}".format(*group["shape"]), _relative(group),
@@ -39,7 +41,7 @@ def inspection_table(report: dict[str, Any]) -> str:
         )
         for group in groups
     ]  # fmt: skip
-    text = aligned([head, *lines], left={0}, gap=" ", width=_WIDTH) if lines else []
+    text = aligned([head, *lines], left={0}, gap=" ", width=_WIDTH)
     widths = [high - low for group in groups for low, high in group["energy"]]
     width = f"the truth is at most {100 * max(widths, default=0.0):.2g} points above"
     directions = max((row["shared"]["rank"] for row in report["stacks"]), default=0)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import rasa_theory as rt
 from rasa_theory.commands.extract import main as extract
 from rasa_theory.commands.inspect import main
-from rasa_theory.inspection import inspection_job
+from rasa_theory.inspection import InspectionFolder, inspection_job
 
 SCHEMA = json.loads((Path(rt.__file__).parent / "data" / "inspect.schema.json").read_text(encoding="utf-8"))
 SHAPES = {"self_attn.q_proj": (20, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
@@ -205,6 +205,18 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(
     assert (tmp_path / "other" / "inspect.csv").read_text() == "mine"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+def test_an_inspection_in_progress_is_not_overwritten(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with InspectionFolder(tmp_path, {"stacks": ["of another pair"]}) as folder:
+        folder.add_row(0, {"stack": 0})
+        assert run(pair, tmp_path, "--overwrite") == 2
+        assert "another process is inspecting into" in capsys.readouterr().err
+        assert folder.row(0) == {"stack": 0}
+    assert run(pair, tmp_path, "--overwrite") == 0
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -296,7 +308,7 @@ def test_a_dry_run_writes_nothing(pair: Path, tmp_path: Path, capsys: pytest.Cap
 def test_unchanged_models_are_said_to_be_so(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--base", str(pair / "base"), "--tuned", str(pair / "base"), "--out", str(tmp_path), "--quiet"]
     assert main([*words, "--error", "0.1"]) == 0
-    assert "Unchanged: " in capsys.readouterr().out
+    assert "No stack has changed." in capsys.readouterr().out
     assert report_of(tmp_path)["curve"] == []
 
 

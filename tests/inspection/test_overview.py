@@ -112,3 +112,8 @@ def test_the_figure_has_a_row_for_each_kind_and_white_where_nothing_is() -> None
         assert grid.shape == (2, 3)
         assert np.ma.getmaskarray(grid).sum() == 2, "one kind has two layers fewer"
     assert plot_inspection(report_of(rt.LayerStack(np.zeros((1, 3, 3)))), []).axes, "nothing has changed"
+
+
+def test_a_table_without_a_line_is_not_explained() -> None:
+    text = inspection_table(report_of(rt.LayerStack(np.zeros((2, 3, 3)), "q")))
+    assert text == "No stack has changed."
