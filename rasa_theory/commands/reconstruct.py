@@ -97,6 +97,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
     )
+    add("--overwrite", action="store_true", help="replace what another reconstruction has left in the folder")
     flags.add_running(parser)
     synthetic = parser.add_argument_group("with --source synthetic")
     synthetic.add_argument("--layers", type=int, metavar="L", help="layers (6)")
@@ -149,6 +150,8 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     if processes.first:
         say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())
+    if folder is not None and not args.overwrite:
+        processes.from_first(lambda: _check_free(folder))
     state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *words], folder, processes)
     if state.results["stacks"] and processes.first:
         names = ", ".join(row["name"] for row in state.results["stacks"])
@@ -181,6 +184,12 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
     with naming_flags(flags.NAMES):
         return synthetic_catalogue(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
+
+
+def _check_free(folder: ResultsFolder) -> None:
+    """Raise InputError if the folder holds another reconstruction."""
+    if conflict := folder.conflict():
+        raise InputError(f"{conflict}; name another folder with --out, or take this one with --overwrite")
 
 
 def _check_stacks(job: StudyJob) -> None:

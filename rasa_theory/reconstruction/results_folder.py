@@ -16,17 +16,32 @@ _FACTORS = ("private_B", "private_A", "shared_B", "shared_A", "mixing")
 
 
 class ResultsFolder(RunFolder):
-    """The folder of a study. While stacks are left, results.json holds the plan under `unfinished`."""
+    """The folder of a study. results.json holds the plan, under `unfinished` while stacks are left, then `plan`."""
 
     FILES = ("results.json", "history.csv", "factors.safetensors", "iterations.png", "iterations.svg")
 
     def __init__(self, out: Path, plan: Plan) -> None:
         super().__init__(out, plan, out / "results.json", "unfinished")
 
+    def conflict(self) -> str | None:
+        """What speaks against writing here, as the beginning of a sentence: another study; None if nothing does.
+
+        A study of the same plan is no obstacle: it is gone on with, or computed again. Raises InputError if
+        results.json cannot be read.
+        """
+        record = self.recorded()
+        if record is None:
+            return None
+        if "unfinished" not in record:
+            self._key = "plan"
+        difference = self.difference() if record.get(self._key) else "settings"
+        self._key = "unfinished"
+        return None if difference is None else f"{self.out} holds a reconstruction with other {difference}"
+
     def finished_stacks(self, ks: Sequence[int]) -> StudyState | None:
         """The stacks that an earlier run of the same plan has finished, with all of `ks`; None if there are none.
 
-        A folder that cannot be read, or belongs to another plan, is no error: the run begins anew and overwrites it.
+        A folder that cannot be read, or belongs to another plan, is no error: the run begins anew.
         """
         try:
             results = self.recorded()

@@ -101,7 +101,7 @@ class StudyJob:
 def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None, processes: Processes) -> StudyState:
     """The state to go on from: the finished stacks of an earlier run of the same plan, or nothing.
 
-    Its results carry the plan as `unfinished` until every stack is done. Process 0 reads the folder for all.
+    Its results carry the plan, as `unfinished` until every stack is done. Process 0 reads the folder for all.
     """
     earlier = processes.from_first(lambda: None if folder is None else folder.finished_stacks(job.settings.ks))
     state: StudyState = earlier or StudyState(new_results(job.settings, job.catalogue.source), {})
@@ -157,7 +157,7 @@ def run_study(
                 if points_left == 0:
                     if processes.first:
                         add_norms(job, state.results)
-                    del state.results["unfinished"]
+                    state.results["plan"] = state.results.pop("unfinished")
                 if output is not None:
                     output.write(state)
     except KeyboardInterrupt:

@@ -611,6 +611,39 @@ def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.Captur
         assert err.count("\n") == 1
 
 
+def test_another_run_in_the_folder_is_kept_unless_asked(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    command = ["--source", str(stack_file), "--start", "lora", "--seeds", "0", "--quiet", "--out", str(out), "--rank"]
+    assert reconstruct.main([*command, "2"]) == 0
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (["3"], ["2", "--k", "2"], ["2", "--weight", "layer"], ["2", "--modules", "up*"]):
+        status = reconstruct.main([*command, *other])
+        assert status == (0 if other[-1] == "up*" else 2), other  # the same stack, whatever selects it
+    assert "holds a reconstruction with other settings (weight)" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["rank"] == 2
+    assert {path.name for path in out.iterdir()} == files.keys()
+    assert reconstruct.main([*command, "3", "--overwrite"]) == 0
+    assert json.loads((out / "results.json").read_text())["rank"] == 3
+
+
+def test_an_interrupted_run_of_other_settings_is_kept(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    command = ["--source", str(stack_file), "--start", "lora", "--seeds", "0", "--quiet", "--out", str(out), "--rank"]
+    assert reconstruct.main([*command, "2"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    results["unfinished"] = results.pop("plan")
+    (out / "results.json").write_text(json.dumps(results))
+    assert reconstruct.main([*command, "1"]) == 2
+    del results["unfinished"]  # written by a version that kept no plan
+    (out / "results.json").write_text(json.dumps(results))
+    assert reconstruct.main([*command, "2"]) == 2
+    assert capsys.readouterr().err.count("--overwrite") == 2
+
+
 def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "none-made"
     assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--dry-run", "--out", str(out)]) == 0
