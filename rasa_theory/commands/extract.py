@@ -44,6 +44,7 @@ from rasa_theory.extraction import (
     finish,
     forecast,
     job_of,
+    remove_other_extraction,
 )
 from rasa_theory.formats import CONFIG_FILE, LAYOUTS, BaseModel, base_of, kohya_prefix
 from rasa_theory.problem import compute_dtype
@@ -127,6 +128,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="put embeddings, output layers and norms that changed into modules_to_save, whole",
     )
     add("--out", required=True, metavar="DIR", help="folder of the adapter")
+    add("--overwrite", action="store_true", help="replace what another extraction has left in the folder")
     add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the files (%(default)s)")
     add("--compute", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
     add(
@@ -210,6 +212,8 @@ def run(arguments: list[str], processes: Processes) -> int:
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
     processes = processes.with_long_timeout()
+    if args.overwrite:
+        processes.from_first(lambda: remove_other_extraction(out, job.plan()))
     with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)

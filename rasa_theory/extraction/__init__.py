@@ -1,6 +1,6 @@
 """From fine-tuned weights to an adapter, with a report of what it misses."""
 
-from rasa_theory.extraction.adapter_folder import ExtractionFolder
+from rasa_theory.extraction.adapter_folder import ExtractionFolder, remove_other_extraction
 from rasa_theory.extraction.conversion import extract_stack, spectral_facts
 from rasa_theory.extraction.extract_settings import FORMATS, POOLED, RANKS, STORED, ExtractSettings
 from rasa_theory.extraction.forecast import duration, forecast
@@ -27,5 +27,6 @@ __all__ = [
     "forecast",
     "job_of",
     "model_card",
+    "remove_other_extraction",
     "spectral_facts",
 ]

@@ -47,11 +47,11 @@ class ExtractionFolder(PartsFolder):
     """
 
     def __init__(self, out: Path, plan: Plan) -> None:
-        busy = f"another process is extracting into {out}; wait for it, or name another folder"
-        super().__init__(out, plan, out / _PARTS, out / _REPORT, busy)
+        super().__init__(out, plan, out / _PARTS, out / _REPORT, _busy(out))
         if difference := self.difference():
             raise InputError(
-                f"{out} holds an extraction with other {difference}; name another folder with --out, or delete it"
+                f"{out} holds an extraction with other {difference}; name another folder with --out, or take this one "
+                "with --overwrite"
             )
         if self.finished:
             self.clear()
@@ -163,6 +163,33 @@ class ExtractionFolder(PartsFolder):
         for file in [*self.out.glob(".*"), *self.out.glob("*/.*")]:
             if _OURS.fullmatch(unfinished(file) or ""):
                 file.unlink(missing_ok=True)
+
+
+def remove_other_extraction(out: Path, plan: Plan) -> None:
+    """Remove the files of an extraction of another plan from `out`; those of this plan stay.
+
+    Raises InputError, and removes nothing, if there are files of somebody else, if that extraction is in progress, or
+    if its record cannot be read.
+    """
+    other = PartsFolder(out, plan, out / _PARTS, out / _REPORT, _busy(out))
+    if other.difference() is None:
+        return
+    settings = ((other.recorded() or {}).get("plan") or {}).get("settings") or {}
+    folders = [out / name for name, _ in settings.get("tasks") or []]
+    files = [path for folder in (out, *folders) for path in folder.glob("[!.]*") if path not in folders]
+    if foreign := [path for path in files if not _OURS.fullmatch(path.name)]:
+        raise InputError(f"{foreign[0]} is not ours, and would lie among the files of the adapter; name another folder")
+    with other:  # refuses a folder that another process has locked
+        for path in files:
+            path.unlink()
+        for folder in folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        other.clear()
+
+
+def _busy(out: Path) -> str:
+    return f"another process is extracting into {out}; wait for it, or name another folder"
 
 
 def _padded(ranks: Mapping[str, int], rank: int | None) -> list[int]:

@@ -46,7 +46,7 @@ def _of_lora(report: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "serve it."
         )
     else:
-        vllm = "" if report["saved_modules"] else f" vLLM serves it with --max-lora-rank {flag}."
+        vllm = "" if report["saved_modules"] else f" A vLLM that knows the model serves it with --max-lora-rank {flag}."
         notes.append(f"Rank {largest}, alpha {largest} for all modules.{vllm}")
     padded = sum(rank < largest for rank in ranks)
     if report["rank"] is not None and padded:

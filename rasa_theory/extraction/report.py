@@ -146,20 +146,19 @@ def _zeros(report: dict[str, Any]) -> str:
 
 
 def _equal_size(report: dict[str, Any]) -> list[str]:
-    """The sentence with the error of the best LoRA that takes no more parameters than the file, stack by stack."""
+    """The sentence with the error of the best LoRA that takes no more parameters than the file, stack by stack.
+
+    None where the file is such a LoRA itself.
+    """
     rows = [row for row in report["stacks"] if row["norm_squared"] > 0]
-    if not rows or any(row["equal_size"] is None for row in rows):
+    is_lora = report["plan"]["settings"]["format"] in ("lora", "kohya")
+    if is_lora or not rows or any(row["equal_size"] is None for row in rows):
         return []
     norm = math.fsum(row["norm_squared"] for row in rows)
     missed = math.fsum(row["equal_size"]["e_lora"] for row in rows) / norm
     stored = math.fsum(row["e_stored"] for row in rows) / norm
     ranks = sorted({row["equal_size"]["rank"] for row in rows})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    if report["plan"]["settings"]["format"] in ("lora", "kohya"):
-        return [
-            f"At equal file size the best LoRA of these ranks misses {missed:.2%} of the squared norm; this file, "
-            f"which is one, misses {stored:.2%}."
-        ]
     return [
         f"At equal file size the best LoRA, of rank {span}, would miss {missed:.2%} of the squared norm; this file "
         f"misses {stored:.2%}."

@@ -219,3 +219,35 @@ def test_files_of_others_are_left_alone(llamas, tmp_path, capsys):
     assert "README.md is there already, and not ours" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_another_extraction_in_the_folder_is_kept_unless_asked(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    few = ("--k", "0", "--modules", "*self_attn.v*", "--rank")
+    out = tmp_path / "out"
+    assert run(folder, tmp_path / "other", *few, "2") == 0
+    assert run(folder, out, *few, "3", "--format", "diff") == 0
+    before = sorted(path.name for path in out.iterdir())
+    assert run(folder, out, *few, "2") == 2
+    assert "take this one with --overwrite" in capsys.readouterr().err
+    (out / "mine.txt").write_text("kept")
+    assert run(folder, out, *few, "2", "--overwrite") == 2  # before anything is removed
+    assert "mine.txt is not ours" in capsys.readouterr().err
+    (out / "mine.txt").unlink()
+    assert sorted(path.name for path in out.iterdir()) == before
+    assert run(folder, out, *few, "2", "--overwrite") == 0
+    assert files_of(out) == files_of(tmp_path / "other")
+    names, others = (sorted(path.name for path in one.iterdir()) for one in (out, tmp_path / "other"))
+    assert names == others
+    finished = (out / "report.json").stat().st_mtime_ns
+    assert run(folder, out, *few, "2", "--overwrite") == 0  # the same plan: finished already
+    assert (out / "report.json").stat().st_mtime_ns == finished
+
+
+def test_an_extraction_in_progress_is_not_overwritten(llamas, tmp_path, capsys):
+    folder, _ = llamas
+    few = ("--k", "0", "--modules", "*self_attn.v*", "--rank")
+    (tmp_path / "out").mkdir()
+    with ExtractionFolder(tmp_path / "out", {"settings": {}}):
+        assert run(folder, tmp_path / "out", *few, "2", "--overwrite") == 2
+    assert "another process is extracting into" in capsys.readouterr().err
