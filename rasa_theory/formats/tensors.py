@@ -79,7 +79,11 @@ class LeftOutGroup(NamedTuple):
 
 
 _NAMED = 3  # a larger group is counted
-_NOUNS = {"norms": re.compile(r"norm|(?:\A|\.)ln[_.0-9]"), "biases": re.compile(r"bias\Z"), "tensors": re.compile("")}
+_NOUNS = {
+    "biases": re.compile(r"bias\Z"),
+    "norms": re.compile(r"(?i)norm|(?:\A|\.)ln[_.0-9]"),
+    "tensors": re.compile(""),
+}  # labels alone; what a tensor is says its reason
 
 
 def grouped(left_out: Iterable[tuple[str, str]]) -> list[LeftOutGroup]:
