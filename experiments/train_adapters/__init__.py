@@ -14,7 +14,7 @@
 Runs on a GPU and on CPUs draw other dropout masks, so that all runs of one file must be from one kind of machine:
 `train_adapters.jsonl` is from a GPU in float32, `train_adapters_cpu.jsonl` from CPUs with bfloat16 in training.
 
-The task is the one of the bundled updates (`experiments.finetune_minilm`): to find Python functions by their
+The task is the one of the bundled updates (`experiments.finetune`): to find Python functions by their
 docstrings, InfoNCE over a batch. Training, validation and test pairs come from disjoint modules. The methods are full
 fine-tuning, LoRA of rank r, RaSA (r, k), and LoRA of rank q + R, the largest rank of RaSA's updates. All linear layers
 of the encoder are adapted; adapters are `rasa_theory.peft`, LoRA is its k = 0. Each method first takes one run at

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.minilm.data import Pair, Split, cached, pairs_of, split_by_module
-from experiments.minilm.sentences import consecutive
+from experiments.models.data import Pair, Split, cached, pairs_of, split_by_module
+from experiments.models.sentences import consecutive
 
 PROSE_PACKAGES = ("numpy", "scipy", "torch", "transformers", "matplotlib", "safetensors", "tqdm")
 
@@ -31,7 +31,7 @@ class Settings:
     validation_pairs: int = 400
     test_pairs: int = 600
     prose_pairs: int = 160  # for each of the two kinds
-    task: str = "code"  # one of `experiments.minilm.data.TASKS`
+    task: str = "code"  # one of `experiments.models.data.TASKS`
     every: int = 50  # steps between two measurements on validation and prose
     bfloat16: bool = True  # autocast in training and these measurements; the test at the end is in float32
     short_steps: int = 30  # steps of full fine-tuning, and batches of the gradient, for the starts from data

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
-from experiments.minilm.data import TASKS
-from experiments.minilm.encoder import Encoder, machine
+from experiments.models.data import TASKS
+from experiments.models.encoder import Encoder, machine
 from experiments.support.rows import Row, append_rows, read_rows
 from experiments.train_adapters import __doc__ as description
 from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Settings, Task

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 import rasa_theory as rt
-from experiments.minilm.encoder import Encoder
+from experiments.models.encoder import Encoder
 from experiments.train_adapters.protocol import Run, Task
 from experiments.train_adapters.training import batches, contrastive_loss, train
 from rasa_theory.peft import RasaConfig

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from experiments.minilm.data import Pair
-from experiments.minilm.encoder import Encoder
-from experiments.minilm.training import info_nce, ranks, rate_at, shuffled_batches
+from experiments.models.data import Pair
+from experiments.models.encoder import Encoder
+from experiments.models.training import info_nce, ranks, rate_at, shuffled_batches
 from experiments.train_adapters.protocol import Settings, Task
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rasa_theory as rt
-from experiments.minilm.encoder import PACKAGE, checkpoint_folder
+from experiments.models.encoder import PACKAGE, checkpoint_folder
 
 KINDS = ("query", "key", "value", "attention_output")
 WEIGHTS = {
@@ -63,7 +63,7 @@ def weights(plan: Plan) -> dict[str, rt.LayerStack]:
 
 
 def second_task(plan: Plan) -> dict[str, rt.LayerStack]:
-    """The updates of the task prose of `experiments.finetune_minilm`, in half precision times powers of two."""
+    """The updates of the task prose of `experiments.finetune`, in half precision times powers of two."""
     from safetensors import safe_open
 
     with safe_open(SECOND_TASK, "pt") as file:

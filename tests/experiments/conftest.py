@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.minilm import sentences
+from experiments.models import sentences
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import BertConfig, BertModel
 
-from experiments import finetune_minilm as experiment
-from experiments.minilm.data import split_by_module, standard_library_pairs
-from experiments.minilm.encoder import Encoder
+from experiments import finetune as experiment
+from experiments.models.data import split_by_module, standard_library_pairs
+from experiments.models.encoder import Encoder
 
 
 def letters(texts: list[str], max_length: int, **_: object) -> dict[str, torch.Tensor]:

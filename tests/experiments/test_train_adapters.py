@@ -19,9 +19,9 @@ from scipy import stats
 
 import rasa_theory as rt
 from experiments import adapter_claims as claims
-from experiments.minilm import sentences
-from experiments.minilm.data import TASKS
-from experiments.minilm.encoder import Encoder
+from experiments.models import sentences
+from experiments.models.data import TASKS
+from experiments.models.encoder import Encoder
 from experiments.train_adapters import protocol, starts, training
 from experiments.train_adapters import run as experiment
 from rasa_theory.peft.library import PeftModel

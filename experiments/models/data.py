@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.minilm import sentences
+from experiments.models import sentences
 
 
 @dataclass(frozen=True)

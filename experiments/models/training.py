@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from experiments.minilm.data import Pair
+from experiments.models.data import Pair
 
 
 def ranks(queries: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

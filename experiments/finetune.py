@@ -1,7 +1,7 @@
 """Make the bundled updates: fine-tune all of all-MiniLM-L6-v2 to find code by its description.
 
-    python -m experiments.finetune_minilm --seeds 0 1 --ship 0
-    python -m experiments.finetune_minilm --task prose --seeds 0 1 --ship 0 --out experiments/trained
+    python -m experiments.finetune --seeds 0 1 --ship 0
+    python -m experiments.finetune --task prose --seeds 0 1 --ship 0 --out experiments/trained
 
 The task code is docstring -> function body. The pairs are cut by `ast` from the Python standard library's own source
 and split by top-level module, so that no module of the test set was seen in training. The task prose keeps everything
@@ -36,9 +36,9 @@ import torch
 from safetensors.torch import save_file
 
 import rasa_theory as rt
-from experiments.minilm.data import TASKS, Pair, Split, cached, pairs_of, split_by_module
-from experiments.minilm.encoder import PACKAGE, Encoder, machine
-from experiments.minilm.training import info_nce, ranks, rate_at, shuffled_batches
+from experiments.models.data import TASKS, Pair, Split, cached, pairs_of, split_by_module
+from experiments.models.encoder import PACKAGE, Encoder, machine
+from experiments.models.training import info_nce, ranks, rate_at, shuffled_batches
 
 KINDS = {
     "query": "encoder.layer.{}.attention.self.query.weight",
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "machine": machine(base.device),
         "command": shlex.join(
-            ["python", "-m", "experiments.finetune_minilm", *(sys.argv[1:] if arguments is None else arguments)]
+            ["python", "-m", "experiments.finetune", *(sys.argv[1:] if arguments is None else arguments)]
         ),
     }
     name = f"minilm_{args.task}"
