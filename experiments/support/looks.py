@@ -21,10 +21,13 @@ class Look:
         return self.line[0]
 
 
-# Methods of one idea have one colour: joint bases purple, shared bases of trained factors blue, one side shared orange.
+# Methods of one idea have one colour: LoRA of layers and of blocks black, with ranks allocated grey, joint bases
+# purple, shared bases of trained factors blue, one side shared orange.
 METHODS = {
     "lora": Look(methods.METHODS["lora"].title, style.INK, "o-"),
     "allocated": Look(methods.METHODS["allocated"].title, style.GREY, "s-"),
+    "block_lora": Look(methods.METHODS["block_lora"].title, style.INK, "d--"),
+    "allocated_blocks": Look(methods.METHODS["allocated_blocks"].title, style.GREY, "d--"),
     "rasa": Look(methods.METHODS["rasa"].title, style.VERMILION, "D-"),
     "joint_diagonal": Look(methods.METHODS["joint_diagonal"].title, style.PURPLE, "v-"),
     "joint_full": Look(methods.METHODS["joint_full"].title, style.PURPLE, "^--"),

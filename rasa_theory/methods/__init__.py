@@ -3,6 +3,7 @@
 from rasa_theory.methods.allocated import fit_allocated
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.bank import Bank, best_step, choose_vectors, cluster_means
+from rasa_theory.methods.block_lora import fit_allocated_blocks, fit_block_lora
 from rasa_theory.methods.compare import METHODS, allowed, at_parameters, pareto
 from rasa_theory.methods.diagonals import Diagonals
 from rasa_theory.methods.fit import Evidence, Fit, Settings, residual
@@ -34,6 +35,8 @@ __all__ = [
     "choose_vectors",
     "cluster_means",
     "fit_allocated",
+    "fit_allocated_blocks",
+    "fit_block_lora",
     "fit_joint",
     "fit_lora",
     "fit_one_sided",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from rasa_theory.bounds import RankTarget, allocate_ranks, terms_among_largest
 from rasa_theory.common import at_least
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured
@@ -29,13 +32,21 @@ def fit_allocated(stack: LayerStack, terms: int) -> Fit:
     **Raises:** InputError if `terms` is out of its range.
     """
     at_most("terms", at_least("terms", terms, 1), stack.layers * min(stack.shape), stack)
-    U, S, Vh = terms_among_largest(unit_of(stack, math.ceil(terms / stack.layers)), terms)
-    cost = sum(stack.shape)
-    [ranks] = allocate_ranks([S], [cost], RankTarget(parameters=terms * cost))
-    B = [U[i, :, :n] * S[i, :n] for i, n in enumerate(ranks)]
-    A = [Vh[i, :n] for i, n in enumerate(ranks)]
-    solution = UnitFit(lambda i: B[i] @ A[i], (*B, *A), max(ranks))
+    layers = largest_term_factors(unit_of(stack, math.ceil(terms / stack.layers)), terms)
+    stored, rank = [factor for pair in layers for factor in pair], max(len(A) for _, A in layers)
+    solution = UnitFit(lambda i: torch.mm(*layers[i]), tuple(stored), rank)
     return measured(stack, "allocated", {"terms": terms}, Evidence.CLOSED_FORM, solution)
+
+
+def largest_term_factors(unit: LayerStack, terms: int) -> list[tuple[Tensor, Tensor]]:
+    """Factors B_i (b, r_i) and A_i (r_i, a) of every layer that hold the `terms` largest singular terms of all layers.
+
+    Terms with sigma_ij = 0 are left out.
+    """
+    U, S, Vh = terms_among_largest(unit, terms)
+    cost = sum(unit.shape)
+    [ranks] = allocate_ranks([S], [cost], RankTarget(parameters=terms * cost))
+    return [(U[i, :, :n] * S[i, :n], Vh[i, :n]) for i, n in enumerate(ranks)]
 
 
 def _parameters(layers: int, shape: tuple[int, int], terms: int) -> int:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from rasa_theory.common import at_least, fraction, one_of
 from rasa_theory.methods.allocated import ALLOCATED
+from rasa_theory.methods.block_lora import ALLOCATED_BLOCKS, BLOCK_LORA
 from rasa_theory.methods.fit import Fit
 from rasa_theory.methods.independent import LORA
 from rasa_theory.methods.joint import JOINT_DIAGONAL, JOINT_FULL
@@ -41,6 +42,8 @@ METHODS: dict[str, Method] = {
     for method in (
         LORA,
         ALLOCATED,
+        BLOCK_LORA,
+        ALLOCATED_BLOCKS,
         RASA,
         SHARE_LORA,
         TIED_LORA,

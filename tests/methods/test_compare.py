@@ -22,6 +22,15 @@ def test_configurations_fit_and_are_the_largest():
         assert method.configurations(s, 1) == []
     assert {"rank": 3} in methods.METHODS["lora"].configurations(s, limit)
     assert methods.METHODS["allocated"].configurations(s, 2 * 40 + 39) == [{"terms": 2}]
+    blocks = methods.METHODS["block_lora"]  # a rank of 2 x 2 blocks is as large as two ranks of LoRA
+    assert blocks.configurations(s, limit) == [{"rank": 1, "rows": 2, "columns": 2}]
+    sides = [{"rank": 4, "rows": 2, "columns": 2}, {"rank": 2, "rows": 4, "columns": 4}]
+    assert blocks.configurations(s, methods.lora_parameters(4, (24, 16), 8)) == sides
+    assert blocks.configurations(rt.LayerStack(noise(4, 24, 15)), limit) == []  # no grid has equal blocks
+    assert methods.METHODS["allocated_blocks"].configurations(s, 3 * 20 + 9) == [
+        {"terms": 3, "rows": 2, "columns": 2},
+        {"terms": 6, "rows": 4, "columns": 4},
+    ]
     assert {"rank": 7, "shared": "A"} in methods.METHODS["share_lora"].configurations(s, 7 * (16 + 4 * 24) + 111)
     own = {"rank": 3, "shared_rank": 1}  # L^2 k = 16 numbers of mixing beside those of LoRA
     assert own not in methods.METHODS["rasa"].configurations(s, limit + 15)
@@ -73,6 +82,18 @@ def test_pareto_is_at_parameters_of_each_rank():
         (lambda s: methods.fit_lora(s, 7), r"rank 7 exceeds min\(b, a\) = 6"),
         (lambda s: methods.fit_allocated(s, 2.5), "terms must be a whole number, got 2.5"),
         (lambda s: methods.fit_allocated(s, 19), "terms 19 exceeds 18"),
+        (
+            lambda s: methods.fit_block_lora(s, 4),
+            r"rank 4 exceeds 3, all that can be of use to stack 'stack, 2 x 2 blocks' \(12 layers of 4 x 3\)",
+        ),
+        (
+            lambda s: methods.fit_block_lora(s, 1, 3),
+            "rows 3 does not divide the 8 rows of a layer of 'stack'; give a divisor",
+        ),
+        (lambda s: methods.fit_allocated_blocks(s, 1, 2, 4), "columns 4 does not divide the 6 columns"),
+        (lambda s: methods.fit_block_lora(s, 1, 2, 0), "columns must be at least 1, got 0"),
+        (lambda s: methods.fit_block_lora(s, 0), "rank must be at least 1, got 0"),
+        (lambda s: methods.fit_allocated_blocks(s, 37), "terms 37 exceeds 36"),
         (lambda s: methods.fit_rasa(s, 2, 3), "shared_rank 3 exceeds rank 2"),
         (lambda s: methods.fit_share_lora(s, 2, "C"), "unknown shared 'C'; known: A, B, both"),
         (lambda s: methods.fit_share_lora(s, 7, "A"), r"rank 7 exceeds 6, all that can be of use to stack 'stack'"),

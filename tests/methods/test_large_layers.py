@@ -55,3 +55,32 @@ def test_the_largest_terms_are_found_in_whichever_layer_they_are(small_is_large)
     energies = np.sort(np.linalg.svd(M, compute_uv=False).ravel() ** 2)
     error = METHODS["allocated"].solve(LayerStack(M), terms=12).error
     assert error == pytest.approx(energies[:-12].sum(), rel=1e-5)
+
+
+BLOCKS = [("block_lora", {"rank": 2}), ("allocated_blocks", {"terms": 16})]
+
+
+@pytest.mark.parametrize(("method", "settings"), BLOCKS)
+def test_of_large_blocks_no_decomposition_is_taken(method, settings, small_is_large, monkeypatch):
+    M = falling(2, 240, 220, seed=1) * np.array([1.0, 0.3])[:, None, None]
+    blocks = M.reshape(2, 2, 120, 2, 110).swapaxes(2, 3)
+    energies = np.linalg.svd(blocks, compute_uv=False) ** 2
+    left = energies[..., 2:].sum() if method == "block_lora" else np.sort(energies.ravel())[:-16].sum()
+
+    def refuse(self, *args):
+        raise AssertionError("a decomposition of a large block")
+
+    for name in ("svd", "singular_values", "gram"):
+        monkeypatch.setattr(spectra.ExactDecompositions, name, refuse)
+    error = METHODS[method].solve(LayerStack(M), **settings).error
+    assert left * (1 - 1e-12) <= error <= left + 1e-5 * (M**2).sum()
+
+
+@pytest.mark.parametrize(("method", "settings"), BLOCKS)
+def test_of_small_blocks_of_large_layers_no_layer_is_decomposed(method, settings, small_is_large, monkeypatch):
+    svd, shapes = spectra.ExactDecompositions.svd, []
+    monkeypatch.setattr(
+        spectra.ExactDecompositions, "svd", lambda self: (shapes.append(self._entries.shape), svd(self))[1]
+    )
+    METHODS[method].solve(LayerStack(decaying(2, 120, 110, seed=1)), **settings)
+    assert set(shapes) == {(60, 55)}

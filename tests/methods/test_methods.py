@@ -10,6 +10,7 @@ import torch
 import rasa_theory as rt
 from rasa_theory import methods
 from rasa_theory.methods import Diagonals, Evidence
+from rasa_theory.problem import Factored, normalised_layers
 from tests.helpers import problems
 from tests.helpers.problems import noise, tail
 
@@ -30,6 +31,9 @@ class Example(NamedTuple):
 FITS = {
     "lora": Example("lora", {"rank": 2}, L * 2 * (B + A)),
     "allocated": Example("allocated", {"terms": 2 * L}, L * 2 * (B + A)),
+    "blocks": Example("block_lora", {"rank": 2, "rows": 2, "columns": 2}, L * 2 * (2 * B + 2 * A)),
+    "rows of blocks": Example("block_lora", {"rank": 1, "rows": 2, "columns": 1}, L * (B + 2 * A)),
+    "allocated blocks": Example("allocated_blocks", {"terms": 7, "rows": 2, "columns": 2}, 7 * (B // 2 + A // 2)),
     "rasa": Example("rasa", {"rank": 2, "shared_rank": 1}, L * (B + A) + 3 * (B + A) + L * 3),
     "share A": Example("share_lora", {"rank": 2, "shared": "A"}, 2 * A + L * B * 2),
     "share B": Example("share_lora", {"rank": 2, "shared": "B"}, 2 * B + L * A * 2),
@@ -150,6 +154,101 @@ def test_lora_and_allocated_leave_the_smallest_singular_values():
     assert methods.fit_lora(rt.LayerStack(M), 2).error == pytest.approx(tail(M, 2))
     assert methods.fit_allocated(rt.LayerStack(M), 2 * L).error == pytest.approx(sigma[: -L * 2].sum())
     assert methods.fit_allocated(rt.LayerStack(M), 2).error == pytest.approx(sigma[:-2].sum())  # fewer than layers
+
+
+def cut(M, rows, columns):
+    """The blocks of all layers by numpy, layer by layer and row by row."""
+    return np.stack([block for m in M for strip in np.split(m, rows) for block in np.split(strip, columns, 1)])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (2, 3), (4, 1), (1, 6), (12, 18)])
+def test_block_lora_leaves_what_the_svd_of_every_block_leaves(rows, columns):
+    M = problems.decaying(2, 12, 18)
+    blocks = cut(M, rows, columns)
+    rank, s = min(2, *blocks.shape[1:]), rt.LayerStack(M)
+    found = methods.fit_block_lora(s, rank, rows, columns)
+    assert found.error == pytest.approx(tail(blocks, rank), rel=1e-12, abs=1e-20)
+    U, S, Vh = np.linalg.svd(blocks, full_matrices=False)
+    nearest = (U[:, :, :rank] * S[:, None, :rank]) @ Vh[:, :rank]
+    np.testing.assert_allclose(cut([found.update(i).numpy() for i in range(2)], rows, columns), nearest, atol=1e-12)
+    terms = 2 * rows * columns  # one a block, if they were equal
+    squares = np.sort(S.ravel() ** 2)[::-1]
+    allocated = methods.fit_allocated_blocks(s, terms, rows, columns)
+    assert allocated.error == pytest.approx(squares[terms:].sum(), rel=1e-12, abs=1e-20)
+    assert allocated.error <= methods.fit_block_lora(s, 1, rows, columns).error * (1 + 1e-12)
+
+
+def test_a_grid_of_one_block_is_lora():
+    s = rt.LayerStack(STACKS["decaying"])
+    one, lora = methods.fit_block_lora(s, 2, 1, 1), methods.fit_lora(s, 2)
+    assert (one.error, one.parameters, one.update_rank) == (pytest.approx(lora.error), lora.parameters, 2)
+    one, allocated = methods.fit_allocated_blocks(s, 5, 1, 1), methods.fit_allocated(s, 5)
+    assert (one.error, one.parameters) == (pytest.approx(allocated.error), allocated.parameters)
+    assert one.update_rank == allocated.update_rank
+    torch.testing.assert_close(one.update(2), allocated.update(2))
+
+
+def test_four_unlike_blocks_of_rank_one_are_no_matrix_of_rank_two():
+    u, v = noise(4, 6, 1, 1), noise(4, 1, 5, 2)
+    M = np.block([[u[0] @ v[0], u[1] @ v[1]], [u[2] @ v[2], u[3] @ v[3]]])[None]
+    blocks, lora = methods.fit_block_lora(rt.LayerStack(M), 1), methods.fit_lora(rt.LayerStack(M), 2)
+    assert blocks.parameters == lora.parameters == 2 * (12 + 10)
+    assert blocks.error < 1e-24
+    assert blocks.update_rank == np.linalg.matrix_rank(M[0]) == 4
+    assert lora.error == pytest.approx(tail(M, 2))
+    assert lora.error > 0.05 * (M**2).sum()
+
+
+def test_a_matrix_of_rank_two_is_no_four_blocks_of_rank_one():
+    M = noise(1, 12, 2, 1) @ noise(1, 2, 10, 2)
+    blocks, lora = methods.fit_block_lora(rt.LayerStack(M), 1), methods.fit_lora(rt.LayerStack(M), 2)
+    assert blocks.parameters == lora.parameters
+    assert lora.error < 1e-24
+    assert blocks.error == pytest.approx(tail(cut(M, 2, 2), 1))
+    assert blocks.error > 0.05 * (M**2).sum()
+
+
+def test_a_block_diagonal_matrix_needs_ranks_on_its_diagonal_alone():
+    """Equal ranks pay for the zeros: then LoRA of the same size is exact as well. Allocated ranks do not."""
+    M = np.zeros((1, 12, 10))
+    M[0, :6, :5], M[0, 6:, 5:] = noise(2, 6, 2, 1) @ noise(2, 2, 5, 2)
+    s = rt.LayerStack(M)
+    equal, lora = methods.fit_block_lora(s, 2), methods.fit_lora(s, 4)
+    assert equal.parameters == lora.parameters
+    assert max(equal.error, lora.error) < 1e-24
+    allocated, lora = methods.fit_allocated_blocks(s, 4), methods.fit_lora(s, 2)
+    assert allocated.parameters == lora.parameters
+    assert allocated.error < 1e-24
+    assert allocated.update_rank == 4
+    assert lora.error == pytest.approx(tail(M, 2))
+    assert lora.error > 0.01 * (M**2).sum()
+
+
+@pytest.mark.parametrize("name", ["rows of blocks", "blocks", "allocated blocks"])
+def test_blocks_of_transposed_layers_are_transposed_blocks(name):
+    s, example = rt.LayerStack(noise(3, 8, 6)), FITS[name]
+    turned = example.settings | {"rows": example.settings["columns"], "columns": example.settings["rows"]}
+    found = methods.METHODS[example.method].solve(s.transpose(), **turned)
+    assert found.error == pytest.approx(example.fit(s).error)
+    assert found.parameters == example.parameters
+    torch.testing.assert_close(found.update(1), example.fit(s).update(1).mT)
+    assert found.error == pytest.approx(direct(s.values.mT, found))
+
+
+def test_blocks_are_read_from_any_storage():
+    B, A = torch.as_tensor(noise(3, 8, 4, 1)), torch.as_tensor(noise(3, 4, 6, 2))
+    dense = B @ A
+    stored = {
+        "factors": rt.LayerStack(Factored(B, A)),
+        "unit view": rt.LayerStack(5 * dense).unit(),
+        "half precision": rt.LayerStack(dense.half()),
+        "layers of unit norm": normalised_layers(rt.LayerStack(dense))[0],
+    }
+    for name, s in stored.items():
+        found = methods.fit_block_lora(s, 1)
+        M = s.values.double().numpy()
+        assert found.error == pytest.approx(tail(cut(M, 2, 2), 1), rel=1e-5), name
+        assert found.error == pytest.approx(direct(M, found), rel=1e-9), name
 
 
 def test_rasa_without_a_pool_is_lora_and_keeps_its_floor():

@@ -1,5 +1,6 @@
 """The steps that methods alternate: diagonals, the choice from a bank, and the loop."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,34 @@ def test_each_further_vector_of_a_bank_brings_nearer_and_none_is_taken_twice():
     assert distances[2] < distances[1] < distances[0]
     nearest = torch.cdist(points, vectors).argmin(1)
     assert torch.equal(choose_vectors(points, vectors, 1).indices[:, 0], nearest)
+
+
+def greedy(x, vectors, count):
+    """What `choose_vectors` does for one point, by a search over all vectors and a fine grid of t."""
+    t = np.linspace(0, 1, 4001)[:, None]
+    used = [int(((vectors - x) ** 2).sum(1).argmin())]
+    y, weights = vectors[used[0]], [1.0]
+    for _ in range(count - 1):
+        losses = {n: ((x - (1 - t) * y - t * v) ** 2).sum(1) for n, v in enumerate(vectors) if n not in used}
+        best = min(losses, key=lambda n: losses[n].min())
+        step = float(t[losses[best].argmin(), 0])
+        y, weights = (1 - step) * y + step * vectors[best], [w * (1 - step) for w in weights] + [step]
+        used.append(best)
+    return used, weights, y
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_each_vector_is_chosen_for_the_mixture_of_those_before_it(count):
+    """From the third on, the mixture is no longer the nearest vector."""
+    points, vectors = noise(1, 30, 4, 1)[0], noise(1, 12, 4, 2)[0]
+    bank = choose_vectors(torch.as_tensor(points), torch.as_tensor(vectors), count)
+    mixtures = bank.sub_vectors().numpy()
+    for n, x in enumerate(points):
+        used, weights, y = greedy(x, vectors, count)
+        if min(weights) > 2e-3:  # smaller weights are raised, and which vector has the weight 0 is arbitrary
+            assert bank.indices[n].tolist() == used
+            np.testing.assert_allclose(bank.logits[n].softmax(0), weights, atol=1e-3)
+            np.testing.assert_allclose(mixtures[n], y, atol=5e-3)
 
 
 def test_the_loop_keeps_every_error_and_goes_on_from_the_lowest_start():
