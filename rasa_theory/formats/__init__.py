@@ -10,6 +10,7 @@ from rasa_theory.formats.adapter_files import (
 from rasa_theory.formats.architecture import Architecture, architecture, why_unknown
 from rasa_theory.formats.base_model import OUTPUT_LAYERS, BaseModel, task_heads
 from rasa_theory.formats.checkpoint import Checkpoint
+from rasa_theory.formats.halves import write_halves
 from rasa_theory.formats.kohya import (
     KOHYA_FILE,
     KohyaFile,
@@ -153,5 +154,6 @@ __all__ = [
     "task_heads",
     "whole_key",
     "why_unknown",
+    "write_halves",
     "write_safetensors",
 ]

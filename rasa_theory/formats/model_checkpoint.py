@@ -17,7 +17,7 @@ from rasa_theory.formats.checkpoint import Checkpoint
 from rasa_theory.formats.orientation import oriented
 from rasa_theory.formats.roles import Place, Role, place_by_name
 from rasa_theory.formats.tensors import Entry, is_floating
-from rasa_theory.problem import FileRows
+from rasa_theory.problem import Part
 
 
 class ModelCheckpoint:
@@ -88,7 +88,7 @@ class ModelCheckpoint:
         """Whether the parameter is one tensor of a file, as it is, so that `part` can read it."""
         return self._parameters[name].made_of is None
 
-    def part(self, name: str) -> FileRows:
+    def part(self, name: str) -> Part:
         """The rows of a parameter, read in blocks on demand.
 
         Raises InputError as `read` does, and for a parameter that is made of others: it has no rows in a file.

@@ -1,61 +1,59 @@
-"""The real fine-tuning updates that come with the package."""
+"""The real fine-tuning updates that come with the package, or with its repository."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
-from importlib.resources.abc import Traversable
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rasa_theory.common import InputError
-from rasa_theory.distributed import ALONE, LayerSharding, Processes
-from rasa_theory.formats import opened
-from rasa_theory.problem import LayerStack
-from rasa_theory.sources.catalogue import Catalogue, StackSource
+from rasa_theory.formats import Checkpoint
+from rasa_theory.sources.catalogue import Catalogue, Reader, catalogue_of
 
-BUNDLED = {"minilm-code": "minilm_code"}
+
+class BundledSet(NamedTuple):
+    """The stem of the two files of a set, and the command that makes them in a clone of the repository."""
+
+    stem: str
+    command: str
+
+
+BUNDLED = {
+    "minilm-code": BundledSet("minilm_code", "python -m experiments.finetune --seeds 0 1 --ship 0"),
+    "mpnet-code": BundledSet("mpnet_code", "python -m experiments.finetune --model mpnet --seeds 0 1 --ship 0"),
+}
 DEFAULT = "minilm-code"
-_KINDS = ("query", "key", "value", "attention_output")
+_KINDS = ("query", "key", "value", "attention_output", "intermediate", "output")
 
 
 def open_bundled(name: str, memory: int | None = None) -> Catalogue:
-    """The stacks of a bundled set: tuned - base of query, key, value and attention output, (6, 384, 384) each.
+    """The stacks of a bundled set: tuned - base of some kinds of linear layers, (L, b, a) each, in float64.
 
-    The file holds half precision times 2^s, with s in the metadata. Loading undoes the scale exactly, in float64,
-    before the conversion to another dtype. Raises InputError for an unknown name.
+    Of minilm-code these are query, key, value and attention output, (6, 384, 384) each. Raises InputError for an
+    unknown name, and for a set whose file is not here.
     """
-    resource = _resource(name, "safetensors")
-    with importlib.resources.as_file(resource) as path, opened(path) as tensors:
-        shapes = {kind: tuple(tensors.get_slice(kind).get_shape()) for kind in _KINDS}
-    return Catalogue(name, [_stack_source(resource, kind, shapes[kind], memory) for kind in _KINDS], [])
+    disk = Checkpoint(_file(name, "safetensors"))
+    entries = sorted(disk.entries.values(), key=lambda entry: _KINDS.index(entry.name))
+    return catalogue_of(name, entries, Reader(disk.read, disk.file_of, disk.part), memory=memory)
 
 
 def provenance(name: str) -> dict[str, Any]:
     """The origin of a bundled set: model, data, training settings, retrieval before and after.
 
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and for a set whose file is not here.
     """
-    facts: dict[str, Any] = json.loads(_resource(name, "json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads(_file(name, "json").read_text(encoding="utf-8"))
     return facts
 
 
-def _resource(name: str, suffix: str) -> Traversable:
+def _file(name: str, suffix: str) -> Path:
     if name not in BUNDLED:
         raise InputError(f"no bundled set is named {name!r}; there are: {', '.join(BUNDLED)}")
-    return importlib.resources.files("rasa_theory") / "data" / f"{BUNDLED[name]}.{suffix}"
-
-
-def _stack_source(resource: Traversable, kind: str, shape: tuple[int, int, int], memory: int | None) -> StackSource:
-    def load(
-        dtype: torch.dtype | None, device: torch.device | None, processes: Processes = ALONE, tf32: bool = False
-    ) -> LayerStack:
-        sharding = LayerSharding.of(shape[0], processes)
-        with importlib.resources.as_file(resource) as path, opened(path) as tensors:
-            half = tensors.get_slice(kind)[sharding.local]
-            s = int(tensors.metadata()[f"{kind}.log2_scale"])
-        return LayerStack(half.double() * 2.0**-s, kind, dtype, device, memory, sharding, tf32=tf32)
-
-    L, b, a = shape
-    return StackSource(kind, L, (b, a), load, (kind,))
+    file = Path(str(importlib.resources.files("rasa_theory"))) / "data" / f"{BUNDLED[name].stem}.{suffix}"
+    if not file.is_file():
+        raise InputError(
+            f"the set {name} is not in this installation ({file} is missing): wheels leave it out for its size; "
+            f"in a clone of the repository it is made by {BUNDLED[name].command}"
+        )
+    return file

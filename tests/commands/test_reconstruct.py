@@ -550,7 +550,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "cut.npy": (b"\x93NUMPY\x01", "not a sound .npy file"),
     "cut.safetensors": (b"\x10\0\0\0\0\0\0\0{", "not a sound safetensors file"),
     "forged.safetensors": (b"\xff" * 7 + b"\x3f{}", "not a sound safetensors file"),
-    "missing.npy": (None, "does not exist; give a file, a directory or a bundled set (minilm-code)"),
+    "missing.npy": (None, "does not exist; give a file, a directory or a bundled set (minilm-code, mpnet-code)"),
 }
 
 

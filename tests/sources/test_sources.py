@@ -27,7 +27,7 @@ from rasa_theory import (
     solve_lora,
     solve_rasa,
 )
-from rasa_theory.formats import Entry
+from rasa_theory.formats import Entry, write_halves
 from rasa_theory.problem import normalised_layers
 from rasa_theory.sources import (
     BUNDLED,
@@ -562,7 +562,7 @@ def test_the_keys_of_a_stack() -> None:
 
 
 def test_bundled_stacks_are_the_file_with_its_scale_undone() -> None:
-    assert list(BUNDLED) == ["minilm-code"]
+    assert list(BUNDLED) == ["minilm-code", "mpnet-code"]
     stacks, left_out = load("minilm-code")
     assert [s.name for s in stacks] == ["query", "key", "value", "attention_output"]
     assert left_out == []
@@ -580,8 +580,26 @@ def test_bundled_provenance() -> None:
     facts = provenance("minilm-code")
     assert facts["model"] == "all-MiniLM-L6-v2"
     assert set(facts["kinds"]) == {s.name for s in open_source("minilm-code").stacks}
-    with pytest.raises(InputError, match="no bundled set is named 'minilm'; there are: minilm-code"):
+    with pytest.raises(InputError, match="no bundled set is named 'minilm'; there are: minilm-code, mpnet-code"):
         provenance("minilm")
+
+
+def test_a_bundled_set_is_read_where_its_file_is_and_a_sentence_says_what_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
+    for ask in (open_source, provenance):
+        with pytest.raises(InputError, match=r"^the set mpnet-code is not in .* experiments.finetune --model mpnet --"):
+            ask("mpnet-code")
+    (tmp_path / "data").mkdir()
+    values = {kind: 1e-6 * torch.rand(12, 7, 7) for kind in ("attention_output", "output", "query")}
+    write_halves(values, tmp_path / "data" / "mpnet_code.safetensors")
+    (tmp_path / "data" / "mpnet_code.json").write_text('{"model": "all-mpnet-base-v2"}', encoding="utf-8")
+    stacks, left_out = load("mpnet-code")
+    assert [stack.name for stack in stacks] == ["query", "attention_output", "output"]
+    assert left_out == []
+    assert all(torch.allclose(stack.values.float(), values[stack.name], rtol=2**-11, atol=0) for stack in stacks)
+    assert provenance("mpnet-code") == {"model": "all-mpnet-base-v2"}
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -683,7 +701,7 @@ def test_damaged_archives_are_refused_at_opening_or_loading(tmp_path: Path) -> N
 
 def test_sources_that_do_not_exist_or_hold_no_stack(tmp_path: Path) -> None:
     for name in ("nowhere", "", "x" * 5000, "a\0b"):
-        with pytest.raises(InputError, match=r"does not exist; give a file, .* \(minilm-code\)"):
+        with pytest.raises(InputError, match=r"does not exist; give a file, .* \(minilm-code, mpnet-code\)"):
             open_source(name)
     (tmp_path / "a.csv").write_text("1,2")
     with pytest.raises(InputError, match=r"kind of file '.csv' is not known; give a .safetensors, .npy or .npz file"):
