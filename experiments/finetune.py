@@ -58,6 +58,7 @@ from experiments.models.training import info_nce, ranks, rate_at, shuffled_batch
 from experiments.models.wheels import versions
 from rasa_theory.common import InputError, RunFolder, locked, plan_of, writable_folder, write_json
 from rasa_theory.formats import Checkpoint, write_halves
+from rasa_theory.problem import compute_device
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -186,39 +187,40 @@ class TrainingRun:
         self.job, self.seed = job, seed
         self.folder = writable_folder(runs / f"{job.name}-{job.task}-seed-{seed}")
         self.updates = self.folder / "updates.safetensors"
-        self._record = self.folder / "run.json"
         self._lock = locked(self.folder / "lock", f"another process trains in {self.folder}; wait for it, or stop it")
-        self._plan = job.plan(seed)
-        if difference := RunFolder(self.folder, self._plan, self._record, "plan").difference():
+        self._file = self.folder / "run.json"
+        record = RunFolder(self.folder, job.plan(seed), self._file, "plan")
+        if difference := record.difference():
             raise InputError(
                 f"{self.folder} holds a run that differs in {difference}; delete it, or name another folder with --runs"
             )
+        self.record = record.recorded() or {"plan": record.plan}
 
-    def result(self, snapshot_seconds: float = 300.0) -> dict[str, Any]:
-        """Return retrieval before and after, losses, and norms and ranks of the update; trains if that is not done."""
-        record = RunFolder(self.folder, self._plan, self._record, "plan").recorded() or {"plan": self._plan}
+    def finish(self, before: dict[str, float], snapshot_seconds: float = 300.0) -> None:
+        """Train, unless that is done: then `record` has losses, norms and ranks of the update, and retrieval after it.
+
+        `before` is retrieval before training.
+        """
         job, snapshot = self.job, Snapshot(self.folder / "snapshot.pt", snapshot_seconds)
-        if "before" not in record:
+        if "before" not in self.record:
             snapshot.remove()  # it would be of another run
-            record["before"] = retrieval(job.base, job.test, job.settings)
-            write_json(self._record, record)
-        if "after" in record:
-            return record
-        print(f"seed {self.seed}: before {record['before']}", flush=True)
+            self.record["before"] = before
+            write_json(self._file, self.record)
+        if "after" in self.record:
+            return
         tuned = job.base.clone()
         losses = finetune(tuned, job.train, job.settings, self.seed, snapshot)
         deltas = updates(job.model, job.base.model, tuned.model)
         write_halves(deltas, self.updates)
-        record |= {
+        self.record |= {
             "update": update_statistics(job.model, job.base.model, deltas),
             "losses": losses,
             "seconds": round(snapshot.seconds, 1),
             "after": retrieval(tuned, job.test, job.settings),
         }
-        write_json(self._record, record)
+        write_json(self._file, self.record)
         snapshot.remove()
-        print(f"seed {self.seed}: after {record['after']}, {record['seconds']} s", flush=True)
-        return record
+        print(f"seed {self.seed}: {self.record['after']} after {self.record['seconds']} s", flush=True)
 
     def ship(self, kinds: Sequence[str], file: Path) -> None:
         """Write the updates of some kinds to another file."""
@@ -226,10 +228,11 @@ class TrainingRun:
         write_halves({kind: disk.read(kind) for kind in kinds}, file)
 
 
-def summary(seed: int, record: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """Return a run as the provenance lists it."""
+def summary(run: TrainingRun, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return a finished run as the provenance lists it."""
+    record = run.record
     return {
-        "seed": seed,
+        "seed": run.seed,
         "after": record["after"],
         "first_loss": float(np.mean(record["losses"][:20])),
         "last_loss": float(np.mean(record["losses"][-20:])),
@@ -241,7 +244,8 @@ def summary(seed: int, record: dict[str, Any], kinds: Sequence[str]) -> dict[str
 # --------------------------------------------------------------------------------------------------- the command
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parsed(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser and the arguments, with the defaults of the model put in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -257,44 +261,75 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     parser.add_argument("--runs", type=Path, default=Path("rasa-finetune"), help="folder of all runs (rasa-finetune)")
     parser.add_argument("--out", type=Path, default=Path("rasa_theory/data"), help="(rasa_theory/data)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     model = MODELS[args.model]
-    ship, kinds = args.seeds[0] if args.ship is None else args.ship, args.kinds or model.shipped
-    if ship not in args.seeds:
-        parser.error(f"--ship {ship} is not one of --seeds {args.seeds}")
-    if unknown := [kind for kind in kinds if kind not in model.kinds]:
+    args.ship = args.seeds[0] if args.ship is None else args.ship
+    args.kinds = list(model.shipped) if args.kinds is None else args.kinds
+    args.steps = model.settings.steps if args.steps is None else args.steps
+    args.learning_rate = model.settings.learning_rate if args.learning_rate is None else args.learning_rate
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {args.seeds} names a seed twice")
+    if args.ship not in args.seeds:
+        parser.error(f"--ship {args.ship} is not one of --seeds {args.seeds}")
+    if unknown := [kind for kind in args.kinds if kind not in model.kinds]:
         parser.error(f"--kinds {unknown[0]!r} is none of {', '.join(model.kinds)}")
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
-    torch.set_num_threads(args.threads)
-    changed = {"steps": args.steps, "learning_rate": args.learning_rate}
-    settings = replace(model.settings, **{name: value for name, value in changed.items() if value is not None})
+    if args.steps < 1 or args.threads < 1:
+        parser.error(f"--steps and --threads must be at least 1, got {args.steps} and {args.threads}")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning-rate must be positive, got {args.learning_rate}")
+    return parser, args
+
+
+def prepared(args: argparse.Namespace) -> Job:
+    """Collect the texts and read the model. Raises InputError if one of them cannot be had."""
+    model = MODELS[args.model]
+    model.folder()  # before texts are collected, which takes a while
+    settings = replace(model.settings, steps=args.steps, learning_rate=args.learning_rate)
+    device = compute_device(args.device)
+    train, test = split_by_module(pairs_of(args.task, args.data), settings.split)
+    return Job(args.model, args.task, settings, train, test, Encoder.pretrained(args.model).to(device))
+
+
+def trained(job: Job, folder: Path, seeds: Sequence[int]) -> list[TrainingRun]:
+    """Return the finished runs of these seeds; what is finished in the folder is not done again."""
+    runs = [TrainingRun(folder, job, seed) for seed in seeds]
+    before = next((run.record["before"] for run in runs if "before" in run.record), None)
+    before = before or retrieval(job.base, job.test, job.settings)
+    print(f"{len(job.train)} training and {len(job.test)} test pairs; before: {before}", flush=True)
+    for run in runs:
+        run.finish(before)
+    return runs
+
+
+def provenance(job: Job, runs: Sequence[TrainingRun], args: argparse.Namespace) -> dict[str, Any]:
+    """Return all about the runs, one of which is shipped, as plain data."""
+    return {
+        "model": job.model.name,
+        "package": versions(job.model.wheels),
+        "task": TASKS[job.task][1],
+        "python_of_the_data": cached(args.data, "python", platform.python_version),
+        "settings": asdict(job.settings),
+        "pairs": {"train": len(job.train), "test": len(job.test)},
+        "before": runs[0].record["before"],
+        "runs": [summary(run, args.kinds) for run in runs],
+        "shipped_seed": args.ship,
+        "kinds": {kind: job.model.kinds[kind] for kind in args.kinds},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "machine": machine(job.base.device),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
+    parser, args = parsed(words)
+    torch.set_num_threads(args.threads)
     try:
-        model.folder()  # before texts are collected, which takes a while
-        train, test = split_by_module(pairs_of(args.task, args.data), settings.split)
-        base = Encoder.pretrained(args.model).to(args.device)
-        print(f"{len(train)} training and {len(test)} test pairs", flush=True)
-        runs = [TrainingRun(args.runs, Job(args.model, args.task, settings, train, test, base), n) for n in args.seeds]
-        records = [run.result() for run in runs]
-        provenance = {
-            "model": model.name,
-            "package": versions(model.wheels),
-            "task": TASKS[args.task][1],
-            "python_of_the_data": cached(args.data, "python", platform.python_version),
-            "settings": asdict(settings),
-            "pairs": {"train": len(train), "test": len(test)},
-            "before": records[0]["before"],
-            "runs": [summary(seed, record, kinds) for seed, record in zip(args.seeds, records, strict=True)],
-            "shipped_seed": ship,
-            "kinds": {kind: model.kinds[kind] for kind in kinds},
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "machine": machine(base.device),
-            "command": shlex.join(["python", "-m", "experiments.finetune", *words]),
-        }
+        job = prepared(args)
+        runs = trained(job, args.runs, args.seeds)
         file = writable_folder(args.out) / f"{args.model}_{args.task}.safetensors"
-        runs[args.seeds.index(ship)].ship(kinds, file)
-        write_json(file.with_suffix(".json"), provenance)
+        runs[args.seeds.index(args.ship)].ship(args.kinds, file)
+        command = shlex.join(["python", "-m", "experiments.finetune", *words])
+        write_json(file.with_suffix(".json"), provenance(job, runs, args) | {"command": command})
         print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB) and its provenance")
     except InputError as error:
         parser.error(str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.models import sentences
+from rasa_theory.common import InputError
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def split_by_module(pairs: list[Pair], split: Split) -> tuple[list[Pair], list[P
     """Return training and test pairs from disjoint modules; a hash of the module's name decides, not a seed.
 
     Modules of more than `test_module_limit` pairs are trained on, so that no single module decides the test.
-    Raises ValueError if there are fewer pairs than `split` asks for.
+    Raises InputError if there are fewer pairs than `split` asks for.
     """
     order = sorted({pair.module for pair in pairs}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     of_module: dict[str, list[Pair]] = {}
@@ -116,9 +117,9 @@ def split_by_module(pairs: list[Pair], split: Split) -> tuple[list[Pair], list[P
         (test if held_out else train).extend(of_module[module])
     test, train = test[: split.test_pairs], _shuffled(train)[: split.train_pairs]
     if len(train) < split.train_pairs or len(test) < split.test_pairs:
-        raise ValueError(
+        raise InputError(
             f"found {len(train)} training and {len(test)} test pairs; "
-            f"{split.train_pairs} and {split.test_pairs} were asked for"
+            f"{split.train_pairs} and {split.test_pairs} were asked for; are the sources of Python installed?"
         )
     return train, test
 

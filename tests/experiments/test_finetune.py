@@ -283,7 +283,10 @@ def test_a_snapshot_of_an_unknown_run_is_not_taken_up(
         (["--learning-rate", "1e-3"], r"holds a run that differs in settings \(learning_rate\)"),
         (["--ship", "7"], r"--ship 7 is not one of --seeds \[0, 1\]"),
         (["--kinds", "norm"], "--kinds 'norm' is none of query, key, value, attention_output, intermediate, output"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "0"], "--steps and --threads must be at least 1, got 0 and "),
+        (["--learning-rate", "0"], "--learning-rate must be positive, got 0"),
+        (["--seeds", "2", "3", "2"], r"--seeds \[2, 3, 2\] names a seed twice"),
+        (["--device", "abacus"], "abacus"),
     ],
 )
 def test_other_settings_are_refused_in_a_sentence(
