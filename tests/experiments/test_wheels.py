@@ -82,6 +82,30 @@ def test_parts_with_another_digest_are_refused_and_leave_nothing(install: Instal
     assert list(cache_folder().iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_to_is_named(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    with pytest.raises(InputError, match=r"cannot be unpacked into .*taken/rasa-theory/.*: Not a directory; make room"):
+        parts(install, archive()).folder()
+
+
+def test_another_process_that_was_faster_is_no_fault(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = parts(install, archive())
+    join = InZipParts._join
+
+    def overtaken(self: InZipParts, whole: Path) -> None:
+        join(self, whole)
+        monkeypatch.setattr(InZipParts, "_join", join)
+        self.folder()
+
+    monkeypatch.setattr(InZipParts, "_join", overtaken)
+    folder = wheels.folder()
+    assert (folder / "config.json").read_bytes() == FILES["model/config.json"]
+    assert list(cache_folder().iterdir()) == [folder.parent]
+
+
 def test_a_package_without_its_part_is_named(install: Install) -> None:
     wheels = parts(install, archive())
     install(PACKAGES[1], {"y/input/m.zip.001": b"another number"})
