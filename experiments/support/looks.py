@@ -36,6 +36,7 @@ METHODS = {
     "share_basis": Look(methods.METHODS["share_basis"].title, style.BLUE, "h:"),
     "tied_lora": Look(methods.METHODS["tied_lora"].title, style.SKY, "P-"),
     "vb_lora": Look(methods.METHODS["vb_lora"].title, style.GREEN, "X-"),
+    "mos": Look(methods.METHODS["mos"].title, style.GREEN, "X--"),
     "one_sided": Look(methods.METHODS["one_sided"].title, style.ORANGE, "<-"),
     "share_lora": Look(methods.METHODS["share_lora"].title, style.ORANGE, ">--"),
     "vera": Look(methods.METHODS["vera"].title, style.GREY, "*:"),

@@ -10,6 +10,7 @@ from rasa_theory.methods.fit import Evidence, Fit, Settings, residual
 from rasa_theory.methods.independent import fit_lora
 from rasa_theory.methods.joint import fit_joint, joint_floor
 from rasa_theory.methods.method import Method, largest
+from rasa_theory.methods.mos import Shards, fit_mos
 from rasa_theory.methods.one_sided import fit_one_sided
 from rasa_theory.methods.pooled import fit_rasa
 from rasa_theory.methods.share_basis import fit_share_basis
@@ -27,6 +28,7 @@ __all__ = [
     "Fit",
     "Method",
     "Settings",
+    "Shards",
     "Steps",
     "allowed",
     "alternate",
@@ -39,6 +41,7 @@ __all__ = [
     "fit_block_lora",
     "fit_joint",
     "fit_lora",
+    "fit_mos",
     "fit_one_sided",
     "fit_rasa",
     "fit_share_basis",

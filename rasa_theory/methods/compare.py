@@ -28,6 +28,7 @@ from rasa_theory.methods.fit import Fit
 from rasa_theory.methods.independent import LORA
 from rasa_theory.methods.joint import JOINT_DIAGONAL, JOINT_FULL
 from rasa_theory.methods.method import Method
+from rasa_theory.methods.mos import MOS
 from rasa_theory.methods.one_sided import ONE_SIDED
 from rasa_theory.methods.pooled import RASA
 from rasa_theory.methods.share_basis import SHARE_BASIS
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
         TIED_LORA,
         VERA,
         VB_LORA,
+        MOS,
         JOINT_FULL,
         JOINT_DIAGONAL,
         ONE_SIDED,

@@ -56,7 +56,7 @@ class Diagonals(NamedTuple):
         G = (W.mT @ W) * AA
         g = (W * MA).sum(0) - G @ u
         size = (norm + (u @ G @ u).clamp_min(0).sqrt()).reshape(1)
-        return u + _increment(G, g[:, None], size, self.shape)[:, 0]
+        return u + increment(G, g[:, None], size, self.shape)[:, 0]
 
     def refit_v(self, MA: Tensor, norms: Tensor) -> Diagonals:
         """The best v_i (b,) of every layer, from MA_i = M_i A^T (L, b, r) and the norms ||M_i|| (L,).
@@ -68,7 +68,7 @@ class Diagonals(NamedTuple):
         g = (MA * C).sum(2) - self.v * squares
         sizes = (norms[:, None] + self.v.abs() * squares.clamp_min(0).sqrt())[..., None]
         return self._replace(
-            v=self.v + _increment(squares[..., None, None], g[..., None, None], sizes, self.shape)[..., 0, 0]
+            v=self.v + increment(squares[..., None, None], g[..., None, None], sizes, self.shape)[..., 0, 0]
         )
 
     def refit_B(self, MA: Tensor, size: Tensor) -> Diagonals:
@@ -79,7 +79,7 @@ class Diagonals(NamedTuple):
         v, B, u, A = self
         G = torch.einsum("ls,lj,lk->sjk", v * v, u, u) * (A @ A.mT)
         g = torch.einsum("ls,lj,lsj->sj", v, u, MA) - (G @ B[..., None])[..., 0]
-        return self._replace(B=B + _increment(G, g[..., None], size.reshape(1, 1), self.shape)[..., 0])
+        return self._replace(B=B + increment(G, g[..., None], size.reshape(1, 1), self.shape)[..., 0])
 
     def refit_A(self, MW: Tensor, size: Tensor) -> Diagonals:
         """The best A, from sum_i M_i^T W_i (a, r) with W_i = `scaled_B`; `size` as in `refit_B`.
@@ -88,7 +88,7 @@ class Diagonals(NamedTuple):
         """
         W = self.scaled_B()
         G = (W.mT @ W).sum(0)
-        return self._replace(A=self.A + _increment(G, MW.mT - G @ self.A, size.reshape(1), self.shape))
+        return self._replace(A=self.A + increment(G, MW.mT - G @ self.A, size.reshape(1), self.shape))
 
     def evened(self) -> Diagonals:
         """The same updates with unit columns in B, unit rows in A and v_i of mean square 1; u_i takes their scale."""
@@ -104,7 +104,7 @@ def beyond(f: Diagonals, before: Diagonals, stride: float) -> Diagonals:
     return Diagonals(*(x + stride * (x - y) for x, y in zip(f, before, strict=True)))
 
 
-def _increment(gram: Tensor, g: Tensor, sizes: Tensor, shape: tuple[int, int]) -> Tensor:
+def increment(gram: Tensor, g: Tensor, sizes: Tensor, shape: tuple[int, int]) -> Tensor:
     """The step x that minimises x^T G x - 2 x^T g as far as rounding lets one trust: (..., n, n), (..., n, m).
 
     g is a difference of products with M_i and with its update. Its rounding error is estimated from `sizes` (..., 1),

@@ -36,6 +36,9 @@ def test_configurations_fit_and_are_the_largest():
     assert own not in methods.METHODS["rasa"].configurations(s, limit + 15)
     assert own in methods.METHODS["rasa"].configurations(s, limit + 16)
     assert methods.METHODS["tied_lora"].configurations(s, 5 * 40 + 4 * (24 + 5)) == [{"rank": 5}]
+    assert methods.METHODS["mos"].configurations(s, limit + 39) == [
+        {"rank": 6, "pool_rank": 3, "private_rank": p, "shards": 4} for p in (1, 2)
+    ]
     assert methods.METHODS["vera"].configurations(s, 4 * (24 + 6)) == [{"rank": 6}]
     assert methods.METHODS["joint_full"].configurations(s, 3 * 40 + 4 * 9) == [{"rank": 3, "core": "full"}]
     assert methods.METHODS["joint_diagonal"].configurations(s, 5 * 44) == [{"rank": 5, "core": "diagonal"}]
@@ -105,6 +108,14 @@ def test_pareto_is_at_parameters_of_each_rank():
             "length 5 does not divide the layers of 8 x 6; give a divisor of 2",
         ),
         (lambda s: methods.fit_vb_lora(s, 2, 2, 2, 3), "topk 3 exceeds the 2 vectors of the bank"),
+        (lambda s: methods.fit_mos(s, 2, 1, 0, 4), "shards 4 does not divide the layers of 8 x 6; give a divisor of 2"),
+        (lambda s: methods.fit_mos(s, 2, 3, 3, 2), "private_rank 3 exceeds 2, the smaller of rank and pool_rank"),
+        (lambda s: methods.fit_mos(s, 7, 3, 0, 2), "rank 7 exceeds 6"),
+        (
+            lambda s: methods.fit_mos(s, 3, 2, 2, 2),
+            "rank 3 needs 1 vectors a layer beside the private ones, and the shared part of the pool has 0",
+        ),
+        (lambda s: methods.fit_mos(s, 2, 1, 0, 2, max_sweeps=0), "max_sweeps must be at least 1, got 0"),
         (lambda s: methods.fit_joint(s, 7), "rank 7 exceeds 6"),
         (lambda s: methods.fit_joint(s, 2, "sparse"), "unknown core 'sparse'; known: full, diagonal"),
         (lambda s: methods.fit_one_sided(s, 0, 0), r"private_rank \+ shared_rank must be at least 1, got 0"),

@@ -41,6 +41,10 @@ FITS = {
     "tied": Example("tied_lora", {"rank": 3}, 3 * (A + B) + L * (B + 3)),
     "vera": Example("vera", {"rank": 5}, L * (B + 5)),
     "vb": Example("vb_lora", {"rank": 2, "bank": 8, "length": 2, "topk": 2}, 8 * 2 + L * 2 * (A + B) // 2 * (2 + 1)),
+    "mos": Example("mos", {"rank": 2, "pool_rank": 1, "private_rank": 0, "shards": 2}, L * (A + B)),
+    "mos, one term private": Example(
+        "mos", {"rank": 4, "pool_rank": 2, "private_rank": 1, "shards": 2}, L * 2 * (A + B)
+    ),
     "joint full": Example("joint_full", {"rank": 3, "core": "full"}, 3 * (A + B) + L * 9),
     "joint diagonal, L divides R": Example("joint_diagonal", {"rank": 3, "core": "diagonal"}, 3 * (A + B + L)),
     "joint diagonal, R = 4": Example("joint_diagonal", {"rank": 4, "core": "diagonal"}, 4 * (A + B + L)),
@@ -365,6 +369,44 @@ def test_a_bank_falls_below_where_it_begins_and_rises_nowhere():
     found = methods.fit_vb_lora(rt.LayerStack(STACKS["decaying"]), 2, bank=10, length=2)
     assert found.error < 0.9 * found.history[0]
     assert found.error >= methods.fit_lora(rt.LayerStack(STACKS["decaying"]), 2).error
+
+
+def test_mos_with_private_shards_alone_is_lora():
+    s = rt.LayerStack(STACKS["decaying"])
+    found = methods.fit_mos(s, rank=2, pool_rank=2, private_rank=2, shards=2)
+    assert found.error == pytest.approx(methods.fit_lora(s, 2).error)
+    assert found.parameters == methods.fit_lora(s, 2).parameters
+
+
+def test_mos_puts_its_vectors_together_as_its_authors_do():
+    """Their rows: mat[mask], every l-th of them from i on, side by side for i = 0 .. l - 1."""
+    pool, places = torch.as_tensor(noise(1, 12, 3, 1)[0]), torch.randperm(24).reshape(2, 4, 3) % 12
+    for i, mask in enumerate(places.flatten(1)):
+        rows = pool[mask]
+        theirs = torch.cat([rows[n::3] for n in range(3)], 1)
+        torch.testing.assert_close(methods.Shards(pool, places).vectors()[i], theirs)
+
+
+def test_planted_pools_of_shards_are_found():
+    s = rt.LayerStack(noise(3, 8, 6))
+    first = methods.fit_mos(s, 3, 2, 1, 2, seed=5, max_sweeps=1)
+    planted = rt.LayerStack(torch.stack([first.update(i) for i in range(3)]))
+    assert methods.fit_mos(planted, 3, 2, 1, 2, seed=5, max_sweeps=2000).error <= 1e-6 * planted.norm_squared
+    assert methods.fit_mos(planted, 3, 2, 1, 2, seed=6).error > 1e-3 * planted.norm_squared  # at other places
+
+
+def test_layers_of_rank_one_fit_into_a_private_term_that_no_other_layer_uses():
+    s = rt.LayerStack(STACKS["rank one"])
+    assert methods.fit_mos(s, rank=2, pool_rank=2, private_rank=1, shards=2).error <= 1e-20 * s.norm_squared
+    assert methods.fit_mos(s, rank=2, pool_rank=2, private_rank=0, shards=2).error > 1e-3 * s.norm_squared
+
+
+def test_mos_is_not_above_lora_of_its_private_terms():
+    s = rt.LayerStack(problems.decaying(4, 16, 12))
+    for p in (1, 2):
+        found = methods.fit_mos(s, rank=6, pool_rank=3, private_rank=p, shards=4)
+        assert found.error < methods.fit_lora(s, p).error
+        assert found.error >= methods.fit_lora(s, 6).error
 
 
 @pytest.mark.parametrize("R", [5, 7])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from rasa_theory.methods import Diagonals, Steps, alternate, best_step, choose_vectors, cluster_means
+from rasa_theory.methods import Diagonals, Shards, Steps, alternate, best_step, choose_vectors, cluster_means
 from tests.helpers.problems import noise
 
 
@@ -53,6 +53,20 @@ def test_evened_factors_have_the_same_updates_and_unit_columns():
     torch.testing.assert_close(even.B.norm(dim=0), ones)
     torch.testing.assert_close(even.A.norm(dim=1), ones)
     torch.testing.assert_close(even.v.square().mean(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_pool_of_shards_is_the_least_squares_solution():
+    """Three layers of 6 x 5; every column of B_i is two of nine shards of length 3, and one shard is used by nobody."""
+    M, A, pool = (torch.as_tensor(x) for x in (noise(3, 6, 5), noise(3, 2, 5, 1), noise(1, 9, 3, 2)[0]))
+    places = torch.tensor([[[0, 1], [2, 3]], [[1, 4], [5, 0]], [[6, 7], [4, 6]]])
+    found = Shards(pool, places).refit(A, M @ A.mT, torch.linalg.vector_norm(M)).pool
+    design = torch.zeros(90, 27, dtype=torch.float64)  # the entries of all updates, as functions of those of the pool
+    for n in range(27):
+        unit = torch.zeros(27, dtype=torch.float64).index_fill(0, torch.tensor([n]), 1).reshape(9, 3)
+        design[:, n] = (Shards(unit, places).vectors().mT @ A).flatten()
+    expected = np.linalg.lstsq(design.numpy(), M.flatten().numpy())[0].reshape(9, 3)
+    np.testing.assert_allclose(found[:8], expected[:8])
+    torch.testing.assert_close(found[8], pool[8])
 
 
 def test_a_step_to_another_vector_is_the_best_one():
