@@ -1,6 +1,6 @@
 """Block LoRA (Localized LoRA) beside LoRA at equal parameters, both at their exact optima.
 
-    python -m experiments.localized        # two minutes on one core
+    python -m experiments.localized        # a minute on one core
 
 The paper (arXiv 2506.00236) says that block LoRA consistently has the lower approximation error at matched budgets. A
 grid of s x s blocks of rank r / s has the parameters of LoRA of rank r. Sources:

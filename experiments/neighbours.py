@@ -36,7 +36,7 @@ COLUMNS = (
     "stack", "r", "method", "settings", "parameters", "error", "floor", "evidence", "seconds",
 )  # fmt: skip
 KEY = ("stack", "r", "method")
-NEAR = (0.94, 1.12)
+NEAR = (0.94, 1.18)
 """Errors that the panels in units of LoRA's error show."""
 
 
@@ -80,9 +80,9 @@ def row_of(stack: rt.LayerStack, fit: methods.Fit) -> Row:
 def plot(rows: list[Row]) -> Figure:
     """Above: error of all methods against parameters. Below: the same over LoRA's error at the same r, with names."""
     names = list(dict.fromkeys(row["stack"] for row in rows))
-    lines, tall = math.ceil(len(names) / 2), 1.9
-    figure = style.new_figure(tall + 2.9 * lines)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[tall, 2.9 * lines])
+    lines, tall, each = math.ceil(len(names) / 2), 1.9, 3.3
+    figure = style.new_figure(tall + each * lines)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[tall, each * lines])
     above, below = parts
     small = style.panels(above, 1, len(names), sharey=True)[0]
     large = style.panels(below, lines, 2)
@@ -144,7 +144,7 @@ def name_lines(ax: Axes) -> None:
             style.note(ax, text, (x, y), xytext=(0, 1), textcoords="offset points", color=color, ha="center")
         else:
             ends.append((x, y, text, color))
-    style.label_ends(ax, ends, 0.085)
+    style.label_ends(ax, ends, 0.075)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -196,7 +196,7 @@ EXPERIMENTS = {
         ("neighbours.csv",),
         {
             "neighbours": Picture(
-                "neighbours.csv", from_rows("neighbours"), "RaSA beside ten other ways to share, at equal parameters"
+                "neighbours.csv", from_rows("neighbours"), "RaSA beside thirteen other ways, at equal parameters"
             )
         },
     ),

@@ -128,5 +128,5 @@ SOLVERS: dict[str, Callable[[Collection, int], methods.Fit | None]] = {
 """Name -> the best Fit within a number of parameters, or None."""
 OF_CHANCE = ("joint_diagonal", "joint_full", "share_columns", "share_whole", "share_lora", "one_sided")
 """The methods that are also run on random LoRAs: their error depends on the directions that layers share."""
-SLOW, SLOW_TERMS = {"tied_lora", "vb_lora", "vera"}, 64
+SLOW, SLOW_TERMS = {"tied_lora", "vb_lora", "vera", "mos"}, 64
 """Methods that are not solved turned would take hours on more terms L r; VeRA is slow on fewer, too."""

@@ -189,5 +189,5 @@ def _configurations_of_terms(stack: LayerStack, limit: int) -> list[Settings]:
 
 BLOCK_LORA = Method("block_lora", "block LoRA", fit_block_lora, _parameters, _configurations)
 ALLOCATED_BLOCKS = Method(
-    "allocated_blocks", "block LoRA, allocated", fit_allocated_blocks, _parameters_of_terms, _configurations_of_terms
+    "allocated_blocks", "blocks, allocated", fit_allocated_blocks, _parameters_of_terms, _configurations_of_terms
 )

@@ -215,16 +215,16 @@ def _parameters(layers: int, shape: tuple[int, int], rank: int, pool_rank: int, 
 
 
 def _configurations(stack: LayerStack, limit: int) -> list[Settings]:
-    """Pools of the rank e that LoRA has within `limit`, half or all but one of it private; updates of rank 2 e."""
+    """Pools of the rank e that LoRA has within `limit`: updates of rank e + 1, nearly all private, and of 2 e, half."""
     L, (b, a) = stack.layers, stack.shape
     e = min(limit // (L * (a + b)), b, a)
     shards = max(n for n in range(1, MOST_SHARDS + 1) if b % n == 0 and a % n == 0)
-    rank = min(2 * e, b, a)
-    return [
-        {"rank": rank, "pool_rank": e, "private_rank": p, "shards": shards}
-        for p in sorted({max(e - 1, 0), e // 2})
-        if 0 < rank <= p + L * (e - p)
-    ]
+    configurations: list[Settings] = []
+    for rank, p in ((e + 1, max(e - 1, 0)), (2 * e, e // 2)):
+        settings: Settings = {"rank": rank, "pool_rank": e, "private_rank": p, "shards": shards}
+        if 0 < rank <= min(b, a, p + L * (e - p)) and settings not in configurations:
+            configurations.append(settings)
+    return configurations
 
 
 MOS = Method("mos", "MoS", fit_mos, _parameters, _configurations)

@@ -37,8 +37,11 @@ def test_configurations_fit_and_are_the_largest():
     assert own in methods.METHODS["rasa"].configurations(s, limit + 16)
     assert methods.METHODS["tied_lora"].configurations(s, 5 * 40 + 4 * (24 + 5)) == [{"rank": 5}]
     assert methods.METHODS["mos"].configurations(s, limit + 39) == [
-        {"rank": 6, "pool_rank": 3, "private_rank": p, "shards": 4} for p in (1, 2)
+        {"rank": 4, "pool_rank": 3, "private_rank": 2, "shards": 4},
+        {"rank": 6, "pool_rank": 3, "private_rank": 1, "shards": 4},
     ]
+    smallest = [{"rank": 2, "pool_rank": 1, "private_rank": 0, "shards": 4}]
+    assert methods.METHODS["mos"].configurations(s, methods.lora_parameters(4, (24, 16), 1)) == smallest
     assert methods.METHODS["vera"].configurations(s, 4 * (24 + 6)) == [{"rank": 6}]
     assert methods.METHODS["joint_full"].configurations(s, 3 * 40 + 4 * 9) == [{"rank": 3, "core": "full"}]
     assert methods.METHODS["joint_diagonal"].configurations(s, 5 * 44) == [{"rank": 5, "core": "diagonal"}]
