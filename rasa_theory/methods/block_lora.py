@@ -103,7 +103,8 @@ class _Grid(NamedTuple):
         Their largest entry is the largest of `stack`, so the views `unit()` of both have the same unit. Directions come
         from products as for a single block of this rank: blocks have nothing in common whose size could matter.
         """
-        entries, (b, a) = stack.entries, stack.entries.shape
+        entries = stack.entries
+        b, a = entries.shape
         cells = [(p, q) for p in range(self.rows) for q in range(self.columns)]
         stored = [(q, p) if stack.transposed else (p, q) for p, q in cells]
         m, n = self[::-1] if stack.transposed else self

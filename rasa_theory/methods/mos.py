@@ -41,13 +41,14 @@ class Shards(NamedTuple):
         choose the shards of segment q, and M_iq be the rows of M_i there. Then the pool P solves
         sum_iq S_iq^T Y_i Y_i^T S_iq P = sum_iq S_iq^T Y_i M_iq^T.
         """
-        (N, s), YY = self.pool.shape, other @ other.mT
+        N, s = self.pool.shape
+        YY = other @ other.mT
         G, g = self.pool.new_zeros(N, N), self.pool.new_zeros(N, s)
         for segment, place in enumerate(self.places.unbind(2)):  # (L, r)
             G.index_put_((place[:, :, None], place[:, None, :]), YY, accumulate=True)
             g.index_put_((place,), MX[:, segment * s : (segment + 1) * s].mT, accumulate=True)
-        shape = MX.shape[1], other.shape[2]
-        return self._replace(pool=self.pool + increment(G, g - G @ self.pool, size.reshape(1), shape))
+        step = increment(G, g - G @ self.pool, size.reshape(1), (MX.shape[1], other.shape[2]))
+        return self._replace(pool=self.pool + step)
 
 
 class _Pools(NamedTuple):
