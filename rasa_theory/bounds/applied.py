@@ -80,23 +80,23 @@ def captured_energy(view: LayerStack, budget: RankBudget, side: Side) -> float:
     def operator(apply: Sum, norm: float, error: float) -> Operator:
         return Operator(apply, n, norm, error, view.dtype, view.device)
 
-    def of_layer(i: int, M: Tensor) -> Sum:
+    def rest_of_layer(i: int, M: Tensor) -> Sum:
         times = _of_layer(side.times, i, M)
         return lambda X: less(times(X), Y[i], X)
 
-    def of_all(X: Tensor) -> Tensor:
+    def rest_of_all(X: Tensor) -> Tensor:
         return less(side.summed(X), whole, X)
 
     own = 0.0
     if q > 0:
         for i, tile in enumerate(view.tiles(rows=view.shape[0])):
-            one = operator(of_layer(i, tile.values), norms[i], errors[i])
+            one = operator(rest_of_layer(i, tile.values), norms[i], errors[i])
             stream = linalg.stream(side.name, "own", view.transposed, i)
             own += linalg.majorant(one, q, goal / L, FAILURE / (2 * L), stream, tolerance=math.inf).ky_fan(q)
     pooled = 0.0
     if R > 0:
         stream = linalg.stream(side.name, "pooled", view.transposed)
-        everything = operator(of_all, math.fsum(norms), math.fsum(errors) + L * _EPS * math.fsum(norms))
+        everything = operator(rest_of_all, math.fsum(norms), math.fsum(errors) + L * _EPS * math.fsum(norms))
         pooled = linalg.majorant(everything, R, goal, FAILURE / 2, stream, tolerance=math.inf).ky_fan(R)
     together = float(linalg.ky_fan(whole, L * budget.rank)) if Y.numel() else 0.0
     return own + pooled + together + (thin_error + 10 * d * _EPS) * math.fsum(thin)
@@ -158,7 +158,7 @@ class Capping:
 
     @classmethod
     def of(cls, view: LayerStack, index: int) -> Capping:
-        """That of `cappings` with leading Ritz pairs of sum_i M_i^T M_i: at most `index` directions."""
+        """The T of `cappings` for this index, from leading Ritz pairs of sum_i M_i^T M_i."""
         values, W = view.spectra.common_pairs(min(index + 1, view.shape[1]))
         if index >= len(values) or not float(values[index]) > 0:
             return cls(W[:, :0], values[:0])

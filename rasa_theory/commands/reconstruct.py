@@ -23,7 +23,7 @@ from rasa_theory.commands.console import (
     progress_bar,
     say_left_out,
 )
-from rasa_theory.common import InputError
+from rasa_theory.common import InputError, occupied
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
 from rasa_theory.problem import RankBudget, check_memory, compute_dtype
@@ -189,7 +189,7 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
 def _check_free(folder: ResultsFolder) -> None:
     """Raise InputError if the folder holds another reconstruction."""
     if conflict := folder.conflict():
-        raise InputError(f"{conflict}; name another folder with --out, or take this one with --overwrite")
+        raise occupied(conflict)
 
 
 def _check_stacks(job: StudyJob) -> None:

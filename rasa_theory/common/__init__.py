@@ -6,7 +6,7 @@ from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, 
 from rasa_theory.common.files import identity, unfinished, writable_folder, write_file
 from rasa_theory.common.interrupts import keeping_interrupts
 from rasa_theory.common.labels import shortened, unique_labels
-from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, plan_of, read_run_json, write_json
+from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, occupied, plan_of, read_run_json, write_json
 from rasa_theory.common.tables import aligned, csv_text
 from rasa_theory.common.version import __version__
 
@@ -29,6 +29,7 @@ __all__ = [
     "identity",
     "keeping_interrupts",
     "locked",
+    "occupied",
     "one_of",
     "plan_of",
     "positive",

@@ -68,13 +68,19 @@ class RunFolder:
         A record without a plan differs in every field. Raises InputError if the record cannot be read.
         """
         record = self.recorded()
-        if record is None:
-            return None
-        earlier = record.get(self._key) or {}
+        return None if record is None else self.difference_from(record.get(self._key) or {})
+
+    def difference_from(self, earlier: Plan) -> str | None:
+        """The first field in which an earlier plan differs, as in `difference`."""
         for field, value in self.plan.items():
             if earlier.get(field) != value:
                 return field + _details(earlier.get(field), value)
         return None
+
+
+def occupied(conflict: str) -> InputError:
+    """The refusal of a folder, with what to do; `conflict` says what it holds."""
+    return InputError(f"{conflict}; name another folder with --out, or take this one with --overwrite")
 
 
 def _details(earlier: Any, now: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from rasa_theory.common import InputError, PartsFolder, Plan, unfinished, write_file, write_json
+from rasa_theory.common import InputError, PartsFolder, Plan, occupied, unfinished, write_file, write_json
 from rasa_theory.extraction.conversion import Extracted
 from rasa_theory.extraction.extract_settings import DENSE
 from rasa_theory.extraction.report import extraction_csv, model_card
@@ -49,10 +49,7 @@ class ExtractionFolder(PartsFolder):
     def __init__(self, out: Path, plan: Plan) -> None:
         super().__init__(out, plan, out / _PARTS, out / _REPORT, _busy(out))
         if difference := self.difference():
-            raise InputError(
-                f"{out} holds an extraction with other {difference}; name another folder with --out, or take this one "
-                "with --overwrite"
-            )
+            raise occupied(f"{out} holds an extraction with other {difference}")
         if self.finished:
             self.clear()
         elif not self.has_begun and (others := sorted(path for path in out.iterdir() if path.name[0] != ".")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rasa_theory.common import InputError, PartsFolder, Plan, write_file, write_json
+from rasa_theory.common import PartsFolder, Plan, occupied, write_file, write_json
 from rasa_theory.inspection.overview import inspection_csv, kinds
 from rasa_theory.plotting import plot_inspection, style
 
@@ -51,6 +51,6 @@ def inspection_folder(out: Path, plan: Plan, overwrite: bool) -> InspectionFolde
     if conflict is None:
         return folder
     if not overwrite:
-        raise InputError(f"{conflict}; name another folder with --out, or take this one with --overwrite")
+        raise occupied(conflict)
     folder.remove()
     return InspectionFolder(out, plan)

@@ -32,10 +32,8 @@ class ResultsFolder(RunFolder):
         record = self.recorded()
         if record is None:
             return None
-        if "unfinished" not in record:
-            self._key = "plan"
-        difference = self.difference() if record.get(self._key) else "settings"
-        self._key = "unfinished"
+        earlier = record.get("unfinished") or record.get("plan")
+        difference = self.difference_from(earlier) if earlier else "settings"
         return None if difference is None else f"{self.out} holds a reconstruction with other {difference}"
 
     def finished_stacks(self, ks: Sequence[int]) -> StudyState | None:

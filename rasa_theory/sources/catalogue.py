@@ -141,34 +141,33 @@ class Catalogue:
         if not globs:
             return self
         patterns = ", ".join(map(repr, globs))
-        selected = [s for s in self.stacks if any(g == s.name or fnmatchcase(s.name, g) for g in globs)]
+        selected = [s for s in self.stacks if _matches(s.name, globs)]
         if not selected:
             names = ", ".join(repr(s.name) for s in self.stacks)
             raise InputError(f"{self.source}: no stack matches --modules {patterns}; there are {names}")
-        dropped = [
-            LeftOut(s.name, f"does not match --modules {patterns}", Exclusion.UNSELECTED)
-            for s in self.stacks
-            if s not in selected
-        ]
-        return dataclasses.replace(self, stacks=selected, left_out=self.left_out + dropped)
+        return self._only(selected, f"does not match --modules {patterns}")
 
     def without(self, globs: Sequence[str]) -> Catalogue:
         """Move the stacks whose name equals or matches one of `globs` (case counts) to `left_out`.
 
         Raises InputError if a glob matches nothing, or nothing remains.
         """
-        if idle := [g for g in globs if not any(g == s.name or fnmatchcase(s.name, g) for s in self.stacks)]:
+        if idle := [g for g in globs if not any(_matches(s.name, [g]) for s in self.stacks)]:
             names = ", ".join(repr(s.name) for s in self.stacks)
             raise InputError(f"{self.source}: no stack matches --exclude {idle[0]!r}; there are {names}")
-        remaining = [s for s in self.stacks if not any(g == s.name or fnmatchcase(s.name, g) for g in globs)]
+        remaining = [s for s in self.stacks if not _matches(s.name, globs)]
         if not remaining:
             raise InputError(f"{self.source}: --exclude leaves no stack; name fewer")
-        dropped = [
-            LeftOut(s.name, f"matches --exclude {', '.join(map(repr, globs))}", Exclusion.UNSELECTED)
-            for s in self.stacks
-            if s not in remaining
-        ]
-        return dataclasses.replace(self, stacks=remaining, left_out=self.left_out + dropped)
+        return self._only(remaining, f"matches --exclude {', '.join(map(repr, globs))}")
+
+    def _only(self, stacks: list[StackSource], reason: str) -> Catalogue:
+        """The catalogue with these of its stacks; the others are left out for this reason."""
+        dropped = [LeftOut(s.name, reason, Exclusion.UNSELECTED) for s in self.stacks if s not in stacks]
+        return dataclasses.replace(self, stacks=stacks, left_out=self.left_out + dropped)
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(glob == name or fnmatchcase(name, glob) for glob in globs)
 
 
 # ---- from groups of tensors to stacks

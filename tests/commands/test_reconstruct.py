@@ -611,11 +611,16 @@ def test_output_paths_that_are_no_folder(stack_file: Path, capsys: pytest.Captur
         assert err.count("\n") == 1
 
 
+def short_run(source: Path, out: Path) -> list[str]:
+    """The arguments of a run of one start, without --rank."""
+    return ["--source", str(source), "--start", "lora", "--seeds", "0", "--quiet", "--out", str(out)]
+
+
 def test_another_run_in_the_folder_is_kept_unless_asked(
     stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results"
-    command = ["--source", str(stack_file), "--start", "lora", "--seeds", "0", "--quiet", "--out", str(out), "--rank"]
+    command = [*short_run(stack_file, out), "--rank"]
     assert reconstruct.main([*command, "2"]) == 0
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     for other in (["3"], ["2", "--k", "2"], ["2", "--weight", "layer"], ["2", "--modules", "up*"]):
@@ -632,7 +637,7 @@ def test_an_interrupted_run_of_other_settings_is_kept(
     stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results"
-    command = ["--source", str(stack_file), "--start", "lora", "--seeds", "0", "--quiet", "--out", str(out), "--rank"]
+    command = [*short_run(stack_file, out), "--rank"]
     assert reconstruct.main([*command, "2"]) == 0
     results = json.loads((out / "results.json").read_text())
     results["unfinished"] = results.pop("plan")
