@@ -2,13 +2,15 @@
 
     python -m experiments.extract_scale --scratch DIR            # 2 x 8.6 GB in DIR, removed at the end; some minutes
     python -m experiments.extract_scale --scratch DIR --layers 2
+    python -m experiments.extract_scale --scratch DIR --rank 8 --k 0 1               # with a pool
+    python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --layers 32 --kinds self_attn.q_proj
 
 Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
-matrices (`SHAPES`). The base is zeros in sparse files. Every matrix of the tuned model has 32 terms with
-sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
-The command is `rasa_theory.extract --rank 16 --k K --compute float32 --memory 8GiB`. With a pool, floors and errors
-over e_lora are printed as well. Appends a row to `--out`. With `--inspect`, the seconds of plain reading and of
-`rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
+matrices (`SHAPES`), or only `--kinds`. The base is zeros in sparse files. Every matrix of the tuned model has 32 terms
+with sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
+The command is `rasa_theory.extract --rank R --k K --compute float32 --memory 8GiB`. Its forecast (`--dry-run`) is
+printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
+seconds of plain reading and of `rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import platform
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,10 @@ SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
 }  # fmt: skip
-COLUMNS = ("layers", "k", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine")
+COLUMNS = (
+    "layers", "kinds", "rank", "k", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch",
+    "machine",
+)  # fmt: skip
 
 
 def update(shape: tuple[int, int]) -> torch.Tensor:
@@ -64,14 +70,14 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor | None], shapes: dic
         file.truncate(8 + len(text) + offset)
 
 
-def write_pair(folder: Path, layers: int) -> int:
+def write_pair(folder: Path, layers: int, kinds: list[str]) -> int:
     """Write `base` and `tuned`, one shard per layer; returns the bytes of both."""
-    updates = {shape: update(shape) for shape in set(SHAPES.values())}
+    updates = {shape: update(shape) for shape in {SHAPES[kind] for kind in kinds}}
     for name in ("base", "tuned"):
         (folder / name).mkdir(parents=True)
         places: dict[str, str] = {}
         for i in range(layers):
-            shapes = {f"model.layers.{i}.{kind}.weight": shape for kind, shape in SHAPES.items()}
+            shapes = {f"model.layers.{i}.{kind}.weight": SHAPES[kind] for kind in kinds}
             tensors = {
                 key: updates[shape].roll(97 * i, 0) if name == "tuned" else None for key, shape in shapes.items()
             }
@@ -85,14 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="a new folder for the pair")
     parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--kinds", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="KIND")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
     folder = options.scratch
-    size = write_pair(folder, options.layers) / 1e9
+    size = write_pair(folder, options.layers, options.kinds) / 1e9
     pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned", "--memory", "8GiB"]
-    command = [sys.executable, "-m", "rasa_theory.extract", *pair, "--rank", "16", "--compute", "float32"]
+    command = [sys.executable, "-m", "rasa_theory.extract", *pair, "--rank", str(options.rank), "--compute", "float32"]
     try:
         if options.inspect:
             files = [str(file) for file in sorted(folder.rglob("*.safetensors"))]
@@ -102,9 +110,14 @@ def main() -> None:
                 print(f"{name}: {seconds:.1f} s, {seconds / size:.2f} s per GB, {peak:.0f} MiB", flush=True)
         for k in options.k:
             out = folder / f"adapter-{k}"
-            seconds, peak = measured([*command, "--k", str(k), "--out", str(out)])
-            values = (options.layers, k, size, seconds, seconds / size, peak, torch.get_num_threads())
-            row = dict(zip(COLUMNS, (*values, torch.__version__, platform.machine()), strict=True))
+            full = [*command, "--k", str(k), "--out", str(out)]
+            forecast = subprocess.run([*full, "--dry-run"], check=True, capture_output=True, text=True).stdout
+            print(*forecast.splitlines()[-3:], sep="\n", flush=True)
+            seconds, peak = measured(full)
+            what = (options.layers, " ".join(options.kinds), options.rank, k)
+            cost = (size, seconds, seconds / size, peak)
+            machine = (torch.get_num_threads(), torch.__version__, platform.machine())
+            row = dict(zip(COLUMNS, (*what, *cost, *machine), strict=True))
             print(row, flush=True)
             append_rows(options.out, [row], COLUMNS)
             for stack in json.loads((out / "report.json").read_text())["stacks"]:
