@@ -1,0 +1,130 @@
+"""What MkDocs does not do by itself: files from beside docs/, formulas as MathML, and no request to another host."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+REPOSITORY = Path(__file__).parents[1]
+BESIDE = ("figures", "notebooks", "CHANGELOG.md")
+"""Folders and pages of the repository that are part of the site, under the same names."""
+
+PARTS_OF_MARKDOWN = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^\s$](?:[^$]*[^\s$])?)\$", re.DOTALL
+)
+MADE_BY_ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+MEANS_SOMETHING_IN_MARKDOWN = re.compile(r"[*_`|~\[\]\\$]")
+
+_scratch = tempfile.TemporaryDirectory()
+
+
+@event_priority(100)  # before mkdocs-jupyter, which looks for notebooks among the files
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add figures, notebooks and the changelog to the site."""
+    for name in ("figures/*.*", "notebooks/*.ipynb", "CHANGELOG.md"):
+        for path in sorted(REPOSITORY.glob(name)):
+            if path.name == "README.md":
+                continue
+            source = _prepared_notebook(path) if path.suffix == ".ipynb" else path
+            files.append(File.generated(config, path.relative_to(REPOSITORY).as_posix(), abs_src_path=str(source)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite links to what lies beside docs/: on a git host `figures` is one folder further up than in the site."""
+    up = "../" * page.file.src_uri.count("/")
+    beside = "|".join(re.escape(name) for name in BESIDE)
+    return re.sub(rf'(\]\(|src=")\.\./{re.escape(up)}(?=(?:{beside})\b)', rf"\g<1>{up}", markdown)
+
+
+def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn the formulas that arithmatex has marked into MathML, which browsers show without a script."""
+    return MADE_BY_ARITHMATEX.sub(lambda found: mathml(html.unescape(found[3]), block=found[2] == "["), content)
+
+
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Raise PluginError if a page would load anything from another host."""
+    foreign = [
+        f"{path.relative_to(config.site_dir)}: {address}"
+        for path in sorted(Path(config.site_dir).rglob("*.html"))
+        for address in foreign_addresses(path.read_text(encoding="utf-8"))
+    ]
+    if foreign:
+        raise PluginError("Pages load from other hosts:\n  " + "\n  ".join(foreign))
+
+
+def mathml(formula: str, *, block: bool) -> str:
+    """Return a formula of LaTeX as MathML. Raise PluginError if a command in it is not known."""
+    element = convert(formula, display="block" if block else "inline")
+    if "\\" in element:
+        raise PluginError(f"latex2mathml does not know a command of this formula: {formula}")
+    return element
+
+
+def with_mathml(markdown: str) -> str:
+    """Replace `$..$` and `$$..$$` outside code by MathML, whose characters Markdown then leaves alone."""
+
+    def replaced(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found["code"]
+        element = mathml(found["block"] or found["inline"], block=bool(found["block"]))
+        escaped = MEANS_SOMETHING_IN_MARKDOWN.sub(lambda character: f"&#{ord(character[0])};", element)
+        return f"<div>{escaped}</div>" if found["block"] else f"<span>{escaped}</span>"
+
+    return PARTS_OF_MARKDOWN.sub(replaced, markdown)
+
+
+def _prepared_notebook(path: Path) -> Path:
+    """A copy of a notebook with formulas as MathML and links into docs/ as the site has them."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = with_mathml("".join(cell["source"]))
+            cell["source"] = re.sub(r"\]\(\.\./docs/([^)#]*)\.md", r"](../\1.html", text)
+    prepared = Path(_scratch.name) / path.name
+    prepared.write_text(json.dumps(notebook), encoding="utf-8")
+    return prepared
+
+
+def foreign_addresses(page: str) -> list[str]:
+    """Addresses of other hosts that a browser would load to show this page."""
+    parser = _Loads()
+    parser.feed(page)
+    return parser.addresses
+
+
+class _Loads(HTMLParser):
+    """Collects what scripts, style sheets, images and frames load from other hosts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.inside: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag if tag in ("script", "style") else None
+        if tag == "a":
+            return
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "poster") and re.match(r"\s*(https?:)?//", value or ""):
+                self.addresses.append(f"<{tag} {name}={value}>")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.addresses += re.findall(r"""["']((?:https?:)?//[^"']+)""", data)
+        elif self.inside == "style":
+            self.addresses += re.findall(r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')]+)", data)
