@@ -35,12 +35,11 @@ PROBABLE = "probable: the floor is from products with random vectors, and holds 
 class Bound:
     """A bound on e_rasa(k).
 
-    **Arguments:**
-
-    - value: the bound, squared, summed over layers, in the units of the input.
-    - name: a `BoundName`, the argument that proves it, for example "rank". A floor from products with M alone is
-      "rank, probable", and so on.
-    - failure: the probability that it does not hold, over the random vectors of the computation; 0 for most.
+    Arguments:
+        value: the bound, squared, summed over layers, in the units of the input.
+        name: a `BoundName`, the argument that proves it, for example "rank". A floor from products with M alone is
+            "rank, probable", and so on.
+        failure: the probability that it does not hold, over the random vectors of the computation; 0 for most.
     """
 
     value: float

@@ -31,18 +31,15 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
     It is at most e_lora, which takes the terms q + 1 .. r of every layer: one choice of R terms, and e_alloc takes the
     largest ones. So e_lora - e_alloc is the worth of unequal allocation, e_alloc - e_rasa the worth of true sharing.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        budget: r and k. q = r - k, R = L k.
 
-    - stack: the updates M_i, (L, b, a).
-    - budget: r and k. q = r - k, R = L k.
+    Returns:
+        e_alloc(k), squared, summed over layers, in the units of the stack, with the name "allocation".
 
-    **Returns:**
-
-    - Bound: the value squared, summed over layers, in the units of the stack, with the name "allocation".
-
-    **Raises:**
-
-    - InputError: r > min(b, a).
+    Raises:
+        InputError: r exceeds min(b, a).
     """
     budget.check_fits(stack)
     unit = stack.unit()

@@ -51,24 +51,22 @@ def lower_bound(
     layer. Nor is there one where rounding would take off more than e_lora, see `_is_resolved`. Plain CP, k = r, has no
     dual floor above the closed ones.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        budget: r and k.
+        certificate: "closed" (immediate), "dual" (up to 2 `options.max_seconds`) or "two-sided" (up to 2 more).
+        options: limits of the searches. None: `FloorOptions()`.
+        watch: called after every iteration of a search with its `SearchProgress`.
+        spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. From leading directions the closed floors
+            are those of `probable_floor`, and the searched ones are evaluated by products too. All of them together
+            fail with a probability of at most 1e-10, and their name says so.
 
-    - stack: the updates M_i, (L, b, a).
-    - budget: r and k.
-    - certificate: "closed" (immediate), "dual" (up to 2 `options.max_seconds`) or "two-sided" (up to 2 more).
-    - options: limits of the searches. None: `FloorOptions()`.
-    - watch: called after every iteration of a search with its `SearchProgress`.
-    - spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. From leading directions the closed floors
-      are those of `probable_floor`, and the searched ones are evaluated by products too: all of them together hold but
-      for a probability of 1e-10, and their name says so.
+    Returns:
+        The floor, squared, summed over layers, in the units of the stack, with the name of its proof.
 
-    **Returns:**
-
-    - Bound: the value squared, summed over layers, in the units of the stack, with the name of its proof.
-
-    **Raises:**
-
-    - InputError: r > min(b, a), an unknown certificate, or one with a search for a stack of several processes.
+    Raises:
+        InputError: r exceeds min(b, a), the certificate is unknown, or it needs a search and the stack is sharded over
+            several processes.
     """
     budget.check_fits(stack)
     check_certificate(certificate, stack.sharding.alone)

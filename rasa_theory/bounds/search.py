@@ -58,18 +58,16 @@ class FloorOptions:
 
     The search ends when smoothing hides less than `rtol` of e_lora, or at the first limit that it reaches.
 
-    **Arguments:**
+    Arguments:
+        max_iterations: greatest number of quasi-Newton iterations.
+        max_seconds: greatest time in seconds. The first iteration is always finished.
+        rtol: tolerance relative to e_lora.
+        width: number of leading directions of each side in which the search moves. None: 5 L r, or 6 L r for k = r. Of
+            the 384 directions of a bundled update at r = 8, k = 1, the default of 240 loses little: 0.0002 of e_lora in
+            the dual floor, 0.0014 in the two-sided one. 160 directions lose 0.001 in the dual floor.
 
-    - max_iterations: greatest number of quasi-Newton iterations.
-    - max_seconds: greatest time in seconds. The first iteration is always finished.
-    - rtol: tolerance relative to e_lora.
-    - width: number of leading directions of each side in which the search moves. None: 5 L r, where k = r 6 L r.
-      Of the 384 directions of a bundled update at r = 8, k = 1, the default of 240 loses little: 0.0002 of e_lora in
-      the dual floor, 0.0014 in the two-sided one. 160 directions lose 0.001 in the dual floor.
-
-    **Raises:**
-
-    - InputError: a limit is no positive number, or a number of iterations or directions is not whole.
+    Raises:
+        InputError: a limit is not positive, or a number of iterations or directions is not whole.
     """
 
     max_iterations: int = 240
@@ -92,13 +90,12 @@ class FloorOptions:
 class SearchProgress(NamedTuple):
     """One finished iteration of a search for a floor.
 
-    **Arguments:**
-
-    - search: "dual" or "two-sided".
-    - iteration: number of iterations so far, from 1.
-    - max_iterations: greatest number of iterations.
-    - value: the floor in the directions of the search, before its rounding is taken off: squared, in the units of the
-      stack.
+    Attributes:
+        search: "dual" or "two-sided".
+        iteration: number of iterations so far, from 1.
+        max_iterations: greatest number of iterations.
+        value: the floor in the directions of the search, before its rounding is taken off: squared, in the units of the
+            stack.
     """
 
     search: str

@@ -9,9 +9,8 @@ class InputError(ValueError):
     The message is one sentence. It names the input and the expected value, and says how to mend the input. It is a
     ValueError, so that callers can catch either. The commands print the sentence and exit with status 2.
 
-    **Attributes:**
-
-    - `parameter`: the name of the argument at fault, or None. The commands name the flag of this argument.
+    Attributes:
+        parameter: the name of the argument at fault, or None. The commands name the flag of this argument.
     """
 
     def __init__(self, message: str, parameter: str | None = None) -> None:

@@ -103,11 +103,11 @@ def pools_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
     `decoder.block` of a T5 are two towers. A pool is named after its kind. If several pools are of one kind, the tower
     stands before it; if several are of one kind and tower, the shape (b x a) stands after it.
 
-    **Arguments:**
+    Arguments:
+        shapes: the shape (b, a) of the update of each module, by the module's name, in the order of the model.
 
-    - `shapes`: the shape (b, a) of the update of each module, by the module's name, in the order of the model.
-
-    **Returns:** the modules of each pool by the pool's name, in the order of the model.
+    Returns:
+        The modules of each pool by the pool's name, in the order of the model.
     """
     by_kind: dict[str, dict[str, dict[tuple[int, int], list[str]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))

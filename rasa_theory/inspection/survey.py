@@ -30,21 +30,22 @@ def inspect(
     probes bound what they leave out; all bounds together are wrong with a probability of 1e-10 at most. Flat spectra
     have wider bounds, since no large layer is decomposed.
 
-    **Arguments:**
+    Arguments:
+        stacks: stacks of updates, read one at a time, so a generator keeps one in memory.
+        ranks: ranks to report, from 1 to 4096.
+        error: recommend ranks that miss at most this share of the squared norm, 0 <= error < 1.
+        energy: recommend ranks that hold at least this share, 0 < energy <= 1.
+        size: recommend the ranks that miss least in this number of bytes. At most one of the three is given.
+        itemsize: bytes of a parameter of the adapter.
+        base_norms_squared: ||W_i||_F^2 of the base weights, L numbers by the name of the stack, for relative norms.
+        watch: called with the number of finished stacks and the name of the one in hand, or None.
 
-    - stacks: stacks of updates, read one at a time, so a generator keeps one in memory.
-    - ranks: ranks to report, from 1 to 4096.
-    - error: recommend ranks that miss at most this share of the squared norm, 0 <= error < 1.
-    - energy: recommend ranks that hold at least this share, 0 < energy <= 1.
-    - size: recommend the ranks that miss least in this number of bytes. At most one of the three is given.
-    - itemsize: bytes of a parameter of the adapter.
-    - base_norms_squared: ||W_i||_F^2 of the base weights by name of the stack, for relative norms.
-    - watch: called with the number of finished stacks and the name of the one in hand, or None.
+    Returns:
+        Plain data, as in inspect.json (schema: rasa_theory/data/inspect.schema.json). Energies and errors are pairs of
+        bounds, shares of squared Frobenius norms.
 
-    **Returns:** plain data, as in inspect.json (schema: rasa_theory/data/inspect.schema.json). Energies and errors are
-    pairs of bounds, shares of squared Frobenius norms.
-
-    **Raises:** InputError for ranks or a goal out of range, if there is no stack, or if base norms do not fit a stack.
+    Raises:
+        InputError: ranks or goal are out of range, there is no stack, or base norms do not fit a stack.
     """
     settings = InspectSettings(tuple(ranks))
     named = [goal for goal in (error, energy, size) if goal is not None]

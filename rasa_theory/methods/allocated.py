@@ -22,14 +22,15 @@ def fit_allocated(stack: LayerStack, terms: int) -> Fit:
     measures what unequal ranks alone are worth; AdaLoRA (Zhang et al., ICLR 2023) looks for such ranks in training.
     Stored: B_i (b, r_i) and A_i (r_i, a), so sum_i r_i (a + b) parameters. Terms with sigma_ij = 0 are not stored.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        terms: the largest sum of the ranks, from 1 to L min(b, a).
 
-    - stack: the layers M_i, (L, b, a).
-    - terms: the largest sum of the ranks, from 1 to L min(b, a).
+    Returns:
+        A `Fit` with the minimum, in closed form.
 
-    **Returns:** a `Fit` with the minimum, in closed form.
-
-    **Raises:** InputError if `terms` is out of its range.
+    Raises:
+        InputError: `terms` is out of its range.
     """
     at_most("terms", at_least("terms", terms, 1), stack.layers * min(stack.shape), stack)
     layers = largest_term_factors(unit_of(stack, math.ceil(terms / stack.layers)), terms)

@@ -29,16 +29,17 @@ def fit_block_lora(stack: LayerStack, rank: int, rows: int = 2, columns: int = 2
     Stored: B_i,pq (b / m, r) and A_i,pq (r, a / n), so L r (n b + m a) parameters. A grid of m x m blocks of rank r
     has as many as LoRA of rank m r.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, the rank of every block, from 1 to min(b / m, a / n).
+        rows: m, the number of rows of blocks, a divisor of b.
+        columns: n, the number of columns of blocks, a divisor of a.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, the rank of every block, from 1 to min(b / m, a / n).
-    - rows: m, the number of rows of blocks, a divisor of b.
-    - columns: n, the number of columns of blocks, a divisor of a.
+    Returns:
+        A `Fit` with the minimum, in closed form.
 
-    **Returns:** a `Fit` with the minimum, in closed form.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     grid = _Grid(rows, columns).checked(stack)
     at_least("rank", rank, 1)
@@ -56,16 +57,17 @@ def fit_allocated_blocks(stack: LayerStack, terms: int, rows: int = 2, columns: 
     The largest singular terms of all blocks lose least, as in `fit_allocated`. Stored: B_i,pq (b / m, r_i,pq) and
     A_i,pq (r_i,pq, a / n), so `terms` (b / m + a / n) parameters. Terms of size 0 are not stored.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        terms: the largest sum of the ranks, from 1 to L m n min(b / m, a / n).
+        rows: m, the number of rows of blocks, a divisor of b.
+        columns: n, the number of columns of blocks, a divisor of a.
 
-    - stack: the layers M_i, (L, b, a).
-    - terms: the largest sum of the ranks, from 1 to L m n min(b / m, a / n).
-    - rows: m, the number of rows of blocks, a divisor of b.
-    - columns: n, the number of columns of blocks, a divisor of a.
+    Returns:
+        A `Fit` with the minimum, in closed form.
 
-    **Returns:** a `Fit` with the minimum, in closed form.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     grid = _Grid(rows, columns).checked(stack)
     at_least("terms", terms, 1)

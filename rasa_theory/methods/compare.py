@@ -66,15 +66,16 @@ def allowed(stack: LayerStack, parameters: int, slack: float | None = None) -> i
     RaSA stores L R = L^2 k entries of mixing beside the L r (a + b) parameters of LoRA, a share L k / (r (a + b)) of
     them: at most 0.8 % for six layers of 384 x 384. Without slack RaSA would have to give up a whole rank.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        parameters: the parameters to compare at, at least 1.
+        slack: the share by which they may be exceeded, 0 <= slack < 1. None: L / (a + b), enough for k = r.
 
-    - stack: the layers M_i, (L, b, a).
-    - parameters: the parameters to compare at, at least 1.
-    - slack: the share by which they may be exceeded, 0 <= slack < 1. None: L / (a + b), enough for k = r.
+    Returns:
+        The largest number of parameters that a method may have.
 
-    **Returns:** the limit.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     at_least("parameters", parameters, 1)
     if slack is None:
@@ -89,16 +90,17 @@ def at_parameters(
 
     Each method names the largest of its configurations that fit; the one of least error counts.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        parameters: the parameters to compare at; the limit is `allowed(stack, parameters, slack)`.
+        methods: names of methods in `METHODS`. None: all of them.
+        slack: as for `allowed`.
 
-    - stack: the layers M_i, (L, b, a).
-    - parameters: the parameters to compare at; the limit is `allowed(stack, parameters, slack)`.
-    - methods: names of methods in `METHODS`. None: all of them.
-    - slack: as for `allowed`.
+    Returns:
+        The best `Fit` of each method by its name. Methods without a configuration that fits are left out.
 
-    **Returns:** name of the method -> its best `Fit`. Methods without a configuration that fits are left out.
-
-    **Raises:** InputError as `allowed` does, and for an unknown method.
+    Raises:
+        InputError: `parameters` or `slack` is out of its range, or a method is unknown.
     """
     limit = allowed(stack, parameters, slack)
     names = list(METHODS) if methods is None else list(methods)
@@ -119,15 +121,16 @@ def pareto(
 ) -> dict[int, dict[str, Fit]]:
     """`at_parameters` at the parameters of LoRA of several ranks.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        ranks: the ranks of LoRA, each from 1 to min(b, a).
+        methods: names of methods in `METHODS`. None: all of them.
 
-    - stack: the layers M_i, (L, b, a).
-    - ranks: the ranks of LoRA, each from 1 to min(b, a).
-    - methods: names of methods in `METHODS`. None: all of them.
+    Returns:
+        The best `Fit` of each method by rank and name.
 
-    **Returns:** rank -> name of the method -> its best `Fit`.
-
-    **Raises:** InputError for a rank that LoRA cannot have.
+    Raises:
+        InputError: a rank is not in 1 .. min(b, a), or a method is unknown.
     """
     for rank in ranks:
         RankBudget(rank, 0).check_fits(stack)

@@ -30,17 +30,17 @@ class Fit:
 
     All errors are squared, summed over the layers, and in the units of the input.
 
-    **Fields:**
-
-    - method: the name of the method in `METHODS`.
-    - settings: the configuration, as keyword arguments of the method.
-    - error: sum_i ||M_i - update(i)||_F^2, the direct residual in float64.
-    - parameters: the number of parameters stored for all layers, counted by the rule of `rasa_theory.methods.compare`.
-    - evidence: the evidence for the error.
-    - update_rank: the largest rank that an update can have.
-    - update: layer i -> its update (b, a) in float64.
-    - floor: a proved lower bound on the error of any fit with these settings, or None.
-    - history: the error at the initial guess and after every sweep; empty for closed forms.
+    Attributes:
+        method: the name of the method in `METHODS`.
+        settings: the configuration, as keyword arguments of the method.
+        error: sum_i ||M_i - update(i)||_F^2, the direct residual in float64.
+        parameters: the number of parameters stored for all layers, counted by the rule of
+            `rasa_theory.methods.compare`.
+        evidence: the evidence for the error.
+        update_rank: the largest rank that an update can have.
+        update: layer i -> its update (b, a) in float64.
+        floor: a proved lower bound on the error of any fit with these settings, or None.
+        history: the error at the initial guess and after every sweep; empty for closed forms.
     """
 
     method: str
@@ -88,12 +88,12 @@ def measured(stack: LayerStack, method: str, settings: Settings, evidence: Evide
 def residual(stack: LayerStack, update: Callable[[int], Tensor]) -> float:
     """The squared error sum_i ||M_i - update(i)||_F^2, formed directly in float64.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, read once.
+        update: layer i -> its update (b, a).
 
-    - stack: the layers M_i, read once.
-    - update: layer i -> its update (b, a).
-
-    **Returns:** the error, in the units of the stack.
+    Returns:
+        The squared error, summed over layers, in the units of the stack.
     """
     layers = (tile.values.double() - update(tile.layer) for tile in stack.tiles(rows=stack.shape[0]))
     return math.fsum(float((E * E).sum()) for E in layers)

@@ -18,14 +18,15 @@ def fit_lora(stack: LayerStack, rank: int) -> Fit:
 
     Stored: B_i (b, r) and A_i (r, a), so L r (a + b) parameters.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, from 1 to min(b, a).
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, from 1 to min(b, a).
+    Returns:
+        A `Fit` with the minimum, in closed form.
 
-    **Returns:** a `Fit` with the minimum, in closed form.
-
-    **Raises:** InputError if the rank is out of its range.
+    Raises:
+        InputError: the rank is out of its range.
     """
     at_least("rank", rank, 1)
     factors = solve_lora(stack.unit(), rank).factors.to(torch.float64)

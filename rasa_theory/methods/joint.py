@@ -37,16 +37,17 @@ def fit_joint(stack: LayerStack, rank: int, core: str = "full", seed: int = 0) -
       R (a + b + L) parameters. Where L divides R, `solve_rasa` with r = k = R / L. Otherwise the same sweeps, from the
       R leading singular terms of all layers and from random pools.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: R, from 1 to min(b, a) for a full core, and to a b for a diagonal one.
+        core: "full" or "diagonal".
+        seed: seed of the random starts.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: R, from 1 to min(b, a) for a full core, and to a b for a diagonal one.
-    - core: "full" or "diagonal".
-    - seed: seed of the random starts.
+    Returns:
+        A `Fit` with the best solution of several starts, and `joint_floor` as its floor.
 
-    **Returns:** a `Fit` with the best solution of several starts, and `joint_floor` as its floor.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     at_least("rank", rank, 1)
     one_of("core", core, CORES)
@@ -64,14 +65,15 @@ def joint_floor(stack: LayerStack, rank: int) -> float:
     of [M_1 .. M_L] after R. The same holds for the rows and the layers below each other; the larger tail counts. It
     does not depend on the cores, so it holds for full and for diagonal ones.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: R, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: R, at least 1.
+    Returns:
+        The bound, squared, in the units of the input, less the rounding of the Gram matrices it is read from.
 
-    **Returns:** the bound, squared, in the units of the input, less the rounding of the Gram matrices it is read from.
-
-    **Raises:** InputError if the rank is below 1.
+    Raises:
+        InputError: the rank is below 1.
     """
     at_least("rank", rank, 1)
     unit = stack.unit()

@@ -17,14 +17,14 @@ EFFORT = "quick"
 class Method:
     """A way to share parameters between layers: how it is solved, and what it costs.
 
-    **Fields:**
-
-    - name: its key in `METHODS`.
-    - title: its name in tables and figures.
-    - solve: (stack, **settings) -> Fit.
-    - parameters: (layers, shape, **settings) -> the number of parameters stored for all layers of shape (b, a).
-    - configurations: (stack, limit) -> the settings to try within `limit` parameters. Each is as large as fits along
-      its own direction, such as more private or more shared ranks. The list is empty if not even the smallest fits.
+    Attributes:
+        name: the key in `METHODS`.
+        title: the name in tables and figures.
+        solve: (stack, **settings) -> Fit.
+        parameters: (layers, shape, **settings) -> the number of parameters stored for all layers of shape (b, a).
+        configurations: (stack, limit) -> the settings to try within `limit` parameters. Each is as large as fits along
+            its own direction, such as more private or more shared ranks. The list is empty if not even the smallest
+            fits.
     """
 
     name: str

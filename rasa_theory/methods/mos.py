@@ -131,19 +131,20 @@ def fit_mos(
     begins at an extrapolated point. The starts are LoRA's optimum of rank r, every shard the mean of what it stands
     for, and random pools. With p = r = e it is LoRA.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, from 1 to min(b, a), and at most p + L (e - p).
+        pool_rank: e, at least 1.
+        private_rank: p, from 0 to min(r, e).
+        shards: l, a divisor of b and a.
+        seed: seed of the places and of the random start.
+        max_sweeps: the largest number of sweeps, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, from 1 to min(b, a), and at most p + L (e - p).
-    - pool_rank: e, at least 1.
-    - private_rank: p, from 0 to min(r, e).
-    - shards: l, a divisor of b and a.
-    - seed: seed of the places and of the random start.
-    - max_sweeps: the largest number of sweeps, at least 1.
+    Returns:
+        A `Fit` with the best solution for these places.
 
-    **Returns:** a `Fit` with the best solution for these places.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     sizes = _Sizes(rank, pool_rank, private_rank, shards)
     sizes.check(stack)

@@ -42,17 +42,18 @@ def fit_one_sided(
     fixed private terms, B_S and C_i together: the top p eigenvectors of the Gram matrix of the residuals. The starts
     are the leading common space, and the common space of the residuals of LoRA of rank q.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        private_rank: q, from 0 to min(b, a).
+        shared_rank: p, from 0 to b, for "rows" to a. At least one of q and p is above 0.
+        side: the shared space, "columns" or "rows".
+        max_sweeps: the largest number of sweeps from each start, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - private_rank: q, from 0 to min(b, a).
-    - shared_rank: p, from 0 to b, for "rows" to a. At least one of q and p is above 0.
-    - side: the shared space, "columns" or "rows".
-    - max_sweeps: the largest number of sweeps from each start, at least 1.
+    Returns:
+        A `Fit` with the best solution, which is the minimum if p = 0 or q = 0.
 
-    **Returns:** a `Fit` with the best solution, which is the minimum if p = 0 or q = 0.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     q, p = at_least("private_rank", private_rank, 0), at_least("shared_rank", shared_rank, 0)
     one_of("side", side, SIDES)

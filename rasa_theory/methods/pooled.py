@@ -19,16 +19,17 @@ def fit_rasa(stack: LayerStack, rank: int, shared_rank: int, seed: int = 0) -> F
     With q = r - k and R = L k, stored are B~_i (b, q), A~_i (q, a), B_S (b, R), A_S (R, a) and the R entries of every
     D_i, so L r (a + b) + L R parameters.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, from 1 to min(b, a).
+        shared_rank: k, from 0 to r.
+        seed: seed of the random starts.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, from 1 to min(b, a).
-    - shared_rank: k, from 0 to r.
-    - seed: seed of the random starts.
+    Returns:
+        A `Fit` with the best solution of a quick search, and the closed certified floor.
 
-    **Returns:** a `Fit` with the best solution of a quick search, and the closed certified floor.
-
-    **Raises:** InputError if a rank is out of its range.
+    Raises:
+        InputError: a rank is out of its range.
     """
     budget, unit = RankBudget(rank, shared_rank), stack.unit()
     factors = solve_rasa(unit, budget, SolverOptions(effort=EFFORT, seed=seed)).factors.to(torch.float64)

@@ -32,18 +32,19 @@ def fit_share_basis(
       B^_i = mean + sum_j c_ij C_j. The C_j (b, r) are the top p principal components; A_i likewise.
       (p + 1) r (a + b) + 2 L p parameters.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a), from which the error is measured.
+        rank: r, from 1 to min(b, a).
+        components: p, from 1 to min(b, a) for "columns", and to L for "whole".
+        basis: "columns" or "whole".
+        factors: the LoRAs, in units of the stack. None: the optimum of rank r on the stack, with b_j and a_j of equal
+            norm.
 
-    - stack: the layers M_i, (L, b, a), from which the error is measured.
-    - rank: r, from 1 to min(b, a).
-    - components: p, from 1 to min(b, a) for "columns", and to L for "whole".
-    - basis: "columns" or "whole".
-    - factors: the LoRAs, in units of the stack. None: the optimum of rank r on the stack, with b_j and a_j of equal
-      norm.
+    Returns:
+        A `Fit`, whose error is an upper bound on the minimum over all bases.
 
-    **Returns:** a `Fit`, whose error is an upper bound on the minimum over all bases.
-
-    **Raises:** InputError if an argument is out of its range, or the factors have another shape than stack and rank.
+    Raises:
+        InputError: an argument is out of its range, or the factors have another shape than stack and rank.
     """
     L, (b, a), p = stack.layers, stack.shape, at_least("components", components, 1)
     RankBudget(at_least("rank", rank, 1), 0).check_fits(stack)

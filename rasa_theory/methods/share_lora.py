@@ -25,15 +25,16 @@ def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
     - shared "both": sum_i ||M_i - X||^2 = L ||mean - X||^2 + sum_i ||M_i - mean||^2, so X = B A is the truncated SVD of
       the mean. r (a + b) parameters.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, from 1 to min(L b, a) for "A", min(b, L a) for "B", and min(b, a) for "both".
+        shared: the factor that all layers share, "A", "B" or "both".
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, from 1 to min(L b, a) for "A", min(b, L a) for "B", and min(b, a) for "both".
-    - shared: the factor that all layers share, "A", "B" or "both".
+    Returns:
+        A `Fit` with the minimum, in closed form.
 
-    **Returns:** a `Fit` with the minimum, in closed form.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     at_least("rank", rank, 1)
     one_of("shared", shared, SHARED)

@@ -26,17 +26,18 @@ def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, 
     The starts are the leading singular terms of all layers, then the common row and column space, then random factors.
     There are many local minima, since the signs of v_i hardly change.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, at least 1.
+        starts: the number of starts, at least 1.
+        seed: seed of the random starts.
+        max_sweeps: the largest number of sweeps, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, at least 1.
-    - starts: the number of starts, at least 1.
-    - seed: seed of the random starts.
-    - max_sweeps: the largest number of sweeps, at least 1.
+    Returns:
+        A `Fit` with the best solution.
 
-    **Returns:** a `Fit` with the best solution.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     at_least("rank", rank, 1)
     at_least("starts", starts, 1)

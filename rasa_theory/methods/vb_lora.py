@@ -59,19 +59,20 @@ def fit_vb_lora(
     sub-vector gets K of the means one after the other, each with its best weight beside those before. Then L-BFGS
     lowers the error of the updates over bank and weights together; it never rises.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, from 1 to min(b, a).
+        bank: h, the number of vectors.
+        length: s, a divisor of b and a.
+        topk: K, from 1 to h.
+        seed: seed of the k-means.
+        max_iterations: the largest number of L-BFGS iterations, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, from 1 to min(b, a).
-    - bank: h, the number of vectors.
-    - length: s, a divisor of b and a.
-    - topk: K, from 1 to h.
-    - seed: seed of the k-means.
-    - max_iterations: the largest number of L-BFGS iterations, at least 1.
+    Returns:
+        A `Fit` with the best solution.
 
-    **Returns:** a `Fit` with the best solution.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     sizes = _Sizes(rank, bank, length, topk)
     sizes.check(stack.shape)

@@ -27,16 +27,17 @@ def fit_vera(stack: LayerStack, rank: int, seed: int = 0, max_sweeps: int = 8) -
     makes them again, so only the L (b + r) entries of the diagonals are stored. Exact least squares for d_i and b_i
     alternate, from b_i = 1. A rank of a b or more leaves no error.
 
-    **Arguments:**
+    Arguments:
+        stack: the layers M_i, (L, b, a).
+        rank: r, at least 1.
+        seed: seed of B and A.
+        max_sweeps: the largest number of sweeps, at least 1.
 
-    - stack: the layers M_i, (L, b, a).
-    - rank: r, at least 1.
-    - seed: seed of B and A.
-    - max_sweeps: the largest number of sweeps, at least 1.
+    Returns:
+        A `Fit` with the best solution for these B and A.
 
-    **Returns:** a `Fit` with the best solution for these B and A.
-
-    **Raises:** InputError if an argument is out of its range.
+    Raises:
+        InputError: an argument is out of its range.
     """
     at_least("rank", rank, 1)
     at_least("max_sweeps", max_sweeps, 1)

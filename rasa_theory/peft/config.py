@@ -29,11 +29,13 @@ def initial_mixing(q: int, R: int, alpha: float) -> torch.Tensor:
     He et al., ICLR 2025, section 3.2: private terms and pool carry half of alpha each, alpha / (2 q) and alpha / (2 R)
     a term. If one of them is empty, the other carries all of it, so that k = 0 is LoRA with its scaling alpha / r.
 
-    **Arguments:**
+    Arguments:
+        q: number of private terms of a layer.
+        R: number of terms of the pool.
+        alpha: the scale of the updates, as in LoRA.
 
-    - `q`: number of private terms of a layer.
-    - `R`: number of terms of the pool.
-    - `alpha`: the scale of the updates, as in LoRA.
+    Returns:
+        The mixing, (q + R,) in float64.
     """
     half = alpha / 2 if q and R else alpha
     return torch.cat([torch.full((n,), half / max(n, 1), dtype=torch.float64) for n in (q, R)])
@@ -45,30 +47,29 @@ class RasaConfig(PeftConfig):  # type: ignore[misc]  # a dataclass of the librar
 
     A layer has r - k private ranks. All layers of one kind, tower and shape share a pool of L k ranks.
 
-    **Arguments:**
-
-    - `r`: rank budget of a layer. The adapter has as many parameters as a LoRA of rank r, and its mixing.
-    - `k`: the ranks that each layer gives to the pool, from 0 to r. k = 0 is LoRA.
-    - `alpha`: the scale of the updates, as in LoRA. None: 2 r. It enters the initial mixing only.
-    - `d_init`: initial mixing. "half" is the paper's: half of alpha on the private terms and half on the pool.
-      "keep_scale" is alpha / r on every term.
-    - `dropout`: probability that an entry of the adapter's input is dropped in training.
-    - `target_modules`: names or ends of names of the modules, a regular expression, or "all-linear".
-    - `exclude_modules`: modules that get no adapter; the same forms.
-    - `modules_to_save`: modules that are trained and saved whole, such as a classifier's head.
-    - `bias`: "none", "all" or "rasa_only": the biases that are trained too.
-    - `layers_to_transform`, `layers_pattern`: the layers that get an adapter, by number.
-    - `fan_in_fan_out`: true if weights are (in, out). It is set from the modules themselves.
-    - `rank_pattern`, `k_pattern`: other r and k for modules whose names match a regular expression. All modules of
-      a pool need the same r and k.
-    - `seed`: seed of the initial A factors. None: torch's global generator.
+    Arguments:
+        r: rank budget of a layer. The adapter has as many parameters as a LoRA of rank r, and its mixing.
+        k: the ranks that each layer gives to the pool, from 0 to r. k = 0 is LoRA.
+        alpha: the scale of the updates, as in LoRA. None: 2 r. It enters the initial mixing only.
+        d_init: initial mixing. "half" is the paper's: half of alpha on the private terms and half on the pool.
+            "keep_scale" is alpha / r on every term.
+        dropout: probability that an entry of the adapter's input is dropped in training.
+        target_modules: names or ends of names of the modules, a regular expression, or "all-linear".
+        exclude_modules: modules that get no adapter; the same forms.
+        modules_to_save: modules that are trained and saved whole, such as a classifier's head.
+        bias: "none", "all" or "rasa_only": the biases that are trained too.
+        layers_to_transform: numbers of the layers that get an adapter. None: all.
+        layers_pattern: name of the list of layers, where `layers_to_transform` needs it.
+        fan_in_fan_out: true if weights are (in, out). It is set from the modules themselves.
+        rank_pattern: other r, by a regular expression for names of modules. All modules of a pool need the same r.
+        k_pattern: other k, likewise.
+        seed: seed of the initial A factors. None: torch's global generator.
 
     `rasa_k`, `rasa_alpha`, `rasa_dropout` and `rasa_d_init` are the names of k, alpha, dropout and d_init in files of
     the authors' layouts; they are accepted so that such files load.
 
-    **Raises:**
-
-    - `InputError` (a ValueError): if a value is out of its range; the sentence names both.
+    Raises:
+        InputError: a value is out of its range; the message names both.
     """
 
     r: int = field(default=8)

@@ -32,17 +32,16 @@ def convert_to_lora(
     have one rank, with factors filled up with zeros, since servers do not read `rank_pattern` and `alpha_pattern`.
     peft's own `convert_to_lora` makes the best LoRA of a smaller rank, by an SVD of every update.
 
-    **Arguments:**
+    Arguments:
+        model: the model with the adapter.
+        adapter_name: the adapter to convert.
+        rank: the rank of all modules, at least the largest q + R. None: the largest q + R.
 
-    - `model`: the model with the adapter.
-    - `adapter_name`: the adapter to convert.
-    - `rank`: the rank of all modules, at least the largest q + R. None: the largest q + R.
+    Returns:
+        The configuration, and the tensors by their keys in a file, `modules_to_save` included.
 
-    **Returns:** the configuration, and the tensors by their keys in a file, `modules_to_save` included.
-
-    **Raises:**
-
-    - `InputError`: if the model has no such adapter, it trains biases, or `rank` is too small.
+    Raises:
+        InputError: the model has no such adapter, it trains biases, or `rank` is too small.
     """
     pools = {pool.name: pool for pool in tuner_of(model).pools(adapter_name)}
     config = model.peft_config[adapter_name]
@@ -67,9 +66,20 @@ def convert_to_lora(
 
 
 def save_as_lora(path: str | Path, model: PeftModel, adapter_name: str = "default", rank: int | None = None) -> Path:
-    """Write the LoRA of `convert_to_lora` into a folder, for peft and for servers. Returns the folder.
+    """Write the LoRA of `convert_to_lora` into a folder, for peft and for servers.
 
-    Raises InputError as `convert_to_lora` does, and if the folder cannot be written.
+    Arguments:
+        path: the folder, which is made if it does not exist.
+        model: the model with the adapter.
+        adapter_name: the adapter to convert.
+        rank: the rank of all modules, at least the largest q + R. None: the largest q + R.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the model has no such adapter, it trains biases, `rank` is too small, or the folder cannot be
+            written.
     """
     config, tensors = convert_to_lora(model, adapter_name, rank)
     out = writable_folder(Path(path))

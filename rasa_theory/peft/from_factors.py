@@ -28,21 +28,20 @@ def from_factors(
     Private terms get the mixing 1, pool terms at most 1 in absolute value. Every term is scaled so that its two factors
     have equal norms.
 
-    **Arguments:**
+    Arguments:
+        model: a model, which is changed, or a `PeftModel` with RaSA adapters, which gets one more.
+        factors: for each target, the factors of its layers in the order of the model. A target is the end of a module's
+            name from a dot on (`q_proj`), or a pattern with `*` for the whole name. It selects one whole pool: modules
+            of one kind, tower and shape.
+        adapter_name: the name of the adapter.
+        settings: other fields of the `RasaConfig`, such as `task_type` or `dropout`.
 
-    - `model`: a model, which is changed, or a `PeftModel` with RaSA adapters, which gets one more.
-    - `factors`: for each target, the factors of its layers in the order of the model. A target is the end of a
-      module's name from a dot on (`q_proj`), or a pattern with `*` for the whole name. It selects one whole pool:
-      modules of one kind, tower and shape.
-    - `adapter_name`: the name of the adapter.
-    - `settings`: other fields of the `RasaConfig`, such as `task_type` or `dropout`.
+    Returns:
+        The model with the adapter. If `model` is a `PeftModel`, it is returned itself.
 
-    **Returns:** the model with the adapter. A `PeftModel` that was given is returned itself.
-
-    **Raises:**
-
-    - `InputError`: if a target selects nothing or more than a pool, the factors have other sizes than the layers or
-      are not finite, or the model cannot hold the adapter.
+    Raises:
+        InputError: a target selects nothing or more than a pool, the factors have other sizes than the layers or are
+            not finite, or the model cannot hold the adapter.
     """
     if not factors:
         raise InputError("there are no factors; give those of one target at least")
@@ -74,10 +73,19 @@ def from_factors(
 
 @torch.no_grad()
 def factors(model: PeftModel, adapter_name: str = "default") -> dict[str, RasaFactors]:
-    """The updates of an adapter as factors of a reconstruction, by the name of the pool.
+    """Return the updates of an adapter as `RasaFactors`, by the name of the pool.
 
-    They are copies, at least in float32, on the device of the pool. The mixing of the private terms goes into B~_i.
-    Raises InputError if the model has no such adapter.
+    The mixing of the private terms goes into B~_i.
+
+    Arguments:
+        model: the model with the adapter.
+        adapter_name: the name of the adapter.
+
+    Returns:
+        Copies of the factors of each pool, at least in float32, on the device of the pool.
+
+    Raises:
+        InputError: the model has no such adapter.
     """
     tuner = tuner_of(model)
     return {pool.name: _factors_of(tuner, adapter_name, pool) for pool in tuner.pools(adapter_name)}

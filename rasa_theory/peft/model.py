@@ -237,17 +237,15 @@ class RasaModel(BaseTuner):  # type: ignore[misc]  # a class of the library with
         Private terms stand side by side, and so do the pools, so that the ranks add up. Where the adapters change
         different modules, terms of zeros fill the gaps.
 
-        **Arguments:**
+        Arguments:
+            adapters: the names of the adapters.
+            weights: one number for each, of either sign.
+            adapter_name: the name of the sum.
+            combination_type: "cat" is the only one.
 
-        - `adapters`: the names of the adapters.
-        - `weights`: one number for each, of either sign.
-        - `adapter_name`: the name of the sum.
-        - `combination_type`: "cat", the only one.
-
-        **Raises:**
-
-        - `InputError`: if a name is not there or is taken, a weight is not finite, or an adapter has more than
-          updates (`bias`, `modules_to_save`).
+        Raises:
+            InputError: a name is not there or is taken, a weight is not finite, or an adapter has more than updates
+                (`bias`, `modules_to_save`).
         """
         if combination_type != "cat":
             raise InputError(f"combination_type must be 'cat', which is exact, got {combination_type!r}")

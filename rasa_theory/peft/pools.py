@@ -23,10 +23,11 @@ _PARTS = frozenset({"model", "base_layer", "modules_to_save", "weight", "bias", 
 class Pool(NamedTuple):
     """The modules that share one pool.
 
-    - `name`: the pool's name, which is the kind of its modules and, where needed, their tower and shape.
-    - `modules`: the names of its L modules, in the order of the model.
-    - `shape`: (b, a) = (out, in) of an update.
-    - `budget`: the ranks r and k of each module.
+    Attributes:
+        name: the pool's name, which is the kind of its modules and, where needed, their tower and shape.
+        modules: the names of its L modules, in the order of the model.
+        shape: (b, a) = (out, in) of an update.
+        budget: the ranks r and k of each module.
     """
 
     name: str
@@ -67,19 +68,18 @@ def check_name(adapter: str, modules: Collection[str]) -> None:
 def plan(model: nn.Module, modules: Collection[str], config: RasaConfig, kwargs: Mapping[str, Any]) -> list[Pool]:
     """Group modules into pools.
 
-    **Arguments:**
+    Arguments:
+        model: the model, with or without adapters in it.
+        modules: the names of the modules, in the order of the model.
+        config: the configuration, which says the ranks of each module.
+        kwargs: what peft needs to know about a quantised model.
 
-    - `model`: the model, with or without adapters in it.
-    - `modules`: the names of the modules, in the order of the model.
-    - `config`: the configuration, which says the ranks of each module.
-    - `kwargs`: what peft needs to know about a quantised model.
+    Returns:
+        The pools, in the order of the model.
 
-    **Returns:** the pools, in the order of the model.
-
-    **Raises:**
-
-    - `InputError`: if no adapter can stand beside a module, one shares its weight with another module, the modules of
-      a pool differ in rank, or two pools would have the same name in a file.
+    Raises:
+        InputError: no adapter can stand beside a module, one shares its weight with another module, the modules of a
+            pool differ in rank, or two pools would have the same name in a file.
     """
     shapes = {}
     for name in modules:

@@ -23,13 +23,11 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     There is one panel per stack and k >= 1. Lines mark e_lora, the allocation bound, the best error and the certified
     floor. If the floor is far below, a note replaces its line. Dots mark the first iteration below e_lora.
 
-    **Arguments:**
+    Arguments:
+        results: the results of `study`, or the contents of results.json.
 
-    - `results`: the results of `study`, or the contents of results.json.
-
-    **Returns:**
-
-    - A matplotlib `Figure`. Save it by `figure.savefig`.
+    Returns:
+        The figure; `figure.savefig(path)` writes it.
     """
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))

@@ -24,14 +24,12 @@ def plot_inspection(report: dict[str, Any], kinds: Sequence[dict[str, Any]]) -> 
     The first map shows ||M_i|| / ||W_i||, or the share of ||M||^2 without a base. The second shows the share of
     ||M_i||^2 that the rank nearest to 16 misses at most. The band around the curve lies between the certified bounds.
 
-    **Arguments:**
+    Arguments:
+        report: the contents of inspect.json.
+        kinds: kinds of module with `kind`, `norm_squared` and `modules`, each with the `layer` of every module.
 
-    - `report`: the contents of inspect.json.
-    - `kinds`: kinds of module with `kind`, `norm_squared` and `modules`, each with the `layer` of every module.
-
-    **Returns:**
-
-    - A matplotlib `Figure`.
+    Returns:
+        A matplotlib `Figure`.
     """
     shown = [kind for kind in kinds if kind["norm_squared"] > 0][:_MOST_KINDS]
     height = max(1.2, 0.7 + LINE * len(shown))

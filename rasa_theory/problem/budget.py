@@ -22,14 +22,12 @@ class Shaped(Protocol):
 class RankBudget:
     """The ranks of one layer: r in all, k of them in the shared pool.
 
-    **Arguments:**
+    Arguments:
+        rank: r, at least 1.
+        shared_rank: k, from 0 to r.
 
-    - `rank`: r, at least 1.
-    - `shared_rank`: k, from 0 to r.
-
-    **Raises:**
-
-    - `InputError` (a ValueError): unless both are whole numbers in these ranges; the message names both.
+    Raises:
+        InputError: one of them is not a whole number in its range; the message names both.
     """
 
     rank: int

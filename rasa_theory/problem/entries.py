@@ -36,13 +36,12 @@ class Purpose(Enum):
 class PassCounts:
     """Passes over M so far, by purpose. A pass reads every local entry once.
 
-    **Attributes:**
-
-    - `products`: passes of `right`, `left` and `tiles`.
-    - `spectra`: passes for SVDs, singular values and Gram matrices.
-    - `checks`: passes for the largest entry (one at construction), the norms (one at first use) and the weighting of
-      layers.
-    - `copies`: passes for copies of M: `values`, where they are not borrowed, and weighted entries in memory.
+    Attributes:
+        products: passes of `right`, `left` and `tiles`.
+        spectra: passes for SVDs, singular values and Gram matrices.
+        checks: passes for the largest entry (one at construction), the norms (one at first use) and the weighting of
+            layers.
+        copies: passes for copies of M: `values`, where they are not borrowed, and weighted entries in memory.
     """
 
     products: int = 0

@@ -55,15 +55,13 @@ def _sharding_of(sharding: LayerSharding | None, layers: int) -> LayerSharding:
 class LoraFactors:
     """LoRA factors of all layers: the updates B_i A_i of rank r.
 
-    **Arguments:**
+    Arguments:
+        B: the left factors B_i, (L, b, r).
+        A: the right factors A_i, (L, r, a).
+        sharding: with several processes, the layers that each holds. `B` and `A` hold the layers of this process.
 
-    - `B`: (L, b, r).
-    - `A`: (L, r, a).
-    - `sharding`: with several processes, the layers that each holds; `B` and `A` are then those of this process.
-
-    **Raises:**
-
-    - `InputError`: if the shapes disagree; the message names both.
+    Raises:
+        InputError: the shapes disagree; the message names both.
     """
 
     B: Tensor
@@ -94,19 +92,17 @@ class LoraFactors:
 class RasaFactors:
     """Updates B~_i A~_i + B_S D_i A_S (He et al., ICLR 2025, eq. 4).
 
-    **Arguments:**
+    Arguments:
+        private_B: B~_i, (L, b, q).
+        private_A: A~_i, (L, q, a).
+        shared_B: B_S, (b, R).
+        shared_A: A_S, (R, a).
+        mixing: the diagonals of the D_i as rows, (L, R).
+        sharding: with several processes, the layers that each holds. Private factors and mixing hold the layers of this
+            process, and the pool is the same in all.
 
-    - `private_B`: B~_i, (L, b, q).
-    - `private_A`: A~_i, (L, q, a).
-    - `shared_B`: B_S, (b, R).
-    - `shared_A`: A_S, (R, a).
-    - `mixing`: (L, R); row i is the diagonal of D_i.
-    - `sharding`: with several processes, the layers that each holds. Private factors and mixing are then those of this
-      process, and the pool is the same in all.
-
-    **Raises:**
-
-    - `InputError`: if the shapes disagree; the message names both.
+    Raises:
+        InputError: the shapes disagree; the message names both.
     """
 
     private_B: Tensor
@@ -137,15 +133,13 @@ class RasaFactors:
     def from_pool(cls, pool: RankOneTerms, private_rank: int, sharding: LayerSharding | None = None) -> RasaFactors:
         """Build factors with this pool and no private terms.
 
-        **Arguments:**
+        Arguments:
+            pool: R terms, with the weights of all L layers.
+            private_rank: q; the private factors are zero.
+            sharding: the layers that each process holds; None stands for one process that holds all.
 
-        - `pool`: R terms, with the weights of all L layers.
-        - `private_rank`: q; the private factors are zero.
-        - `sharding`: the layers that each process holds; None stands for one process that holds all.
-
-        **Returns:**
-
-        - `RasaFactors`: those of the layers held.
+        Returns:
+            Factors of the layers of this process.
         """
         sharding = sharding or LayerSharding((len(pool.D),))
         B, A, D = pool
@@ -159,19 +153,16 @@ class RasaFactors:
 
         Every layer moves k of its r terms to the pool. D_i is 1 on the block of layer i and 0 elsewhere.
 
-        **Arguments:**
+        Arguments:
+            lora: LoRA factors of rank r, with the terms of each layer in order of falling size.
+            budget: the ranks r and k.
+            pooled: the terms that go to the pool, "smallest" (the last k) or "largest" (the first k).
 
-        - `lora`: LoRA factors of rank r, with the terms of each layer in order of falling size.
-        - `budget`: the ranks r and k.
-        - `pooled`: the terms that go to the pool, "smallest" (the last k) or "largest" (the first k).
+        Returns:
+            Factors with private rank q = r - k and pool rank R = L k.
 
-        **Returns:**
-
-        - `RasaFactors`: with private rank q = r - k and pool rank R = L k.
-
-        **Raises:**
-
-        - `InputError`: if `lora` and `budget` differ in rank, or `pooled` is neither of the two.
+        Raises:
+            InputError: `lora` and `budget` differ in rank, or `pooled` is neither of the two.
         """
         L, r, sharding = lora.layers, lora.B.shape[2], lora.sharding
         k, q = budget.shared_rank, budget.private_rank

@@ -23,14 +23,13 @@ class PoolParticipation:
     Ratios by weight and by loss differ where a pool term cancels against private terms of a layer. Cancellation makes
     its weight in that layer large, but not its loss.
 
-    **Attributes:**
-
-    - `weights`: d_ij^2 ||b_j||^2 ||a_j||^2, the squared norm of term j in layer i, (L, R) in squared units.
-    - `losses`: upper bound on the squared error that layer i gains without term j, (L, R) in squared units. Private
-      terms replace as much of the term as they can.
-    - `by_weight`: participation ratios of `weights` over the layers, (R,).
-    - `by_loss`: participation ratios of `losses` over the layers, (R,).
-    - `owners`: the index of the layer with the largest loss, (R,).
+    Attributes:
+        weights: d_ij^2 ||b_j||^2 ||a_j||^2, the squared norm of term j in layer i, (L, R) in squared units.
+        losses: upper bound on the squared error that layer i gains without term j, (L, R) in squared units. Private
+            terms replace as much of the term as they can.
+        by_weight: participation ratios of `weights` over the layers, (R,).
+        by_loss: participation ratios of `losses` over the layers, (R,).
+        owners: the index of the layer with the largest loss, (R,).
     """
 
     weights: Tensor
@@ -43,13 +42,11 @@ class PoolParticipation:
 def pool_participation(factors: RasaFactors) -> PoolParticipation:
     """Measure whether the pool is shared, or each of its terms serves one layer. Computed in float64.
 
-    **Arguments:**
+    Arguments:
+        factors: RaSA factors; the scale of their pool columns does not matter.
 
-    - `factors`: RaSA factors; the scale of their pool columns does not matter.
-
-    **Returns:**
-
-    - `PoolParticipation`: weights and losses of all terms in all layers, and their participation ratios.
+    Returns:
+        Weights and losses of every term in every layer, and their participation ratios.
     """
     f = factors.to(torch.float64).normalised()
     weights, losses = f.mixing**2, layer_losses(f)

@@ -25,18 +25,15 @@ def layer_errors(stack: LayerStack, factors: RasaFactors | LoraFactors) -> list[
     ||M_i - B_i A_i||_F^2 for LoRA, ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 for RaSA (He et al., ICLR 2025, eq. 4), in
     float64 whatever the dtypes are. M is read once, in tiles.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        factors: factors of the same layers; with several processes, of the layers of this process.
 
-    - `stack`: the stack M.
-    - `factors`: factors of the same layers; with several processes, of those that this process holds.
+    Returns:
+        The L squared errors, in squared units of the input; the same list in all processes.
 
-    **Returns:**
-
-    - The L squared errors, in squared units of the input; the same list in all processes.
-
-    **Raises:**
-
-    - `InputError`: if factors and stack have different layers or shapes.
+    Raises:
+        InputError: factors and stack have different layers or shapes.
     """
     check_same_layers(stack, factors)
     tensors = _tensors(factors, stack.device)
@@ -52,18 +49,15 @@ def reconstruction_error(stack: LayerStack, factors: RasaFactors | LoraFactors) 
 
     sum_i ||M_i - update_i||_F^2 (He et al., ICLR 2025, Section 3), the sum of `layer_errors`.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        factors: factors of the same layers; with several processes, of the layers of this process.
 
-    - `stack`: the stack M.
-    - `factors`: factors of the same layers; with several processes, of those that this process holds.
+    Returns:
+        The squared error, in squared units of the input; the same number in all processes.
 
-    **Returns:**
-
-    - The squared error, in squared units of the input; the same number in all processes.
-
-    **Raises:**
-
-    - `InputError`: if factors and stack have different layers or shapes.
+    Raises:
+        InputError: factors and stack have different layers or shapes.
     """
     return math.fsum(layer_errors(stack, factors))
 

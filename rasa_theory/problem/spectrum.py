@@ -22,11 +22,12 @@ class SpectralRanks:
 
     All are 0 for a layer of zeros. They do not change when a layer is multiplied by a constant.
 
-    - `stable`: sum_j sigma_j^2 / sigma_1^2 = 1 / p_1, (L,) in float64 (Rudelson and Vershynin, J. ACM 54, 2007).
-    - `entropy`: exp(-sum_j p_j log p_j), (L,) in float64; n for n equal singular values (Roy and Vetterli, EUSIPCO
-      2007, with energies in place of singular values).
-    - `energy`: the least n with p_1 + .. + p_n >= share, (L, S) in int64: a column for each of `shares`.
-    - `shares`: the shares of the energy, (S,), each above 0 and at most 1.
+    Attributes:
+        stable: sum_j sigma_j^2 / sigma_1^2 = 1 / p_1, (L,) in float64 (Rudelson and Vershynin, J. ACM 54, 2007).
+        entropy: exp(-sum_j p_j log p_j), (L,) in float64; n for n equal singular values (Roy and Vetterli, EUSIPCO
+            2007, with energies in place of singular values).
+        energy: the least n with p_1 + .. + p_n >= share, (L, S) in int64: a column for each of `shares`.
+        shares: the shares of the energy, (S,), each above 0 and at most 1.
     """
 
     stable: Tensor
@@ -38,19 +39,16 @@ class SpectralRanks:
 def spectral_ranks(spectrum: LayerStack | Tensor, shares: Sequence[float] = SHARES) -> SpectralRanks:
     """Measure how many singular directions every layer uses.
 
-    **Arguments:**
+    Arguments:
+        spectrum: a stack, or singular values in falling order, (L, m) or (m,) for one layer.
+        shares: shares of the energy, each above 0 and at most 1.
 
-    - `spectrum`: a stack, or singular values in falling order, (L, m) or (m,) for one layer.
-    - `shares`: shares of the energy, each above 0 and at most 1.
+    Returns:
+        The ranks of all L layers, on the CPU; the same in all processes.
 
-    **Returns:**
-
-    - `SpectralRanks`, on the CPU. With several processes it covers the layers of all of them.
-
-    **Raises:**
-
-    - `InputError`: if the singular values have another number of axes, or are not finite, at least 0 and falling, or if
-      a share is out of range.
+    Raises:
+        InputError: the singular values have another number of axes, or are not finite, at least 0 and falling, or a
+            share is out of range.
     """
     for share in shares:
         if not 0 < share <= 1:

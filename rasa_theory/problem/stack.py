@@ -31,30 +31,29 @@ class LayerStack:
     other views, which copy nothing and share the pass counts, the norms and the cached spectra. Solvers work on
     `unit()`, whose entries are divided by `scale`, so that the norm of M neither overflows nor underflows when squared.
 
-    **Arguments:**
+    Arguments:
+        values: an (L, b, a) array or tensor, or a list of L matrices (b, a); real floating point, finite, not empty.
+            Their memory is borrowed where dtype and device allow, and never written. A `Storage` reads entries from
+            files, or holds them as products of thin factors (`Factored`).
+        name: the name of the stack in messages and results.
+        dtype: float32 or float64, the dtype of the computation. None: the dtype of `values`, or float32 for half
+            precisions. Narrower values are stored as they are and converted a tile at a time; factors are converted at
+            once.
+        device: the device of the computation. None: the device of `values`.
+        memory: limit in bytes on the memory for M on the CPU; None: no limit. A quarter is for entries that stay in
+            memory (sources leave larger stacks in their files). A quarter is for exact SVDs. Larger ones are mapped
+            from a temporary file of 8 L min(b, a) (b + a) bytes, whose pages the system drops when it needs memory.
+            Half is for the work on one layer. The limit does not cover torch itself, nor thin matrices: factors,
+            products with M, and the bases of the default solver, up to half as wide as M. Nor does it cover the few
+            matrices of b x b and a x a of bounds, and the searches for floors.
+        sharding: with several processes, the layers that each one holds. All processes construct the stack together,
+            each from the `values` of its local layers. `right`, `left`, `tiles`, `spectra.svd` and `layer_norms` then
+            refer to the local layers; all other facts are global.
+        tf32: let products round to TF32 on CUDA. Errors are measured in float64 all the same.
 
-    - `values`: an (L, b, a) array or tensor, or a list of L matrices (b, a); real floating point, finite, not empty.
-      Their memory is borrowed where dtype and device allow, and never written. A `Storage` reads entries from files, or
-      holds them as products of thin factors (`Factored`).
-    - `name`: the name of the stack in messages and results.
-    - `dtype`: float32 or float64, the dtype of the computation. None: the dtype of `values`, or float32 for half
-      precisions. Narrower values are stored as they are and converted a tile at a time; factors are converted at once.
-    - `device`: the device of the computation. None: the device of `values`.
-    - `memory`: limit in bytes on the memory for M on the CPU; None: no limit. A quarter is for entries that stay in
-      memory (sources leave larger stacks in their files). A quarter is for exact SVDs. Larger ones are mapped from a
-      temporary file of 8 L min(b, a) (b + a) bytes, whose pages the system drops when it needs memory. Half is for the
-      work on one layer. The limit does not cover torch itself, nor thin matrices: factors, products with M, and the
-      bases of the default solver, up to half as wide as M. Nor does it cover the few b x b and a x a matrices of
-      bounds, and the searches for floors.
-    - `sharding`: with several processes, the layers that each one holds. All processes construct the stack together,
-      each from the `values` of its local layers. `right`, `left`, `tiles`, `spectra.svd` and `layer_norms` then refer
-      to the local layers; all other facts are global.
-    - `tf32`: let products round to TF32 on CUDA. Errors are measured in float64 all the same.
-
-    **Raises:**
-
-    - `InputError`: if `values`, `dtype`, `device` or `memory` cannot be used; the message names the layer and the entry
-      or shape.
+    Raises:
+        InputError: `values`, `dtype`, `device` or `memory` cannot be used; the message names the layer and the entry or
+            shape.
     """
 
     def __init__(
@@ -89,8 +88,10 @@ class LayerStack:
     def with_spectra(self, spectra: str, budget: RankBudget) -> LayerStack:
         """Return the view whose `spectra` suit work at this budget. Nothing is copied.
 
-        "exact": decompositions. "leading": leading directions from products with M. "auto": these where they cost less,
-        see `takes_leading`.
+        Arguments:
+            spectra: "exact" for SVDs, "leading" for leading directions from products with M, "auto" for these where
+                they cost less: min(b, a) >= 768 and L r <= min(b, a) / 8.
+            budget: the ranks that the work needs.
         """
         view = self._view(self._gain, self._transposed)
         view._by_products = takes_leading(spectra, self, budget.rank)

@@ -24,11 +24,10 @@ class SharedSubspaceSpectrum:
     Eigenvalues lie in [0, 1]. A direction that all layers use has eigenvalue 1; if n layers use it, the largest
     eigenvalue is at least n / L.
 
-    **Attributes:**
-
-    - `columns`: eigenvalues of the column spaces in falling order, (min(b, L rank),); all others are 0.
-    - `rows`: eigenvalues of the row spaces in falling order, (min(a, L rank),); all others are 0.
-    - `unrelated`: upper edge of the eigenvalues for L random subspaces, as a pair: columns, rows.
+    Attributes:
+        columns: eigenvalues of the column spaces in falling order, (min(b, L rank),); all others are 0.
+        rows: eigenvalues of the row spaces in falling order, (min(a, L rank),); all others are 0.
+        unrelated: upper edge of the eigenvalues for L random subspaces, as a pair: columns, rows.
     """
 
     columns: Tensor
@@ -42,18 +41,15 @@ def shared_subspace_spectrum(stack: LayerStack, rank: int) -> SharedSubspaceSpec
     A stack that is exactly B~_i A~_i + B_S D_i A_S has R eigenvalues 1 on either side at rank = q + R: the span of B_S
     lies in the column space of every layer. Singular directions at rounding level do not count.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        rank: the number of leading singular directions of each layer, 1 <= rank <= min(b, a).
 
-    - `stack`: the stack M.
-    - `rank`: the number of leading singular directions of each layer, 1 <= rank <= min(b, a).
+    Returns:
+        The eigenvalues of the mean projectors of both sides.
 
-    **Returns:**
-
-    - `SharedSubspaceSpectrum`: the eigenvalues of the mean projectors of both sides.
-
-    **Raises:**
-
-    - `InputError`: if `rank` is out of range.
+    Raises:
+        InputError: `rank` is out of range.
     """
     RankBudget(rank, 0).check_fits(stack)
     U, V = (stack.sharding.all_gather(W) for W in leading_subspaces(stack, rank))

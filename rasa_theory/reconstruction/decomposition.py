@@ -17,11 +17,12 @@ class Gain:
     Errors are squared, summed over layers, in units of the input. The three shares are fractions of e_lora; with the
     share of `floor` that is left they add up to 1. They are 0 where e_lora is 0.
 
-    - e_lora: LoRA's optimum; 0 where it is no more than rounding, as on layers of no higher rank.
-    - e_allocation: the least error of a pool in which every term serves one layer; such a pool hands ranks to the
-      layers that need them.
-    - e_rasa: the error of the best solution that the solver reached, an upper bound on the optimum.
-    - floor: a certified lower bound on the optimum of RaSA(r, k), with its name.
+    Attributes:
+        e_lora: LoRA's optimum; 0 where it is no more than rounding, as on layers of no higher rank.
+        e_allocation: the least error of a pool in which every term serves one layer. Such a pool hands ranks to the
+            layers that need them.
+        e_rasa: the error of the best solution that the solver reached, an upper bound on the optimum.
+        floor: a certified lower bound on the optimum of RaSA(r, k), with its name.
     """
 
     e_lora: float
@@ -62,19 +63,19 @@ def gain(
     of pools that do only this, in closed form. Or its terms can serve several layers at once: the rest of the gain.
     What the solver may have missed is bounded by a certified floor, so that the parts are known up to `unknown`.
 
-    **Arguments:**
+    Arguments:
+        stack: the updates M_i, (L, b, a).
+        budget: r and k, with r <= min(b, a).
+        solver: how to solve (None: the defaults). Only a start of "best" or "allocation" ensures that e_rasa is at
+            most e_allocation, and `sharing` at least 0.
+        certificate: floors up to this kind, "closed", "dual" or "two-sided", as for `lower_bound`.
+        solution: a solution of this stack and budget; if there is one, nothing is solved and `solver` is not used.
 
-    - stack: the updates M_i, (L, b, a).
-    - budget: r and k, with r <= min(b, a).
-    - solver: how to solve (None: the defaults). Only a start of "best" or "allocation" makes sure that e_rasa is not
-      above e_allocation, and `sharing` not negative.
-    - certificate: floors up to this kind, "closed", "dual" or "two-sided", as for `lower_bound`.
-    - solution: a solution of this stack and budget; if there is one, nothing is solved and `solver` is not used.
+    Returns:
+        Errors and floor, squared, in units of the input, and the three shares of e_lora.
 
-    **Returns:** a `Gain`.
-
-    **Raises:** InputError if r exceeds min(b, a), if `solution` has other layers or ranks, or if `certificate` is
-    unknown.
+    Raises:
+        InputError: r exceeds min(b, a), `solution` has other layers or ranks, or `certificate` is unknown.
     """
     budget.check_fits(stack)
     if solution is not None:

@@ -55,22 +55,23 @@ def study(
     For each stack it solves LoRA of rank r. For each k it solves RaSA(r, k), runs random attempts at the paper's
     iteration count, proves a floor, and checks Theorem 3.1, e_rasa(k) <= e_lora (He et al., ICLR 2025).
 
-    **Arguments:**
+    Arguments:
+        stacks: stacks of updates, read one at a time, so a generator keeps one in memory.
+        rank: r, at least 1 and at most min(b, a) of every stack.
+        ks: shared ranks, each from 0 to r. They are solved in rising order, each from the solution before it as well.
+        solver: options of the solver (None: the defaults).
+        certificate: floors up to this kind, "closed", "dual" or "two-sided", as for `lower_bound`.
+        seeds: number of random attempts for each k > 0, with seeds counted on from `solver.seed`.
+        weight: "layer" scales every layer to unit norm first; "none" does not.
+        watch: called with progress while the study runs, or None.
 
-    - stacks: stacks of updates, read one at a time, so a generator keeps one in memory.
-    - rank: r, at least 1 and at most min(b, a) of every stack.
-    - ks: shared ranks, each from 0 to r. They are solved in rising order, each from the solution before it as well.
-    - solver: options of the solver (None: the defaults).
-    - certificate: floors up to this kind, "closed", "dual" or "two-sided", as for `lower_bound`.
-    - seeds: number of random attempts for each k > 0, with seeds counted on from `solver.seed`.
-    - weight: "layer" scales every layer to unit norm first; "none" does not.
-    - watch: called with progress while the study runs, or None.
+    Returns:
+        Plain data, the content of results.json (schema: rasa_theory/data/results.schema.json). Errors are squared
+        Frobenius norms, summed over layers, in units of the input; with `weight` "layer", of the scaled layers.
 
-    **Returns:** plain data, the content of results.json (schema: rasa_theory/data/results.schema.json). Errors are
-    squared Frobenius norms, summed over layers, in units of the input; with `weight` "layer", of the scaled layers.
-
-    **Raises:** InputError for settings out of range, if r exceeds min(b, a) of a stack, if there is no stack, or if
-    several processes ask for a certificate that only one can search for.
+    Raises:
+        InputError: a setting is out of range, r exceeds min(b, a) of a stack, there is no stack, or several processes
+            ask for a certificate that only one can search for.
     """
     settings = StudySettings(rank, tuple(ks), solver or SolverOptions(), certificate, seeds, weight)
     state = StudyState(new_results(settings), {})

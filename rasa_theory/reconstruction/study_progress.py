@@ -17,10 +17,11 @@ SEARCHING = "searching"
 class StudyProgress:
     """One message to a watcher: the stack and k, the task in hand, its step, and the error there.
 
-    - ratio: the error in units of e_lora, None if e_lora is 0. While a floor is searched for, it is the floor.
-    - sweep: the sweep of the solver, the step of its search, or the iteration of the search for a floor.
-    - max_sweeps: the number of those that are planned.
-    - tasks_done: tasks finished so far, on all stacks; `StudySettings.tasks` says how many there are for each k.
+    Attributes:
+        ratio: the error in units of e_lora, None if e_lora is 0. While a floor is searched for, it is the floor.
+        sweep: the sweep of the solver, the step of its search, or the iteration of the search for a floor.
+        max_sweeps: the number of those that are planned.
+        tasks_done: tasks finished so far, on all stacks; `StudySettings.tasks` says how many there are for each k.
     """
 
     stack: str

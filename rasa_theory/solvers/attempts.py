@@ -22,9 +22,11 @@ AFTER_CROSSING = 10
 class Attempt:
     """One run of paper sweeps from a random start.
 
-    - seed: of the start.
-    - iterations: the number of the first iteration with an error below e_lora, None if there was none.
-    - history: the error at the start and after every iteration, squared, in units of the input, each a direct residual.
+    Attributes:
+        seed: seed of the random start.
+        iterations: the number of the first iteration with an error below e_lora; None if there was none.
+        history: the squared error at the start and after every iteration, in units of the input, each a direct
+            residual.
     """
 
     seed: int
@@ -47,23 +49,20 @@ def random_attempt(
     before the 30th, unless the pool degenerates. An error counts as below e_lora only if it is so beyond the rounding
     of float64, 10 max(b, a) eps ||M|| in norm.
 
-    **Arguments:**
+    Arguments:
+        stack: the L updates M_i (b, a).
+        budget: r ranks a layer, k of them shared.
+        e_lora: the squared error of LoRA, in units of the input.
+        seed: seed of the random start.
+        callback: called with a `Progress` after every iteration.
+        start: RasaFactors in units of the input, instead of a random pool that no layer uses yet (`random_start`).
+        iterations: the largest number of iterations.
 
-    - stack: the L updates M_i (b, a).
-    - budget: r ranks a layer, k of them shared.
-    - e_lora: the squared error of LoRA, in units of the input.
-    - seed: of the start.
-    - callback: called with a `Progress` after every iteration.
-    - start: RasaFactors in units of the input, instead of a random pool that no layer uses yet (`random_start`).
-    - iterations: the largest number of iterations.
+    Returns:
+        The number of iterations and the history.
 
-    **Returns:**
-
-    - Attempt: the number of iterations and the history.
-
-    **Raises:**
-
-    - InputError: the error of `start` is not finite, or its shapes do not fit the stack.
+    Raises:
+        InputError: the error of `start` is not finite, or its shapes do not fit the stack.
     """
     with stack.suitable_threads():
         unit = stack.unit()

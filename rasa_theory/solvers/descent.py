@@ -20,10 +20,11 @@ S = TypeVar("S")
 class StopReason(Enum):
     """The reason why an iteration ended; the value of each member is a sentence.
 
-    - CONVERGED: one sweep lowered the error by less than `rtol` of it, or the error is zero to rounding.
-    - SWEEP_LIMIT: `max_sweeps` sweeps were done, and the error still fell.
-    - DEGENERATE: a term exceeded `max_cancellation` times the norm of its layer.
-    - NON_FINITE: a factor or the error became infinite or NaN, or a factorisation failed.
+    Attributes:
+        CONVERGED: one sweep lowered the error by less than `rtol` of it, or the error is zero to rounding.
+        SWEEP_LIMIT: `max_sweeps` sweeps were done, and the error still fell.
+        DEGENERATE: a term exceeded `max_cancellation` times the norm of its layer.
+        NON_FINITE: a factor or the error became infinite or NaN, or a factorisation failed.
     """
 
     CONVERGED = "The relative decrease over one sweep fell below the tolerance, or the error to rounding."

@@ -22,11 +22,12 @@ FAILURE = 1e-10  # largest probability that the interval of one call is wrong
 class LoraSolution:
     """The optimum of LoRA.
 
-    - error: e_lora, squared, summed over layers, in units of the input (method "fast": the error of `factors`).
-    - interval: holds the exact e_lora in spite of rounding.
-    - layer_errors: the L summands of `error`.
-    - factors: `LoraFactors`. B (L, b, r) carries the singular values, A (L, r, a) has orthonormal rows, terms are in
-      order of falling size. With several processes these are the factors of the local layers.
+    Attributes:
+        error: e_lora, squared, summed over layers, in units of the input (method "fast": the error of `factors`).
+        interval: bounds on the exact e_lora, rounding included.
+        layer_errors: the L summands of `error`.
+        factors: B (L, b, r) with the singular values, A (L, r, a) with orthonormal rows. Terms are in order of falling
+            size. With several processes these are the factors of the local layers.
     """
 
     error: float
@@ -49,20 +50,17 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "auto", seed: int = 0
       but for a probability of 1e-10 over the random vectors. Some layers fall back to their SVD: small ones, and those
       whose certificate takes too long, since many singular values are as large as sigma_r.
 
-    **Arguments:**
+    Arguments:
+        stack: the L updates M_i (b, a).
+        rank: r, from 1 to min(b, a).
+        method: "auto", "exact" or "fast".
+        seed: seed of the random vectors of method "fast".
 
-    - stack: the L updates M_i (b, a).
-    - rank: r.
-    - method: "auto", "exact" or "fast".
-    - seed: of the random vectors of method "fast".
+    Returns:
+        The squared error, its interval and the factors.
 
-    **Returns:**
-
-    - LoraSolution: the squared error, its interval and the factors.
-
-    **Raises:**
-
-    - InputError: rank is not in 1 .. min(b, a), the method is unknown, or the stack's memory is too little.
+    Raises:
+        InputError: `rank` is not in 1 .. min(b, a), the method is unknown, or the memory limit of the stack is too low.
     """
     RankBudget(rank, 0).check_fits(stack)
     if method not in METHODS:

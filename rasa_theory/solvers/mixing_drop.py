@@ -71,13 +71,11 @@ def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
     it is a lower bound on e_lora - e_rasa(k). So it shows that the inequality is strict without subtracting two large
     numbers.
 
-    **Arguments:**
+    Arguments:
+        stack: the L updates M_i (b, a).
+        factors: RaSA factors of the same layers, in units of the input.
 
-    - stack: the L updates M_i (b, a).
-    - factors: RasaFactors of the same layers, in units of the input.
-
-    **Returns:**
-
-    - float: the drop, squared, summed over layers, in units of the input; at least 0.
+    Returns:
+        The drop of the squared error, summed over layers, in units of the input; at least 0.
     """
     return resolve_mixing(stack, factors)[1]

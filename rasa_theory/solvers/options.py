@@ -20,29 +20,27 @@ _SEEDS = 2**62  # torch takes less than 2^63, and the race and the attempts coun
 class SolverOptions:
     """Options of `solve_rasa` and `solve_path`.
 
-    **Arguments:**
+    Arguments:
+        start: "best" for a search with many starts of all kinds. Or the name of one start, or RasaFactors in units of
+            the input. "common" and "pencil" need conditions on the stack. Where they do not hold, "allocation" takes
+            their place, and the solution says so.
+        effort: length of the search, "quick", "default" or "thorough". A thorough search goes on until nothing has
+            changed for as long as it took to get there.
+        sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or "paper".
+        max_sweeps: the largest number of sweeps for the answer, counted from the result of the search.
+        rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
+        seed: seed of the random starts, pencils and moves, from 0 to 2^62 - 1.
+        max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer (or
+            the rounding level of the stack, where that is larger). So the problem has a minimum. Without a bound, terms
+            often grow and cancel for ever, and gain ever less. Terms of a named start, or of factors as the start, may
+            be larger, and then they are the bound. `math.inf` is for the infimum. "core" sweeps go on inside the bound,
+            the others stop there. Rounding the factors to half precision adds an error of about u^2 times the squared
+            norms of all terms, u = 2^-11 for float16 and 2^-9 for bfloat16.
+        spectra: "exact", from SVDs of the layers, "leading", from leading directions by products with M, or "auto": as
+            `LayerStack.with_spectra` chooses.
 
-    - start: "best" for a search with many starts of all kinds. Or the name of one start, or RasaFactors in units of the
-      input. "common" and "pencil" need conditions on the stack. Where they do not hold, "allocation" takes their place,
-      and the solution says so.
-    - effort: of the search, "quick", "default" or "thorough". A thorough search goes on until nothing has changed for
-      as long as it took to get there.
-    - sweep: "core" (two passes over M, each with many sweeps on a small core), "joint" or "paper".
-    - max_sweeps: the largest number of sweeps for the answer, counted from the result of the search.
-    - rtol: the solver stops when one sweep lowers the squared error by less than this share of it. 0: it never does.
-    - seed: of the random starts, pencils and moves, from 0 to 2^62 - 1.
-    - max_cancellation: the bound on terms. No pool term and no B~_i A~_i exceeds this times the norm of its layer (or
-      the rounding level of the stack, where that is larger), so that the problem has a minimum: without a bound terms
-      often grow and cancel for ever, and gain ever less. A start that is named or given may have larger terms, which
-      are the bound then. Factors rounded to half precision have an error higher by about u^2 times the squared norms of
-      all terms, u = 2^-11 for float16 and 2^-9 for bfloat16. `math.inf` is for the infimum. "core" sweeps go on inside
-      the bound, the others stop there.
-    - spectra: "exact", from SVDs of the layers, "leading", from leading directions by products with M, or "auto": as
-      `LayerStack.with_spectra` chooses.
-
-    **Raises:**
-
-    - InputError: an option is of the wrong type, unknown or out of range; the sentence names it.
+    Raises:
+        InputError: an option is of the wrong type, unknown or out of range; the message names it.
     """
 
     start: str | RasaFactors = "best"

@@ -26,18 +26,19 @@ class RasaSolution:
 
     Its error is an upper bound on e_rasa(k). It is not the optimum unless a lower bound meets it.
 
-    - error: the direct residual of `factors`, squared, summed over layers, in units of the input.
-    - layer_errors: its L summands.
-    - factors: the `RasaFactors`, in units of the input.
-    - history: the squared error after every sweep of the best run on the stack, history[0] at its start, which is the
-      result of the search if there was one.
-    - start: the name of the start that this run came from, with or without moves; "given" for factors of the caller,
-      "previous k" on a path.
-    - sweep: the name of the sweep.
-    - stop_reason: why it ended.
-    - data_passes: how often all of M was read, the race and the final residual included.
-    - cancellation: the largest ratio of the norm of a term to ||M_i||.
-    - search: the number of starts, how many came near the lowest, and the moves; None if there was no search.
+    Attributes:
+        error: the direct residual of `factors`, squared, summed over layers, in units of the input.
+        layer_errors: the L summands of `error`.
+        factors: the best factors, in units of the input.
+        history: the squared error after every sweep of the best run on the stack. history[0] is at its start, i.e. at
+            the result of the search if there was one.
+        start: the name of the start of this run, before any moves. "given" stands for factors of the caller, "previous
+            k" for the solution before on a path.
+        sweep: the name of the sweep.
+        stop_reason: the reason why the run ended.
+        data_passes: number of passes over all of M, search and final residual included.
+        cancellation: the largest ratio of the norm of a term to ||M_i||.
+        search: the number of starts, how many came near the lowest, and the moves; None if there was no search.
     """
 
     error: float
@@ -65,20 +66,17 @@ def solve_rasa(
     With starts "best" and "allocation" the error is at most `allocation_bound`, with "lora" at most e_lora, up to
     `stack.rounding` in norm. No start promises the minimum: the problem is not convex.
 
-    **Arguments:**
+    Arguments:
+        stack: the L updates M_i (b, a).
+        budget: r ranks a layer, k of them shared.
+        options: the start, the sweep and when to stop; the defaults if None.
+        callback: called with a `Progress` after every sweep on the stack and every step of a search.
 
-    - stack: the L updates M_i (b, a).
-    - budget: rank r per layer, k of it shared.
-    - options: the start, the sweep and when to stop; the defaults if None.
-    - callback: called with a `Progress` after every sweep on the stack and every step of a search.
+    Returns:
+        The best factors, their squared error and its history.
 
-    **Returns:**
-
-    - RasaSolution: the best factors, their squared error and its history.
-
-    **Raises:**
-
-    - InputError: r exceeds min(b, a), or the factors of `options.start` do not fit the stack and budget.
+    Raises:
+        InputError: r exceeds min(b, a), or the factors of `options.start` do not fit the stack and budget.
     """
     options = options or SolverOptions()
     budget.check_fits(stack)
@@ -99,20 +97,18 @@ def solve_path(
     Each k races the starts of `options` against the solution for the k before, with private terms of every layer moved
     into the pool (start "previous k").
 
-    **Arguments:**
+    Arguments:
+        stack: the L updates M_i (b, a).
+        rank: r, the rank budget of a layer.
+        ks: the shared ranks k, in any order.
+        options: as for `solve_rasa`.
+        callback: as for `solve_rasa`.
 
-    - stack: the L updates M_i (b, a).
-    - rank: r, the ranks of a layer.
-    - ks: the shared ranks k, in any order.
-    - options, callback: as for `solve_rasa`.
+    Returns:
+        The solution of each k, in rising order of k.
 
-    **Returns:**
-
-    - dict: k -> RasaSolution, in rising order of k.
-
-    **Raises:**
-
-    - InputError: r exceeds min(b, a), a k is not in 0 .. r, or the factors of `options.start` do not fit.
+    Raises:
+        InputError: r exceeds min(b, a), a k is not in 0 .. r, or the factors of `options.start` do not fit.
     """
     return dict(iterate_path(stack, rank, ks, options, callback))
 

@@ -23,10 +23,11 @@ _ROUNDING = 1e-3  # by which a term at the limit may exceed it, since factors ar
 class Progress:
     """The argument of a callback, which is called after every sweep on the stack, and after every step of a search.
 
-    - start: name of the start, or "search".
-    - sweep: number of sweeps done from this start, or of steps of the search. These are its heats and rounds of moves.
-    - max_sweeps: the number of sweeps after which this descent pauses or ends, or of the steps that the search plans.
-    - error: squared error, summed over layers, in units of the input.
+    Attributes:
+        start: name of the start, or "search".
+        sweep: number of sweeps since this start, or of steps of the search (heats and rounds of moves).
+        max_sweeps: number of sweeps after which this descent pauses or ends, or of steps that the search plans.
+        error: the squared error, summed over layers, in units of the input.
     """
 
     start: str

@@ -37,14 +37,15 @@ def turned_apart(stack: LayerStack, seed: int = 0) -> LayerStack:
     This is the permutation test of sharing. Singular values stay, and with them e_lora and the allocation bound; the
     directions that layers have in common are lost, except by chance. A gain that stays comes from unequal ranks alone.
 
-    **Arguments:**
+    Arguments:
+        stack: L layers (b, a).
+        seed: seed of the rotations.
 
-    - stack: L layers (b, a).
-    - seed: seed of the rotations.
+    Returns:
+        A dense `LayerStack` (L, b, a) of the same name, dtype and device, with the same singular values.
 
-    **Returns:** a dense `LayerStack` (L, b, a) of the same name, dtype and device, with the same singular values.
-
-    **Raises:** `InputError` if the stack is sharded over several processes, or the seed is out of range.
+    Raises:
+        InputError: the stack is sharded over several processes, or the seed is out of range.
     """
     values, L, (b, a) = _values_of(stack), stack.layers, stack.shape
     generator = seeded_generator(seed)
@@ -58,14 +59,15 @@ def with_common_bases(stack: LayerStack, seed: int = 0) -> LayerStack:
 
     Singular values stay, and with them e_lora; every dyad is there in all layers, so that one pool can serve all.
 
-    **Arguments:**
+    Arguments:
+        stack: L layers (b, a) with singular values sigma_i (L, min(b, a)).
+        seed: seed of U (b, min(b, a)), V (a, min(b, a)) and the signs.
 
-    - stack: L layers (b, a) with singular values sigma_i (L, min(b, a)).
-    - seed: seed of U (b, min(b, a)), V (a, min(b, a)) and the signs.
+    Returns:
+        A dense `LayerStack` (L, b, a) of the same name in float64, with the same singular values.
 
-    **Returns:** a dense `LayerStack` (L, b, a) of the same name in float64, with the same singular values.
-
-    **Raises:** `InputError` if the stack is sharded over several processes, or the seed is out of range.
+    Raises:
+        InputError: the stack is sharded over several processes, or the seed is out of range.
     """
     _check_whole(stack)
     S = stack.spectra.svd().S.cpu()
@@ -82,17 +84,18 @@ def with_hidden_dyads(stack: LayerStack, rank: int, count: int = 3, size: float 
     finds them gains from all layers at once. The defaults were chosen by trial: sweeps from the allocation start then
     miss some of them on the bundled updates at rank 8.
 
-    **Arguments:**
+    Arguments:
+        stack: L layers (b, a).
+        rank: LoRA's rank r, below min(b, a).
+        count: number of dyads, at most min(b, a).
+        size: mean size of a dyad, in units of the mean over layers of sigma_{rank+1}.
+        seed: seed of the dyads. Their sign in a layer is random, their size there varies by 20 %.
 
-    - stack: L layers (b, a).
-    - rank: LoRA's rank r, below min(b, a).
-    - count: number of dyads, at most min(b, a).
-    - size: mean size of a dyad, in units of the mean over layers of sigma_{rank+1}.
-    - seed: seed of the dyads. Their sign in a layer is random, their size there varies by 20 %.
+    Returns:
+        A dense `LayerStack` (L, b, a) of the same name, dtype and device.
 
-    **Returns:** a dense `LayerStack` (L, b, a) of the same name, dtype and device.
-
-    **Raises:** `InputError` if a number is out of range, or the stack is sharded over several processes.
+    Raises:
+        InputError: a number is out of range, or the stack is sharded over several processes.
     """
     values, dyads = _values_of(stack), hidden_dyads(stack, rank, count, size, seed)
     return LayerStack(values + ((dyads.B * dyads.D[:, None]) @ dyads.A).to(values), stack.name)
@@ -125,24 +128,26 @@ def resized(
     """Make a stack of any depth and width with the singular values of `stack`.
 
     log sigma_ij is interpolated linearly between the layers of `stack`, norms included, so that first and last layers
-    agree. Use it to see how a result depends on L, b and a at a fixed spectrum and a known overlap.
+    agree. Use it to see how a result depends on L, b and a at a fixed spectrum and a known overlap:
 
-    **Arguments:**
+    - "independent": independent random bases.
+    - "half common": sqrt(1/2) of a common normal matrix plus sqrt(1/2) of the layer's own, orthonormalised, both sides.
+    - "one side common": independent U_i; V_i of normal matrices with variances j^-0.75 in common directions.
+    - "one side equal": independent U_i; the same V_i for all layers.
 
-    - stack: the stack whose singular values are taken.
-    - layers: L of the new stack.
-    - width: b = a of the new stack.
-    - count: number of leading singular values taken, at most `width`; the layers have this rank.
-    - bases: the overlap between layers, one of `BASES`.
-      "independent": independent random bases.
-      "half common": sqrt(1/2) of a common normal matrix plus sqrt(1/2) of the layer's own, orthonormalised, both sides.
-      "one side common": independent U_i; V_i of normal matrices with variances j^-0.75 in common directions.
-      "one side equal": independent U_i; the same V_i for all layers.
-    - seed: seed of the bases.
+    Arguments:
+        stack: the stack that provides the singular values.
+        layers: L of the new stack.
+        width: b = a of the new stack.
+        count: number of leading singular values, at most `width`. It is the rank of the layers.
+        bases: the overlap between layers, one of `BASES`, see above.
+        seed: seed of the bases.
 
-    **Returns:** a dense `LayerStack` (layers, width, width) in float64, named "L = <layers>".
+    Returns:
+        A dense `LayerStack` (layers, width, width) in float64, with the name "L = " and its layers.
 
-    **Raises:** `InputError` if a number is out of range, `bases` is unknown, or the stack is sharded.
+    Raises:
+        InputError: a number is out of range, `bases` is unknown, or the stack is sharded.
     """
     _check_whole(stack)
     one_of("bases", bases, BASES)
@@ -169,14 +174,15 @@ def random_loras(factors: LoraFactors, seed: int = 0) -> LoraFactors:
 
     They have nothing in common but by chance: the control for methods that compress several LoRAs together.
 
-    **Arguments:**
+    Arguments:
+        factors: updates B_i A_i of rank r, B (L, b, r) and A (L, r, a).
+        seed: seed of the singular vectors.
 
-    - factors: updates B_i A_i of rank r, B (L, b, r) and A (L, r, a).
-    - seed: seed of the singular vectors.
+    Returns:
+        `LoraFactors` in float64 of the same shapes; each term has columns of B and rows of A of equal norm.
 
-    **Returns:** `LoraFactors` in float64 of the same shapes; each term has columns of B and rows of A of equal norm.
-
-    **Raises:** `InputError` if the factors are sharded over several processes, or the seed is out of range.
+    Raises:
+        InputError: the factors are sharded over several processes, or the seed is out of range.
     """
     stack = LayerStack(Factored(factors.B, factors.A), "random", sharding=factors.sharding)
     _check_whole(stack)

@@ -30,22 +30,28 @@ def open_source(
     alone: bool = False,
     convolutions: bool = False,
 ) -> Catalogue:
-    """The catalogue of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or a directory: checkpoint or adapter.
+    """List the stacks of a source without reading their values.
 
-    A model that is not here may be named by its id on the Hub, `org/name` or `org/name@revision`.
+    `base` with `tuned`, or `adapters`, take the place of `source`. A checkpoint may also be named by its id on the Hub,
+    `org/name` or `org/name@revision`. The index of a checkpoint directory decides which of its files are read.
+    Matrices of checkpoints are (out, in), that is (b, a), also where the file has them as (in, out), as in GPT-2.
 
-    `base` and `tuned`, two checkpoints, take the place of `source`: the stacks are then tuned - base. So do `adapters`,
-    the folders of two or more LoRA adapters of one base: one stack per module, over the adapters. No values are read
-    before a stack is loaded.
+    Arguments:
+        source: name of a bundled set, a `.npy`, `.npz` or `.safetensors` file, or the directory of a checkpoint or an
+            adapter.
+        base: the checkpoint before fine-tuning. The stacks are then tuned - base.
+        tuned: the checkpoint after fine-tuning.
+        adapters: folders of two or more LoRA adapters of one base. There is one stack per module, over the adapters.
+        memory: limit in bytes on the allocations for a stack, as for `LayerStack`. A stack larger than a quarter of it
+            stays in its file, and every pass reads it once. None: no limit.
+        alone: make a stack of one layer of a matrix that is the only one of its kind.
+        convolutions: read convolutions in two dimensions as matrices.
 
-    The index of a checkpoint directory decides which of its files are read. Matrices of checkpoints are (out, in), that
-    is (b, a), also where the file has them as (in, out), as in GPT-2.
+    Returns:
+        The stacks, which can be selected by name and loaded one at a time, and the tensors left out.
 
-    `memory` (bytes; None: no limit) bounds the allocations for a stack, as for LayerStack: one larger than a quarter
-    of it stays in its `.npy` or `.safetensors` file, and every pass reads it once from start to end. The factors of
-    adapters are thin, and held in memory. With `alone`, a matrix that is the only one of its kind is a stack of one
-    layer. With `convolutions`, those in two dimensions are matrices, too. Raises InputError if the source is missing,
-    unknown or damaged, or holds no stack.
+    Raises:
+        InputError: the source is missing, unknown or damaged, or holds no stack.
     """
     if memory is not None and whole_number("memory", memory) < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
@@ -89,18 +95,19 @@ def load(
     Tensors (L, b, a) are stacks. Matrices are grouped by name: the number after `layers`, `layer`, `h`, `block` or
     `blocks` is the layer, and layers of unequal shape form separate stacks.
 
-    **Arguments:**
+    Arguments:
+        source: name of a bundled set (the default), or a path: a `.npy`, `.npz` or `.safetensors` file, the directory
+            of a checkpoint of updates, or the folder of a PEFT LoRA adapter.
+        dtype: dtype of the computation, "float32" or "float64"; None takes the input's, and float32 for half precision.
+        device: device of the computation, such as "cuda"; None stays on the CPU.
+        memory: limit of the allocations for one stack, in bytes; larger stacks stay in their file. None sets no limit.
 
-    - source: name of a bundled set (the default), or a path: a `.npy`, `.npz` or `.safetensors` file, the directory of
-      a checkpoint of updates, or the folder of a PEFT LoRA adapter.
-    - dtype: dtype of the computation, "float32" or "float64"; None takes the input's, and float32 for half precision.
-    - device: device of the computation, such as "cuda"; None stays on the CPU.
-    - memory: limit of the allocations for one stack, in bytes; larger stacks stay in their file. None sets no limit.
+    Returns:
+        The stacks, and the tensors left out as pairs (name, reason).
 
-    **Returns:** the list of `LayerStack`s, and the list of the tensors left out, as pairs (name, reason).
-
-    **Raises:** `InputError`, naming the file, if the source is missing, unknown or damaged, holds no stack, or an entry
-    is infinite or NaN.
+    Raises:
+        InputError: the source is missing, unknown or damaged, holds no stack, or an entry is infinite or NaN. The
+            message names the file.
     """
     catalogue = open_source(source, memory=memory)
     target = None if dtype is None else compute_dtype(dtype)

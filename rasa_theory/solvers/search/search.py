@@ -37,12 +37,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSummary:
-    """What a reader can judge a search by.
+    """Counts by which a reader can judge a search.
 
-    - starts: the number of starts.
-    - near_best: how many of them led to an error within 0.1 % of e_lora of the lowest, before any moves.
-    - moves: the number of moves tried.
-    - moves_kept: how many rounds of moves ended lower.
+    Attributes:
+        starts: number of starts.
+        near_best: number of starts with an error within 0.1 % of e_lora of the lowest, before any moves.
+        moves: number of moves tried.
+        moves_kept: number of rounds of moves that ended lower.
     """
 
     starts: int
