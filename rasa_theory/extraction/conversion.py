@@ -47,13 +47,25 @@ def extract_stack(
     ranks: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> Extracted:
-    """Solve LoRA of rank r and RaSA(r, k) on one stack; return the tensors of the format, and the errors of each.
+    """Solve LoRA of rank r and RaSA(r, k) on one stack.
 
-    `ranks`, one for each layer, replace r where the settings have a target. Matrices narrower than r are taken whole.
-    A stack of zeros has ranks 0 and no tensors. All errors are squared, in units of the input, by layer and summed. A
-    LoRA without RaSA of layers larger than 1024 comes from the certified leading part, as all else does where
-    `LayerStack.with_spectra` takes leading directions; the full spectra are not reported then. Raises InputError if the
-    dtype of the files cannot hold the factors.
+    Matrices narrower than r are taken whole. A stack of zeros has ranks 0 and no tensors. A LoRA without RaSA of layers
+    larger than 1024 comes from the certified leading part, as all else does where `LayerStack.with_spectra` takes
+    leading directions. The full spectra are not reported then.
+
+    Arguments:
+        stack: the L updates M_i (b, a).
+        modules: the names of the modules, one for each layer.
+        settings: the settings of the extraction.
+        ranks: a rank for each layer in place of r, where the settings have a target.
+        callback: called with a `Progress` while the solver runs.
+
+    Returns:
+        The tensors of the format, and the row of the report. Errors are squared, in units of the input, by layer and
+        summed.
+
+    Raises:
+        InputError: r exceeds min(b, a), or the dtype of the files cannot hold the factors.
     """
     L = stack.layers
     if stack.norm_squared == 0:

@@ -25,14 +25,24 @@ LARGEST_EXACT = 1024  # largest min(b, a) at which a LoRA without a pool still t
 
 @dataclass(frozen=True)
 class ExtractSettings:
-    """Settings of an extraction: LoRA of rank r and RaSA(r, k), written in a `format` of `FORMATS` as `dtype`.
+    """Settings of an extraction: LoRA of rank r and RaSA(r, k), written in a format.
 
-    k = 0 solves no RaSA. k = None takes the best of 1, 2, 4, .., r for each stack. With a `target`,
-    `bounds.allocate_ranks` chooses the ranks layer by layer; rank must then be None and k 0. `ranks` is "one" if all
-    factors of a LoRA are padded with zeros to the largest rank, "own" if each module keeps its own. `layout` is the
-    authors' layout of format rasa, `prefix` the beginning of the keys of format kohya. Format diff has no ranks: rank
-    and k do not concern it. `save_modules` saves embeddings, output layers and norms whole. Raises InputError for any
-    other combination.
+    Arguments:
+        rank: r. None with a `target`, which chooses the ranks layer by layer. Format "diff" has no ranks.
+        k: shared ranks of a layer, 0 with a `target`. 0 solves no RaSA. None takes the best of 1, 2, 4, .., r for each
+            stack.
+        format: the format of the files, one of `FORMATS`.
+        dtype: the dtype of the files, "float32", "float16" or "bfloat16".
+        certificate: floors up to this kind, "closed", "dual" or "two-sided", as for `lower_bound`.
+        solver: options of the solver.
+        target: the error, energy or number of parameters that the ranks of all layers have to reach.
+        ranks: "one" pads all factors of a LoRA with zeros to the largest rank, "own" keeps the rank of each module.
+        layout: the authors' layout of format "rasa", one of `LAYOUTS`.
+        prefix: the beginning of the keys of format "kohya".
+        save_modules: save embeddings, output layers and norms whole.
+
+    Raises:
+        InputError: a setting is unknown, or two of them contradict each other.
     """
 
     rank: int | None

@@ -40,15 +40,18 @@ class Load(Protocol):
 class StackSource:
     """A stack that is not read yet: `layers` matrices of `shape` (b, a).
 
-    `load(dtype, device, processes, tf32)` reads it (None: as LayerStack chooses). It raises InputError, naming the
-    file, if the file has been damaged or a value is not finite. With several processes, each reads its own layers
-    alone; if one fails, all fail, with a sentence that names it.
-
-    `keys`: the tensor of each layer in the file, or the one tensor (layers, b, a); empty if the stack is generated.
-    `transposed`: the model has each matrix as (a, b), as a Conv1D does its weight; `load` gives (b, a) all the same.
-    `place`: what the tensors are in their model (`place.role`), and by what this was decided; None in a file of
-    updates. With a place, `keys` are names of parameters in the model: less ".weight" they are the modules. For
-    `Role.EXPERTS` the one key is the parameter (experts, b, a), and layer i is expert i.
+    Attributes:
+        name: the name of the stack.
+        layers: L.
+        shape: (b, a).
+        load: reads it as a `LayerStack`: load(dtype, device, processes, tf32), None as `LayerStack` chooses. It raises
+            InputError, naming the file, if the file has been damaged or a value is not finite. With several processes,
+            each reads its own layers alone. If one fails, all fail, with a message that names it.
+        keys: the tensor of each layer in the file, or the one tensor (layers, b, a); empty if the stack is generated.
+        transposed: true if the model stores each matrix as (a, b), as Conv1D does. `load` returns (b, a) all the same.
+        place: the role of the tensors in their model, and how it was decided; None in a file of updates. With a place,
+            `keys` are names of parameters in the model; without ".weight" they are the modules. For `Role.EXPERTS` the
+            one key is the parameter (experts, b, a), and layer i is expert i.
     """
 
     name: str
@@ -72,8 +75,14 @@ class StackSource:
 class Catalogue:
     """The stacks of `source`, the tensors left out, and the files that it reads.
 
-    `updates`: the updates of all tensors, also of those left out, by their names; None where a source has no tensors
-    beside its stacks. `notes`: sentences that a user should read before the names are used.
+    Attributes:
+        source: the description of the source.
+        stacks: the stacks, not read yet.
+        left_out: the tensors that form no stack, as pairs (name, reason).
+        files: the files of the source.
+        updates: the updates of all tensors by their names, including tensors left out; None where a source has no
+            tensors beside its stacks.
+        notes: sentences that a user should read before the names are used.
     """
 
     source: str
