@@ -22,7 +22,9 @@ from rasa_theory.problem import LayerStack, RankBudget
 
 
 def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
-    """e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
+    """Bound e_rasa(k) from above by the optimum of pools whose terms serve one layer each.
+
+    e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
 
     Proof: let layer i keep its q leading singular terms as private terms, and let the pool hold the R largest of all
     other singular terms, each with a nonzero mixing coefficient in its own layer alone. These are RaSA factors of the

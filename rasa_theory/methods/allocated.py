@@ -16,7 +16,7 @@ from rasa_theory.problem import LayerStack
 
 
 def fit_allocated(stack: LayerStack, terms: int) -> Fit:
-    """min sum_i ||M_i - B_i A_i||_F^2 over factors and ranks r_i with sum_i r_i <= `terms`.
+    """Minimise sum_i ||M_i - B_i A_i||_F^2 over factors and ranks r_i with sum_i r_i <= `terms`.
 
     By Eckart-Young each layer keeps its leading singular terms, and the largest sigma_ij of all layers lose least. This
     measures what unequal ranks alone are worth; AdaLoRA (Zhang et al., ICLR 2023) looks for such ranks in training.

@@ -22,10 +22,12 @@ SQUARES = (2, 4)  # the grids of a comparison: 2 x 2 and 4 x 4 blocks
 
 
 def fit_block_lora(stack: LayerStack, rank: int, rows: int = 2, columns: int = 2) -> Fit:
-    """min sum_i sum_pq ||M_i,pq - B_i,pq A_i,pq||_F^2 over the blocks (p, q) of every layer. Barazandeh et al., 2025.
+    """Minimise sum_i sum_pq ||M_i,pq - B_i,pq A_i,pq||_F^2 over the blocks (p, q) of every layer.
 
-    A layer is cut into a grid of m x n equal blocks, each with an update of rank r. The blocks have no parameter in
-    common, so the minimum is the truncated SVD of every block (Eckart-Young). With one block it is LoRA.
+    Localized LoRA (Barazandeh et al., 2025) cuts a layer into a grid of m x n equal blocks, each with an update of rank
+    r. The blocks have no parameter in common, so the minimum is the truncated SVD of every block (Eckart-Young). With
+    one block it is LoRA.
+
     Stored: B_i,pq (b / m, r) and A_i,pq (r, a / n), so L r (n b + m a) parameters. A grid of m x m blocks of rank r
     has as many as LoRA of rank m r.
 
@@ -52,7 +54,7 @@ def fit_block_lora(stack: LayerStack, rank: int, rows: int = 2, columns: int = 2
 
 
 def fit_allocated_blocks(stack: LayerStack, terms: int, rows: int = 2, columns: int = 2) -> Fit:
-    """The same with a rank r_i,pq for every block of every layer, sum r_i,pq <= `terms`.
+    """Minimise the error of `fit_block_lora` over the ranks r_i,pq of all blocks, too, with sum r_i,pq <= `terms`.
 
     The largest singular terms of all blocks lose least, as in `fit_allocated`. Stored: B_i,pq (b / m, r_i,pq) and
     A_i,pq (r_i,pq, a / n), so `terms` (b / m + a / n) parameters. Terms of size 0 are not stored.

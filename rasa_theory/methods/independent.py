@@ -14,7 +14,7 @@ from rasa_theory.solvers import solve_lora
 
 
 def fit_lora(stack: LayerStack, rank: int) -> Fit:
-    """min sum_i ||M_i - B_i A_i||_F^2: the truncated SVDs of the layers (Eckart-Young). Hu et al., ICLR 2022.
+    """Minimise sum_i ||M_i - B_i A_i||_F^2: the truncated SVDs of the layers (Eckart-Young). Hu et al., ICLR 2022.
 
     Stored: B_i (b, r) and A_i (r, a), so L r (a + b) parameters.
 

@@ -27,7 +27,9 @@ TUCKER_SWEEPS = 100
 
 
 def fit_joint(stack: LayerStack, rank: int, core: str = "full", seed: int = 0) -> Fit:
-    """min sum_i ||M_i - U C_i V||_F^2, U (b, R), V (R, a): Compress then Serve (Brüel-Gabrielsson et al., ICML 2025).
+    """Minimise sum_i ||M_i - U C_i V||_F^2 with U (b, R) and V (R, a) that all layers share.
+
+    The two kinds of core are from Compress then Serve (Brüel-Gabrielsson et al., ICML 2025):
 
     - core "full": C_i (R, R), their JD-Full, a Tucker-2 decomposition. R (a + b) + L R^2 parameters. HOOI alternates:
       U holds the top R eigenvectors of sum_i M_i V^T V M_i^T, then V likewise. The starts are the HOSVD and the span of

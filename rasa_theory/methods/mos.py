@@ -120,12 +120,13 @@ def fit_mos(
     seed: int = 0,
     max_sweeps: int = 100,
 ) -> Fit:
-    """min sum_i ||M_i - B_i A_i||_F^2 with the vectors of B_i and A_i from two pools of shards. Wang et al., ICLR 2025.
+    """Minimise sum_i ||M_i - B_i A_i||_F^2 with the vectors of B_i and A_i from two pools of shards.
 
-    A vector is cut into l shards. The pool for the rows of all A_i (r, a) has L e l shards of length a / l: p l of them
-    belong to each layer alone, and of the others every layer takes (r - p) l. The pool for the columns of all B_i
-    (b, r) is the same, with places of its own. As in the paper, the places are drawn at random and stay as they are.
-    The seed makes them again, so the pools alone are stored: L e (a + b) parameters, as many as LoRA of rank e has.
+    MoS (Wang et al., ICLR 2025) cuts a vector into l shards. The pool for the rows of all A_i (r, a) has L e l shards
+    of length a / l: p l of them belong to each layer alone, and of the others every layer takes (r - p) l. The pool for
+    the columns of all B_i (b, r) is the same, with places of its own. As in the paper, the places are drawn at random
+    and stay as they are. The seed makes them again, so the pools alone are stored: L e (a + b) parameters, as many as
+    LoRA of rank e has.
 
     For fixed places the update is linear in each pool. Exact least squares for the two pools alternate; each sweep
     begins at an extrapolated point. The starts are LoRA's optimum of rank r, every shard the mean of what it stands

@@ -33,7 +33,7 @@ class _State(NamedTuple):
 def fit_one_sided(
     stack: LayerStack, private_rank: int, shared_rank: int, side: str = "columns", max_sweeps: int = 20
 ) -> Fit:
-    """min sum_i ||M_i - B~_i A~_i - B_S C_i||_F^2, B~_i (b, q), A~_i (q, a), B_S (b, p), C_i (p, a).
+    """Minimise sum_i ||M_i - B~_i A~_i - B_S C_i||_F^2, B~_i (b, q), A~_i (q, a), B_S (b, p), C_i (p, a).
 
     RaSA's pool with one side free for every layer. Side "rows" is the same for the transposed layers: C_i B_S with
     C_i (b, p) and B_S (p, a). Stored are L q (a + b) + p (b + L a) parameters, for "rows" L q (a + b) + p (a + L b).

@@ -14,7 +14,7 @@ from rasa_theory.solvers import SolverOptions, solve_rasa
 
 
 def fit_rasa(stack: LayerStack, rank: int, shared_rank: int, seed: int = 0) -> Fit:
-    """min sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 with diagonal D_i, by `solve_rasa`. He et al., ICLR 2025.
+    """Minimise sum_i ||M_i - B~_i A~_i - B_S D_i A_S||_F^2 with diagonal D_i, by `solve_rasa`. He et al., ICLR 2025.
 
     With q = r - k and R = L k, stored are B~_i (b, q), A~_i (q, a), B_S (b, R), A_S (R, a) and the R entries of every
     D_i, so L r (a + b) + L R parameters.

@@ -20,7 +20,7 @@ BASES = ("columns", "whole")
 def fit_share_basis(
     stack: LayerStack, rank: int, components: int, basis: str = "columns", factors: LoraFactors | None = None
 ) -> Fit:
-    """Updates B^_i A^_i: the factors B_i (b, r) and A_i (r, a) of L LoRAs, each side projected on a basis of its own.
+    """Project the factors B_i (b, r) and A_i (r, a) of L LoRAs on a basis for each side: updates B^_i A^_i.
 
     Each side is projected without regard to the other. The methods minimise the error of the factors; here the error of
     their product is measured.

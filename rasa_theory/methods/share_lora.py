@@ -17,7 +17,7 @@ SHARED = ("A", "B", "both")
 
 
 def fit_share_lora(stack: LayerStack, rank: int, shared: str = "A") -> Fit:
-    """min sum_i ||M_i - B_i A||_F^2, or B A_i, or B A: ShareLoRA (Song et al., 2024).
+    """Minimise sum_i ||M_i - B_i A||_F^2, or B A_i, or B A: ShareLoRA (Song et al., 2024).
 
     - shared "A": A (r, a) holds the top r eigenvectors of sum_i M_i^T M_i, and B_i = M_i A^T (b, r). This is the
       truncated SVD of the layers stacked below each other. r a + L b r parameters.

@@ -18,7 +18,7 @@ from rasa_theory.problem import LayerStack
 
 
 def fit_tied_lora(stack: LayerStack, rank: int, starts: int = 3, seed: int = 0, max_sweeps: int = 120) -> Fit:
-    """min sum_i ||M_i - diag(v_i) B diag(u_i) A||_F^2: Tied-LoRA (Renduchintala et al., NAACL 2024).
+    """Minimise sum_i ||M_i - diag(v_i) B diag(u_i) A||_F^2: Tied-LoRA (Renduchintala et al., NAACL 2024).
 
     This is the variant that trains all four: B (b, r), A (r, a), v_i (b) and u_i (r), so r (a + b) + L (b + r)
     parameters. Exact least squares for u_i, v_i, B and A alternate; each sweep begins at an extrapolated point.

@@ -49,7 +49,7 @@ class _Sizes:
 def fit_vb_lora(
     stack: LayerStack, rank: int, bank: int, length: int, topk: int = 2, seed: int = 0, max_iterations: int = 150
 ) -> Fit:
-    """min sum_i ||M_i - B_i A_i||_F^2 with all sub-vectors of the factors from one bank. Li et al., NeurIPS 2024.
+    """Minimise sum_i ||M_i - B_i A_i||_F^2 with all sub-vectors of the factors from one bank. Li et al., NeurIPS 2024.
 
     As in the paper, the rows of A_i (r, a) and the columns of B_i (b, r) are cut into sub-vectors of length s. Each is
     the softmax-weighted sum of K of the h vectors of the bank, which all layers share. Stored are the bank, h s

@@ -21,7 +21,7 @@ LARGEST = 1024
 
 
 def fit_vera(stack: LayerStack, rank: int, seed: int = 0, max_sweeps: int = 8) -> Fit:
-    """min sum_i ||M_i - diag(b_i) B diag(d_i) A||_F^2 over b_i and d_i: VeRA (Kopiczko et al., ICLR 2024).
+    """Minimise sum_i ||M_i - diag(b_i) B diag(d_i) A||_F^2 over b_i and d_i: VeRA (Kopiczko et al., ICLR 2024).
 
     B (b, r) and A (r, a) are random, frozen and the same for all layers, drawn by Kaiming's uniform rule. The seed
     makes them again, so only the L (b + r) entries of the diagonals are stored. Exact least squares for d_i and b_i
