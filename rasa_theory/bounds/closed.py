@@ -26,9 +26,9 @@ def allocation_bound(stack: LayerStack, budget: RankBudget) -> Bound:
 
     e_alloc(k) = sum_i sum_{j>q} sigma_ij^2 - (the R largest of {sigma_ij^2 : j > q}) >= e_rasa(k).
 
-    Proof: let layer i keep its q leading singular terms as private terms, and let the pool hold the R largest of all
-    other singular terms, each with a nonzero mixing coefficient in its own layer alone. These are RaSA factors of the
-    budget, and by orthogonality of singular terms their error is e_alloc(k).
+    Proof: let layer i keep its q leading singular terms as private terms. Let the pool hold the R largest of all other
+    singular terms, each with a nonzero mixing coefficient in its own layer alone. These are RaSA factors of the budget,
+    and by orthogonality of singular terms their error is e_alloc(k).
 
     It is at most e_lora, which takes the terms q + 1 .. r of every layer: one choice of R terms, and e_alloc takes the
     largest ones. So e_lora - e_alloc is the worth of unequal allocation, e_alloc - e_rasa the worth of true sharing.

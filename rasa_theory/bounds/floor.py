@@ -57,8 +57,8 @@ def lower_bound(
         certificate: "closed" (immediate), "dual" (up to 2 `options.max_seconds`) or "two-sided" (up to 2 more).
         options: limits of the searches. None: `FloorOptions()`.
         watch: called after every iteration of a search with its `SearchProgress`.
-        spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. From leading directions the closed floors
-            are those of `probable_floor`, and the searched ones are evaluated by products too. All of them together
+        spectra: "exact", "leading" or "auto", see `LayerStack.with_spectra`. With leading directions,
+            `probable_floor` computes the closed floors, and products evaluate the searched ones. All of them together
             fail with a probability of at most 1e-10, and their name says so.
 
     Returns:

@@ -35,7 +35,7 @@ def inspect(
         ranks: ranks to report, from 1 to 4096.
         error: recommend ranks that miss at most this share of the squared norm, 0 <= error < 1.
         energy: recommend ranks that hold at least this share, 0 < energy <= 1.
-        size: recommend the ranks that miss least in this number of bytes. At most one of the three is given.
+        size: recommend the ranks that miss least in this number of bytes. Set at most one of the three.
         itemsize: bytes of a parameter of the adapter.
         base_norms_squared: ||W_i||_F^2 of the base weights, L numbers by the name of the stack, for relative norms.
         watch: called with the number of finished stacks and the name of the one in hand, or None.
