@@ -24,6 +24,7 @@ PARTS_OF_MARKDOWN = re.compile(
     r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^\s$](?:[^$]*[^\s$])?)\$", re.DOTALL
 )
 MADE_BY_ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 MEANS_SOMETHING_IN_MARKDOWN = re.compile(r"[*_`|~\[\]\\$]")
 
 _scratch = tempfile.TemporaryDirectory()
@@ -36,8 +37,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         for path in sorted(REPOSITORY.glob(name)):
             if path.name == "README.md":
                 continue
-            source = _prepared_notebook(path) if path.suffix == ".ipynb" else path
-            files.append(File.generated(config, path.relative_to(REPOSITORY).as_posix(), abs_src_path=str(source)))
+            source = path.relative_to(REPOSITORY).as_posix()
+            root = _prepared_notebook(path) if path.suffix == ".ipynb" else REPOSITORY
+            files.append(File(source, str(root), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -49,7 +51,12 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the formulas that arithmatex has marked into MathML, which browsers show without a script."""
+    """Turn the formulas that arithmatex has marked into MathML, which browsers show without a script.
+
+    Of notebooks, leave out the scripts that mkdocs-jupyter would load from other hosts: MathJax and Mermaid.
+    """
+    if page.file.src_uri.endswith(".ipynb"):
+        return SCRIPT.sub(lambda found: "" if foreign_addresses(found[0]) else found[0], content)
     return MADE_BY_ARITHMATEX.sub(lambda found: mathml(html.unescape(found[3]), block=found[2] == "["), content)
 
 
@@ -86,15 +93,17 @@ def with_mathml(markdown: str) -> str:
 
 
 def _prepared_notebook(path: Path) -> Path:
-    """A copy of a notebook with formulas as MathML and links into docs/ as the site has them."""
+    """Copy a notebook, with formulas as MathML and links as the site has them. Returns the root of the copy."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = with_mathml("".join(cell["source"]))
             cell["source"] = re.sub(r"\]\(\.\./docs/([^)#]*)\.md", r"](../\1.html", text)
-    prepared = Path(_scratch.name) / path.name
-    prepared.write_text(json.dumps(notebook), encoding="utf-8")
-    return prepared
+    root = Path(_scratch.name)
+    copy = root / path.relative_to(REPOSITORY)
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(json.dumps(notebook), encoding="utf-8")
+    return root
 
 
 def foreign_addresses(page: str) -> list[str]:
