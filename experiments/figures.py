@@ -5,7 +5,6 @@
     python -m experiments.figures --list              pictures, their data and their commands
     python -m experiments.figures --from-scratch      make the data first, by every experiment's own command: hours
     python -m experiments.figures --formats png svg   for papers too
-    python -m experiments.figures --readme            write the table of figures/README.md
 
 From scratch, experiments run one after the other, each into its own folder below --scratch. When one has ended well,
 its data are moved beside the pictures. Interrupted, the same command goes on where the experiment can: with the next
@@ -33,22 +32,6 @@ from rasa_theory.plotting import style
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = "seconds.json"
 """Duration of each experiment when it was last run from scratch: name -> seconds, machine."""
-
-
-TABLE = "| picture | shows | data | command |\n|---|---|---|---|\n"
-"""Beginning of the table in figures/README.md, which ends the page."""
-
-
-def table() -> str:
-    """The table of figures/README.md: every picture, its data and the command that makes them."""
-    lines = []
-    for experiment in EXPERIMENTS.values():
-        for name, picture in experiment.pictures.items():
-            words = experiment.commands[picture.command].split()
-            out = next(i for i, word in enumerate(words) if word.startswith("{out}"))  # after --out
-            command = " ".join(["python", *words[: out - 1], *words[out + 1 :]])
-            lines.append(f"| `{name}.png` | {picture.shows} | `{picture.data}` | `{command}` |\n")
-    return TABLE + "".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------- from scratch
@@ -124,7 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="pictures; by default all of them")
     parser.add_argument("--list", action="store_true", help="print pictures, data and commands, and draw nothing")
-    parser.add_argument("--readme", action="store_true", help="write the table of figures/README.md, and draw nothing")
     parser.add_argument("--from-scratch", action="store_true", help="make the data again first")
     parser.add_argument("--formats", nargs="+", choices=("png", "svg", "pdf"), default=["png"])
     parser.add_argument("--figures", type=Path, default=ROOT / "figures", help="folder of the data (%(default)s)")
@@ -135,11 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{unknown[0]!r} is none of {', '.join(PICTURES)}")
     if options.list:
         print_list(options.figures)
-        return 0
-    if options.readme:
-        page = options.figures / "README.md"
-        head = page.read_text(encoding="utf-8").partition(TABLE)[0]
-        page.write_text(head + table(), encoding="utf-8")
         return 0
     names, good = options.names or list(PICTURES), True
     if options.from_scratch:

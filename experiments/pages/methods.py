@@ -1,0 +1,111 @@
+"""Blocks about other ways to spend as many parameters, and about trained LoRAs compressed together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from experiments.pages.words import KINDS, Line, Row, has, model_table, one, percent, rows, span, spelled, table
+
+NAMES = {
+    "lora": "LoRA",
+    "allocated": "LoRA, ranks allocated over layers",
+    "block_lora": "block LoRA (Localized LoRA)",
+    "allocated_blocks": "block LoRA, ranks allocated",
+    "rasa": "RaSA",
+    "joint_diagonal": "joint bases, diagonal core (CP)",
+    "joint_full": "joint bases, full core (Tucker-2)",
+    "tied_lora": "Tied-LoRA",
+    "vb_lora": "VB-LoRA",
+    "mos": "MoS",
+    "one_sided": "one-sided pool",
+    "share_basis": "shared bases of LoRA's factors (SHARE)",
+    "share_lora": "ShareLoRA",
+    "vera": "VeRA",
+}
+"""The methods of `rt.methods` as the page calls them."""
+
+
+def localized() -> str:
+    """Block LoRA's error over LoRA's at equal parameters, r = 8, by source, grid and kind of ranks."""
+    own = [row for row in rows("localized.csv") if row["r"] == 8]
+    lines = []
+    for source, label in (("updates", "bundled updates"), ("turned apart", "same spectra, random bases"),
+                          ("local", "made: 4 x 4 unrelated blocks")):  # fmt: skip
+        cells = [
+            span((r["ratio"] for r in own if has(r, {"source": source, "side": side, "ranks": ranks})), ".2f")
+            for ranks in ("equal", "allocated")
+            for side in (2, 4)
+        ]
+        lines.append([label, *cells])
+    return table(["", "2 x 2 blocks", "4 x 4 blocks", "2 x 2, ranks allocated", "4 x 4, ranks allocated"], lines)
+
+
+def neighbours() -> str:
+    """Every method at the parameters of LoRA of rank 8: settings, error less LoRA's for each kind, and evidence."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        own = [row for row in own if row["r"] == 8]
+        lora = {row["stack"]: row["error"] for row in own if row["method"] == "lora"}
+        excess = {
+            name: [100 * (one(own, method=name, stack=kind)["error"] / lora[kind] - 1) for kind in KINDS]
+            for name in dict.fromkeys(row["method"] for row in own)
+        }
+        for name in sorted(excess, key=lambda name: statistics.fmean(excess[name])):
+            first = one(own, method=name, stack=KINDS[0])
+            evidence = {"closed form": "minimum", "of factors": "as computed"}.get(first["evidence"], "best found")
+            settings = first["settings"].replace("_", " ").replace("=", " ")
+            yield [NAMES[name], settings, *(f"{cell:+.1f}" for cell in excess[name]), evidence]
+
+    columns = ["error less LoRA's, %", "settings, query", *map(spelled, KINDS), "the number is"]
+    return model_table(columns, rows("neighbours.csv"), lines)
+
+
+SIZES = (0.03, 0.0776, 0.125, 0.5)
+"""Shares of the LoRAs' own parameters that are claimed to be enough."""
+
+
+def lost(method: str, source: str = "trained") -> list[float | None]:
+    """The energy that five seeds of LoRA(2) lose at each size, mean over kinds; None where a kind has no room."""
+    own = [row for row in rows("compression.csv") if has(row, {"set": "lora-2", "layer": "all"})]
+    means = []
+    for size in SIZES:
+        group = [row for row in own if has(row, {"method": method, "source": source, "share": size})]
+        complete = {row["kind"] for row in group} == {row["kind"] for row in own}
+        means.append(statistics.fmean(row["error"] for row in group) if complete else None)
+    return means
+
+
+def compression() -> str:
+    """Five seeds of LoRA(2) together: the energy that is lost at four sizes, over adapters and layers."""
+    lines = [
+        [label, *("no room" if share is None else percent(share, 1) for share in lost(method, source))]
+        for label, method, source in (
+            ("largest singular terms, nothing shared", "allocated", "trained"),
+            ("joint bases, diagonal core (CP)", "joint_diagonal", "trained"),
+            ("the same, random LoRAs", "joint_diagonal", "random"),
+            ("joint bases, full core", "joint_full", "trained"),
+            ("SHARE, as lorashare computes it", "share_columns", "trained"),
+            ("ShareLoRA", "share_lora", "trained"),
+        )
+    ]
+    return table(["energy lost at", *(f"{100 * size:g} %" for size in SIZES)], lines)
+
+
+def lost_at() -> str:
+    """The energy that the largest terms alone lose at the four sizes."""
+    *most, last = (f"{100 * share:.0f}" for share in lost("allocated") if share is not None)
+    return f"{', '.join(most)} and {last} %"
+
+
+def kept_by_one_side() -> str:
+    """The energy that one common column space of r dimensions keeps, trained and by chance."""
+    own = [row for row in rows("compression.csv") if has(row, {"set": "lora-2", "method": "side_columns"})]
+    kept = {
+        source: statistics.fmean(1 - row["error"] for row in own if row["source"] == source and row["layer"] != "all")
+        for source in ("trained", "random")
+    }
+    return f"{kept['trained']:.2f}, and {kept['random']:.2f} by chance"
+
+
+BLOCKS = (neighbours, localized, compression, lost_at, kept_by_one_side)

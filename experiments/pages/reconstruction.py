@@ -1,0 +1,155 @@
+"""Blocks about the gain over LoRA, its certified limit, and the bundled updates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from experiments.pages.crossings import LIMITS, counted
+from experiments.pages.words import (
+    Line,
+    Row,
+    first_model,
+    has,
+    kinds_of,
+    model_table,
+    percent,
+    percents,
+    record,
+    rows,
+    span,
+    spelled,
+    table,
+)  # fmt: skip
+
+
+def summary() -> str:
+    """Gain, its limit, the share of allocation and the crossings at r = 8, k = 1, for every kind."""
+    attempts = [row for row in rows("iteration_count.csv") if has(row, {"part": "real", "rank": 8, "k": 1})]
+    solved = [row for row in rows("floors.csv") if row["k"] == 1]
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for row in (row for row in own if "best_found" in row):
+            yield [
+                spelled(row["stack"]), percent(1 - row["best_found"]), percent(1 - row["two_sided"]),
+                percent(allocation_share(row), 0),
+                *counted([a for a in own if "iterations" in a and a["stack"] == row["stack"]]),
+            ]  # fmt: skip
+
+    columns = ["r = 8, k = 1", "gain over LoRA", "at most", "unequal ranks, of the gain", *LIMITS]
+    return model_table(columns, [*solved, *attempts], lines)
+
+
+def allocation_share(row: Row) -> float:
+    """The share of the gain over LoRA that unequal allocation of ranks explains."""
+    return float((1 - row["allocation"]) / (1 - row["best_found"]))
+
+
+def floors() -> str:
+    """Every floor of every stack and k, in units of e_lora."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for row in own:
+            dual = "none (k = r)" if row["k"] == 8 else f"{row['dual']:.4f}"
+            yield [
+                spelled(row["stack"]), str(row["k"]), f"{row['closed']:.4f}", dual, f"{row['two_sided']:.4f}",
+                f"{row['best_found']:.4f}", percent(row["gap"], 1),
+            ]  # fmt: skip
+
+    return model_table(["", "k", "closed", "dual", "two-sided", "best found", "gap"], rows("floors.csv"), lines)
+
+
+def first_command() -> str:
+    """The results of `reconstruct --rank 8 --k 1`, from its JSON."""
+    lines = []
+    for stack in record("figures/iterations.json")["stacks"]:
+        (run,) = stack["runs"]
+        e_lora, attempts = stack["e_lora"], [a["iterations"] for a in run["attempts"] if a["start"] == "random"]
+        crossed = [n for n in attempts if n is not None]
+        lines.append([
+            spelled(stack["name"]), f"{e_lora / stack['norm_squared']:.4f}", f"{run['e_rasa'] / e_lora:.5f}",
+            f"{run['e_allocation'] / e_lora:.5f}", f"{run['lower_bound'] / e_lora:.5f}",
+            f"{len(crossed)} of {len(attempts)}", span(crossed, "d") if crossed else "",
+        ])  # fmt: skip
+    columns = ["", "e_lora / norm²", "best found", "allocation", "floor", "starts below LoRA", "after iterations"]
+    return table(columns, lines)
+
+
+def ratios(column: str, k: int) -> list[float]:
+    """A column of the floors at one k, for the first model."""
+    return [row[column] for row in first_model("floors.csv", k=k)]
+
+
+def gain_k1() -> str:
+    return percents(1 - ratio for ratio in ratios("best_found", 1))
+
+
+def limit_k1() -> str:
+    return percents((1 - ratio for ratio in ratios("two_sided", 1)), 1)
+
+
+def gain_k8() -> str:
+    return percents(1 - ratio for ratio in ratios("best_found", 8))
+
+
+def limit_k8() -> str:
+    return percents((1 - ratio for ratio in ratios("two_sided", 8)), 1)
+
+
+def allocation_k1() -> str:
+    return percents((allocation_share(row) for row in first_model("floors.csv", k=1)), 0)
+
+
+def allocation_k8() -> str:
+    return percents((allocation_share(row) for row in first_model("floors.csv", k=8)), 0)
+
+
+def floor_seconds() -> str:
+    """The longest searches for the dual and the two-sided floor."""
+    own = first_model("floors.csv")
+    return f"{max(row['dual_seconds'] for row in own):.0f} and {max(row['two_sided_seconds'] for row in own):.0f} s"
+
+
+def updates() -> str:
+    """Ranges over the layers of the bundled updates."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for kind in kinds_of(own):
+            layers = [row for row in own if row["stack"] == kind]
+            column = {key: [row[key] for row in layers] for key in layers[0]}
+            yield [
+                spelled(kind), percents(column["relative_norm"], 1), span(column["stable_rank"]),
+                span(column["entropy_rank"]), percents(column["energy_in_rank_8"], 0),
+            ]  # fmt: skip
+
+    columns = ["", "norm / norm of the weights", "stable rank", "entropy rank", "energy in rank 8"]
+    return model_table(columns, rows("updates.csv"), lines)
+
+
+def fine_tuning() -> str:
+    """Retrieval before and after the run that made the bundled updates."""
+    run = record("rasa_theory/data/minilm_code.json")
+    lines = [["before", f"{run['before']['mrr']:.3f}", f"{run['before']['recall_at_1']:.3f}"]]
+    for one_run in run["runs"]:
+        after = one_run["after"]
+        lines.append([f"after, seed {one_run['seed']}", f"{after['mrr']:.3f}", f"{after['recall_at_1']:.3f}"])
+    return table(["600 pairs of unseen modules", "mean reciprocal rank", "recall at 1"], lines)
+
+
+def recovery() -> str:
+    """The share of planted stacks that are recovered, by noise and start, and the errors of the default search."""
+    own = rows("recovery.csv")
+    lines = []
+    for noise in sorted({row["noise"] for row in own}):
+        runs = {start: [r for r in own if r["noise"] == noise and r["start"] == start] for start in ("best", "random")}
+        counts = [f"{sum(row['recovered'] for row in group)} of {len(group)}" for group in runs.values()]
+        error = statistics.median(row["error"] for row in runs["best"])
+        lines.append([f"{noise:g}", *counts, f"{error:.0e}" if noise == 0 else f"{error:.3f}"])
+    columns = ["noise / norm of the updates", "default search", "random pool", "median error, default search"]
+    return table(columns, lines)
+
+
+BLOCKS = (
+    summary, floors, first_command, gain_k1, limit_k1, gain_k8, limit_k8, allocation_k1, allocation_k8, floor_seconds,
+    updates, fine_tuning, recovery,
+)  # fmt: skip

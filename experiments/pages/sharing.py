@@ -1,0 +1,210 @@
+"""Blocks about allocation and sharing, from the values of `why_sharing_pays`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from experiments.pages.words import (
+    FIRST_MODEL,
+    KINDS,
+    Line,
+    Row,
+    by_model,
+    has,
+    model_table,
+    one,
+    percent,
+    percents,
+    rows,
+    span,
+    spelled,
+    table,
+)  # fmt: skip
+
+APART = "turned apart"
+STREAM = {kind: "rows" for kind in KINDS} | {"attention_output": "columns"}
+"""The side of every kind that faces the residual stream."""
+
+
+def of_first_model(**where: Any) -> list[Row]:
+    return [row for row in by_model(rows("why_sharing_pays.csv"))[FIRST_MODEL] if has(row, where)]
+
+
+def value(item: str, **where: Any) -> float:
+    """The single value of an item."""
+    return float(one(of_first_model(item=item), **where)["value"])
+
+
+def values(item: str, **where: Any) -> list[float]:
+    return [float(row["value"]) for row in of_first_model(item=item, **where)]
+
+
+def parts(**where: Any) -> tuple[float, float]:
+    """What allocation and what sharing takes off, in units of e_lora."""
+    allocation, best = value("allocation", **where), value("best_found", **where)
+    return 1 - allocation, allocation - best
+
+
+def gain_parts() -> str:
+    """The gain of every kind and k in its parts, and the sharing that stays when layers are turned apart."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        cells = {(r["source"], r["stack"], r["k"], r["item"]): r["value"] for r in own if r["part"] == "pool"}
+        points = dict.fromkeys((stack, k) for source, stack, k, _ in cells if source == "updates" and k)
+        for stack, k in points:
+            allocation, best, floor = (cells["updates", stack, k, i] for i in ("allocation", "best_found", "floor"))
+            apart = [cells[APART, stack, k, i] for i in ("allocation", "best_found") if (APART, stack, k, i) in cells]
+            yield [
+                spelled(stack), str(k), percent(1 - allocation), percent(allocation - best),
+                percent((1 - allocation) / (1 - best), 0), percent(apart[0] - apart[1]) if apart else "",
+                percent(best - floor, 1),
+            ]  # fmt: skip
+
+    columns = [
+        "r = 8",
+        "k",
+        "unequal ranks",
+        "sharing",
+        "ranks, of the gain",
+        "sharing, turned apart",
+        "room to the floor",
+    ]
+    return model_table(columns, rows("why_sharing_pays.csv"), lines)
+
+
+def owners() -> str:
+    """How many of six layers a pool term serves at k = 1, by what layers lose without it and by its weights."""
+    lines = []
+    for source, label in (
+        ("updates", "bundled updates"), ("second task", "updates of a second task"), (APART, "layers turned apart"),
+        ("weights", "pretrained weights"), ("hidden dyads", "updates with three dyads hidden in each kind"),
+        ("shared bases", "layers with common bases"),
+    ):  # fmt: skip
+        loss, weight = (values(item, part="pool", source=source, k=1) for item in ("by_loss", "by_weight"))
+        above = f"{sum(ratio > 2 for ratio in loss)} of {len(loss)}"
+        lines.append([label, f"{statistics.median(loss):.2f}", above, f"{statistics.median(weight):.2f}"])
+    return table(["k = 1", "median by loss", "terms above 2", "median by weight"], lines)
+
+
+def median_owners() -> str:
+    return f"{statistics.median(values('by_loss', part='pool', source='updates', k=1)):.2f}"
+
+
+def sides() -> str:
+    """The largest eigenvalue of the mean projector on each side, of updates and weights."""
+    lines = []
+    for kind in KINDS:
+        stream, other = STREAM[kind], "columns" if STREAM[kind] == "rows" else "rows"
+        cells = [
+            value(f"projector_{side}", part="side", source=source, stack=kind, index=0)
+            for source in ("updates", "weights")
+            for side in (stream, other)
+        ]
+        unrelated = value("unrelated_rows", part="side", source="updates", stack=kind)
+        lines.append([spelled(kind), *(f"{cell:.2f}" for cell in cells), f"{unrelated:.2f}"])
+    columns = ["", "updates, stream side", "other side", "weights, stream side", "other side", "unrelated, at most"]
+    return table(columns, lines)
+
+
+def update_ranks() -> str:
+    """Ranges of the effective ranks over all layers and kinds."""
+    lines = []
+    for source, label in (("updates", "updates"), ("second task", "second task"), ("weights", "pretrained weights")):
+        ranks = [values(item, part="side", source=source) for item in ("entropy_rank", "rank_90", "stable_rank")]
+        lines.append([label, *(span(own) for own in ranks)])
+    return table(["of 384", "entropy rank", "rank of 90 % of the energy", "stable rank"], lines)
+
+
+def entropy_ranks() -> str:
+    return span(values("entropy_rank", part="side", source="updates"))
+
+
+def ranks_of_90() -> str:
+    return span(values("rank_90", part="side", source="updates"))
+
+
+def depth() -> str:
+    """Made layers with query's spectra: the parts of the gain, layers served, and the best one-sided pool."""
+    lines = []
+    for bases in dict.fromkeys(row["source"] for row in of_first_model(part="depth")):
+        for stack in ("L = 6", "L = 32"):
+            where = {"part": "depth", "source": bases, "stack": stack, "k": 1}
+            allocation, sharing = parts(**where)
+            served = statistics.median(values("by_loss", **where))
+            one_sided = min(values("one_sided", part="one-sided", source=bases, stack=stack))
+            lines.append([
+                bases, stack.removeprefix("L = "), percent(allocation), percent(sharing), f"{served:.1f}",
+                f"{1 - allocation - sharing:.3f}", f"{one_sided:.3f}",
+            ])  # fmt: skip
+    columns = ["bases", "layers", "unequal ranks", "sharing", "layers a term serves", "RaSA / LoRA", "one-sided / LoRA"]
+    return table(columns, lines)
+
+
+def width() -> str:
+    """Six layers in independent bases, by their width."""
+    lines = []
+    for stack in dict.fromkeys(row["stack"] for row in of_first_model(part="width")):
+        cells = [percent(parts(part="width", source="independent", stack=stack, k=k)[1], 3) for k in (1, 4)]
+        lines.append([stack.removeprefix("width "), *cells])
+    return table(["width", "sharing, k = 1", "sharing, k = 4"], lines)
+
+
+def pooled_kinds() -> str:
+    """One pool over all kinds beside a pool for each."""
+    lines = []
+    for k in (1, 2):
+        allocation, sharing = (sum(cell) for cell in zip(*(weighted(kind, k) for kind in KINDS), strict=True))
+        lines.append([str(k), "a pool for each kind", percent(allocation), percent(sharing)])
+        for source, label in (
+            ("as they are", "one pool over all kinds"),
+            ("attention output transposed", "one pool, attention output transposed"),
+            (APART, "one pool, layers turned apart"),
+        ):
+            both = parts(part="kinds", source=source, k=k)
+            lines.append([str(k), label, *map(percent, both)])
+    return table(["k", "", "unequal ranks", "sharing"], lines)
+
+
+def weighted(kind: str, k: int) -> tuple[float, float]:
+    """The parts of a kind's gain in units of the summed e_lora of all kinds."""
+    own = {"part": "pool", "source": "updates"}
+    share = value("e_lora", stack=kind, **own) / sum(values("e_lora", **own))
+    allocation, sharing = parts(stack=kind, k=k, **own)
+    return share * allocation, share * sharing
+
+
+def pooled_tasks() -> str:
+    """One pool over the layers of two tasks, twelve of a kind, at k = 1."""
+    lines = []
+    for kind in KINDS:
+        where = {"part": "tasks", "stack": kind, "k": 1}
+        _, sharing = parts(source="as they are", **where)
+        _, apart = parts(source=APART, **where)
+        terms = values("by_loss_of_tasks", source="as they are", **where)
+        layers = statistics.median(values("by_loss", source="as they are", **where))
+        both = f"{sum(ratio > 1.5 for ratio in terms)} of {len(terms)}"
+        lines.append([spelled(kind), percent(sharing), percent(apart), f"{layers:.2f}", both])
+    return table(["k = 1", "sharing", "turned apart", "layers a term serves", "terms that serve both tasks"], lines)
+
+
+def task_overlaps() -> str:
+    """How much the eight leading singular vectors of two tasks, and of two layers of one task, share."""
+    lines = []
+    for kind in KINDS:
+        cells = []
+        for side in ("columns", "rows"):
+            where = {"part": "tasks", "stack": kind, "index": side}
+            layers = [value(f"overlap_layers_{task}", **where) for task in ("first", "second")]
+            cells += [percent(value("overlap_tasks", **where), 0), percents(layers, 0)]
+        lines.append([spelled(kind), *cells])
+    chance = percent(value("overlap_chance", part="tasks", stack="query", index="rows"), 0)
+    columns = ["left: two tasks", "left: two layers", "right: two tasks", "right: two layers"]
+    return table([f"chance: {chance}", *columns], lines)
+
+
+BLOCKS = (
+    gain_parts, owners, median_owners, sides, update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds,
+    pooled_tasks, task_overlaps,
+)  # fmt: skip

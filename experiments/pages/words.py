@@ -1,0 +1,111 @@
+"""Data of the figures folder, and numbers and tables as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiments.support.rows import Row, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "figures"
+FIRST_MODEL = "all-MiniLM-L6-v2"
+"""The model of rows without a column `model`."""
+KINDS = ("query", "key", "value", "attention_output")
+
+Line = Sequence[str]
+
+
+@cache
+def rows(name: str) -> list[Row]:
+    """The rows of a data file in figures/. Raises FileNotFoundError if there is no such file."""
+    if not (FIGURES / name).exists():
+        raise FileNotFoundError(f"figures/{name} is missing; `python -m experiments.figures --list` says what makes it")
+    return read_rows(FIGURES / name)
+
+
+@cache
+def record(path: str) -> Any:
+    """A JSON file, by its path in the repository."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def first_model(name: str, **where: Any) -> list[Row]:
+    """The rows of the first model whose columns have the given values."""
+    return [row for row in by_model(rows(name))[FIRST_MODEL] if has(row, where)]
+
+
+def has(row: Row, where: dict[str, Any]) -> bool:
+    return all(row[key] == value for key, value in where.items())
+
+
+def by_model(all_rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each model, in the order of the file."""
+    groups: dict[str, list[Row]] = {}
+    for row in all_rows:
+        groups.setdefault(row.get("model") or FIRST_MODEL, []).append(row)
+    return groups
+
+
+def model_table(columns: Sequence[str], all_rows: Iterable[Row], lines: Callable[[list[Row]], Iterable[Line]]) -> str:
+    """A table with the lines of every model. The model is its first column where there are several."""
+    groups = by_model(all_rows)
+    if len(groups) == 1:
+        return table(columns, [line for own in groups.values() for line in lines(own)])
+    return table(["model", *columns], [[model, *line] for model, own in groups.items() for line in lines(own)])
+
+
+def table(columns: Sequence[str], lines: Iterable[Line]) -> str:
+    """A Markdown table; all columns but the first are aligned right. Raises ValueError for a line of another length."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *checked(columns, lines)])
+
+
+def checked(columns: Sequence[str], lines: Iterable[Line]) -> Iterable[Line]:
+    for line in lines:
+        if len(line) != len(columns):
+            raise ValueError(f"{len(line)} cells for {len(columns)} columns: {line}")
+        yield line
+
+
+def spelled(stack: str) -> str:
+    """The name of a stack as prose writes it."""
+    return stack.replace("_", " ")
+
+
+def percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def span(values: Iterable[float], form: str = ".0f", unit: str = "") -> str:
+    """The least and the largest of some values, such as `56 to 89 %`; one number where both look the same."""
+    numbers = list(values)
+    low, high = f"{min(numbers):{form}}", f"{max(numbers):{form}}"
+    return (low if low == high else f"{low} to {high}") + unit
+
+
+def percents(shares: Iterable[float], digits: int = 2) -> str:
+    """The least and the largest share, in per cent."""
+    return span((100 * share for share in shares), f".{digits}f", " %")
+
+
+def plus_minus(row: Row, key: str, digits: int = 4) -> str:
+    """A mean difference with its interval, such as `-0.0006 ± 0.0077`."""
+    return f"{row[key]:+.{digits}f} ± {row[f'{key}_interval']:.{digits}f}"
+
+
+def one(all_rows: Iterable[Row], **where: Any) -> Row:
+    """The single row with these values. Raises ValueError if there are none or several."""
+    found = [row for row in all_rows if has(row, where)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} rows with {where}")
+    return found[0]
+
+
+def kinds_of(all_rows: Iterable[Row]) -> list[str]:
+    """The stacks of some rows: those of the bundled updates first, in their order."""
+    names = dict.fromkeys(row["stack"] for row in all_rows)
+    return [*(kind for kind in KINDS if kind in names), *(name for name in names if name not in KINDS)]

@@ -1,0 +1,184 @@
+"""Numbers on pages are the numbers of the data, and a page that says otherwise is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.pages import crossings, fill, training, words
+from experiments.pages.__main__ import main
+from experiments.pages.__main__ import pages as all_pages
+from experiments.pages.blocks import BLOCKS, block
+from experiments.support.rows import read_rows, write_rows
+
+PAGE = "The gain is <!-- data: gain -->1 %<!-- end -->.\n\n<!-- data: rows -->\n\nold\n\n<!-- end -->\n"
+TEXTS = {"gain": "2 %", "rows": "| a |\n| --- |\n| 1 |"}
+
+
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in place of figures/."""
+    monkeypatch.setattr(words, "FIGURES", tmp_path)
+    words.rows.cache_clear()
+    yield tmp_path
+    words.rows.cache_clear()
+
+
+# ----------------------------------------------------------------------------------------- the pages of this checkout
+
+
+def test_every_number_on_the_pages_is_the_one_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0, f"run python -m experiments.pages: {capsys.readouterr().out}"
+
+
+def test_every_block_is_on_a_page() -> None:
+    used = {name for path in all_pages(words.ROOT) for name in fill.names(fill.read(path))}
+    assert used == BLOCKS.keys(), "delete what no page shows"
+
+
+def test_the_gallery_shows_every_picture() -> None:
+    text = (words.ROOT / "docs/results/gallery.md").read_text(encoding="utf-8")
+    missing = [path.name for path in words.FIGURES.glob("*.png") if f"](../../figures/{path.name})" not in text]
+    assert missing == []
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+
+def test_a_table_gets_lines_of_its_own_and_a_number_stays_in_its_sentence() -> None:
+    text = fill.filled(PAGE, TEXTS.__getitem__)
+    assert text == PAGE.replace("1 %", "2 %").replace("old", TEXTS["rows"])
+    assert fill.filled(text, TEXTS.__getitem__) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <!-- data: gain -->1",
+        "a <!-- data: gain --> <!-- data: rows -->1<!-- end -->",
+        "a <!-- data: no name -->1<!-- end -->",
+    ],
+)
+def test_a_marker_without_a_partner_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="needs an <!-- end -->"):
+        fill.filled(text, TEXTS.__getitem__)
+
+
+def test_a_number_at_the_beginning_of_a_line_is_refused() -> None:
+    with pytest.raises(ValueError, match="the number gain begins a line"):
+        fill.filled("a\n<!-- data: gain -->1<!-- end --> b", TEXTS.__getitem__)
+
+
+def test_a_name_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no block gane"):
+        block("gane")
+
+
+def test_a_notebook_changes_in_its_text_alone(tmp_path: Path) -> None:
+    cells: list[dict[str, Any]] = [
+        {"cell_type": kind, "metadata": {}, "source": PAGE.splitlines(keepends=True)} for kind in ("markdown", "code")
+    ]
+    path = tmp_path / "book.ipynb"
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4}, indent=1) + "\n", encoding="utf-8")
+    assert fill.names(fill.read(path)) == ["gain", "rows"]
+    path.write_text(fill.refreshed(path, TEXTS.__getitem__), encoding="utf-8")
+    first, second = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert "".join(first["source"]) == fill.filled(PAGE, TEXTS.__getitem__)
+    assert second == cells[1]
+    assert fill.refreshed(path, TEXTS.__getitem__) == path.read_text(encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_stale_page_is_named_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    (tmp_path / "README.md").write_text("No numbers.\n", encoding="utf-8")
+    page.write_text("Of <!-- data: attempts -->7<!-- end --> attempts.\n", encoding="utf-8")
+    assert main(["--check", "--root", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "docs/page.md: stale\n"
+    assert main(["--root", str(tmp_path)]) == 0
+    real = [row for row in read_rows(words.FIGURES / "iteration_count.csv") if row["part"] == "real"]
+    assert page.read_text(encoding="utf-8") == f"Of <!-- data: attempts -->{len(real)}<!-- end --> attempts.\n"
+    assert main(["--check", "--root", str(tmp_path)]) == 0
+
+
+def test_an_unknown_block_is_a_usage_error_that_names_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("a <!-- data: gane -->1<!-- end -->", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--root", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "README.md: there is no block gane" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- their text
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of a table without its rule."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def floor_row(stack: str, best: float, **more: Any) -> dict[str, Any]:
+    return {"stack": stack, "k": 1, "best_found": best, "allocation": 0.992, "two_sided": 0.95} | more
+
+
+def attempt(stack: str, iterations: int | None, **more: Any) -> dict[str, Any]:
+    return {"part": "real", "stack": stack, "rank": 8, "k": 1, "iterations": iterations} | more
+
+
+def test_the_summary_has_gain_limit_share_and_crossings(figures: Path) -> None:
+    write_rows(figures / "floors.csv", ("stack", "k", "best_found", "allocation", "two_sided"),
+               [floor_row("attention_output", 0.99), floor_row("attention_output", 0.5, k=2)])  # fmt: skip
+    counts = [attempt("attention_output", n) for n in (10, 11, 60, 61, None)]
+    others = [attempt("attention_output", 1, rank=4), attempt("attention_output", 1, part="pool"), attempt("query", 1)]
+    write_rows(figures / "iteration_count.csv", ("part", "stack", "rank", "k", "iterations"), counts + others)
+    assert cells(block("summary"))[1:] == [
+        ["attention output", "1.00 %", "5.00 %", "80 %", "1 of 5", "2 of 5", "3 of 5", "4 of 5"]
+    ]
+
+
+def test_a_second_model_gets_a_column_and_rows_of_its_own(figures: Path) -> None:
+    models = [floor_row("query", 0.99, model=""), floor_row("query", 0.96, model="mpnet")]
+    write_rows(figures / "floors.csv", ("model", "stack", "k", "best_found", "allocation", "two_sided"), models)
+    counts = [attempt("query", 5, model="mpnet"), attempt("query", None, model="")]
+    write_rows(figures / "iteration_count.csv", ("model", "part", "stack", "rank", "k", "iterations"), counts)
+    header, *lines = cells(block("summary"))
+    assert header[:2] == ["model", "r = 8, k = 1"]
+    assert [line[:3] + line[5:6] for line in lines] == [
+        [words.FIRST_MODEL, "query", "1.00 %", "0 of 1"], ["mpnet", "query", "4.00 %", "1 of 1"],
+    ]  # fmt: skip
+    assert block("gain_k1") == "1.00 %", "a number in a sentence is of the first model"
+
+
+def test_a_missing_file_is_named(figures: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"figures/floors\.csv is missing"):
+        block("floors")
+
+
+@pytest.mark.parametrize(("counts", "median"), [((3, None, 9), "9"), ((3, None), "3"), ((None, None, 4), "never")])
+def test_an_attempt_that_never_crosses_counts_as_infinity(counts: tuple[int | None, ...], median: str) -> None:
+    assert crossings.median([{"iterations": n} for n in counts]) == median
+
+
+def test_ranges_are_one_number_where_both_ends_look_the_same() -> None:
+    assert words.percents([0.561, 0.889], 0) == "56 to 89 %"
+    assert words.percents([0.561, 0.562], 0) == "56 %"
+
+
+def test_a_line_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 cells for 2 columns"):
+        words.table(["a", "b"], [["1"]])
+
+
+@pytest.mark.parametrize(("method", "rank"), [("lora(7)", 7), ("rasa(2,1)", 7), ("rasa(8,1)", 13), ("rasa(8,4)", 28)])
+def test_the_rank_that_an_update_may_have(method: str, rank: int) -> None:
+    assert training.most_rank(method) == rank
