@@ -245,16 +245,17 @@ PAGES = {
 }
 
 
-def pages() -> dict[Path, str]:
-    """The text of every page by its path."""
-    return {DOCS / name: NOTE + "\n" + write() for name, write in PAGES.items()}
+def text_of(page: str) -> str:
+    """The text of one of `PAGES`, as it follows from the code."""
+    return f"{NOTE}\n{PAGES[page]()}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if a page differs")
     is_check = parser.parse_args(arguments).check
-    stale = {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
+    written = {DOCS / page: text_of(page) for page in PAGES}
+    stale = {path: text for path, text in written.items() if path.read_text(encoding="utf-8") != text}
     for path, text in stale.items():
         if is_check:
             print(f"{path.relative_to(ROOT)} is not up to date; run python -m docs.generate", file=sys.stderr)
