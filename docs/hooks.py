@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
@@ -28,6 +29,19 @@ SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 MEANS_SOMETHING_IN_MARKDOWN = re.compile(r"[*_`|~\[\]\\$]")
 
 _scratch = tempfile.TemporaryDirectory()
+
+
+class PlainUnderscores(Extension):
+    """Emphasis by `*` alone: docstrings write formulas in plain text, as ||M_i||_F^2 = sum_i sum_{j>r} sigma_ij^2."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.delimiters.remove("_")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leave underscores in text alone."""
+    config.markdown_extensions.append(PlainUnderscores())
+    return config
 
 
 @event_priority(100)  # before mkdocs-jupyter, which looks for notebooks among the files

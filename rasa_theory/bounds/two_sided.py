@@ -55,6 +55,7 @@ def two_sided_value(view: LayerStack, budget: RankBudget, division: Division) ->
     ||E_i||^2 = ||E_i K||^2 + ||E_i T||^2. The columns of X_i lie in the range of Z_i, a projector on R shared and q
     private directions, and so do the columns of X_i K and X_i T. The rows of X_i T are combinations of rows of A_S T
     and A~_i T, so they lie in the range of such a projector, W_i.
+
     - ||E_i K||^2 >= ||(I - Z_i) M_i K||^2 = ||M_i K||^2 - tr Z_i M_i (I - T T^T) M_i^T.
     - X_i T = Z_i X_i T W_i, and Z_i A_i W_i is the nearest such matrix: ||E_i T||^2 >= ||A_i||^2 - ||Z_i A_i W_i||^2.
     - ||Z_i A_i W_i|| <= ||Z_i U_i W_i|| + ||Z_i V_i W_i|| <= ||Z_i U_i|| + ||V_i W_i||, and
