@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.pages.words import has, record, rows, span, spelled, table
+from experiments.pages.words import has, one, record, rows, span, spelled, table
 
 
 def passes() -> str:
@@ -58,15 +58,15 @@ def at_size() -> str:
 def gpu() -> str:
     """Stacks at the size of an 8B model's layers, from a start that is already there."""
     lines = []
-    for one in record("figures/gpu_scale.json")["records"]:
-        if one["tf32"]:
+    for run in record("figures/gpu_scale.json")["records"]:
+        if run["tf32"]:
             continue
-        joint, products = (1000 * one[key]["min"] for key in ("joint_sweep_seconds", "two_products_seconds"))
-        peak = max(size for stage, size in one["peak_device_bytes"].items() if stage != "default")
+        joint, products = (1000 * run[key]["min"] for key in ("joint_sweep_seconds", "two_products_seconds"))
+        peak = max(size for stage, size in run["peak_device_bytes"].items() if stage != "default")
         lines.append([
-            f"{one['layers']} x {one['b']} x {one['a']}", str(one["rank"]), str(one["k"]),
-            f"{one['lora_fast_seconds']:.1f} s", f"{one['solve_seconds']:.2f} s", str(one["solve_sweeps"]),
-            f"{one['e_rasa_over_e_lora'][1]:.4f}", f"{joint:.0f} / {products:.1f} ms", f"{peak / 2**30:.1f} GiB",
+            f"{run['layers']} x {run['b']} x {run['a']}", str(run["rank"]), str(run["k"]),
+            f"{run['lora_fast_seconds']:.1f} s", f"{run['solve_seconds']:.2f} s", str(run["solve_sweeps"]),
+            f"{run['e_rasa_over_e_lora'][1]:.4f}", f"{joint:.0f} / {products:.1f} ms", f"{peak / 2**30:.1f} GiB",
         ])  # fmt: skip
     columns = [
         "layers", "r", "k", "e_lora", "to the stop", "sweeps", "best found", "joint sweep / products", "memory",
@@ -82,6 +82,41 @@ def extraction() -> str:
         rank = row.get("rank") or 16
         lines.append([f"{row['layers']}", str(rank), str(row["k"]), *cells, f"{row['peak_mib'] / 1024:.1f} GiB"])
     return table(["layers", "rank", "k", "read", "seconds", "for each GB", "memory"], lines)
+
+
+MODELS = {
+    "1B: 16 layers of width 2048": (16, 2048, 512, 8192),
+    "8B: 32 layers of width 4096": (32, 4096, 1024, 14336),
+    "70B: 80 layers of width 8192": (80, 8192, 1024, 28672),
+}
+"""Layers, width, rows of keys and values, and rows of the MLP of the Llama 3 models."""
+
+
+def whole_models() -> str:
+    """Forecast of an extraction from two whole models in bfloat16, r = 8.
+
+    Without a pool the time is proportional to the bytes. With one the time per byte grows with the number of layers: a
+    line through the two measured stacks of 4096 x 4096. The least memory is what `check_memory` asks for.
+    """
+    (largest,) = [row for row in rows("extract_scale.csv") if row["layers"] == 27 and row["rank"] == 16]
+    few, many = (one(rows("at_size.csv"), layers=L, n=4096, way="leading") for L in (8, 32))
+    low, high = (row["seconds"] / (4e-9 * row["layers"] * row["n"] ** 2) for row in (few, many))
+    lines = []
+    for model, (L, width, narrow, wide) in MODELS.items():
+        gigabytes = 4e-9 * L * width * (2 * width + 2 * narrow + 3 * wide)
+        pooled = low + (high - low) * (L - few["layers"]) / (many["layers"] - few["layers"])
+        memory = 64 * width * wide / 2**30
+        times = [rounded_time(gigabytes * rate) for rate in (largest["seconds_per_gigabyte"], pooled)]
+        lines.append([model, f"{gigabytes:.3g} GB", *times, f"{memory:.3g} GiB"])
+    return table(["model", "read", "k = 0", "k = 1", "least `--memory`"], lines)
+
+
+def rounded_time(seconds: float) -> str:
+    """Seconds as days, hours or minutes, with about two digits."""
+    for unit, size in (("days", 86400), ("hours", 3600)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(seconds / 60, 1):.0f} min"
 
 
 def extractors() -> str:
@@ -120,6 +155,6 @@ def largest_error_of_the_model() -> str:
 
 
 BLOCKS = (
-    passes, sweep_cost, lora_speed, at_size, gpu, extraction, extractors, busy_machine, scaling,
+    passes, sweep_cost, lora_speed, at_size, gpu, extraction, whole_models, extractors, busy_machine, scaling,
     largest_error_of_the_model,
 )  # fmt: skip
