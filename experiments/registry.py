@@ -136,6 +136,7 @@ EXPERIMENTS = {
                 "iterations to beat LoRA, and the final errors, against the size of the random pool",
             )
         },
+        takes="some 15 CPU minutes, judged by a tenth of it",
     ),
     "floors": Experiment(
         ("-m experiments.floors --out {out}",),

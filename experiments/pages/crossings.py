@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from experiments.pages.words import Line, Row, first_model, kinds_of, model_table, rows, span, spelled, table
+from experiments.pages.words import Line, first_model, kinds_of, model_table, rows, span, spelled, table
+from experiments.support.rows import Row
 
 ITERATIONS = (10, 30, 60, 200)
 LIMITS = ["below LoRA by iteration 10", *map(str, ITERATIONS[1:])]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from experiments.pages.words import KINDS, Line, Row, has, model_table, one, percent, rows, span, spelled, table
+from experiments.pages.words import KINDS, Line, has, model_table, one, percent, rows, span, spelled, table
+from experiments.support.rows import Row
 
 NAMES = {
     "lora": "LoRA",

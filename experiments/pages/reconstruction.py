@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from experiments.pages.crossings import LIMITS, counted
 from experiments.pages.words import (
     Line,
-    Row,
     first_model,
     has,
     kinds_of,
@@ -21,6 +20,7 @@ from experiments.pages.words import (
     spelled,
     table,
 )  # fmt: skip
+from experiments.support.rows import Row
 
 
 def summary() -> str:

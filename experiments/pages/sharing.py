@@ -10,7 +10,6 @@ from experiments.pages.words import (
     FIRST_MODEL,
     KINDS,
     Line,
-    Row,
     by_model,
     has,
     model_table,
@@ -22,6 +21,7 @@ from experiments.pages.words import (
     spelled,
     table,
 )  # fmt: skip
+from experiments.support.rows import Row
 
 APART = "turned apart"
 STREAM = {kind: "rows" for kind in KINDS} | {"attention_output": "columns"}

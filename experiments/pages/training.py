@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from experiments.pages.words import Line, Row, model_table, one, percent, percents, plus_minus, rows, table
+from experiments.pages.words import Line, model_table, one, percent, percents, plus_minus, rows, table
+from experiments.support.rows import Row
 
 GPU, CPU = "train_adapters.csv", "train_adapters_cpu.csv"
 
