@@ -88,8 +88,13 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 def mathml(formula: str, *, block: bool) -> str:
     """Return a formula of LaTeX as MathML. Raise PluginError if a command in it is not known."""
     element = convert(formula, display="block" if block else "inline")
+    element = element.replace('<mi mathvariant="double-struck">R</mi>', "<mi>ℝ</mi>")
     if "\\" in element:
         raise PluginError(f"latex2mathml does not know a command of this formula: {formula}")
+    if re.search('mathvariant="(?!normal)', element):
+        raise PluginError(
+            f"browsers have one upright and one italic alphabet for MathML; write the letter itself: {formula}"
+        )
     return element
 
 

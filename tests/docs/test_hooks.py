@@ -67,6 +67,12 @@ def test_a_formula_with_an_unknown_command_is_refused() -> None:
         hooks.mathml(r"\nosuchcommand x", block=False)
 
 
+def test_an_alphabet_that_browsers_do_not_have_is_refused() -> None:
+    assert "<mi>ℝ</mi>" in hooks.mathml(r"\mathbb R^{b \times a}", block=False)
+    with pytest.raises(PluginError, match="write the letter itself"):
+        hooks.mathml(r"\mathcal L", block=False)
+
+
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_no_formula_of_a_notebook_is_left(notebook: Path) -> None:
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
