@@ -2,8 +2,9 @@
 
     python -m experiments.adapter_claims
 
-Reads figures/train_adapters.jsonl; writes figures/train_adapters.csv and .png (learning and forgetting) and
-figures/adapter_updates.png (are LoRA's ranks used; does reconstruction predict training). Of the runs in
+Reads figures/train_adapters.jsonl; writes figures/train_adapters.csv and .png (paired differences in
+learning and forgetting) and
+adapter_updates.png (are LoRA's ranks used) and adapter_gains.png (does reconstruction predict training). Of the runs in
 figures/train_adapters_cpu.jsonl, made on another kind of machine and so compared among themselves only, it writes
 train_adapters_cpu.csv and adapter_starts.png (starts from data). Intervals are 95 %, by Student's t over seeds;
 differences are paired, since runs of one seed see the same batches.
@@ -15,20 +16,23 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import cycle, pairwise, zip_longest
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 import rasa_theory as rt
+from experiments.support import looks
 from experiments.support.rows import Row, read_rows, write_rows
 from rasa_theory.plotting import style
 
-STYLES = [{"color": color, "linestyle": line} for line in ("-", "--", ":") for color in style.COLOURS]
 SMOOTH = 20  # steps
 
 
@@ -173,74 +177,119 @@ def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
                               for line in lines])  # fmt: skip
 
 
-def band(axes: Any, x: Sequence[float], ys: Sequence[Sequence[float]], look: dict[str, str], label: str) -> None:
-    """Mean over seeds, and its interval."""
+def band(ax: Axes, x: Sequence[float], ys: Sequence[Sequence[float]], color: str, dash: str) -> list[float]:
+    """Draw the mean over seeds and its interval; returns the mean."""
     middle, half = np.transpose([interval(column) for column in zip(*ys, strict=True)])
-    axes.plot(x, middle, lw=1.6, label=label, **look)
-    axes.fill_between(x, middle - half, middle + half, color=look["color"], alpha=0.15, lw=0)
+    ax.plot(x, middle, dash, lw=1.4, color=color)
+    ax.fill_between(x, middle - half, middle + half, color=color, alpha=0.15, lw=0)
+    return [float(y) for y in middle]
 
 
-def by_budget(runs: dict[str, dict[int, Row]]) -> list[list[str]]:
-    """The plain methods, a list for every r: full fine-tuning, LoRA(r), RaSA(r, k), and what each RaSA can express."""
+@dataclass(frozen=True)
+class Difference:
+    """RaSA minus LoRA over the seeds of one machine, both at the same parameters."""
 
-    def rank(name: str) -> int:
-        return int(name.partition("(")[2].rstrip(")").split(",")[0]) if name != "full" else 0
+    budget: str
+    rate: float
+    other_rate: float
+    mrr: tuple[float, float]
+    drift: tuple[float, float]
 
-    plain = sorted(filter(is_plain, runs), key=lambda name: (rank(name), name))
-    rasa, lora = ([name for name in plain if name.startswith(method)] for method in ("rasa", "lora"))
-    budgets = sorted(set(map(rank, rasa))) or [0]
-    found = []
-    for low, high in zip(budgets, [*budgets[1:], math.inf], strict=True):
-        shared, alone = ([name for name in names if low <= rank(name) < high] for names in (rasa, lora))
-        mixed = [name for pair in zip_longest(alone, shared) for name in pair if name]
-        found.append([*(["full"] if "full" in runs else []), *mixed])
-    return found
+    @property
+    def label(self) -> str:
+        rates = [f"{rate:.0e}".replace("e-0", "e-") for rate in dict.fromkeys((self.rate, self.other_rate))]
+        return f"{self.budget}, {' / '.join(rates)}"
 
 
-def plot_claims(runs: dict[str, dict[int, Row]]) -> Figure:
-    """A column for every r. Learning: loss and MRR against the step. Forgetting: drift against MRR."""
-    budgets = by_budget(runs)
-    figure = style.new_figure(9.0)
-    grid = style.panels(figure, 3, len(budgets), sharey="row")
-    for n, names in enumerate(budgets):
-        loss, mrr, forget = grid[:, n]
-        for name, look in zip(names, cycle(STYLES), strict=False):
-            rows = list(runs[name].values())
-            smooth = [np.convolve(r["losses"], np.ones(SMOOTH) / SMOOTH, "valid").tolist() for r in rows]
-            band(loss, range(SMOOTH, SMOOTH + len(smooth[0])), smooth, look, name)
-            steps = [look["step"] for look in rows[0]["looks"]]
-            band(mrr, steps, [[look["validation_mrr"] for look in r["looks"]] for r in rows], look, name)
-            at = np.mean([[(look["validation_mrr"], drift(look)) for look in r["looks"]] for r in rows], 0)
-            forget.plot(*at.T, marker="o", lw=1.4, ms=4, label=name, **look)
-        first = n == 0
-        r = next((name for name in names if name.startswith("rasa")), "").partition("(")[2].partition(",")[0]
-        style.name(loss, "step", f"training loss,\nmean of {SMOOTH} steps" if first else "", f"r = {r}" if r else "")
-        style.name(mrr, "step", "validation MRR" if first else "")
-        style.name(forget, "validation MRR", "drift of prose,\n1 - mean cosine" if first else "")
-        style.legend(loss, loc="upper right", ncols=2)
+def differences(runs: dict[str, dict[int, Row]]) -> list[Difference]:
+    """RaSA from random starts, beside LoRA at the same rate, and beside LoRA at the rate of its own tuning."""
+    pairs = {}
+    for name in (name for name in runs if name.startswith("rasa") and " from " not in name):
+        for other in (at_equal_rate(name, runs), reference(name, runs) if is_plain(name) else None):
+            if other is not None:
+                pairs[name, other] = Difference(
+                    name.partition(" at ")[0].replace("rasa(", "(").replace(",", ", "),
+                    rate(next(iter(runs[name].values()))),
+                    rate(next(iter(runs[other].values()))),
+                    paired(runs[name], runs[other], lambda row: float(row["test_mrr"])),
+                    paired(runs[name], runs[other], lambda row: drift(row["looks"][-1])),
+                )
+    return list(pairs.values())
+
+
+def plot_claims(machines: dict[str, dict[str, dict[int, Row]]]) -> Figure:
+    """A forest plot of paired differences, mean and 95 % interval: test MRR on the left, drift on the right."""
+    found = [(machine, one) for machine, runs in machines.items() for one in differences(runs)]
+    groups = {
+        "at the same rate": [pair for pair in found if pair[1].rate == pair[1].other_rate],
+        "at the best rate of each": [pair for pair in found if pair[1].rate != pair[1].other_rate],
+    }
+    title = "Does RaSA learn more or forget less?"
+    figure = style.new_figure(1.5 + 0.24 * len(found), title=title)
+    axes = style.panels(figure, 1, 2, sharey=True)[0]
+    y, ticks, color = 0.0, [], looks.METHODS["rasa"].color
+    for (group, pairs), look in zip(groups.items(), ("o", "s"), strict=True):
+        if not pairs:
+            continue
+        ticks.append((y, group))
+        for machine, one in sorted(pairs, key=lambda pair: (pair[1].budget, -pair[1].rate)):
+            y += 1
+            for ax, (middle, half) in zip(axes, (one.mrr, one.drift), strict=True):
+                ax.errorbar([middle], [y], xerr=[half], fmt=look, color=color, ms=4, lw=1.4, capsize=2)
+            ticks.append((y, f"{one.label}, {machine}"))
+        y += 1.3
+    for ax, x in zip(axes, ("test MRR", "drift"), strict=True):
+        ax.axvline(0, color=looks.METHODS["lora"].color, lw=1)
+        style.name(ax, x)
+        ax.xaxis.set_major_locator(MaxNLocator(2))
+        ax.margins(x=0.08)
+    axes[0].set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    for label in (label for label in axes[0].get_yticklabels() if label.get_text() in groups):
+        label.set_weight("bold")
+    for ax in axes:
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_ylim(y - 0.7, -0.5)
+    figure.supxlabel("RaSA(r, k) minus LoRA(r): mean, 95 % interval", fontsize=style.MEDIUM)
     return figure
 
 
 def plot_updates(runs: dict[str, dict[int, Row]]) -> Figure:
-    """How much of their rank the trained updates use, and whether reconstruction predicts training."""
-    names, gains = [name for name in runs if name != "full" and is_plain(name)], predicted(runs)
-    figure = style.new_figure(7.0 if gains else 3.6)
-    axes = style.panels(figure, 2 if gains else 1)[:, 0]
-    for x, name in enumerate(names):
-        parts = axes[0].violinplot([entropy_ranks(list(runs[name].values()))], [x], showmedians=True)
-        for body in parts.pop("bodies"):
-            body.set_facecolor(style.BLUE)
-        for lines in parts.values():
-            lines.set_color(style.BLUE)
-    axes[0].set_xticks(range(len(names)), names, rotation=30)
-    style.name(axes[0], "method; over layers, kinds and seeds", "entropy rank of an update")
-    for ax in axes[1:]:
-        for color, marker, (name, points) in zip(style.COLOURS, style.MARKERS, gains.items(), strict=False):
-            ax.plot(*zip(*points, strict=True), marker, color=color, label=name)
-        ax.axhline(0, color=style.GREY, lw=0.8)
-        style.name(ax, "1 - $e_{\\mathrm{RaSA}}$ / $e_{\\mathrm{LoRA}}$ of the full update, a point per seed",
-                   "test MRR, RaSA minus LoRA")  # fmt: skip
-        style.legend(ax)
+    """How much of its rank each method's updates use: violins over layers, kinds and seeds, with medians."""
+    names = [name for name in runs if name != "full" and is_plain(name)]
+    figure = style.new_figure(0.9 + 0.27 * len(names), title="How much of its rank does training use?")
+    ((ax,),) = style.panels(figure)
+    for y, name in enumerate(names):
+        ranks, look = entropy_ranks(list(runs[name].values())), looks.METHODS[name.partition("(")[0]]
+        parts = ax.violinplot([ranks], [y], orientation="horizontal", widths=0.8, showextrema=False)
+        for body in parts["bodies"]:
+            body.set(facecolor=look.color, alpha=0.35)
+        ax.plot([np.median(ranks)], [y], look.marker, color=look.color, ms=4)
+    ax.set_yticks(range(len(names)), list(map(titled, names)))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(left=0)
+    ax.grid(axis="x", color=style.PALE, linewidth=0.5)
+    style.name(ax, "entropy rank of an update (point: median)")
+    return figure
+
+
+def titled(name: str) -> str:
+    """`rasa(2,1)` as RaSA(2, 1)."""
+    return name.replace("rasa", "RaSA").replace("lora", "LoRA").replace(",", ", ")
+
+
+def plot_gains(runs: dict[str, dict[int, Row]]) -> Figure | None:
+    """Whether reconstruction predicts training: a point for each RaSA and seed; None if no run says so."""
+    gains = predicted(runs)
+    if not gains:
+        return None
+    figure = style.new_figure(2.6, title="Does reconstruction predict training?")
+    ((ax,),) = style.panels(figure)
+    for color, marker, (name, points) in zip(style.COLOURS, style.MARKERS, gains.items(), strict=False):
+        x, y = [100 * gain for gain, _ in points], [better for _, better in points]
+        ax.plot(x, y, marker, color=color, label=titled(name), ms=4)
+    ax.axhline(0, color=style.GREY, lw=0.8)
+    style.name(ax, "reconstruction: error below LoRA's, %", "training: test MRR,\nRaSA minus LoRA")
+    style.legend_above(ax, len(gains), bbox_to_anchor=(-0.2, 1), handletextpad=0.1)
     return figure
 
 
@@ -266,21 +315,32 @@ def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, fl
     return found
 
 
+STARTS = {
+    "": ("random", style.BLUE, "-"),
+    " from gradient": ("gradient", style.ORANGE, "--"),
+    " from updates": ("updates", style.GREEN, "-."),
+}
+"""Starts of an adapter: how a name ends, and the label, colour and dashes of its line."""
+
+
 def plot_starts(runs: dict[str, dict[int, Row]]) -> Figure:
     """Starts from data beside random ones; steps count the full fine-tuning before."""
     short_steps = next(row for of in runs.values() for row in of.values())["settings"]["short_steps"]
     names = [method for method in ("lora(2)", "rasa(2,1)") if any(run.startswith(method) for run in runs)]
-    figure = style.new_figure(3.4)
-    axes = style.panels(figure, 1, len(names), sharey=True)[0]
-    for n, (panel, method) in enumerate(zip(axes, names, strict=True)):
-        for look, start in zip(STYLES, ("", " from gradient", " from updates"), strict=False):
+    figure = style.new_figure(0.6 + 1.8 * len(names), title="Does a start from data learn faster?")
+    axes = style.panels(figure, len(names), 1, sharex=True, sharey=True)[:, 0]
+    for panel, method in zip(axes, names, strict=True):
+        ends = []
+        for start, (label, color, dash) in STARTS.items():
             if of := runs.get(method + start):
                 before = short_steps if "updates" in start else 0
                 steps = [before + look["step"] for look in next(iter(of.values()))["looks"]]
                 curves = [[look["validation_mrr"] for look in r["looks"]] for r in of.values()]
-                band(panel, steps, curves, look, start.strip() or "random start")
-        style.name(panel, "step", "validation MRR" if n == 0 else "", method)
-        style.legend(panel)
+                middle = band(panel, steps, curves, color, dash)
+                ends.append((steps[-1], middle[-1], label, color))
+        style.name(panel, "", "validation MRR", titled(method))
+        style.label_ends(panel, ends, 0.12)
+    style.name(axes[-1], "step")
     return figure
 
 
@@ -308,10 +368,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the tables and pictures")
     args = parser.parse_args(arguments)
     runs = report(args.rows, args.out)
-    style.save(plot_claims(runs), args.out / "train_adapters.png")
     style.save(plot_updates(runs), args.out / "adapter_updates.png")
+    if (gains := plot_gains(runs)) is not None:
+        style.save(gains, args.out / "adapter_gains.png")
     others = args.rows.with_name(f"{args.rows.stem}_cpu.jsonl")
     starts = report(others, args.out) if others.exists() else runs
+    style.save(
+        plot_claims({"GPU": runs} | ({"CPU": starts} if others.exists() else {})), args.out / "train_adapters.png"
+    )
     if any(" from " in name for name in starts):
         style.save(plot_starts(starts), args.out / "adapter_starts.png")
 

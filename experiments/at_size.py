@@ -85,13 +85,13 @@ def measure(layers: int, n: int, way: str) -> Row:
 def plot(rows: list[Row]) -> Figure:
     """Seconds against n, for the number of layers that most rows have."""
     layers = statistics.mode(row["layers"] for row in rows)
-    figure = style.new_figure(3.6)
+    figure = style.new_figure(2.6, title=f"What does an answer for {layers} layers cost?")
     ((ax,),) = style.panels(figure)
     ends = []
     for way, (colour, marker) in LOOK.items():
         chosen = sorted((row["n"], row["seconds"]) for row in rows if (row["layers"], row["way"]) == (layers, way))
         if chosen:
-            ax.plot(*zip(*chosen, strict=True), color=colour, marker=marker)
+            ax.plot(*zip(*chosen, strict=True), color=colour, marker=marker, ms=4)
             ends.append((*chosen[-1], f"answer with\nfloor, {way}", colour))
     last = {row["n"]: row for row in rows if row["layers"] == layers}
     for key, label, dash in (("lora_seconds", "certified LoRA", "--"), ("product_seconds", "one product", ":")):
@@ -101,8 +101,8 @@ def plot(rows: list[Row]) -> Figure:
     ax.set_yscale("log")
     ax.set_xticks(sorted(last), [str(n) for n in sorted(last)])
     style.grid(ax)
-    style.name(ax, "n", "seconds", f"What does an answer for {layers} layers of n x n cost?")
-    style.label_ends(ax, ends, line=0.13)
+    style.name(ax, "n, for layers of n × n", "seconds")
+    style.label_ends(ax, ends, line=0.17)
     return figure
 
 

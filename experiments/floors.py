@@ -89,22 +89,22 @@ def plot(rows: list[Row]) -> Figure:
     for before, row in zip([None, *rows], rows, strict=False):
         y += 1.0 if before is None or before["stack"] == row["stack"] else 1.8
         heights.append(y)
-    figure = style.new_figure(0.9 + 0.28 * y)
+    figure = style.new_figure(1.0 + 0.17 * y, title="How far is the best error from its floor?")
     ax = style.panels(figure)[0, 0]
     for row, y in zip(rows, heights, strict=True):
-        ax.plot([row["two_sided"], row["best_found"]], [y, y], color=style.GREY, linewidth=2.5, zorder=1)
+        ax.plot([row["two_sided"], row["best_found"]], [y, y], color=style.GREY, linewidth=2, zorder=1)
     for key, (label, color, marker) in LOOKS.items():
         shown = [
             (row[key], y) for row, y in zip(rows, heights, strict=True) if key == "closed" or row[key] > row["closed"]
         ]
         ax.plot(
-            *zip(*shown, strict=True), marker, color=color, ms=6, label=label
+            *zip(*shown, strict=True), marker, color=color, ms=4, label=label
         )  # no marker for a search that gained nothing
     ax.axvline(1, color=style.INK, linewidth=1.2, zorder=0)
-    ax.set_yticks(heights, [f"{row['stack']}, k = {row['k']}" for row in rows])
+    ax.set_yticks(heights, [f"{row['stack'].replace('attention_', 'att. ')}, k = {row['k']}" for row in rows])
     ax.invert_yaxis()
-    style.name(ax, "squared error / $e_{\\mathrm{LoRA}}$; $e_{\\mathrm{RaSA}}(k)$ is on the grey line", "stack and k")
-    style.legend(figure, *ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
+    style.name(ax, "error / $e_{\\mathrm{LoRA}}$ ($e_{\\mathrm{RaSA}}$: on the line)")
+    style.legend_above(ax, 2, bbox_to_anchor=(-0.3, 1))
     return figure
 
 

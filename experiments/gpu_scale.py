@@ -288,46 +288,35 @@ def title(record: dict[str, Any]) -> str:
     return "{layers}x{b}x{a}:{rank}:{k}".format(**record) + (" tf32" if record["tf32"] else "")
 
 
-KINDS = {
-    "two_products_seconds": looks.SWEEPS["products"],
-    "joint_sweep_seconds": looks.SWEEPS["joint"],
-    "core_sweep_seconds": looks.SWEEPS["core"],
-}
-
-
 def plot(records: list[Row]) -> Figure:
-    """Above: error against seconds of every solve. Below: a sweep's time beside its two products'."""
-    done = [r for r in records if "e_rasa_over_e_lora" in r]
-    colours = dict(zip(sorted({(r["rank"], r["k"]) for r in done}), style.COLOURS, strict=False))
-    dashes = dict(zip(sorted({(r["layers"], r["b"], r["a"]) for r in done}), ("-", "--", "-."), strict=False))
-    figure = style.new_figure(3.9 + 0.35 * len(done))
-    (above,), (below,) = style.panels(figure, 2, 1, height_ratios=[3.1, 0.8 + 0.35 * len(done)])
-    ends = []
-    for record in done:
-        seconds, errors = zip(*record["solve_trace"], strict=True)
-        color = colours[record["rank"], record["k"]]
-        dash = ":" if record["tf32"] else dashes[record["layers"], record["b"], record["a"]]
-        above.semilogx(seconds[1:], errors[1:], dash, color=color, marker="o", markersize=4)
-        if not record["tf32"]:  # which ends as the other does
-            ends.append((seconds[-1], errors[-1], f"r = {record['rank']}, k = {record['k']}", color))
-    for shape, dash in dashes.items():
-        above.plot([], [], dash, color=style.GREY, label="{} x {} x {}".format(*shape))
-    if any(r["tf32"] for r in done):
-        above.plot([], [], ":", color=style.GREY, label="with TF32")
-    style.name(above, "seconds, after every sweep to the stop", "error / $e_{\\mathrm{LoRA}}$")
-    above.set_xlim(right=3 * max(x for x, *_ in ends))
-    style.label_ends(above, ends, 0.075, inside=True)
-    style.legend(figure, *above.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    for key, look in KINDS.items():
-        least = [r[key]["min"] for r in done]
-        below.semilogx(least, range(len(done)), look.marker, color=look.color, markersize=6, label=look.name)
-    below.set_yticks(range(len(done)), [title(r) for r in done])
-    below.invert_yaxis()
-    style.grid(below)
-    style.name(below, "seconds of one (the least)", "layers x b x a : r : k")
-    style.legend(below, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(KINDS))
-    machines = sorted({f"{r['hardware']['device']}, torch {r['hardware']['torch']}" for r in done})
-    style.name(above, title=" / ".join(machines))
+    """A bar for every stack, r and k: seconds for LoRA's certified optimum, then for RaSA from start to stop."""
+    done = [record for record in records if "e_rasa_over_e_lora" in record and not record["tf32"]]
+    sizes = list(dict.fromkeys((record["layers"], record["b"], record["a"]) for record in done))
+    figure = style.new_figure(1.2 + 0.2 * len(done) + 0.25 * len(sizes),
+                              title="How fast are layers of an 8B model's size?")  # fmt: skip
+    ((ax,),) = style.panels(figure)
+    y, ticks = 0.0, []
+    for size in sizes:
+        text = "{} layers of {} × {}".format(*size)
+        style.note(ax, text, (0, y - 0.8), xytext=(3, 0), textcoords="offset points", va="center", weight="bold")
+        for record in (record for record in done if (record["layers"], record["b"], record["a"]) == size):
+            lora, rasa = record["lora_fast_seconds"], record["start_seconds"] + record["solve_seconds"]
+            ax.barh(y, lora, 0.75, color=looks.METHODS["lora"].color)
+            ax.barh(y, rasa, 0.75, lora, color=looks.METHODS["rasa"].color)
+            style.note(ax, f"{lora + rasa:.1f} s, {record['solve_sweeps']} sweeps", (lora + rasa, y), xytext=(3, 0),
+                       textcoords="offset points", va="center")  # fmt: skip
+            ticks.append((y, f"r = {record['rank']}, k = {record['k']}"))
+            y += 0.9
+        y += 1.1
+    ax.barh(0, 0, color=looks.METHODS["lora"].color, label="LoRA, certified")
+    ax.barh(0, 0, color=looks.METHODS["rasa"].color, label="RaSA, to its stop")
+    ax.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(y - 1.4, -1.4)
+    ax.set_xlim(0, 1.42 * ax.get_xlim()[1])
+    machines = sorted({record["hardware"]["device"] for record in done})
+    style.name(ax, f"seconds on {' / '.join(machines)}, float32")
+    style.legend_above(ax, 2)
     return figure
 
 

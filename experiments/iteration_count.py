@@ -185,25 +185,33 @@ def plot(rows: Sequence[Row]) -> Figure:
     eight = [row for row in of["real"] if row["rank"] == 8]
     one = [row for row in [*of["layers"], *eight] if row["k"] == 1 and row["stack"] in NAMES]
     groups = [
-        (eight, "stack", "k", "shared ranks k (bundled updates, r = 8)"),
-        ([row for row in of["synthetic"] if row["k"] == 1], "stack", "overlap",
-         "share of common bases (synthetic, r = 8, k = 1)"),
+        (eight, "stack", "k", "bundled updates: k shared ranks of 8"),
+        ([row for row in of["synthetic"] if row["k"] == 1], "stack", "overlap", "made spectra: share of common bases"),
         ([row for row in of["pool"] if row["stack"] == "attention_output"], "pool", "size",
-         "size of the pool at the start / $\\|M\\|$ (attention output, k = 1)"),
-        (one, "stack", "layers", "number of layers L (r = 8, k = 1)"),
+         "attention output: size of the first pool / $\\|M\\|$"),
+        (one, "stack", "layers", "number of layers L"),
     ]  # fmt: skip
     groups = [group for group in groups if group[0]]
-    figure = style.new_figure(2.3 * max(len(groups), 1))
+    title = "When does RaSA beat LoRA within 10 iterations?"
+    figure = style.new_figure(0.5 + 1.6 * max(len(groups), 1), title=title)
     if groups:
-        for axes, (group, outer, inner, label) in zip(style.panels(figure, len(groups))[:, 0], groups, strict=True):
+        panels = style.panels(figure, len(groups))[:, 0]
+        for axes, (group, outer, inner, label) in zip(panels, groups, strict=True):
             _columns(axes, group, outer, inner)
-            style.name(axes, label, "first iteration\nbelow LoRA")
+            style.name(axes, label, "iterations")
+        style.legend_above(panels[0], 3, bbox_to_anchor=(-0.1, 1.1), handletextpad=0.1)
     return figure
 
 
+WITHIN = {
+    "within 10": (style.BLUE, "o"),
+    "later": (style.ORANGE, "s"),
+    "never in 200": (style.VERMILION, "x"),
+}
+"""The colour and marker of an attempt, by its first iteration below LoRA; the same in every panel."""
 NAMES = {
-    "attention_output": "attention output", "power:0.3": "$j^{-0.3}$", "power:0.7": "$j^{-0.7}$",
-    "power:1.2": "$j^{-1.2}$", "query": "query", "units": "units", "own": "own", "gaussian": "Gaussian",
+    "attention_output": "attn. output", "power:0.3": "$\\sigma_j = j^{-0.3}$", "power:0.7": "$\\sigma_j = j^{-0.7}$",
+    "power:1.2": "$\\sigma_j = j^{-1.2}$", "query": "query", "units": "units", "own": "own", "gaussian": "Gaussian",
 }  # fmt: skip
 """Names of stacks and pools in the figure."""
 
@@ -211,26 +219,36 @@ NAMES = {
 def _columns(axes: Any, rows: Sequence[Row], outer: str, inner: str) -> None:
     """Draw a column of attempts per value of `inner`, grouped by `outer`; attempts that never cross stand on top."""
     never, ticks, x = ITERATIONS * 1.6, [], 0.0
-    for name, color in zip(dict.fromkeys(row[outer] for row in rows), style.COLOURS, strict=False):
+    for name in dict.fromkeys(row[outer] for row in rows):
         begin = x
         for value in sorted({row[inner] for row in rows if row[outer] == name}):
             group = [row for row in rows if row[outer] == name and row[inner] == value]
-            heights = [row["iterations"] or never for row in group]
-            jitter = [x + 0.5 * (i / max(len(heights) - 1, 1) - 0.5) for i in range(len(heights))]
-            axes.plot(jitter, heights, "o", ms=3, alpha=0.6, color=color)
-            median = median_iterations([row["iterations"] for row in group])
-            axes.plot([x - 0.35, x + 0.35], [median or never] * 2, color=style.INK, lw=1.5)
-            ticks.append((x, f"{value:g}"))
+            counts = [row["iterations"] for row in group]
+            jitter = [x + 0.5 * (i / max(len(counts) - 1, 1) - 0.5) for i in range(len(counts))]
+            for label, (color, marker) in WITHIN.items():
+                points = [(at, n or never) for at, n in zip(jitter, counts, strict=True) if _within(n) == label]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker, ms=2.6, mew=0.7, color=color)
+            median = median_iterations(counts)
+            axes.plot([x - 0.38, x + 0.38], [median or never] * 2, color=style.INK, lw=1.5)
+            ticks.append((x, f"{value:g}".replace("0.", ".")))
             x += 1
-        at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "color": color}
+        at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
         style.note(axes, NAMES.get(name, name), ((begin + x - 1) / 2, 1.0), **at)
         x += 0.7
-    axes.axhline(10, color=style.PALE, lw=0.8, zorder=0)
+    axes.axhline(10, color=style.GREY, lw=0.8, zorder=0)
+    for label, (color, marker) in WITHIN.items():
+        axes.plot([], [], marker, ms=4, color=color, label=label)
     axes.set_yscale("log")
-    axes.set_ylim(0.8, never * 1.4)
-    axes.set_yticks([1, 3, 10, 30, 100, never], ["1", "3", "10", "30", "100", "never"])
+    axes.set_ylim(0.7, never * 1.6)
+    axes.set_yticks([1, 10, 100, never], ["1", "10", "100", "never"])
     axes.minorticks_off()
     axes.set_xticks([t for t, _ in ticks], [text for _, text in ticks])
+
+
+def _within(iterations: int | None) -> str:
+    """The key of WITHIN."""
+    return "never in 200" if iterations is None else "within 10" if iterations <= 10 else "later"
 
 
 def main(arguments: list[str] | None = None) -> None:

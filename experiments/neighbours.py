@@ -8,7 +8,7 @@ of rank r (and 0.8 % more, since RaSA's mixing comes on top). Written to --out:
     neighbours.csv    one row per stack, r and method, as each is done; an interrupted run goes on from there. Columns:
                       settings, parameters, error and certified floor in units of ||M||^2, evidence, and the seconds of
                       all configurations
-    neighbours.png    above: error against parameters; below: the same in units of LoRA's error
+    neighbours.png    error in units of LoRA's, at the parameters of LoRA of rank 8
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -36,8 +34,10 @@ COLUMNS = (
     "stack", "r", "method", "settings", "parameters", "error", "floor", "evidence", "seconds",
 )  # fmt: skip
 KEY = ("stack", "r", "method")
-NEAR = (0.94, 1.18)
-"""Errors that the panels in units of LoRA's error show."""
+SHOWN = 8
+"""The rank of the LoRA whose parameters the methods in the figure have."""
+FARTHEST = 1.19
+"""The largest error that the figure shows, in units of LoRA's. Of a method above it the range is written."""
 
 
 def bundled(smoke: bool) -> list[rt.LayerStack]:
@@ -78,73 +78,34 @@ def row_of(stack: rt.LayerStack, fit: methods.Fit) -> Row:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Above: error of all methods against parameters. Below: the same over LoRA's error at the same r, with names."""
-    names = list(dict.fromkeys(row["stack"] for row in rows))
-    lines, tall, each = math.ceil(len(names) / 2), 1.9, 3.3
-    figure = style.new_figure(tall + each * lines)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[tall, each * lines])
-    above, below = parts
-    small = style.panels(above, 1, len(names), sharey=True)[0]
-    large = style.panels(below, lines, 2)
-    for ax in large.flat[len(names) :]:
-        ax.set_axis_off()
-    for n, (name, ax) in enumerate(zip(names, small, strict=True)):
-        own = [row for row in rows if row["stack"] == name]
-        draw(ax, own, dict.fromkeys({row["r"] for row in own}, 1.0), 3)
-        for row in [row for row in own if row["method"] == "vera"][:1]:
-            at = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "color": looks.METHODS["vera"].color}
-            style.note(ax, "VeRA", (row["parameters"], row["error"]), **at)
-        style.name(ax, "r of LoRA", "error / $\\|M\\|^2$" if n == 0 else "", name)
-        ticks = {row["parameters"]: str(row["r"]) for row in own if row["method"] == "lora"}
-        ax.set_xticks(list(ticks), list(ticks.values()))
-    for n, (name, ax) in enumerate(zip(names, large.flat, strict=False)):
-        own = [row for row in rows if row["stack"] == name]
-        lora = [row for row in own if row["method"] == "lora"]
-        grown = [row for row in own if row["method"] != "vera"]  # whose parameters hardly grow with r
-        draw(ax, grown, {row["r"]: row["error"] for row in lora}, 5)
-        ax.axhline(1, color=style.INK, linewidth=0.8, zorder=1)
-        ax.set_ylim(*NEAR)
-        ax.set_xticks([row["parameters"] for row in lora],
-                      [f"{row['parameters'] / 1000:.0f}k\n{row['r']}" for row in lora])  # fmt: skip
-        style.name(ax, "" if n + 2 < len(names) else "parameters; r of LoRA")
-        ax.set_title(name, fontsize=style.MEDIUM, pad=16)
-        if n % 2 == 0:
-            style.name(ax, y="error / LoRA's")
-        name_lines(ax)
+    """A row for each method, a point for each stack: error over LoRA's at the same parameters, r = 8."""
+    r = SHOWN if any(row["r"] == SHOWN for row in rows) else max(row["r"] for row in rows)
+    own = [row for row in rows if row["r"] == r]
+    lora = {row["stack"]: row["error"] for row in own if row["method"] == "lora"}
+    ratios = {
+        method: [row["error"] / lora[row["stack"]] for row in own if row["method"] == method]
+        for method in looks.METHODS
+        if any(row["method"] == method for row in own)
+    }
+    order = sorted(ratios, key=lambda method: statistics.fmean(ratios[method]))
+    figure = style.new_figure(0.9 + 0.19 * len(order), title="Which methods beat LoRA at equal parameters?")
+    ((ax,),) = style.panels(figure)
+    ax.axvline(1, color=style.INK, linewidth=1, zorder=1)
+    for y, method in enumerate(order):
+        look, inside = looks.METHODS[method], [x for x in ratios[method] if x <= FARTHEST]
+        ax.plot(inside, [y] * len(inside), look.marker, color=look.color, ms=4.5)
+        if len(inside) < len(ratios[method]):
+            text = f"{min(ratios[method]):.2f} to {max(ratios[method]):.2f} →"
+            style.note(ax, text, (FARTHEST, y), color=look.color, ha="right", va="center")
+    ax.set_yticks(range(len(order)), [looks.METHODS[method].name for method in order])
+    for label, method in zip(ax.get_yticklabels(), order, strict=True):
+        label.set(color=looks.METHODS[method].color, weight="bold" if method == "rasa" else "normal")
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.set_xlim(right=FARTHEST)
+    ax.grid(axis="y", color=style.PALE, linewidth=0.5)
+    ax.set_axisbelow(True)
+    style.name(ax, f"error / LoRA's, {len(lora)} kinds of layers, r = {r}")
     return figure
-
-
-def draw(ax: Axes, rows: list[Row], unit: dict[int, float], size: float) -> None:
-    """Draw each method's error over `unit` at its r, against its parameters."""
-    for method, look in looks.METHODS.items():
-        points = sorted((row["r"], row["parameters"], row["error"] / unit[row["r"]]) for row in rows
-                        if row["method"] == method)  # fmt: skip
-        if points:
-            _, x, y = zip(*points, strict=True)
-            width, order = (2.2, 3) if method == "rasa" else (1.2, 2)
-            ax.plot(x, y, look.line, color=look.color, ms=size, lw=width, zorder=order, label=look.name)
-    ax.set_xscale("log", base=2)
-    ax.minorticks_off()
-
-
-def name_lines(ax: Axes) -> None:
-    """Write each line's name at its last point, or where it leaves the panel."""
-    ends: list[tuple[float, float, str, str]] = []
-    for line in ax.get_lines():
-        points = [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
-        inside = [n for n, (_, y) in enumerate(points) if NEAR[0] <= y <= NEAR[1]]
-        if str(line.get_label()).startswith("_") or not inside:
-            continue
-        x, y = points[inside[-1]]
-        if inside[-1] + 1 < len(points):  # x is drawn as its logarithm
-            further, beyond = points[inside[-1] + 1]
-            x, y = x * (further / x) ** ((NEAR[1] - y) / (beyond - y)), NEAR[1]
-        text, color = str(line.get_label()), str(line.get_color())
-        if x < 0.8 * points[-1][0]:
-            style.note(ax, text, (x, y), xytext=(0, 1), textcoords="offset points", color=color, ha="center")
-        else:
-            ends.append((x, y, text, color))
-    style.label_ends(ax, ends, 0.075)
 
 
 def main(arguments: list[str] | None = None) -> None:

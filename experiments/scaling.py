@@ -227,28 +227,32 @@ def modelled() -> list[Row]:
 
 def plot(rows: list[Row]) -> Figure:
     """Left: seconds of a sweep on this machine, measured and modelled. Right: seconds on GPUs, modelled."""
-    figure = style.new_figure(3.0)
-    ((left, right),) = style.panels(figure, 1, 2)
-    for n, kind in enumerate(("strong", "weak")):
+    figure = style.new_figure(3.8, title="Does sharding make a sweep faster?")
+    ((above,), (below,)) = style.panels(figure, 2, 1)
+    ends = []
+    for kind, color, marker in zip(("strong", "weak"), style.COLOURS, style.MARKERS, strict=False):
         points = sorted((row["processes"], row["seconds"], row["predicted"]) for row in rows if row["kind"] == kind)
         x, seconds, model = zip(*points, strict=True)
-        left.plot(x, seconds, style.MARKERS[n] + "-", color=style.COLOURS[n], label=f"{kind}, measured")
-        left.plot(x, model, "--", color=style.COLOURS[n], label=f"{kind}, model")
-    left.set(ylim=(0, 2.4 * max(row["seconds"] or 0 for row in rows)), xticks=x)
-    style.name(left, "processes", "seconds of a joint sweep", f"measured on {rows[0]['where']}")
-    style.legend(left, loc="upper right")
-    for n, (name, (layers, b, a)) in enumerate(TARGETS.items()):
+        above.plot(x, seconds, marker + "-", color=color, ms=4)
+        above.plot(x, model, "--", color=color)
+        ends += [(x[-1], seconds[-1], kind, color), (x[-1], model[-1], f"{kind}, model", color)]
+    above.set(ylim=(0, 1.15 * max(row["seconds"] or 0 for row in rows)), xticks=x)
+    style.name(above, f"processes, on {rows[0]['where']}", "seconds of a sweep")
+    style.label_ends(above, ends, 0.13)
+    ends = []
+    for (layers, b, a), color, marker in zip(TARGETS.values(), style.COLOURS[2:], style.MARKERS[2:], strict=False):
         pairs = sorted(
             (row["processes"], row["predicted"])
             for row in rows
             if row["kind"] == "model" and (row["layers"], row["b"], row["a"]) == (layers, b, a)
         )
         x, model = zip(*pairs, strict=True)
-        right.loglog(x, model, style.MARKERS[n + 2] + "--", color=style.COLOURS[n + 2], label=name)
-    right.set_xticks(x, [str(number) for number in x])
-    right.minorticks_off()
-    style.name(right, "GPUs", "seconds of a joint sweep", "a model, not measured")
-    style.legend(right, loc="upper right")
+        below.loglog(x, model, marker + "--", color=color, ms=4)
+        ends.append((x[-1], model[-1], f"{layers} layers,\n{b} × {a}", color))
+    below.set_xticks(x, [str(number) for number in x])
+    below.minorticks_off()
+    style.name(below, "GPUs (a model, not measured)", "seconds of a sweep")
+    style.label_ends(below, ends, 0.2)
     return figure
 
 

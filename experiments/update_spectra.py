@@ -49,25 +49,27 @@ def table(spectra: dict[str, torch.Tensor]) -> list[Row]:
 
 def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
     """Spectra above, one panel per measure below."""
-    figure = style.new_figure(8.0)
+    figure = style.new_figure(5.4, title="Are the fine-tuning updates of low rank?")
     grid = figure.add_gridspec(3, 2, height_ratios=[1.7, 1, 1])
     above = figure.add_subplot(grid[0, :])
     below = [figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4)]
     for ax in (above, *below):
         style.dress(ax)
-    labels = ("norm / norm of weights", "stable rank", "entropy rank", "energy in rank 8")
+    labels = ("norm / weights' norm", "stable rank", "entropy rank", "energy in rank 8")
     for (name, S), color, marker in zip(spectra.items(), style.COLOURS, style.MARKERS, strict=False):
         for sigma in S:
-            above.loglog(range(1, len(sigma) + 1), sigma / sigma[0], color=color, linewidth=1, alpha=0.7)
+            above.loglog(range(1, len(sigma) + 1), sigma / sigma[0], color=color, linewidth=0.7, alpha=0.7)
         own = [row for row in lines if row["stack"] == name]
         for ax, column in zip(below, COLUMNS[2:], strict=True):
             values = [row[column] for row in own]
-            ax.plot([row["layer"] for row in own], values, marker + "-", color=color, ms=5, label=name)
+            ax.plot([row["layer"] for row in own], values, marker + "-", color=color, ms=3, lw=1, label=name)
     above.axvline(8, color=style.INK, linewidth=1, linestyle=":")
-    style.note(above, "rank 8", (8, 1), xytext=(4, -8), textcoords="offset points")
+    style.note(above, "rank 8", (8, 1.3e-3), xytext=(4, 0), textcoords="offset points")
     above.set_ylim(1e-3, 1.2)
-    style.name(above, "index j of the singular value", "$\\sigma_j / \\sigma_1$ of the update,\none line per layer")
-    style.legend(above, *below[0].get_legend_handles_labels(), loc="lower left")
+    style.name(above, "index j of the singular value", "$\\sigma_j / \\sigma_1$, a line per layer")
+    for line in below[0].get_lines():
+        above.plot([], [], line.get_marker() + "-", color=line.get_color(), ms=3, label=line.get_label())
+    style.legend_above(above, 2)
     for n, (ax, label) in enumerate(zip(below, labels, strict=True)):
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

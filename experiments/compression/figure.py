@@ -1,4 +1,4 @@
-"""Errors pooled over the stacks of a set, as a figure and as tables."""
+"""Errors pooled over the stacks of a set, as tables, and four of them as a figure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.compression.approaches import OF_CHANCE
@@ -18,7 +17,13 @@ from rasa_theory.plotting import style
 
 CLAIMED = (0.03, 0.0776, 0.125, 0.5)
 """Sizes that are claimed to be enough, as shares of LoRA's parameters."""
-CHANCE = Look("CP of random LoRAs", style.INK, "v:")
+LINES = {
+    ("allocated", "trained"): Look("largest terms", style.INK, "s-"),
+    ("joint_diagonal", "trained"): looks.METHODS["joint_diagonal"],
+    ("joint_diagonal", "random"): Look("joint, CP,\nrandom LoRAs", style.GREY, "v:"),
+    ("share_columns", "trained"): Look("SHARE", style.BLUE, "h-"),
+}
+"""What the figure shows: method and source, and the look of its line."""
 
 
 def pooled(
@@ -47,52 +52,28 @@ def needed(errors: dict[tuple[str, float | None], float], method: str, most: flo
                 if name == method and share is not None and error <= most), default=None)  # fmt: skip
 
 
-def shown(rows: Sequence[Row]) -> list[str]:
-    """The sets in the figure: of the parts of a larger set the first, and all others."""
-    names = list(dict.fromkeys(row["set"] for row in rows))
-    parts = [name.split(" + ") for name in names if " + " in name]
-    return [name for name in names if not any(name in part[1:] for part in parts)]
-
-
 def plot(rows: list[Row]) -> Figure:
-    """A line of two panels for each set of `shown`: over adapters and layers, and over adapters alone."""
-    names = shown(rows)
-    figure = style.new_figure(1.5 + 2.6 * len(names))
-    axes = style.panels(figure, len(names), 2, sharey=True, sharex=True)
-    for name, line in zip(names, axes, strict=True):
-        count = max(row["adapters"] for row in rows if row["set"] == name)
-        for over_layers, ax in zip((True, False), line, strict=True):
-            if not pooled(rows, name, over_layers):
-                ax.set_axis_off()
-                continue
-            draw(ax, rows, name, over_layers)
-            axis = "adapters x layers" if over_layers else "adapters, layer by layer"
-            style.name(ax, title=f"{name}\n{count} {axis}")
-    for ax in axes[-1]:
-        style.name(ax, "parameters, % of the LoRAs")
-    for ax in axes[:, 0]:
-        style.name(ax, y="error / $\\|M\\|^2$")
-    handles = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
-    labels = [look.name for look in (*looks.METHODS.values(), CHANCE) if look.name in handles]
-    style.legend(figure, [handles[label] for label in labels], labels, loc="outside lower center", ncols=3)
-    return figure
-
-
-def draw(ax: Axes, rows: Sequence[Row], name: str, over_layers: bool) -> None:
-    errors = pooled(rows, name, over_layers)
-    chance = pooled(rows, name, over_layers, "random")
-    lines = [(look, method, errors) for method, look in looks.METHODS.items()]
-    for look, method, of in [*lines, (CHANCE, "joint_diagonal", chance)]:
-        points = sorted((share, error) for (m, share), error in of.items() if m == method and share is not None)
+    """Four lines for the first set, over adapters and layers: error against the share of the parameters."""
+    name = rows[0]["set"]
+    figure = style.new_figure(2.6, title="Do trained LoRAs have terms in common?")
+    ((ax,),) = style.panels(figure)
+    ends = []
+    for (method, source), look in LINES.items():
+        errors = pooled(rows, name, True, source)
+        points = sorted((share, error) for (m, share), error in errors.items() if m == method and share is not None)
         if points:
-            ax.plot([100 * share for share, _ in points], [error for _, error in points], look.line, color=look.color,
-                    ms=4, lw=1.2, label=look.name)  # fmt: skip
-    for share in CLAIMED:
-        ax.axvline(100 * share, color=style.PALE, linewidth=0.8, zorder=0)
+            x, y = [100 * share for share, _ in points], [error for _, error in points]
+            ax.plot(x, y, look.line, color=look.color, ms=4, lw=1.3)
+            ends.append((x[-1], y[-1], look.name, look.color))
     ax.set_xscale("log")
     ax.minorticks_off()
-    ax.set_xticks([100 * share for share in CLAIMED], [f"{100 * share:g}" for share in CLAIMED])
+    ax.set_xticks([100 * share for share in CLAIMED], [f"{100 * share:.3g}" for share in CLAIMED])
     ax.set_ylim(0, 1.05)
+    style.grid(ax)
+    style.label_ends(ax, ends, 0.1)
+    count = max(row["adapters"] for row in rows if row["set"] == name)
+    style.name(ax, f"parameters, % of the {count} LoRAs", "error / $\\|M\\|^2$")
+    return figure
 
 
 def report(rows: list[Row]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The gain of RaSA over LoRA split into unequal ranks and sharing, and the layers that own the pool.
 
     python -m experiments.why_sharing_pays
-    python -m experiments.why_sharing_pays --figure      the picture alone, from the data
+    python -m experiments.why_sharing_pays --figure      the pictures alone, from the data
 
 Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; an interrupted run goes on from there:
 
@@ -17,7 +17,7 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       tasks      one pool over the layers of both tasks; `overlap` of leading left (columns), right (rows) singular
                  vectors, rank 8: of the same layer after two tasks, and of two layers after one, mean over the pairs
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
-    why_sharing_pays.png
+    sharing_gain.png, pool_owners.png, pool_scope.png
 
 Items of pool, depth, width, kinds and tasks, errors in units of e_lora: allocation, best_found, floor (and its name),
 stop, cancellation. Items of every pool term: by_weight, by_loss (participation ratios over layers, see

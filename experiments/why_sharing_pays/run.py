@@ -16,7 +16,7 @@ from tqdm import tqdm
 import rasa_theory as rt
 from experiments.support.rows import Table, read_rows
 from experiments.why_sharing_pays import __doc__ as description
-from experiments.why_sharing_pays.figure import HOW, Results, plot, summary
+from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
 from experiments.why_sharing_pays.stacks import SMOKE, Plan, second_task, updates, weights
 from rasa_theory import methods, null_models
 from rasa_theory.plotting import style
@@ -217,7 +217,7 @@ def two_sided_floors(path: Path) -> dict[tuple[str, int], float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="corners of the stacks, in seconds")
-    parser.add_argument("--figure", action="store_true", help="the picture alone")
+    parser.add_argument("--figure", action="store_true", help="the pictures alone")
     parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="floors of the bundled updates")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
@@ -235,4 +235,5 @@ def main(arguments: list[str] | None = None) -> None:
                 items = [*work(), ("", "seconds", "", round(time.perf_counter() - began, 1))]
                 table.add([dict(zip(COLUMNS, (*key, *item), strict=True)) for item in items])
     print(*summary(Results(table.rows)), sep="\n")
-    style.save(plot(table.rows), options.out / "why_sharing_pays.png")
+    for name, plot in FIGURES.items():
+        style.save(plot(table.rows), options.out / f"{name}.png")

@@ -44,7 +44,8 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
         "curves": 3.0 if curves else 0.0,
     }
     shown = {name: height for name, height in heights.items() if height > 0}
-    figure = style.new_figure(max(sum(shown.values()), 2.0))
+    title = "How large are the updates?" if settings["format"] == "diff" else "What does the adapter miss?"
+    figure = style.new_figure(max(sum(shown.values()) + 0.2, 2.0), title=title)
     if not shown:
         return figure
     axes = style.panels(figure, len(shown), 1, height_ratios=list(shown.values()))

@@ -9,19 +9,22 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rasa_theory.plotting import style
-from rasa_theory.plotting.style import BLUE, GREEN, INK, MEDIUM, ORANGE, PURPLE
+from rasa_theory.plotting.style import BLUE, GREEN, GREY, INK, MEDIUM, ORANGE, PURPLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+_CLAIMED = 10  # iterations within which the paper is below LoRA
+
 
 def plot_iterations(results: dict[str, Any]) -> Figure:
     """Plot the error of the random attempts against their iterations, in units of e_lora.
 
     There is one panel per stack and k >= 1. Lines mark e_lora, the allocation bound, the best error and the certified
-    floor. If the floor is far below, a note replaces its line. Dots mark the first iteration below e_lora.
+    floor. If the floor is far below, a note replaces its line. Dots mark the first iteration below e_lora, and the
+    vertical line marks iteration 10, the number that the paper gives.
 
     Arguments:
         results: the results of `study`, or the contents of results.json.
@@ -32,7 +35,8 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     panels = [(row, run) for row in results["stacks"] for run in row["runs"] if run["attempts"] and row["e_lora"] > 0]
     columns = max(1, min(len(panels), 2 if len(panels) <= 4 else 4))
     lines = max(1, math.ceil(len(panels) / columns))
-    figure = style.new_figure(1.0 + 2.5 * lines, style.WIDTH / 2 * max(columns, 2))
+    title = f"Is RaSA below LoRA within {_CLAIMED} iterations?"
+    figure = style.new_figure(1.1 + 1.5 * lines, style.WIDTH / 2 * max(columns, 2), title)
     axes = style.panels(figure, lines, columns)
     for ax, (row, run) in zip(axes.flat, panels, strict=False):
         _panel(ax, row, run)
@@ -43,10 +47,9 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
         return figure
     for n, ax in enumerate(axes.flat):
         if len(panels) - columns <= n < len(panels):  # the lowest panel of its column
-            style.name(ax, x="iteration of the paper")
-    for ax in axes[:, 0]:
-        style.name(ax, y="squared error / $e_{\\mathrm{LoRA}}$")
-    style.legend(figure, handles=_legend(), loc="outside upper center", ncols=2)
+            style.name(ax, x="iteration")
+    figure.supylabel("squared error / $e_{\\mathrm{LoRA}}$", fontsize=MEDIUM)
+    style.legend(figure, handles=_legend(), loc="outside lower left", ncols=2, columnspacing=1.0)
     return figure
 
 
@@ -56,37 +59,51 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
 
     unit = row["e_lora"]
     allocation, best, floor = (run[key] / unit for key in ("e_allocation", "e_rasa", "lower_bound"))
-    ax.axhline(1.0, color=INK, linewidth=1.6)
+    ax.axvline(_CLAIMED, color=GREY, linewidth=0.8, zorder=0)
+    ax.axhline(1.0, color=INK, linewidth=1.2)
     for level, color, dash in ((allocation, GREEN, "--"), (best, BLUE, "-."), (floor, PURPLE, ":")):
-        ax.axhline(level, color=color, linestyle=dash, linewidth=1.8)
+        ax.axhline(level, color=color, linestyle=dash, linewidth=1.3)
     for attempt in run["attempts"]:
         ratios = [error / unit for error in attempt["history"]]
-        ax.plot(range(1, len(ratios)), ratios[1:], color=ORANGE, linewidth=1.3, alpha=0.9, zorder=3)
+        ax.plot(range(1, len(ratios)), ratios[1:], color=ORANGE, linewidth=0.9, alpha=0.9, zorder=3)
         if attempt["iterations"] is not None:
             crossing = attempt["iterations"]
-            ax.plot(crossing, ratios[crossing], "o", color=ORANGE, markeredgecolor=INK, markersize=5.5, zorder=4)
+            ax.plot(
+                crossing,
+                ratios[crossing],
+                "o",
+                color=ORANGE,
+                markeredgecolor=INK,
+                markersize=3.8,
+                markeredgewidth=0.7,
+                zorder=4,
+            )
     last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
-    early = [attempt["history"][min(3, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
+    early = [attempt["history"][min(5, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
     low, high = min(allocation, best, *last, 1.0), max(1.0, *early)
     if floor >= 2 * low - high:  # otherwise the curves would fill less than half of the panel
         low = min(low, floor)
     else:
-        at = {"xycoords": "axes fraction", "color": PURPLE, "weight": "bold"}
-        style.note(ax, f"certified floor {floor:.3f}, below", (0.02, 0.03), **at)
-        low -= 0.17 * (high - low)
+        style.note(ax, f"↓ floor {floor:.3f}", (0.98, 0.02), xycoords="axes fraction", color=PURPLE, ha="right")
+        low -= 0.2 * (high - low)
     ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    style.name(ax, title=_title(row, run))
+    longest = max(len(attempt["history"]) - 1 for attempt in run["attempts"])
+    if 1.7 * _CLAIMED < longest < 20 * _CLAIMED:
+        ax.set_xticks([_CLAIMED, longest])
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    ax.set_title(_title(row, run), fontsize=style.SMALL, loc="right")
 
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
     """The name of a stack, k, and the number of attempts that beat LoRA."""
     median = run["iterations_to_beat_lora"]
     crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
-    count = f"{crossed} of {len(run['attempts'])} beat LoRA"
+    count = f"{crossed} of {len(run['attempts'])}"
     count += "" if median is None else f", median {median}"
-    name = row["name"] if len(row["name"]) <= 26 else "..." + row["name"][-23:]
-    return f"{name}, k = {run['k']}:\n{count}"
+    name = row["name"] if len(row["name"]) <= 18 else "..." + row["name"][-15:]
+    return f"{name}, k = {run['k']}\n{count}"
 
 
 def _legend() -> list[Line2D]:
@@ -94,9 +111,9 @@ def _legend() -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     return [
-        Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: first below LoRA)"),
-        Line2D([], [], color=INK, label="LoRA's optimum $e_{\\mathrm{LoRA}}$"),
-        Line2D([], [], color=GREEN, linestyle="--", label="allocation bound (no sharing)"),
-        Line2D([], [], color=BLUE, linestyle="-.", label="best found $e_{\\mathrm{RaSA}}$"),
+        Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: below)"),
+        Line2D([], [], color=INK, label="LoRA's optimum"),
+        Line2D([], [], color=GREEN, linestyle="--", label="allocation, no sharing"),
+        Line2D([], [], color=BLUE, linestyle="-.", label="RaSA, best found"),
         Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
     ]

@@ -33,8 +33,8 @@ def plot_inspection(report: dict[str, Any], kinds: Sequence[dict[str, Any]]) -> 
     """
     shown = [kind for kind in kinds if kind["norm_squared"] > 0][:_MOST_KINDS]
     height = max(1.2, 0.7 + LINE * len(shown))
-    figure = style.new_figure(2 * height + 2.9)
-    axes = figure.subplots(3, 1, gridspec_kw={"height_ratios": [height, height, 2.9]})
+    figure = style.new_figure(2 * height + 2.5, title="Which rank do the updates need?")
+    axes = figure.subplots(3, 1, gridspec_kw={"height_ratios": [height, height, 2.1]})
     names = [kind["kind"] for kind in shown]
     if not shown:
         for ax in axes:
@@ -48,7 +48,7 @@ def plot_inspection(report: dict[str, Any], kinds: Sequence[dict[str, Any]]) -> 
         total = report["norm_squared"]
         shares = _cells(shown, lambda modules: math.fsum(m["norm_squared"] for m in modules) / total)
         heat_map(axes[0], shares, names, "size of the update", r"share of $\|M\|^2$")
-    title = f"what the best LoRA of rank {report['ranks'][n]} misses"
+    title = f"missed by LoRA of rank {report['ranks'][n]}"
     heat_map(axes[1], _cells(shown, lambda modules: _missed(modules, n)), names, title, r"share of $\|M_i\|^2$")
     style.name(axes[1], x="layer")
     _curve(axes[2], report)

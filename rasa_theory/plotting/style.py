@@ -1,38 +1,48 @@
 """The look of every figure: colours, sizes and labels, and files with reproducible bytes.
 
-The colours are Okabe and Ito's palette, which colour-blind eyes tell apart. Markers and dashes differ as well. A figure
-is at most `WIDTH` inches wide and has no text below `SMALL` points. So it can be read in the column of a paper, and on
-a slide at twice its size. matplotlib is imported where a figure is drawn, and its global state does not change.
+A figure answers one question, which its title asks or answers. The colours are Okabe and Ito's palette, which
+colour-blind eyes tell apart. Markers and dashes differ as well. A figure is as wide as a column of a paper, and has no
+text below `SMALL` points, so it can be read there, and on a slide at twice its size. matplotlib is imported where a
+figure is drawn, and its global state does not change.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from numpy.typing import NDArray
 
 INK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE = "#767676", "#CCCCCC"  # for guides and for lines to labels, not for data
+WHITE = "#FFFFFF"  # for text on dark cells
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PALETTE = frozenset((*COLOURS, YELLOW, GREY, PALE))
+PALETTE = frozenset((*COLOURS, YELLOW, GREY, PALE, WHITE))
 
-WIDTH = 6.4  # inches
-SMALL, MEDIUM = 10.0, 11.0  # points
-DPI = 160
+WIDTH = 3.4  # inches, one column
+SMALL, MEDIUM = 8.0, 8.5  # points
+DPI = 300
+_LINE = 46  # characters of a title that fit into the width
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure whose layout makes room for all labels. Sizes are in inches."""
+def new_figure(height: float, width: float = WIDTH, title: str = "") -> Figure:
+    """An empty figure whose layout makes room for all labels and the title. Sizes are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)  # type: ignore[call-arg, union-attr]
+    figure.get_layout_engine().set(h_pad=0.04, w_pad=0.04)  # type: ignore[call-arg, union-attr]
+    if title:
+        lines = textwrap.fill(title, int(_LINE * width / WIDTH))
+        figure.suptitle(lines, x=0.02, ha="left", fontsize=MEDIUM, weight="bold")
     return figure
 
 
@@ -72,10 +82,28 @@ def legend(parent: Axes | Figure | SubFigure, *entries: Any, **more: Any) -> Non
     parent.legend(*entries, **(settings | more))
 
 
+def legend_above(ax: Axes, columns: int, **more: Any) -> None:
+    """Draw a legend between the panel and the title, in one line of `columns` entries or more lines."""
+    settings = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "borderpad": 0.2, "ncols": columns}
+    legend(ax, **(settings | {"columnspacing": 1.0, "handletextpad": 0.5, "handlelength": 1.4} | more))
+
+
 def note(ax: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
     """Write small text in the panel, at data coordinates unless `xycoords` says otherwise."""
     settings: dict[str, Any] = {"fontsize": SMALL, "color": INK, "annotation_clip": False}
     ax.annotate(text, at, **(settings | more))
+
+
+def heat_table(ax: Axes, percentages: NDArray[np.float64]) -> None:
+    """Draw numbers of 0 to 100 as cells from white to blue, with the number in each; nan is left white and empty."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ax.imshow(percentages, aspect="auto", vmin=0, vmax=100, cmap=LinearSegmentedColormap.from_list("", [WHITE, BLUE]))
+    for (row, column), value in np.ndenumerate(percentages):
+        if np.isfinite(value):
+            note(ax, f"{value:.0f}", (column, row), ha="center", va="center", color=WHITE if value > 75 else INK)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
 
 
 def label_ends(

@@ -53,11 +53,6 @@ def test_seeds_are_a_set_and_tasks_of_one_rank_another(folders: list[Path]) -> N
     }
 
 
-def test_of_the_tasks_of_one_rank_the_first_is_drawn_and_all_together() -> None:
-    names = ["lora-2", "lora-2-prose", "lora-8", "lora-2 + lora-2-prose"]
-    assert figure.shown([{"set": name} for name in names]) == ["lora-2", "lora-8", "lora-2 + lora-2-prose"]
-
-
 def test_slow_methods_take_part_where_they_are_not_too_slow() -> None:
     def methods_of(found: collections.Collection) -> set[str]:
         return {method for source, _, _, method in run.tasks(found, (0.5,), 1) if source == "trained"}

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 import rasa_theory as rt
-from experiments import adapter_claims, figures, floors, iteration_count, registry
+from experiments import adapter_claims, figures, floors, iteration_count, neighbours, registry
 from experiments.best_found.compare import excess
-from experiments.compression import figure as compression_figure
 from experiments.support.rows import read_rows, write_rows
 from rasa_theory.plotting import style
 from tests.experiments.test_train_adapters import row as adapter_row
@@ -145,20 +146,37 @@ def axes_of(figure: Figure) -> list[Axes]:
 EVERY = pytest.mark.parametrize("name", figures.PICTURES)
 
 
+def has_names(axis: Axis) -> bool:
+    """Whether names stand at the ticks of an axis."""
+    return any(character.isalpha() for tick in axis.get_ticklabels() for character in tick.get_text())
+
+
+@EVERY
+def test_a_title_asks_or_says_something(name: str, drawn: Any) -> None:
+    figure = drawn(name)[1]
+    title = figure.get_suptitle()
+    assert len(title.split()) >= 4
+    assert title[0].isupper()
+
+
 @EVERY
 def test_axes_hold_data_and_say_what(name: str, drawn: Any) -> None:
     """Where panels of a line share an axis, the first of them says it; where those of a column do, the last."""
-    axes = axes_of(drawn(name)[1])
+    figure = drawn(name)[1]
+    axes = axes_of(figure)
     assert axes
     for ax in axes:
-        assert ax.collections or any(
-            len(line.get_xdata()) > 2 or line.get_marker() != "None" for line in ax.get_lines()
+        assert (
+            ax.collections
+            or ax.containers
+            or ax.images
+            or any(len(line.get_xdata()) > 2 or line.get_marker() != "None" for line in ax.get_lines())
         )
         box = ax.get_position()
         line = [other for other in axes if abs(other.get_position().y0 - box.y0) < 0.01]
         column = [other for other in axes if abs(other.get_position().x0 - box.x0) < 0.01]
-        assert any(other.get_ylabel() for other in line)
-        assert any(other.get_xlabel() for other in column)
+        assert figure.get_supylabel() or any(other.get_ylabel() or has_names(other.yaxis) for other in line)
+        assert any(other.get_xlabel() or has_names(other.xaxis) for other in column)
         assert not ax.spines["top"].get_visible()
         assert not ax.spines["right"].get_visible()
 
@@ -171,6 +189,7 @@ def test_colours_are_of_the_palette(name: str, drawn: Any) -> None:
             used |= {line.get_color(), line.get_markerfacecolor(), line.get_markeredgecolor()}
         for collection in ax.collections:
             used |= set(map(tuple, (*collection.get_facecolor(), *collection.get_edgecolor())))
+        used |= {color for patch in ax.patches for color in (patch.get_facecolor(), patch.get_edgecolor())}
         used |= {text.get_color() for text in ax.texts}
     solid = {to_hex(color).upper() for color in used if to_rgba(color)[3] > 0}
     assert solid <= {color.upper() for color in style.PALETTE}
@@ -178,7 +197,7 @@ def test_colours_are_of_the_palette(name: str, drawn: Any) -> None:
 
 @EVERY
 def test_text_can_be_read(name: str, drawn: Any) -> None:
-    """Of one width, text of ten points or more, all of it within the figure, and no two labels over each other."""
+    """One column wide, text of eight points or more, all of it within the figure, and no two labels over each other."""
     figure = drawn(name)[1]
     assert figure.get_figwidth() <= style.WIDTH
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
@@ -211,10 +230,17 @@ def ticks_out_of_view(ax: Axes) -> set[Text]:
 # --------------------------------------------------------------------------- what is drawn is what the data say
 
 
-def heights(figure: Figure) -> list[float]:
-    """Every height at which something is drawn."""
-    lines = [line.get_ydata() for ax in axes_of(figure) for line in ax.get_lines()]
-    return sorted(float(y) for line in lines for y in line if y is not None and math.isfinite(y))
+SIDEWAYS = ("gpu_scale", "neighbours", "pool_owners", "pool_scope", "train_adapters")
+"""Figures whose numbers run along the width."""
+
+
+def drawn_numbers(figure: Figure, sideways: bool) -> list[float]:
+    """Every height at which something is drawn, and all cells; if `sideways`, every place along the width."""
+    lines = [line.get_data()[0 if sideways else 1] for ax in axes_of(figure) for line in ax.get_lines()]
+    corners = [patch.get_corners()[2] for ax in axes_of(figure) for patch in ax.patches if isinstance(patch, Rectangle)]
+    bars = [corner[0 if sideways else 1] for corner in corners]
+    cells = [image.get_array().flatten().tolist() for ax in axes_of(figure) for image in ax.images]
+    return sorted(float(y) for line in (*lines, bars, *cells) for y in line if y is not None and math.isfinite(y))
 
 
 def expected_heights(name: str, path: Path) -> list[float]:
@@ -225,13 +251,25 @@ def expected_heights(name: str, path: Path) -> list[float]:
         whole = [e / unit for unit, run in runs for attempt in run["attempts"] for e in attempt["history"][1:]]
         return [*whole, *(run[key] / unit for unit, run in runs for key in ("e_rasa", "e_allocation", "lower_bound"))]
     if name == "gpu_scale":
-        return [error for record in json.loads(path.read_text())["records"] for _, error in record["solve_trace"][1:]]
+        full = [record for record in json.loads(path.read_text())["records"] if not record["tf32"]]
+        parts = [[record[f"{part}_seconds"] for part in ("lora_fast", "start", "solve")] for record in full]
+        return [*(seconds[0] for seconds in parts), *map(sum, parts)]
+    if name == "train_adapters":
+        tables = [
+            adapter_claims.table(adapter_claims.read(file)) for file in (path, path.with_stem(f"{path.stem}_cpu"))
+        ]
+        lines = [line for table in tables for line in table if " from " not in line["method"]]
+        keys = ["test_mrr_minus_lora_at_equal_rate", "drift_minus_lora_at_equal_rate"]
+        keys += ["test_mrr_minus_lora", "drift_minus_lora"]
+        tuned = [line for line in lines if " at " not in line["method"]]
+        return [line[key] for key in keys for line in (tuned if key.endswith("_lora") else lines) if key in line]
     if path.suffix == ".jsonl":
+        runs = adapter_claims.read(path)
         if name == "adapter_updates":
             return []
-        runs = adapter_claims.read(path)
-        starts = [run for run in runs if run.startswith(("lora(2)", "rasa(2,")) and " at " not in run]
-        shown = starts if name == "adapter_starts" else [run for run in runs if adapter_claims.is_plain(run)]
+        if name == "adapter_gains":
+            return [better for points in adapter_claims.predicted(runs).values() for _, better in points]
+        shown = [run for run in runs if run.startswith(("lora(2)", "rasa(2,")) and " at " not in run]
         return [statistics.fmean(map(adapter_claims.validation, runs[run].values())) for run in shown]
     rows = read_rows(path)
     if name == "updates":
@@ -244,16 +282,14 @@ def expected_heights(name: str, path: Path) -> list[float]:
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for row in rows:
             groups.setdefault((row["layers"], row["noise"], row["start"]), []).append(row)
-        rates = [statistics.fmean(row["recovered"] for row in group) for group in groups.values()]
-        noisy = [[row["distance"] for row in group] for (_, noise, _), group in groups.items() if noise > 0]
-        return [*rates, *map(statistics.median_low, noisy)]
+        return [100 * statistics.fmean(row["recovered"] for row in group) for group in groups.values()]
     if name == "at_size":
         four = [row for row in rows if row["layers"] == 4]
         return [row["seconds"] for row in four] + [row["lora_seconds"] for row in four if row["n"] == 2048]
     if name == "best_found":
         return [100 * excess(row, column) for row in rows for column in ("error", "best_of_24")]
     if name == "passes":
-        return [row["error"] for row in rows]
+        return [row["error"] for row in rows if row["k"] in (1, 8)]
     if name == "growth":
         return [row["seconds_min"] for row in rows if row["part"] == "growth"]
     if name == "sweep_cost":
@@ -264,27 +300,31 @@ def expected_heights(name: str, path: Path) -> list[float]:
             if method != "its two products"
         ]
     if name == "neighbours":
-        lora = {(row["stack"], row["r"]): row["error"] for row in rows if row["method"] == "lora"}
-        own = [row for row in rows if row["method"] != "vera"]
-        return [*(row["error"] for row in rows), *(row["error"] / lora[row["stack"], row["r"]] for row in own)]
-    if name == "compression":  # means over the stacks of a set, where each of them has room for the method
-        shown: dict[tuple[Any, ...], list[float]] = {}
-        for row in (row for row in rows if row["set"] in compression_figure.shown(rows)):
-            by_chance = row["source"] == "random" and row["method"] == "joint_diagonal"
-            of_packages = row["method"] in ("lorashare", "vlora")  # which are share_columns and share_whole
-            if row["share"] is not None and (by_chance or (row["source"] == "trained" and not of_packages)):
-                where = row["set"], row["layer"] == "all", row["source"]
-                shown.setdefault((where, row["method"], row["share"]), []).append(row["error"])
-        room = {where: max(len(shown[key]) for key in shown if key[0] == where) for where, *_ in shown}
-        return [statistics.fmean(errors) for (where, *_), errors in shown.items() if len(errors) == room[where]]
-    if name == "why_sharing_pays":
+        lora = {row["stack"]: row["error"] for row in rows if row["method"] == "lora" and row["r"] == neighbours.SHOWN}
+        ratios = [row["error"] / lora[row["stack"]] for row in rows if row["r"] == neighbours.SHOWN]
+        return [ratio for ratio in ratios if ratio <= neighbours.FARTHEST]
+    if name == "compression":  # means over the kinds of the first set
+        own = [
+            row for row in rows if row["set"] == rows[0]["set"] and row["layer"] == "all" and row["share"] is not None
+        ]
+        lines = {("allocated", "trained"), ("share_columns", "trained"), ("joint_diagonal", "trained")}
+        lines.add(("joint_diagonal", "random"))
+        groups = {}
+        for row in own:
+            if (row["method"], row["source"]) in lines:
+                groups.setdefault((row["method"], row["source"], row["share"]), []).append(row["error"])
+        return list(map(statistics.fmean, groups.values()))
+    if name == "sharing_gain":
         real = [row for row in rows if row["source"] in ("updates", "turned apart") and row["part"] == "pool"]
-        found = [row for row in rows if row["part"] in ("depth", "kinds", "tasks")]
-        allocation = [row for row in found + real if row["item"] == "allocation" and row["source"] != "turned apart"]
-        gains = [*allocation, *(row for row in found + real if row["item"] == "best_found")]
-        terms = [r for r in rows if r["part"] == "pool" and r["k"] == 1 and r["item"] in ("by_loss", "by_weight")]
-        own = [row for row in rows if row["part"] == "side" and row["item"] in ("projector_columns", "projector_rows")]
-        return [*(100 * (1 - row["value"]) for row in gains), *(row["value"] for row in terms + own)]
+        gains = [row for row in real if row["item"] == "best_found"]
+        gains += [row for row in real if row["item"] == "allocation" and row["source"] == "updates"]
+        return [100 * (1 - row["value"]) for row in gains]
+    if name == "pool_owners":
+        return [row["value"] for row in rows if row["part"] == "pool" and row["k"] == 1 and row["item"] == "by_loss"]
+    if name == "pool_scope":
+        wide = [row for row in rows if row["part"] in ("kinds", "tasks") and row["k"] == 1]
+        plain = [row for row in wide if row["source"] in ("as they are", "turned apart")]
+        return [100 * (1 - row["value"]) for row in plain if row["item"] in ("allocation", "best_found")]
     if name == "iteration_count":
         eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]
         return [row["iterations"] for row in eight if row["iterations"] is not None]
@@ -296,7 +336,7 @@ def expected_heights(name: str, path: Path) -> list[float]:
 @pytest.mark.parametrize("name", [name for name in figures.PICTURES if name != "floors"])
 def test_the_data_are_what_is_drawn(name: str, drawn: Any) -> None:
     path, figure = drawn(name)
-    found = np.array(heights(figure))
+    found = np.array(drawn_numbers(figure, name in SIDEWAYS))
     missing = [y for y in expected_heights(name, path) if np.min(np.abs(found - y)) > 1e-9 * max(abs(y), 1e-12)]
     assert missing == [], f"{len(missing)} numbers of {path.name} are not in the figure"
 

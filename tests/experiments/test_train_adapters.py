@@ -255,7 +255,6 @@ def test_lora_of_equal_parameters_is_what_rasa_is_compared_with() -> None:
     assert claims.reference("rasa(2,1) from gradient", runs) == "lora(2)"
     assert claims.reference("rasa(2,1) from gradient", runs | {"lora(2) from gradient": {}}) == "lora(2) from gradient"
     assert claims.reference("lora(7)", runs) is None
-    assert claims.by_budget(runs) == [["full", "lora(2)", "rasa(2,1)", "lora(7)"], ["full", "lora(8)", "rasa(8,4)"]]
 
 
 def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +269,13 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
     claims.main(["--rows", str(file), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(r"^rasa\(2,1\) +10 +0.001 +0.\d{4} +\+0\.0200", printed, re.MULTILINE), printed
-    for name in ("train_adapters.csv", "train_adapters.png", "adapter_updates.png", "adapter_starts.png"):
+    for name in (
+        "train_adapters.csv",
+        "train_adapters.png",
+        "adapter_updates.png",
+        "adapter_gains.png",
+        "adapter_starts.png",
+    ):
         assert (tmp_path / name).stat().st_size > 0
     runs = claims.read(file)
     line = claims.table(runs)[2]
@@ -304,6 +309,8 @@ def test_runs_at_another_rate_than_the_tuned_one_are_told_apart(tmp_path: Path) 
     )
     assert claims.at_equal_rate("rasa(2,1) at 0.001", runs) == "lora(2)"
     assert claims.at_equal_rate("lora(2)", runs) is None
+    labels = [pair.label for pair in claims.differences(runs)]
+    assert labels == ["(2, 1), 3e-3", "(2, 1), 3e-3 / 1e-3", "(2, 1), 1e-3"]
     assert claims.common_mrr(runs, 0) == 0.5
     begun = {s: row("", s, [0.2, 0.1], [0.0, 0.1]) for s in range(2)}  # from data, at 1e-3
     assert claims.common_mrr(runs | {"lora(2) from gradient": begun}, 0) == 0.5
@@ -332,13 +339,3 @@ def test_measures_are_those_of_the_whole_run_of_its_end_and_of_both_kinds_of_pro
     assert {key: rasa[f"{key}_minus_lora_at_equal_rate"] for key in equal} == pytest.approx(equal)
     half = stats.t.ppf(0.975, 1) * 0.01  # of two differences 0.02 apart
     assert rasa["final_loss_minus_lora_interval"] == pytest.approx(half)
-
-
-def test_every_method_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, tuple[str, ...]]] = []
-    original = claims.band
-    monkeypatch.setattr(claims, "band", lambda *a: drawn.append((a[4], tuple(a[3].values()))) or original(*a))
-    runs = {f"lora({n})": {s: row("", s, [0.2, 0.4], [0.0, 0.1]) for s in range(2)} for n in range(9)}
-    claims.plot_claims(runs)
-    assert {name for name, _ in drawn} == runs.keys()
-    assert len(set(drawn)) == len(runs)
