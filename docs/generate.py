@@ -61,7 +61,7 @@ def _command(name: str) -> str:
         rows = [
             (_flag(action), formatter._expand_help(action) if action.help else "")
             for action in group._group_actions
-            if action.help != argparse.SUPPRESS
+            if action.help != argparse.SUPPRESS and action.dest not in ("help", "version")
         ]
         title = "" if group.title in ("options", "positional arguments") else f"\n**{group.title}**\n"
         if rows:
@@ -70,14 +70,14 @@ def _command(name: str) -> str:
 
 
 def _flag(action: argparse.Action) -> str:
+    """The spellings of a flag, and the value that it takes."""
+    spellings = ", ".join(f"`{option}`" for option in action.option_strings)
     if action.choices is not None:
-        value = "|".join(map(str, action.choices))
-    elif action.nargs == 0:
-        value = ""
-    else:
-        value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-    several = " .." if action.nargs in ("+", "*") else ""
-    return ", ".join(f"`{option}`" for option in action.option_strings) + (f" `{value}{several}`" if value else "")
+        return f"{spellings} " + " or ".join(f"`{choice}`" for choice in action.choices)
+    if action.nargs == 0:
+        return spellings
+    value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    return f"{spellings} `{value}{' ..' if action.nargs in ('+', '*') else ''}`"
 
 
 def _prose(text: str) -> str:
