@@ -19,9 +19,8 @@ def text(page: Path) -> str:
 
 def broken_links(page: Path) -> list[str]:
     """Relative links of a page that lead to no file of the repository. MkDocs checks those to headings."""
-    links = [
-        link for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text(page))) if not re.match(r"[a-z]+:", link)
-    ]
+    found = re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", FENCED.sub("", text(page)))
+    links = [link for link in found if not re.match(r"[a-z]+:", link)]
     targets = {link: (page.parent / link.partition("#")[0]).resolve() for link in links if not link.startswith("#")}
     return [link for link, target in targets.items() if not (target.exists() and target.is_relative_to(ROOT))]
 
@@ -52,8 +51,10 @@ def test_a_broken_link_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "other.md").write_text("# A heading\n")
     links = ["other.md", "other.md#a-heading", "#here", "none.md", "none.md#a-heading", "..", "https://example.org/x"]
     page = tmp_path / "page.md"
-    page.write_text("\n".join(f"[x]({link})" for link in links) + "\n```\n[x](in-code.md)\n```\n")
-    assert broken_links(page) == ["none.md", "none.md#a-heading", ".."]
+    page.write_text(
+        "\n".join(f"[x]({link})" for link in links) + '<img src="none.png">' + "\n```\n[x](in-code.md)\n```\n"
+    )
+    assert broken_links(page) == ["none.md", "none.md#a-heading", "..", "none.png"]
 
 
 @pytest.mark.slow
