@@ -17,6 +17,9 @@ _SUMMATION = 1e-12  # relative: far above the rounding of a sum of energies, far
 # A loss of n eps sigma_1^2 raises the norm of an error sqrt(e) by at most n eps sigma_1^2 / (2 sqrt(e)). For
 # e >= sigma_1^2 / 400 this is 10 n eps sigma_1, which `rounding` allows.
 _GRAM_MARGIN = 400
+# Of `leading_part_from`. Where sigma_j falls as j^-0.6, the error is then within 2e-4 of the best from any guess.
+_SUBSPACE_STEPS = 4
+_MORE_COLUMNS = 8
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -141,6 +144,25 @@ def best_low_rank(matrix: Tensor, rank: int, exact: bool = False) -> tuple[Tenso
             return (V, left.mT) if wide else (left, V.mT)
     U, S, Vh = svd(matrix)
     return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def leading_part_from(matrix: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Subspace iteration for the best rank-q approximation: (.., b, a), rows (.., q, a) -> B (.., b, q), A (.., q, a).
+
+    The rows of the new A are orthonormal. The result is at least as good as the best one in the given row space, since
+    ||matrix X|| never falls for the orthonormal X of successive steps. Some random columns beside A let it leave a row
+    space that is orthogonal to what is missing. At 384 x 384 and q = 7 it takes a tenth of an SVD's time.
+    """
+    q, a = A.shape[-2:]
+    random = torch.randn(a, _MORE_COLUMNS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X = torch.cat([A.mT, random.to(A).expand(*A.shape[:-2], -1, -1)], -1)
+    with suitable_threads(matrix):
+        X = torch.linalg.qr(X)[0]
+        for _ in range(_SUBSPACE_STEPS):
+            X = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ X)[0])[0]
+        Y, T = torch.linalg.qr(matrix @ X)
+        U, S, Vh = torch.linalg.svd(T)
+    return Y @ U[..., :q] * S[..., None, :q], Vh[..., :q, :] @ X.mT
 
 
 def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,24 @@ def test_best_low_rank_where_all_singular_values_coincide():
         assert float(((M - (B @ A).numpy()) ** 2).sum()) == pytest.approx(6, rel=1e-13)
 
 
+@pytest.mark.parametrize(("power", "near"), [(2.0, 1e-12), (0.6, 1e-3), (0.0, 1e-2)])
+def test_subspace_iteration_is_at_least_as_good_as_its_guess_and_near_the_best(power, near):
+    """Batches of a spectrum j^-power; guesses of nothing, of a wrong and of the best row space; zero matrices."""
+    q, (b, a) = 3, (60, 50)
+    U, V = (torch.as_tensor(orthogonal(n, seed=n)[:, :a]) for n in (b, a))
+    sigma = torch.arange(1, a + 1, dtype=torch.float64) ** -power
+    E = ((U * sigma) @ V.mT).expand(3, b, a)
+    guess = torch.stack([torch.zeros(q, a, dtype=torch.float64), V[:, -q:].mT, V[:, :q].mT])
+    B, A = linalg.leading_part_from(E, guess)
+    errors = ((E - B @ A) ** 2).sum((1, 2))
+    best = float((sigma[q:] ** 2).sum())
+    assert torch.allclose(A @ A.mT, torch.eye(q, dtype=torch.float64).expand(3, q, q), atol=1e-12)
+    assert ((errors >= best * (1 - 1e-12)) & (errors <= best + near * float((sigma**2).sum()))).all()
+    assert abs(float(errors[2]) - best) <= 1e-12 * float((sigma**2).sum())  # as good as the guess
+    B, A = linalg.leading_part_from(torch.zeros_like(E), guess)
+    assert not (B @ A).any()
+
+
 def test_best_low_rank_has_one_orthonormal_factor():
     for M in (noise(1, 12, 9)[0], noise(1, 9, 12)[0]):
         B, A = linalg.best_low_rank(tensor(M), 2)

@@ -14,6 +14,7 @@ from rasa_theory import (
     RasaFactors,
     SolverOptions,
     StopReason,
+    linalg,
     load,
     reconstruction_error,
     solve_lora,
@@ -223,6 +224,15 @@ class Fixed:
 
 def runs(errors: list[float]) -> search._Runs:
     return search._Runs(Fixed(errors), [f"run {n}" for n in range(len(errors))])  # type: ignore[arg-type]
+
+
+def test_private_parts_of_large_cores_are_about_the_best_without_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    K = torch.as_tensor(falling(2, 170, 165))
+    batch = Batch.of([random_factors(2, 170, 165, 3, 1, seed=seed) for seed in range(2)])
+    sigma = torch.linalg.svdvals(K - batch.pool_updates())
+    monkeypatch.setattr(linalg, "svd", None)
+    errors = (update_private(K, batch).residual(K) ** 2).sum((1, 2, 3))
+    assert torch.allclose(errors, (sigma[..., 2:] ** 2).sum((1, 2)), rtol=1e-4)
 
 
 def test_a_cut_keeps_the_lowest_of_distinct_minima_and_counts_their_doubles() -> None:

@@ -12,6 +12,7 @@ from rasa_theory import linalg
 from rasa_theory.linalg import orthogonal
 from rasa_theory.problem import RasaFactors
 
+_SVD_UP_TO = 160  # rows or columns of a core: above, private parts come from subspace iteration
 _RIDGE = 1e-8  # of unit terms' Gram matrix, where D is solved anew
 
 
@@ -86,11 +87,15 @@ def along(values: Tensor, x: Tensor) -> Tensor:
 
 
 def update_private(K: Tensor, batch: Batch) -> Batch:
-    """B~_i A~_i = the best rank-q approximation of K_i - B_S D_i A_S."""
+    """B~_i A~_i = the best rank-q approximation of K_i - B_S D_i A_S; on a large core about the best, from A~_i."""
     q = batch.Bt.shape[3]
     if q == 0:
         return batch
-    U, S, Vh = linalg.svd(K - batch.pool_updates())
+    E = K - batch.pool_updates()
+    if min(K.shape[1:]) > _SVD_UP_TO:
+        Bt, At = linalg.leading_part_from(E, batch.At)
+        return batch._replace(Bt=Bt, At=At)
+    U, S, Vh = linalg.svd(E)
     return batch._replace(Bt=U[..., :q] * S[..., None, :q], At=Vh[..., :q, :])
 
 

@@ -137,7 +137,7 @@ class PoolSearch:
     ) -> tuple[list[Candidate], SearchSummary]:
         """Sweeps and moves from candidates on the core; the lowest distinct ones, on the stack."""
         K = self.core.K
-        with suitable_threads(K):
+        with suitable_threads(K.flatten(0, 1)):  # products with all layers at once take most of the time
             batch = update_private(K, Batch.of([candidate.factors for candidate in candidates]))
             runs = _Runs(self._swept(batch), [candidate.start for candidate in candidates])
             runs.sweeps.run(1)  # for their errors

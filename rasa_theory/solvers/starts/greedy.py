@@ -39,7 +39,7 @@ def _pursuit(stack: LayerStack, budget: RankBudget, layers: torch.Tensor, genera
     E = stack.sharding.all_gather(_beyond(stack, first))
     B_S, A_S, D = E.new_zeros(b, R), E.new_zeros(R, a), E.new_zeros(L, R)
     layers = layers.to(E.device)
-    with suitable_threads(E):
+    with suitable_threads(E.flatten(0, 1)):
         for j in range(R):
             term = leading_terms(E[layers][None], generator)
             B_S[:, j], A_S[j] = term.B[0], term.A[0]
