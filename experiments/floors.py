@@ -2,9 +2,10 @@
 
     python -m experiments.floors                 # searches for floors take most of its hour on one core
     python -m experiments.floors --solver-only   # solves anew beside the floors that the file has
+    python -m experiments.floors --model mpnet --ks 1 --effort quick --seconds 120
 
-On the bundled updates, one row of floors.csv in --out for every stack and k, errors squared and in units of e_lora.
-floors.png shows the same:
+One row of floors.csv in --out for every model, stack, r and k, errors squared and in units of e_lora; an interrupted
+run goes on after the last row. floors.png shows the bundled updates at r = 8:
 
     best_found, allocation       the solver's error and the allocation bound, both above e_rasa(k)
     closed, closed_name          the best closed form, and its name
@@ -18,6 +19,7 @@ import argparse
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +27,26 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.support.rows import Row, append_rows, read_rows, write_rows
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
+from experiments.support.rows import Row, Table, of_models, read_rows, write_rows
 from rasa_theory.plotting import style
 
 if TYPE_CHECKING:
     Bar = tqdm[Any]
 
+KEY = ("model", "stack", "r", "k")
 COLUMNS = (
-    "stack", "k", "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
+    *KEY, "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
     "two_sided", "two_sided_seconds", "gap",
 )  # fmt: skip
 
 
-def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: float, bar: Bar) -> Row:
-    """One row of the table. The seconds of a floor are spent in its own search, in both orientations."""
+def row(stack: rt.LayerStack, budget: rt.RankBudget, best_found: float, search: rt.FloorOptions, bar: Bar) -> Row:
+    """One row of the table, without the model.
+
+    The seconds of a floor are spent in its own search, in both orientations.
+    """
+    e_lora = rt.solve_lora(stack, budget.rank).error
 
     def watch(progress: rt.SearchProgress) -> None:
         at = f"{progress.search} {progress.iteration}: {progress.value / e_lora:.4f}"
@@ -47,34 +55,37 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, e_lora: float, best_found: 
     floors, clock = {}, {}
     for name in ("closed", "dual", "two-sided"):
         started = time.perf_counter()
-        floors[name] = rt.lower_bound(stack, budget, name, watch=watch)
+        floors[name] = rt.lower_bound(stack, budget, name, search, watch)
         clock[name] = time.perf_counter() - started
     ratios = {name: floor.value / e_lora for name, floor in floors.items()}
     dual_seconds, two_sided_seconds = (
         max(0.0, round(clock[name] - clock[before], 1)) for name, before in (("dual", "closed"), ("two-sided", "dual"))
     )
+    allocation = rt.allocation_bound(stack, budget).value
     values = (
-        stack.name, budget.shared_rank, best_found / e_lora, rt.allocation_bound(stack, budget).value / e_lora,
+        stack.name, budget.rank, budget.shared_rank, best_found / e_lora, allocation / e_lora,
         ratios["closed"], floors["closed"].name, ratios["dual"], dual_seconds,
         ratios["two-sided"], two_sided_seconds, best_found / e_lora - ratios["two-sided"],
     )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS[1:], values, strict=True))
 
 
-def solved_anew(bundled: dict[str, rt.LayerStack], rank: int, rows: list[Row]) -> list[Row]:
-    """The same rows with the errors of the solver as it is now. Raises ValueError for rows of another rank."""
-    anew = []
-    for name, group in itertools.groupby(tqdm(rows), key=lambda row: row["stack"]):
-        stack, own = bundled[name], list(group)
-        e_lora = rt.solve_lora(stack, rank).error
+def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.SolverOptions) -> Iterator[Row]:
+    """The same rows with the errors of the solver as it is now; rows of other stacks stay as they are.
+
+    Raises ValueError for rows that do not belong to these stacks, by their allocation bound.
+    """
+    for (name, r), group in itertools.groupby(tqdm(rows), key=lambda row: (row["stack"], row["r"])):
+        own = list(group)
+        stack = stacks[name]
+        e_lora = rt.solve_lora(stack, r).error
         for row in own:
-            allocation = rt.allocation_bound(stack, rt.RankBudget(rank, row["k"])).value / e_lora
+            allocation = rt.allocation_bound(stack, rt.RankBudget(r, row["k"])).value / e_lora
             if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
-                raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {rank}")
-        solutions = rt.solve_path(stack, rank, [row["k"] for row in own])
+                raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {r}")
+        solutions = rt.solve_path(stack, r, [row["k"] for row in own], solver)
         best = [solutions[row["k"]].error / e_lora for row in own]
-        anew += [row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True)]
-    return anew
+        yield from (row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True))
 
 
 LOOKS = {
@@ -110,42 +121,51 @@ def plot(rows: list[Row]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stacks", nargs="+", help="all bundled ones unless named")
+    add_model_flags(parser)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--effort", default="default", help="of the solver: quick, default or thorough (default)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="the most of one search for a floor, of four (40)")
     parser.add_argument("--solver-only", action="store_true", help="new best errors beside the floors in the file")
+    parser.add_argument("--smoke", action="store_true", help="a corner of one stack, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    bundled = {stack.name: stack for stack in rt.load("minilm-code")[0]}
-    unknown = set(options.stacks or ()) - set(bundled)
-    if unknown:
-        parser.error(f"--stacks: {min(unknown)!r} is none of {', '.join(bundled)}")
-    stacks = [bundled[name] for name in options.stacks or bundled]
-    table = options.out / "floors.csv"
+    stacks, r, ks = chosen_updates(parser, options), options.rank, options.ks
+    if options.smoke:
+        stacks, r, ks = corner(stacks), 2, [1]
+    solver, search = rt.SolverOptions(effort=options.effort), rt.FloorOptions(max_seconds=options.seconds)
+    model, file = MODEL_NAMES[options.model], options.out / "floors.csv"
+    table = Table(file, COLUMNS, KEY)
     if options.solver_only:
-        if options.stacks or options.ks != parser.get_default("ks"):
-            parser.error("--solver-only solves all rows of the file; leave out --stacks and --ks")
-        rows = solved_anew(bundled, options.rank, read_rows(table))
-        write_rows(table, COLUMNS, rows)
-        style.save(plot(rows), options.out / "floors.png")
+        if options.kinds:
+            parser.error("--solver-only solves all rows of a model; leave out --kinds")
+        others = [row for row in table.rows if row["model"] != model]
+        own = solved_anew(stacks, of_models(table.rows, model), solver)
+        write_rows(file, COLUMNS, [*others, *own])
+        style.save(plot(shown(read_rows(file))), options.out / "floors.png")
         return
-    write_rows(table, COLUMNS, [])
-    with tqdm(total=len(stacks) * len(options.ks)) as bar:
-        for stack in stacks:
-            e_lora = rt.solve_lora(stack, options.rank).error
-            bar.set_description(f"{stack.name}, solving")
-            for k, solution in rt.solve_path(stack, options.rank, options.ks).items():
-                line = row(stack, rt.RankBudget(options.rank, k), e_lora, solution.error, bar)
-                append_rows(table, [line], COLUMNS)
+    missing = {name: [k for k in ks if {"model": model, "stack": name, "r": r, "k": k} not in table] for name in stacks}
+    with tqdm(total=sum(map(len, missing.values()))) as bar:
+        for name, own_ks in missing.items():
+            bar.set_description(f"{name}, solving")
+            for k, solution in rt.solve_path(stacks[name], r, own_ks, solver).items():
+                line = row(stacks[name], rt.RankBudget(r, k), solution.error, search, bar)
+                table.add([{"model": model} | line])
                 bar.update()
                 tqdm.write(
-                    f"{stack.name:18} k = {k}  best found {line['best_found']:.5f}"
+                    f"{name:18} k = {k}  best found {line['best_found']:.5f}"
                     f"  closed {line['closed']:.5f} {line['closed_name']:8}"
                     f"  dual {line['dual']:.5f} ({line['dual_seconds']:.0f} s)"
                     f"  two-sided {line['two_sided']:.5f} ({line['two_sided_seconds']:.0f} s)  gap {line['gap']:.5f}"
                 )
-    style.save(plot(read_rows(table)), options.out / "floors.png")
+    if rows := shown(table.rows):
+        style.save(plot(rows), options.out / "floors.png")
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """The rows of the picture."""
+    return of_models(rows, FIRST_MODEL)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Iterations until RaSA is below LoRA's minimum: when "about 10" is right, when it is not, and why.
 
-    python -m experiments.iteration_count --jobs 2         all of it; an interrupted run goes on from the last row
-    python -m experiments.iteration_count --figure         the figure alone, from the table
+    python -m experiments.iteration_count --jobs 2                 an interrupted run goes on from the last row
+    python -m experiments.iteration_count --jobs 2 --model synthetic
+    python -m experiments.iteration_count --jobs 2 --model mpnet   L = 3, 6, 12 of its layers
+    python -m experiments.iteration_count --figure                 the figure alone, from the table
     python -m experiments.iteration_count --smoke
 
 One attempt is the paper's: a random pool, then cycles of private SVDs, D, B_S, A_S. It ends ten cycles after the first
 error below e_lora, or after 200. Parts:
 
-    real        the bundled updates, r = 4, 8, 16, k = 1, 2, 4, r
+    real        the bundled updates, r = 4, 8, 16, k = 1, 2, 4, r; of mpnet r = 8, k = 1, 8, 2
     synthetic   spectra j^-p, p = 0.3, 0.7, 1.2, flat to steep, by the share of common bases
     pool        size and kind of the random pool at the start: dyads of random unit vectors, of the layers' own singular
                 vectors, or Gaussian matrices (rows and columns of unequal length)
-    layers      the first 2, 3, 4, 6 of the bundled layers, and 2 to 32 synthetic ones
+    layers      the first 2, 3, 4, 6 of the bundled layers, the first 3, 6, 12 of mpnet, and 2 to 32 synthetic ones
+    apart       2 to 32 synthetic layers without common bases
 
 Written to --out: iteration_count.csv, one row per attempt: the first iteration below e_lora (empty: none), errors after
 10, 30, 60 iterations and in the end, and the closed forms, all in units of e_lora; and iteration_count.png.
@@ -24,8 +27,8 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.support.rows import Row, Table
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, RUNS, add_model_flags, chosen_updates, updates_of
+from experiments.support.rows import Row, Table, of_models
 from rasa_theory.distributed import end_with_parent
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_attempt, random_start
@@ -59,46 +63,75 @@ class Case:
     overlap: float = 0.0
     pool: str = "units"
     size: float = 0.0
+    model: str | None = FIRST_MODEL
 
 
 MEASURES = ("iterations", "at_10", "at_30", "at_60", "end", "steps", "e_alloc", "floor", "e_lora")
 COLUMNS = (*Case.__dataclass_fields__, *MEASURES)
 
 
-def cases(seeds: int) -> Iterator[Case]:
-    """Yield all attempts, the cheap and telling ones first."""
-    real = ("query", "key", "value", "attention_output")
+def cases(
+    seeds: int, model: str, kinds: Sequence[str] = ("query", "key", "value", "attention_output")
+) -> Iterator[Case]:
+    """Yield all attempts on a model, the cheap and telling ones first."""
+    of_model = {"minilm": of_minilm, "mpnet": of_mpnet, "synthetic": of_synthetic}[model]
     for seed in range(seeds):
-        for stack in real:
-            for r in (8, 4, 16):
-                for k in sorted({1, 2, 4, r}):
-                    yield Case("real", stack, 6, r, k, seed)
-        for p in ("power:0.3", "power:0.7", "power:1.2"):
-            for overlap in (0.0, 0.5, 1.0):
-                for k in (1, 4):
-                    yield Case("synthetic", p, 6, 8, k, seed, overlap)
-        for stack, overlap in (("attention_output", 0.0), ("query", 0.0), ("power:0.7", 0.5)):
-            for pool in ("units", "own", "gaussian"):
-                for size in (0.01, 0.1, 0.3, 1.0):
-                    yield Case("pool", stack, 6, 8, 1, seed, overlap, pool, size)
-        for stack in ("attention_output", "query"):
-            for L in (2, 3, 4):
-                yield Case("layers", stack, L, 8, 1, seed)
+        for case in of_model(seed, kinds):
+            yield replace(case, model=None if model == "synthetic" else MODEL_NAMES[model])
+
+
+def of_minilm(seed: int, kinds: Sequence[str]) -> Iterator[Case]:
+    for stack in kinds:
+        for r in (8, 4, 16):
+            for k in sorted({1, 2, 4, r}):
+                yield Case("real", stack, 6, r, k, seed)
+    for stack in ("attention_output", "query"):
+        for pool in POOLS:
+            for size in SIZES:
+                yield Case("pool", stack, 6, 8, 1, seed, 0.0, pool, size)
+        for L in (2, 3, 4):
+            yield Case("layers", stack, L, 8, 1, seed)
+
+
+def of_mpnet(seed: int, kinds: Sequence[str]) -> Iterator[Case]:
+    for k in (1, 8, 2):
+        for stack in kinds:
+            yield Case("real", stack, 12, 8, k, seed)
+            if k == 1:
+                for L in (3, 6):
+                    yield Case("layers", stack, L, 8, 1, seed)
+
+
+def of_synthetic(seed: int, kinds: Sequence[str]) -> Iterator[Case]:
+    for p in ("power:0.3", "power:0.7", "power:1.2"):
+        for overlap in (0.0, 0.5, 1.0):
+            for k in (1, 4):
+                yield Case("synthetic", p, 6, 8, k, seed, overlap)
+    for pool in POOLS:
+        for size in SIZES:
+            yield Case("pool", "power:0.7", 6, 8, 1, seed, 0.5, pool, size)
+    for part, overlap in (("layers", 0.5), ("apart", 0.0)):
         for L in (2, 6, 12, 32):
-            yield Case("layers", "power:0.7", L, 8, 1, seed, 0.5)
+            yield Case(part, "power:0.7", L, 8, 1, seed, overlap)
+
+
+POOLS, SIZES = ("units", "own", "gaussian"), (0.01, 0.1, 0.3, 1.0)
 
 
 @cache
-def stack_of(name: str, layers: int, overlap: float) -> rt.LayerStack:
+def stack_of(model: str | None, name: str, layers: int, overlap: float, runs: Path) -> rt.LayerStack:
     if name.startswith("power"):
         return synthetic_stack(layers, (128, 128), name, overlap, seed=0)
-    whole = next(stack for stack in rt.load("minilm-code")[0] if stack.name == name)
+    word = next(word for word, own in MODEL_NAMES.items() if own == model)
+    whole = updates_of(word, runs=runs, kinds=[name])[name]
     return whole if layers == whole.layers else rt.LayerStack(whole.values[:layers], name)
 
 
 @cache
-def closed_forms(name: str, layers: int, overlap: float, rank: int, k: int) -> dict[str, float]:
-    stack, budget = stack_of(name, layers, overlap), rt.RankBudget(rank, k)
+def closed_forms(
+    model: str | None, name: str, layers: int, overlap: float, runs: Path, rank: int, k: int
+) -> dict[str, float]:
+    stack, budget = stack_of(model, name, layers, overlap, runs), rt.RankBudget(rank, k)
     e_lora = rt.solve_lora(stack, rank).error
     return {
         "e_alloc": rt.allocation_bound(stack, budget).value / e_lora,
@@ -131,11 +164,12 @@ def start_of(stack: rt.LayerStack, case: Case) -> rt.RasaFactors:
     return rt.RasaFactors(factors.private_B, factors.private_A, B_S, A_S, D)
 
 
-def attempt(case: Case) -> Row:
+def attempt(case: Case, runs: Path = RUNS) -> Row:
     """One row of the table."""
     torch.set_num_threads(1)
-    stack, budget = stack_of(case.stack, case.layers, case.overlap), rt.RankBudget(case.rank, case.k)
-    bounds = closed_forms(case.stack, case.layers, case.overlap, case.rank, case.k)
+    of_stack = case.model, case.stack, case.layers, case.overlap, runs
+    stack, budget = stack_of(*of_stack), rt.RankBudget(case.rank, case.k)
+    bounds = closed_forms(*of_stack, case.rank, case.k)
     e_lora = bounds["e_lora"]
     run = random_attempt(stack, budget, e_lora, case.seed, start=start_of(stack, case), iterations=ITERATIONS)
     history = [error / e_lora for error in run.history]
@@ -151,10 +185,11 @@ def case_of(row: Row) -> Case:
     return Case(**{key: row[key] for key in Case.__dataclass_fields__})
 
 
-def perform(missing: Sequence[Case], table: Table, jobs: int) -> None:
+def perform(missing: Sequence[Case], table: Table, jobs: int, runs: Path) -> None:
     """Run attempts over `jobs` processes, and add each to the table as it ends."""
     with multiprocessing.get_context("spawn").Pool(jobs, end_with_parent) as pool:
-        for row in tqdm(pool.imap_unordered(attempt, missing), total=len(missing), mininterval=10):
+        rows = pool.imap_unordered(partial(attempt, runs=runs), missing)
+        for row in tqdm(rows, total=len(missing), mininterval=10):
             table.add([{key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}])
 
 
@@ -171,7 +206,8 @@ def summary(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
             dict(zip(keys, values, strict=True))
             | {"median": median_iterations(counts), "first": crossed[0] if crossed else None,
                "last": crossed[-1] if crossed else None, "crossed": len(crossed), "attempts": len(group),
-               "by_10": sum(n <= 10 for n in crossed), "room": 1 - group[0]["e_alloc"]}
+               **{f"by_{most}": sum(n <= most for n in crossed) for most in (10, 30, 60)},
+               "room": 1 - group[0]["e_alloc"]}
         )  # fmt: skip
     return lines
 
@@ -253,6 +289,7 @@ def _within(iterations: int | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("figures"))
@@ -261,12 +298,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     table = Table(args.out / "iteration_count.csv", COLUMNS, tuple(Case.__dataclass_fields__))
     if not args.figure:
-        selected = list(cases(1 if args.smoke else args.seeds))
+        kinds = tuple(chosen_updates(parser, args))
+        selected = list(cases(1 if args.smoke else args.seeds, args.model, kinds))
         if args.smoke:
-            selected = [case for case in selected if case.stack.startswith("power") and case.layers <= 6][::5]
-        perform([case for case in selected if asdict(case) not in table], table, args.jobs)
-    style.save(plot(table.rows), args.out / "iteration_count.png")
-    for line in summary(table.rows, ("part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
+            small = [case for case in selected if case.rank == 8 and case.layers <= 6]
+            selected = [*small[:1], *small[1::7]]
+        perform([case for case in selected if asdict(case) not in table], table, args.jobs, args.runs)
+    style.save(plot(of_models(table.rows, FIRST_MODEL)), args.out / "iteration_count.png")
+    for line in summary(table.rows, ("model", "part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):
         print({key: round(x, 4) if isinstance(x, float) and math.isfinite(x) else x for key, x in line.items()})
 
 

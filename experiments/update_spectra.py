@@ -1,30 +1,40 @@
-"""Spectra of the bundled updates: the premise that full fine-tuning has a large effective rank.
+"""Spectra of updates: the premise that full fine-tuning has a large effective rank, and what adapters leave of it.
 
-    python -m experiments.update_spectra
+    python -m experiments.update_spectra                  # the bundled updates
+    python -m experiments.update_spectra --model mpnet
 
-Written to --out, for every layer of every kind:
+Written to --out, for every layer of every kind; an interrupted run goes on after the last kind:
 
-    updates.csv    norm of the update over the norm of the weights (from the provenance of the run, since the weights
-                   are not shipped), stable rank, entropy rank (`rt.spectral_ranks`), and the share of ||M||_F^2 in the
-                   best approximation of rank 8
-    updates.png    the same, and the spectra sigma_j / sigma_1 of all layers
+    updates.csv    norm of the update over the norm of the weights (from the record of the run, since the weights are
+                   not shipped), stable rank, entropy rank (`rt.spectral_ranks`), and the share of ||M||_F^2 in the
+                   best approximation of rank 8; then what adapters of rank 8 leave of the layer, in units of
+                   ||M_i||^2: LoRA (lora_leaves), and RaSA of k = 1 (rasa_leaves). Full fine-tuning leaves nothing
+    updates.png    the bundled updates: the same, and the spectra sigma_j / sigma_1 of all layers
+    layers_left.png    a heat map over kinds and layers: entropy rank, what LoRA leaves, and what RaSA takes off that
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.support.rows import Row, write_rows
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner, run_file
+from experiments.support.rows import Row, Table, of_models
 from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 
-COLUMNS = ("stack", "layer", "relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
+KEY = ("model", "stack", "layer")
+MEASURES = ("relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
+COLUMNS = (*KEY, *MEASURES, "lora_leaves", "rasa_leaves")
+BUDGET = rt.RankBudget(8, 1)
 
 
 def bundled_spectra() -> dict[str, torch.Tensor]:
@@ -32,19 +42,30 @@ def bundled_spectra() -> dict[str, torch.Tensor]:
     return {stack.name: stack.spectra.svd().S for stack in rt.load("minilm-code")[0]}
 
 
-def table(spectra: dict[str, torch.Tensor]) -> list[Row]:
-    """One row per stack and layer."""
-    facts = provenance("minilm-code")
-    shipped = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
-    lines: list[Row] = []
-    for name, S in spectra.items():
-        ranks, energy = rt.spectral_ranks(S), S**2
-        columns = (shipped[name]["relative_norm"], ranks.stable.tolist(), ranks.entropy.tolist(),
-                   (energy[:, :8].sum(1) / energy.sum(1)).tolist())  # fmt: skip
-        lines += [
-            dict(zip(COLUMNS, (name, i, *values), strict=True)) for i, values in enumerate(zip(*columns, strict=True))
-        ]
-    return lines
+def relative_norms(model: str, runs: Path) -> dict[str, list[float]]:
+    """||M_i|| / ||W_i|| of every layer of every kind, as the run of seed 0 on code recorded them."""
+    record = run_file(model, "code", 0, runs).with_name("run.json")
+    if model != "minilm" and record.exists():
+        update = json.loads(record.read_text(encoding="utf-8"))["update"]
+    else:
+        facts = provenance(f"{model}-code")
+        update = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
+    return {kind: facts["relative_norm"] for kind, facts in update.items()}
+
+
+def measured(stack: rt.LayerStack, norms: Sequence[float], solver: rt.SolverOptions) -> list[Row]:
+    """One row per layer, without the model."""
+    S = stack.spectra.singular_values()
+    ranks, energy = rt.spectral_ranks(S), S**2
+    whole = energy.sum(1)
+    columns = [norms, ranks.stable.tolist(), ranks.entropy.tolist(), (energy[:, :8].sum(1) / whole).tolist()]
+    for solution in (rt.solve_lora(stack, BUDGET.rank), rt.solve_rasa(stack, BUDGET, solver)):
+        errors = torch.tensor(rt.layer_errors(stack, solution.factors), dtype=whole.dtype)
+        columns.append((errors / whole).tolist())
+    return [
+        dict(zip(COLUMNS[1:], (stack.name, i, *values), strict=True))
+        for i, values in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
@@ -60,7 +81,7 @@ def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
         for sigma in S:
             above.loglog(range(1, len(sigma) + 1), sigma / sigma[0], color=color, linewidth=0.7, alpha=0.7)
         own = [row for row in lines if row["stack"] == name]
-        for ax, column in zip(below, COLUMNS[2:], strict=True):
+        for ax, column in zip(below, MEASURES, strict=True):
             values = [row[column] for row in own]
             ax.plot([row["layer"] for row in own], values, marker + "-", color=color, ms=3, lw=1, label=name)
     above.axvline(8, color=style.INK, linewidth=1, linestyle=":")
@@ -77,18 +98,70 @@ def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
+HEAT: tuple[tuple[str, str, Callable[[Row], float], str], ...] = (
+    ("entropy rank", style.BLUE, lambda row: row["entropy_rank"], "{:.0f}"),
+    ("% that LoRA of rank 8 leaves", style.GREY, lambda row: 100 * row["lora_leaves"], "{:.0f}"),
+    ("% by which RaSA, k = 1, lowers that", style.VERMILION,
+     lambda row: 100 * (1 - row["rasa_leaves"] / row["lora_leaves"]), "{:.0f}"),
+)  # fmt: skip
+"""The panels of the heat map: title, colour, value of a row, and its format. Full fine-tuning leaves nothing."""
+
+
+SHORT = {"attention_output": "attn. output"}
+"""Names of kinds in the heat map, where they are shorter than their own."""
+
+
+def plot_left(rows: Sequence[Row]) -> Figure:
+    """A line for each model, a panel for each of `HEAT`: kinds down, layers across, the darker the larger."""
+    by_model = {
+        model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)
+    }
+    lines = [(model, own, panel) for model, own in by_model.items() for panel in HEAT]
+    kinds = {model: list(dict.fromkeys(row["stack"] for row in own)) for model, own in by_model.items()}
+    heights = [0.75 + 0.24 * len(kinds[model]) for model, _, _ in lines]
+    figure = style.new_figure(sum(heights), title="Which layers do LoRA and RaSA miss most?")
+    axes = style.panels(figure, len(lines), height_ratios=heights)[:, 0]
+    for ax, (model, own, (title, color, value, form)) in zip(axes, lines, strict=True):
+        values = {(row["stack"], row["layer"]): value(row) for row in own}
+        most = max(map(abs, values.values()))
+        names, layers = kinds[model], sorted({layer for _, layer in values})
+        for (kind, layer), x in values.items():
+            y = names.index(kind)
+            ax.fill_between((layer - 0.5, layer + 0.5), y - 0.5, y + 0.5,
+                            color=color, alpha=0.6 * max(x, 0) / most, linewidth=0)  # fmt: skip
+            style.note(ax, form.format(x), (layer, y), ha="center", va="center")
+        ax.set_xlim(-0.5, len(layers) - 0.5)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_xticks(layers)
+        ax.set_yticks(range(len(names)), [SHORT.get(name, name) for name in names])
+        style.name(ax, "layer" if ax is axes[-1] else "", model, title)
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser, ("minilm", "mpnet"))
+    parser.add_argument("--effort", default="quick", help="of the solver: quick, default or thorough (quick)")
+    parser.add_argument("--smoke", action="store_true", help="a corner of one stack, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    spectra = bundled_spectra()
-    lines = table(spectra)
-    write_rows(options.out / "updates.csv", COLUMNS, lines)
-    style.save(plot(lines, spectra), options.out / "updates.png")
-    for column in COLUMNS[2:]:
-        for name in spectra:
-            values = [row[column] for row in lines if row["stack"] == name]
+    stacks, table = chosen_updates(parser, options), Table(options.out / "updates.csv", COLUMNS, KEY)
+    if options.smoke:
+        stacks = corner(stacks)
+    model = MODEL_NAMES[options.model]
+    norms = relative_norms(options.model, options.runs)
+    solver = rt.SolverOptions(effort=options.effort)
+    for name, stack in tqdm(stacks.items()):
+        if {"model": model, "stack": name, "layer": stack.layers - 1} not in table:
+            rows = measured(stack, norms[name][: stack.layers], solver)
+            table.add([{"model": model} | row for row in rows])
+    if bundled := of_models(table.rows, FIRST_MODEL):
+        style.save(plot(bundled, bundled_spectra()), options.out / "updates.png")
+    style.save(plot_left(table.rows), options.out / "layers_left.png")
+    for column in COLUMNS[3:]:
+        for name in stacks:
+            values = [row[column] for row in of_models(table.rows, model) if row["stack"] == name]
             print(f"{column:17} {name:17} {min(values):8.3f} .. {max(values):8.3f}")
 
 

@@ -28,6 +28,11 @@ def read_rows(path: Path) -> list[Row]:
         return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
+def of_models(rows: Iterable[Row], *models: str) -> list[Row]:
+    """The rows of some models, and those that belong to no model."""
+    return [row for row in rows if (row.get("model") or models[0]) in models]
+
+
 def _value(text: str) -> Any:
     for convert in (int, float):
         try:

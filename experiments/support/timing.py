@@ -6,9 +6,11 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from rasa_theory.solvers import RasaDescent
 
@@ -37,6 +39,12 @@ def one_sweep(run: RasaDescent) -> None:
     before = run.sweeps
     if run.run(before + 1, 0.0).sweeps == before:
         raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
+
+
+def forecast(loads: Iterable[float]) -> tqdm[Any]:
+    """A progress bar over work of these loads, in any unit, that says how long the rest takes at the rate so far."""
+    form = "{desc}: {percentage:.0f} % after {elapsed}, {remaining} left"
+    return tqdm(total=sum(loads) or 1, bar_format=form)  # a bar of total 0 has no percentage
 
 
 def measured(command: list[str]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The gain of RaSA over LoRA split into unequal ranks and sharing, and the layers that own the pool.
 
     python -m experiments.why_sharing_pays
+    python -m experiments.why_sharing_pays --model mpnet      its updates, turned apart, and one pool over kinds
     python -m experiments.why_sharing_pays --figure      the pictures alone, from the data
 
 Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; an interrupted run goes on from there:
@@ -19,10 +20,10 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     sharing_gain.png, pool_owners.png, pool_scope.png
 
-Items of pool, depth, width, kinds and tasks, errors in units of e_lora: allocation, best_found, floor (and its name),
-stop, cancellation. Items of every pool term: by_weight, by_loss (participation ratios over layers, see
-`rt.pool_participation`), by_loss_of_kinds and by_loss_of_tasks (the same over kinds or tasks, losses summed over their
-layers) and owner_share (the share of its loss in the layer that loses most). loss_share is given for every term and
-layer where k = 1 and there are at most six layers. The bundled updates have the two-sided floors of figures/floors.csv,
-other stacks closed forms. The controls are those of `rt.null_models`.
+The last column is the model. Items of pool, depth, width, kinds and tasks, errors in units of e_lora: allocation,
+best_found, floor (and its name), stop, cancellation. Items of every pool term: by_weight, by_loss (participation ratios
+over layers, see `rt.pool_participation`), by_loss_of_kinds and by_loss_of_tasks (the same over kinds or tasks, losses
+summed over their layers) and owner_share (the share of its loss in the layer that loses most). loss_share is given for
+every term and layer where k = 1 and there are at most six layers. The bundled updates have the two-sided floors of
+figures/floors.csv, other stacks closed forms. The controls are those of `rt.null_models`.
 """

@@ -14,15 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rasa_theory as rt
-from experiments.support.rows import Table, read_rows
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates
+from experiments.support.rows import Table, of_models, read_rows
 from experiments.why_sharing_pays import __doc__ as description
 from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
-from experiments.why_sharing_pays.stacks import SMOKE, Plan, second_task, updates, weights
+from experiments.why_sharing_pays.stacks import KINDS, PLANS, SMOKE, Plan, cropped, second_task, updates, weights
 from rasa_theory import methods, null_models
 from rasa_theory.plotting import style
 from rasa_theory.problem import participation_ratio
 
-COLUMNS = ("part", "source", "stack", "k", "item", "index", "value")
+COLUMNS = ("part", "source", "stack", "k", "item", "index", "value", "model")
+KEY = ("part", "source", "stack", "model")
 Item = tuple[int | str, str, str, float | str]  # k, item, index, value
 Key = tuple[str, str, str]  # part, source, stack
 
@@ -35,8 +37,7 @@ def split_gain(stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...], floors: di
     e_lora = rt.solve_lora(stack, plan.rank).error
     yield "", "e_lora", "", e_lora
     yield "", "e_lora_share", "", e_lora / stack.norm_squared
-    options = rt.SolverOptions(max_sweeps=plan.sweeps)
-    for k, solution in rt.solve_path(stack, plan.rank, ks, options).items():
+    for k, solution in rt.solve_path(stack, plan.rank, ks, plan.solver).items():
         yield from point(stack, rt.RankBudget(plan.rank, k), solution, floors.get(k))
 
 
@@ -104,7 +105,7 @@ def over_kinds(stacks: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterat
     if how == HOW[2]:
         stack = null_models.turned_apart(stack, seed=2)
     yield "", "e_lora", "", rt.solve_lora(stack, plan.rank).error
-    for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, rt.SolverOptions(max_sweeps=plan.sweeps)).items():
+    for k, solution in rt.solve_path(stack, plan.rank, plan.kinds_ks, plan.solver).items():
         yield from point(stack, rt.RankBudget(plan.rank, k), solution, None)
         for j, kinds in enumerate(groups_served(solution.factors, len(own))):
             yield k, "by_loss_of_kinds", str(j), kinds
@@ -120,7 +121,7 @@ def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str
     yield "", "e_lora", "", rt.solve_lora(stack, plan.rank).error
     for k in plan.task_ks:
         budget = rt.RankBudget(plan.rank, k)
-        solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=plan.sweeps))
+        solution = rt.solve_rasa(stack, budget, plan.solver)
         yield from point(stack, budget, solution, None)
         for j, tasks in enumerate(groups_served(solution.factors, 2)):
             yield k, "by_loss_of_tasks", str(j), tasks
@@ -209,31 +210,57 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[tuple[Ke
         yield ("kinds", how, "all kinds"), partial(over_kinds, tuned, how, plan)
 
 
-def two_sided_floors(path: Path) -> dict[tuple[str, int], float]:
-    """The two-sided floors of the bundled updates, r = 8, where they have been computed: (stack, k) -> value."""
-    return {(row["stack"], row["k"]): row["two_sided"] for row in read_rows(path)}
+def units_of_model(
+    tuned: dict[str, rt.LayerStack], plan: Plan, floors: dict[tuple[str, int], float]
+) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
+    """The same units of another model: its updates as they are, turned apart, and in one pool over kinds."""
+    for name, stack in tuned.items():
+        yield ("side", "updates", name), partial(sides, stack, plan)
+    for name, stack in tuned.items():
+        own = {k: floors[name, k] for k in plan.ks if (name, k) in floors}
+        yield ("pool", "updates", name), partial(split_gain, stack, plan, plan.ks, own)
+    for name, stack in tuned.items():
+        change = partial(null_models.turned_apart, seed=2)
+        yield ("pool", "turned apart", name), partial(split_changed, change, stack, plan, plan.control_ks)
+    for how in HOW if set(KINDS) <= set(tuned) else ():
+        yield ("kinds", how, "all kinds"), partial(over_kinds, {name: tuned[name] for name in KINDS}, how, plan)
+
+
+def two_sided_floors(path: Path, model: str) -> dict[tuple[str, int], float]:
+    """The two-sided floors of a model, r = 8, where they have been computed: (stack, k) -> value."""
+    rows = of_models(read_rows(path), model)
+    return {(row["stack"], row["k"]): row["two_sided"] for row in rows if row["r"] == 8}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     parser.add_argument("--smoke", action="store_true", help="corners of the stacks, in seconds")
     parser.add_argument("--figure", action="store_true", help="the pictures alone")
-    parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="floors of the bundled updates")
+    parser.add_argument("--floors", type=Path, default=Path("figures/floors.csv"), help="two-sided floors")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    table = Table(options.out / "why_sharing_pays.csv", COLUMNS, COLUMNS[:3])
+    model, table = MODEL_NAMES[options.model], Table(options.out / "why_sharing_pays.csv", COLUMNS, KEY)
     if not options.figure:
-        plan = SMOKE if options.smoke else Plan()
-        floors = {} if options.smoke else two_sided_floors(options.floors)
-        with tqdm(list(units(plan, floors))) as bar:
-            for key, work in bar:
+        plan = SMOKE if options.smoke else PLANS[options.model]
+        floors = {} if options.smoke else two_sided_floors(options.floors, model)
+        if model == FIRST_MODEL:
+            work = units(plan, floors)
+        else:
+            chosen = {
+                name: cropped(stack.values, name, plan) for name, stack in chosen_updates(parser, options).items()
+            }
+            work = units_of_model(chosen, plan, floors)
+        with tqdm(list(work)) as bar:
+            for key, task in bar:
                 bar.set_description(", ".join(key))
-                if dict(zip(COLUMNS, key, strict=False)) in table:
+                if dict(zip(KEY, (*key, model), strict=True)) in table:
                     continue
                 began = time.perf_counter()
-                items = [*work(), ("", "seconds", "", round(time.perf_counter() - began, 1))]
-                table.add([dict(zip(COLUMNS, (*key, *item), strict=True)) for item in items])
-    print(*summary(Results(table.rows)), sep="\n")
-    for name, plot in FIGURES.items():
-        style.save(plot(table.rows), options.out / f"{name}.png")
+                items = [*task(), ("", "seconds", "", round(time.perf_counter() - began, 1))]
+                table.add([dict(zip(COLUMNS, (*key, *item, model), strict=True)) for item in items])
+    print(*summary(Results(of_models(table.rows, model))), sep="\n")
+    if rows := of_models(table.rows, FIRST_MODEL):
+        for name, plot in FIGURES.items():
+            style.save(plot(rows), options.out / f"{name}.png")

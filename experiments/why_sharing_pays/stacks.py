@@ -32,8 +32,19 @@ class Plan:
     depth_sweeps: int = 15
     one_sided_sweeps: int = 10
     crop: tuple[int, int, int] | None = None
+    effort: str = "default"
+
+    @property
+    def solver(self) -> rt.SolverOptions:
+        return rt.SolverOptions(effort=self.effort, max_sweeps=self.sweeps)
 
 
+PLANS = {
+    "minilm": Plan(),
+    "mpnet": Plan(ks=(1, 4), kinds_ks=(1,), effort="quick", sweeps=60),
+    "synthetic": Plan(ks=(1, 4), effort="quick", sweeps=60),
+}
+"""The sizes of each model: of the larger ones fewer, with less effort."""
 SMOKE = Plan(
     rank=3, ks=(1, 3), control_ks=(1,), kinds_ks=(1,), depths=(3, 5), depth_ks=(1,), size=16, widths=(12, 16),
     sweeps=3, depth_sweeps=3, one_sided_sweeps=2, crop=(3, 20, 20),

@@ -1,0 +1,111 @@
+"""The updates that the experiments measure: of two models, after two tasks and from several seeds, and made ones.
+
+    minilm       all-MiniLM-L6-v2: 6 layers, 384 wide
+    mpnet        all-mpnet-base-v2: 12 layers, 768 wide
+    synthetic    32 layers of 128 x 128 with sigma_j = j^-0.7, seed 0: with independent bases, and with half common ones
+
+Updates of a model are read from --runs, the folder where `python -m experiments.finetune` leaves them. What a run has
+not left there is taken from the repository, which holds few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import rasa_theory as rt
+from experiments.models.pretrained import MODELS
+from rasa_theory.common import InputError
+from rasa_theory.sources import open_source, synthetic_stack
+
+FIRST_MODEL = MODELS["minilm"].name
+MODEL_NAMES = {"minilm": FIRST_MODEL, "mpnet": MODELS["mpnet"].name, "synthetic": "synthetic"}
+"""The name in the column `model` of the tables, by the word after --model."""
+KINDS = ("query", "key", "value", "attention_output", "intermediate", "output")
+RUNS = Path("rasa-finetune")
+IN_REPOSITORY = {
+    ("minilm", "code", 0): "minilm-code",
+    ("mpnet", "code", 0): "mpnet-code",
+    ("minilm", "prose", 0): str(Path(__file__).parents[1] / "trained" / "minilm_prose.safetensors"),
+}
+SPECTRUM, SYNTHETIC_LAYERS, SYNTHETIC_WIDTH = "power:0.7", 32, 128
+OVERLAPS = {"independent bases": 0.0, "half common bases": 0.5}
+"""The synthetic stacks, and the share of their bases that is common to all layers."""
+
+
+def run_file(model: str, task: str, seed: int, runs: Path) -> Path:
+    """The file of updates that `experiments.finetune` leaves."""
+    return runs / f"{model}-{task}-seed-{seed}" / "updates.safetensors"
+
+
+def source_of(model: str, task: str, seed: int, runs: Path) -> str:
+    """The source of these updates for `rt.load`. Raises InputError with the command that makes them, if there is none.
+
+    minilm-code of seed 0 is always the bundled set, to which all published numbers belong.
+    """
+    file, bundled = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
+    if (model, task, seed) == ("minilm", "code", 0) and bundled is not None:
+        return bundled
+    if file.exists():
+        return str(file)
+    if bundled is None:
+        raise InputError(
+            f"{file} is missing: python -m experiments.finetune --model {model} --task {task} --seeds {seed} "
+            f"--runs {runs} makes it"
+        )
+    return bundled
+
+
+def updates_of(
+    model: str, task: str = "code", seed: int = 0, runs: Path = RUNS, kinds: Sequence[str] | None = None
+) -> dict[str, rt.LayerStack]:
+    """The stacks of a model by name, in float64: those of some kinds, or of all kinds with square matrices.
+
+    Raises InputError if the updates, or one of the kinds, are missing.
+    """
+    if model == "synthetic":
+        shape = SYNTHETIC_WIDTH, SYNTHETIC_WIDTH
+        made = {name: synthetic_stack(SYNTHETIC_LAYERS, shape, SPECTRUM, overlap).values
+                for name, overlap in OVERLAPS.items()}  # fmt: skip
+        names = _chosen(model, kinds, list(made), list(made))
+        return {name: rt.LayerStack(made[name], name) for name in names}
+    sources = {each.name: each for each in open_source(source_of(model, task, seed, runs)).stacks}
+    ordered = [kind for kind in KINDS if kind in sources]
+    square = [kind for kind in ordered if len(set(sources[kind].shape)) == 1]
+    return {kind: sources[kind].load(torch.float64, None) for kind in _chosen(model, kinds, ordered, square)}
+
+
+def _chosen(model: str, kinds: Sequence[str] | None, there: list[str], default: list[str]) -> list[str]:
+    """The kinds to take, in their order. Raises InputError for one that is not there."""
+    if missing := set(kinds or ()) - set(there):
+        raise InputError(f"the updates of {model} have no {min(missing)!r}; there are: {', '.join(there)}", "kinds")
+    return default if kinds is None else [name for name in there if name in kinds]
+
+
+def add_model_flags(parser: argparse.ArgumentParser, models: Sequence[str] = tuple(MODEL_NAMES)) -> None:
+    """Add --model, --kinds and --runs."""
+    parser.add_argument("--model", choices=models, default="minilm", help="(minilm)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="such as query; by default all square ones")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the trained updates (rasa-finetune)")
+
+
+def chosen_updates(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, rt.LayerStack]:
+    """The stacks that --model, --kinds and --runs name, after training on code from seed 0.
+
+    Ends with one sentence and status 2 if there are none.
+    """
+    try:
+        return updates_of(options.model, runs=options.runs, kinds=options.kinds)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def corner(
+    stacks: dict[str, rt.LayerStack], layers: int = 3, size: int = 20, count: int = 1
+) -> dict[str, rt.LayerStack]:
+    """Corners of the first `count` stacks, for runs that only show that the code works."""
+    chosen = list(stacks.items())[:count]
+    return {name: rt.LayerStack(stack.values[:layers, :size, :size], name) for name, stack in chosen}

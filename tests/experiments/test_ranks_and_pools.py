@@ -1,0 +1,67 @@
+"""The grid of ranks and shared ranks, on stacks with known answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import rasa_theory as rt
+from experiments import ranks_and_pools as experiment
+from experiments.support.rows import read_rows
+from rasa_theory.sources import planted_stack
+from tests.helpers.problems import decaying, tail
+
+QUICK = rt.SolverOptions(effort="quick", max_sweeps=40)
+
+
+@pytest.mark.parametrize(
+    ("r", "ks"), [(1, [1]), (4, [1, 2, 4]), (8, [1, 2, 4, 8]), (16, [1, 2, 4, 8, 16]), (32, [1, 2, 4, 8, 16, 32])]
+)
+def test_shared_ranks(r: int, ks: list[int]) -> None:
+    assert experiment.shared_ranks(r) == ks
+
+
+def test_a_planted_pool_is_found_at_its_k_and_rounding_is_that_of_bfloat16() -> None:
+    stack, _ = planted_stack(3, (14, 12), rt.RankBudget(4, 2), seed=3)
+    (row,) = experiment.path(stack, 4, [2], QUICK)
+    assert row["best_found"] < 1e-8
+    assert 0 < row["mixing_drop"] < 1
+    assert 1e-7 < row["bfloat16"] * row["e_lora_share"] < 1e-3  # about (2^-9)^2 of ||M||^2
+
+
+def test_a_row_has_the_closed_forms_of_its_rank() -> None:
+    M, r = decaying(2, 10, 12), 4
+    rows = list(experiment.path(rt.LayerStack(M), r, [1, 2], QUICK))
+    squares = torch.linalg.svdvals(torch.as_tensor(M)).flatten().sort().values ** 2
+    for row in rows:
+        terms = (2 * r * 22 + 4 * row["k"]) // 22
+        assert row["e_lora_share"] == pytest.approx(tail(M, r) / (M**2).sum())
+        assert row["allocated"] == pytest.approx(float(squares[:-terms].sum()) / tail(M, r))
+        assert row["floor"] <= row["best_found"] <= 1 - row["mixing_drop"] + 1e-12
+        assert row["best_found"] <= row["bfloat16"]
+    assert rows[0]["uncancelled"] >= rows[0]["best_found"] - 1e-9
+    assert rows[0]["cancellation"] <= 8 + 1e-9
+    assert "uncancelled" not in rows[1]  # k = 2 is neither 1 nor r/8
+
+
+def test_the_command_takes_up_its_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--smoke", "--out", str(tmp_path)]
+    experiment.main(words)
+    file = tmp_path / "ranks_and_pools.csv"
+    assert [row["k"] for row in read_rows(file)] == [1, 2, 4, 8]
+    text = file.read_bytes()
+    experiment.main(words)
+    assert file.read_bytes() == text
+    assert "all-MiniLM-L6-v2  query" in capsys.readouterr().out
+
+
+def test_missing_updates_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main(["--kinds", "gate", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert (
+        "the updates of minilm have no 'gate'; there are: query, key, value, attention_output"
+        in capsys.readouterr().err
+    )
