@@ -118,7 +118,15 @@ class Experiment:
 MPNET = (
     "-m experiments.update_spectra --model mpnet",
     "-m experiments.ranks_and_pools --model mpnet --ranks 8",
-    "-m experiments.seeds_and_tasks --model mpnet",
+    "-m experiments.seeds_and_tasks --model mpnet --kinds query attention_output",
+    "-m experiments.localized --model mpnet --seeds 1",
+    "-m experiments.neighbours --model mpnet --kinds query attention_output --ranks 8",
+    "-m experiments.floors --model mpnet --kinds query attention_output --ks 1 8 --effort quick --seconds 120",
+    "-m experiments.why_sharing_pays --model mpnet --kinds query attention_output",
+    "-m experiments.iteration_count --model mpnet --kinds query attention_output --seeds 2 --jobs 1",
+    "-m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 16 4 32",
+    "-m experiments.iteration_count --model mpnet --kinds query attention_output --jobs 1",
+    "-m experiments.why_sharing_pays --model mpnet",
 )
 """The commands of the second model, the most telling first, on one thread. They need the runs of
 

@@ -44,6 +44,8 @@ def test_every_picture_has_an_entry_and_its_data() -> None:
 
 
 def test_commands_are_modules_and_make_the_data_of_the_pictures() -> None:
+    for command in registry.MPNET:
+        assert importlib.util.find_spec(shlex.split(command)[1]) is not None, command
     for experiment in figures.EXPERIMENTS.values():
         for command in experiment.commands:
             flag, module, *_ = shlex.split(command)
