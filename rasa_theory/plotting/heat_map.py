@@ -16,7 +16,7 @@ LONGEST = 26  # characters of a name, as a rule
 
 
 def heat_map(
-    ax: Axes, values: Sequence[Sequence[float | None]], kinds: Sequence[str], title: str, unit: str, log: bool = False
+    ax: Axes, values: Sequence[Sequence[float | None]], kinds: Sequence[str], title: str, log: bool = False
 ) -> None:
     """Draw values[kind][layer] as colours, with a bar of their scale; None is left white. Values are at least 0.
 
@@ -35,9 +35,10 @@ def heat_map(
     scale = LogNorm(np.nanmin(grid), np.nanmax(grid)) if has_range else Normalize(0, 1 if log else None)
     image = ax.imshow(grid, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     ax.set_yticks(range(len(kinds)), shortened(kinds, LONGEST))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.tick_params(labelsize=style.SMALL)
     style.name(ax, title=title)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    bar.set_label(unit, fontsize=style.SMALL)
+    ticks = np.geomspace(*image.get_clim(), 4) if has_range else None
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="%.2g")
+    bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=style.SMALL)

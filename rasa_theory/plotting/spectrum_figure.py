@@ -43,13 +43,13 @@ def plot_inspection(report: dict[str, Any], kinds: Sequence[dict[str, Any]]) -> 
         return figure
     n = min(range(len(report["ranks"])), key=lambda i: abs(report["ranks"][i] - _SHOWN_RANK))
     if report["relative_norm"] is not None:
-        heat_map(axes[0], _cells(shown, _relative), names, "size of the update", r"$\|M_i\| / \|W_i\|$", log=True)
+        heat_map(axes[0], _cells(shown, _relative), names, r"$\|M_i\| / \|W_i\|$", log=True)
     else:
         total = report["norm_squared"]
         shares = _cells(shown, lambda modules: math.fsum(m["norm_squared"] for m in modules) / total)
-        heat_map(axes[0], shares, names, "size of the update", r"share of $\|M\|^2$")
-    title = f"missed by LoRA of rank {report['ranks'][n]}"
-    heat_map(axes[1], _cells(shown, lambda modules: _missed(modules, n)), names, title, r"share of $\|M_i\|^2$")
+        heat_map(axes[0], shares, names, r"share of $\|M\|^2$")
+    title = f"share missed by LoRA({report['ranks'][n]})"
+    heat_map(axes[1], _cells(shown, lambda modules: _missed(modules, n)), names, title)
     style.name(axes[1], x="layer")
     _curve(axes[2], report)
     return figure
@@ -86,11 +86,11 @@ def _curve(ax: Axes, report: dict[str, Any]) -> None:
     ax.fill_between(ranks, low, high, color=BLUE, alpha=0.3, linewidth=0)
     ax.plot(ranks, high, color=BLUE)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(report["ranks"], [str(rank) for rank in report["ranks"]])
+    ax.set_xticks(report["ranks"], [str(rank) for rank in report["ranks"]], rotation=90)
     ax.set_ylim(0, 1.05 * max(high))
     style.name(ax, x="rank of every module", y=r"missed share of $\|M\|^2$", title="all modules together")
     found = (report["recommendation"] or {}).get("one_rank")
     if found is not None:
         ax.axvline(found["rank"], color=ORANGE, linestyle="--")
-        side = "left" if found["rank"] ** 2 < ranks[-1] else "right"
-        style.note(ax, f" recommended: {found['rank']} ", (found["rank"], 0.9 * max(high)), color=INK, ha=side)
+        style.note(ax, f"recommended: {found['rank']}", (found["rank"], 1.02 * max(high)), xytext=(-2, 0),
+                   textcoords="offset points", color=INK, ha="right", va="top", rotation=90)  # fmt: skip

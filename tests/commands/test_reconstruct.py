@@ -685,5 +685,5 @@ def test_figure_has_a_panel_for_every_stack_and_k() -> None:
     stacks = [rt.LayerStack(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(i)), f"s{i}") for i in (0, 1)]
     results = rt.study(stacks, rank=2, ks=(0, 1), seeds=1)
     figure = rt.plot_iterations(results)
-    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert [title.split(":")[0] for title in titles] == ["s0, k = 1", "s1, k = 1"]
+    titles = [title for ax in figure.axes if (title := ax.get_title(loc="right"))]
+    assert [title.splitlines()[0] for title in titles] == ["s0, k = 1", "s1, k = 1"]
