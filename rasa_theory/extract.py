@@ -1,8 +1,11 @@
-"""python -m rasa_theory.extract: from two checkpoints to an adapter that loads, with a report of what it misses."""
+"""python -m rasa_theory.extract, or `rasa extract`: from two checkpoints to an adapter, with a report of its errors."""
 
+import functools
 import sys
 
-from rasa_theory.commands.extract import main
+from rasa_theory.commands.main import run
+
+main = functools.partial(run, "extract")
 
 if __name__ == "__main__":
     sys.exit(main())

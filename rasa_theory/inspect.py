@@ -1,4 +1,4 @@
-"""python -m rasa_theory.inspect: norms, spectra and shared subspaces of updates, before a rank is chosen.
+"""python -m rasa_theory.inspect, or `rasa inspect`: sizes and spectra of updates, before a rank is chosen.
 
 Two other things are called so, and this module stands in the way of neither. One is the function `rasa_theory.inspect`:
 importing this module puts it in the function's place, so the module can be called like the function. The other is the
@@ -19,17 +19,21 @@ if __name__ == "inspect":
     sys.modules["inspect"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["inspect"])
 else:
+    import functools
     import types
     from typing import Any
 
-    from rasa_theory.commands.inspect import main
-    from rasa_theory.inspection import inspect
+    from rasa_theory.commands.main import run
 
     class _Callable(types.ModuleType):
         """A module that is called like the function of the same name."""
 
         def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+            from rasa_theory.inspection import inspect
+
             return inspect(*arguments, **options)
+
+    main = functools.partial(run, "inspect")
 
     sys.modules[__name__].__class__ = _Callable
 

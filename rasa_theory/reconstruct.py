@@ -1,8 +1,11 @@
-"""python -m rasa_theory.reconstruct: how well LoRA and RaSA of one budget reconstruct fine-tuning updates."""
+"""python -m rasa_theory.reconstruct, or `rasa reconstruct`: how well LoRA and RaSA reconstruct updates."""
 
+import functools
 import sys
 
-from rasa_theory.commands.reconstruct import main
+from rasa_theory.commands.main import run
+
+main = functools.partial(run, "reconstruct")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ FLOORS = (
     "solvers sources peft",
     "methods reconstruction verification extraction inspection",
     "commands",
-    "__init__ reconstruct verify extract inspect",
+    "__init__ __main__ reconstruct verify extract inspect",
 )
 ROOMS = " ".join(FLOORS[:-2]).split()
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -58,6 +58,7 @@ def test_only_the_commands_print() -> None:
 
 
 def test_the_package_is_imported_without_what_only_its_commands_and_figures_need() -> None:
-    code = "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; import rasa_theory"
+    code = "import sys; sys.modules['matplotlib'] = sys.modules['rich'] = None; import rasa_theory as rt; "
+    code += "[getattr(rt, name) for name in rt.__all__]"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""The console that all commands share: arguments, exit statuses, progress on standard error, the folder of --out."""
+"""The console that all commands share: exit statuses, sentences on standard error, the folder of --out."""
 
 from __future__ import annotations
 
@@ -8,48 +8,23 @@ import os
 import re
 import signal
 import sys
-import time
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rasa_theory.common import (
     FailedElsewhere,
     InputError,
     ProcessLost,
-    __version__,
     keeping_interrupts,
     writable_folder,
 )
 from rasa_theory.distributed import ALONE, Processes, first_launched, lacks_memory, meeting
 from rasa_theory.formats import Exclusion, LeftOut, grouped
 
-_REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no more
 _SHOWN = 3
 
-# ---- arguments and exit statuses
-
-
-class _Help(argparse.HelpFormatter):
-    """A formatter that wraps text, except lines that begin with a space: they are commands to copy."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        wrap = super()._fill_text
-        return "\n".join(line if line.startswith(" ") else wrap(line, width, indent) for line in text.split("\n"))
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser without abbreviated flags, which raises InputError where argparse would end the process.
-
-    Lines of the description and the epilog that begin with a space are not wrapped.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
-        self.add_argument("--version", action="version", version=f"rasa_theory {__version__}")
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+# ---- exit statuses
 
 
 def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str, on_loss: str = "") -> int:
@@ -116,7 +91,7 @@ def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, on_lo
         return 0
     if isinstance(error, KeyboardInterrupt):  # before anything was finished
         if processes.alone or processes.board.speaks():
-            print("interrupted", file=sys.stderr)
+            print("interrupted; nothing was finished", file=sys.stderr)
         processes.board.tell_interrupted()
         return 130
     if isinstance(error, Exception) and lacks_memory(error):
@@ -155,6 +130,11 @@ def _is_same_folder(one: str, other: str) -> bool:
     return all(map(os.path.isdir, paths)) and os.path.samefile(*paths)
 
 
+def wrapped(text: str) -> list[str]:
+    """The text in lines of at most 80 characters; names and paths stay whole."""
+    return textwrap.wrap(text, 80, break_long_words=False, break_on_hyphens=False)
+
+
 def say_notes(notes: Sequence[str]) -> None:
     """Print the notes of a catalogue."""
     for note in notes:
@@ -162,13 +142,23 @@ def say_notes(notes: Sequence[str]) -> None:
 
 
 def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
-    """Print the first few groups of tensors that are in no stack, and the number of others, which `file` lists."""
+    """Print the first few groups of tensors that are in no stack, and the number of others, which `file` lists.
+
+    It is for commands whose results do not come back to them.
+    """
     axes_last = sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)  # biases and norms
     groups = grouped(axes_last)
     for group in groups[:_SHOWN]:
         print(f"left out: {group.label}: {group.reason}", file=sys.stderr)
     if others := sum(len(group.names) for group in groups[_SHOWN:]):
         print(f"left out: {others} more, listed by --dry-run and in {file}", file=sys.stderr)
+
+
+def say_interrupted(done: int, total: int, unit: str, out: Path | None, goes_on: bool = True) -> None:
+    """Say at an interruption how much is finished, whether the folder `out` keeps it, and how to go on."""
+    kept = "; --out none keeps nothing" if out is None else f" and kept in {out}/" if done else ""
+    again = "goes on from there" if goes_on and done and out is not None else "begins anew"
+    print(f"interrupted: {done} of {total} {unit} finished{kept}; the same command {again}", file=sys.stderr)
 
 
 def memory_size(text: str) -> int:
@@ -178,38 +168,6 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB, 500MB or 4096B")
     power = " KMGT".index(match[2].upper()) if match[2] else 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-# ---- progress
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    """A bar of progress on standard error: yields show(done, doing), and fills up when all went well."""
-    from tqdm import tqdm  # imported here, since the library needs no bars
-
-    form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}] {desc}"
-    with tqdm(
-        total=total,
-        disable=quiet,
-        file=sys.stderr,
-        bar_format=form,
-        dynamic_ncols=True,
-        leave=False,
-        mininterval=_REFRESH_SECONDS,
-    ) as bar:
-        shown = 0.0
-
-        def show(done: int, doing: str) -> None:
-            nonlocal shown
-            bar.set_description_str(doing, refresh=False)
-            bar.update(done - bar.n)
-            if time.monotonic() - shown > _REFRESH_SECONDS:
-                bar.refresh()
-                shown = time.monotonic()
-
-        yield show
-        bar.update(total - bar.n)
 
 
 # ---- files

@@ -1,4 +1,4 @@
-"""The command `python -m rasa_theory.extract` writes an adapter from two checkpoints, and reports its errors.
+"""The command `rasa extract` writes an adapter from two checkpoints, and reports its errors.
 
 Exit status: 0 all well, 2 bad input or usage, 130 interrupted. After an interruption the same command resumes.
 """
@@ -10,7 +10,6 @@ import functools
 import json
 import re
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +18,15 @@ from typing import Any
 from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
-    Parser,
     exit_status,
     naming_flags,
     output_folder,
-    progress_bar,
-    say_left_out,
+    say_interrupted,
     say_notes,
+    wrapped,
 )
+from rasa_theory.commands.parser import Parser
+from rasa_theory.commands.progress import Progress
 from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
@@ -58,17 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
-        "rasa_theory.extract",
+        "rasa extract",
         lambda processes: run(words, processes),
         _ON_NO_MEMORY,
         "; stacks that were finished are in --out, and the same command goes on from there",
     )
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of the command."""
+def flag_parser() -> Parser:
+    """Return the parser of the command's flags."""
     parser = Parser(
-        prog="python -m rasa_theory.extract",
+        prog="rasa extract",
         description="Extract a LoRA or RaSA adapter from fine-tuned weights, with the error of every layer.",
         epilog=flags.with_examples(
             "Interrupted, it goes on where it was when the same command is given again.",
@@ -140,7 +140,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--base-name", metavar="NAME", help="base_model_name_or_path in the adapter (what --base says)")
     flags.add_solver(parser)
     flags.add_running(parser)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command."""
+    return flag_parser().parse_args(arguments)
 
 
 def _number_or_auto(text: str) -> int | None:
@@ -217,14 +222,13 @@ def run(arguments: list[str], processes: Processes) -> int:
     with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
-            say_left_out(job.catalogue.left_out, "report.json")
         if folder is None:
             report = _earlier_report(out) if processes.first else {}
         elif not _extract(job, folder, processes, args.quiet):
             return 130
         else:
             about = {
-                "schema": 1, "command": ["python", "-m", "rasa_theory.extract", *arguments],
+                "schema": 1, "command": ["rasa", "extract", *arguments],
                 "source": job.catalogue.source, "base": job.base.name, "plan": folder.plan,
                 "environment": environment(job.device, job.dtype, processes.world_size),
             }  # fmt: skip
@@ -239,15 +243,11 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bo
     is_quiet = quiet or not processes.first
     try:
         with keeping_interrupts():
-            extract_all(job, folder, processes, lambda total, unit: progress_bar(total, unit, is_quiet))
+            extract_all(job, folder, processes, lambda total, unit: Progress(total, unit, is_quiet))
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if processes.first:
-            print(
-                f"interrupted; {folder.finished_parts} of {len(job.catalogue.stacks)} stacks are done, the same "
-                "command goes on from there",
-                file=sys.stderr,
-            )
+            say_interrupted(folder.finished_parts, len(job.catalogue.stacks), "stacks", folder.out)
         return False
     return True
 
@@ -264,7 +264,7 @@ def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:
     print(extraction_table(report), file=text)
     names = Counter(re.sub(r"-\d{5}\.", "-*.", path.name) for path in out.iterdir() if path.is_file())
     files = ", ".join(name if names[name] == 1 else f"{names[name]} {name}" for name in sorted(names))
-    print(textwrap.fill(f"Files: {out}/ ({files})", 80, break_long_words=False, break_on_hyphens=False), file=text)
+    print(*wrapped(f"Files: {out}/ ({files})"), sep="\n", file=text)
     if as_json:
         print(json.dumps(report, indent=1, allow_nan=False))
 

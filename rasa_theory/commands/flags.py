@@ -65,9 +65,7 @@ _SOURCES = {"adapters": "--adapters", "source": "--source", "base": "--base with
 
 def with_examples(text: str, command: str) -> str:
     """Return the end of the --help of `command`: `text`, then its `EXAMPLES`."""
-    lines = [
-        f"  # {purpose}\n  python -m rasa_theory.{command} {flags}" for purpose, flags in EXAMPLES[command].items()
-    ]
+    lines = [f"  # {purpose}\n  rasa {command} {flags}" for purpose, flags in EXAMPLES[command].items()]
     return "\n".join([text, "", "examples:", *lines])
 
 
@@ -137,9 +135,8 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
     add(
         "--effort",
         choices=EFFORTS,
-        default=options.effort,
-        help="how long the solver searches (%(default)s); quick: a few seconds for each stack and k; thorough: until "
-        "nothing has changed for as long as it took to get there, for a number to publish",
+        help=f"how long the search of --start best takes ({options.effort}); quick: a few seconds for each stack and "
+        "k; thorough: until nothing has changed for as long as it took to get there, for a number to publish",
     )
     add(
         "--max-cancellation",
@@ -173,10 +170,17 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
 
 
 def solver_options(args: argparse.Namespace) -> SolverOptions:
-    """Return the solver options of the flags that `add_solver` adds; --certificate is not one of them."""
+    """Return the solver options of the flags that `add_solver` adds; --certificate is not one of them.
+
+    Raises InputError for --effort beside a start that is not searched for, and for values out of range.
+    """
+    if args.effort is not None and args.start != "best":
+        raise InputError(
+            f"--effort is for the search of --start best, and --start {args.start} has none; leave one of them out"
+        )
     return SolverOptions(
         start=args.start,
-        effort=args.effort,
+        effort=args.effort or SolverOptions.effort,
         max_sweeps=args.sweeps,
         rtol=args.rtol,
         seed=args.seed,

@@ -1,4 +1,4 @@
-"""The command `python -m rasa_theory.inspect` measures updates before a rank is chosen, and recommends ranks.
+"""The command `rasa inspect` measures updates before a rank is chosen, and recommends ranks.
 
 Exit status: 0 all well, 2 bad input or usage, 130 interrupted. After an interruption the same command resumes.
 """
@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +16,16 @@ import torch
 
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
-    Parser,
     exit_status,
     memory_size,
     naming_flags,
     output_folder,
-    progress_bar,
-    say_left_out,
+    say_interrupted,
     say_notes,
+    wrapped,
 )
+from rasa_theory.commands.parser import Parser
+from rasa_theory.commands.progress import Progress
 from rasa_theory.common import InputError, environment, keeping_interrupts
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import STORED
@@ -46,7 +46,7 @@ from rasa_theory.inspection import (
 )
 from rasa_theory.problem import compute_device
 
-_NAME = "rasa_theory.inspect"
+_NAME = "rasa inspect"
 _ON_NO_MEMORY = "take fewer modules (--modules), or --memory, with which large stacks stay on disk"
 
 
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(_NAME, lambda processes: run(words, processes), _ON_NO_MEMORY)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of the command."""
+def flag_parser() -> Parser:
+    """Return the parser of the command's flags."""
     parser = Parser(
-        prog=f"python -m {_NAME}",
+        prog=_NAME,
         description="Measure fine-tuning updates before a rank is chosen: their size, their spectra and what layers "
         "share, with the certified error of a LoRA of every rank.",
         epilog=flags.with_examples(
@@ -89,7 +89,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", default="rasa-inspect", metavar="DIR", help="folder of the files (%(default)s); none writes nothing")
     add("--overwrite", action="store_true", help="replace what another inspection has left in the folder")
     flags.add_running(parser)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command."""
+    return flag_parser().parse_args(arguments)
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -113,7 +118,6 @@ def run(arguments: list[str], processes: Processes) -> int:
     out = output_folder(args.out, flags.named_sources(args))
     folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
     say_notes(job.catalogue.notes)
-    say_left_out(job.catalogue.left_out, "inspect.json")
     report = _inspected(job, folder, goal, args, arguments)
     if report is None:
         return 130
@@ -122,9 +126,9 @@ def run(arguments: list[str], processes: Processes) -> int:
     for line in recommendation_lines(report):
         print(line, file=text)
     if out is not None:
-        print(f"Files: {out}/ ({', '.join(FILES)})", file=text)
+        print(*wrapped(f"Files: {out}/ ({', '.join(FILES)})"), sep="\n", file=text)
     for warning in report["warnings"]:  # last, where eyes are
-        print(f"\n{textwrap.fill(warning, 80)}", file=text)
+        print("", *wrapped(warning), sep="\n", file=text)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
     return 0
@@ -162,18 +166,15 @@ def _inspected(
     with folder or contextlib.nullcontext():
         try:
             with keeping_interrupts():
-                rows = measure_all(job, folder, lambda total, unit: progress_bar(total, unit, args.quiet))
+                rows = measure_all(job, folder, lambda total, unit: Progress(total, unit, args.quiet))
                 left_out = left_out_rows(job, folder)
         except KeyboardInterrupt:
             done = 0 if folder is None else folder.finished_parts
-            print(
-                f"interrupted; {done} of {len(job.catalogue.stacks)} stacks are measured"
-                + ("" if folder is None else ", the same command goes on from there"),
-                file=sys.stderr,
-            )
+            out = None if folder is None else folder.out
+            say_interrupted(done, len(job.catalogue.stacks), "stacks", out)
             return None
         about = {
-            "schema": 1, "command": ["python", "-m", _NAME, *arguments], "source": job.catalogue.source,
+            "schema": 1, "command": ["rasa", "inspect", *arguments], "source": job.catalogue.source,
             "plan": job.plan(), "environment": environment(job.device, torch.float64),
         }  # fmt: skip
         report = about | inspection_report(rows, job.settings, goal, STORED[args.dtype].itemsize)

@@ -1,4 +1,4 @@
-"""The command `python -m rasa_theory.reconstruct` compares LoRA and RaSA of one budget on fine-tuning updates.
+"""The command `rasa reconstruct` compares LoRA and RaSA of one budget on fine-tuning updates.
 
 Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 interrupted (finished stacks are written).
 """
@@ -6,23 +6,26 @@ Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 inter
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rasa_theory.bounds import check_certificate
+from rasa_theory.bounds import CERTIFICATES, check_certificate
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
-    Parser,
     exit_status,
     naming_flags,
     output_folder,
-    progress_bar,
+    say_interrupted,
     say_left_out,
+    wrapped,
 )
+from rasa_theory.commands.parser import Parser
+from rasa_theory.commands.progress import Progress, print_line
 from rasa_theory.common import InputError, occupied
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
@@ -34,14 +37,17 @@ from rasa_theory.reconstruction import (
     StudyJob,
     StudyProgress,
     StudySettings,
+    StudyState,
+    StudyTable,
+    explanation_lines,
     run_study,
     stacks_left,
-    table,
     take_up,
     verdict_lines,
 )
 from rasa_theory.sources import DEFAULT, Catalogue, synthetic_catalogue
 
+_PAGE = "docs/guides/reconstruct.md"
 _SYNTHETIC = {"layers": 6, "shape": (384, 384), "spectrum": "power:0.7", "overlap": 0.0}
 _ON_NO_MEMORY = (
     "take fewer or smaller stacks (--modules), --dtype float32, or --memory, with which large ones stay on disk; "
@@ -53,17 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(
-        "rasa_theory.reconstruct",
+        "rasa reconstruct",
         lambda processes: _run(parse(words), words, processes),
         _ON_NO_MEMORY,
         "; stacks that were finished are in --out, and the same command goes on from there",
     )
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of the command. Raises InputError for flags that need --source synthetic."""
+def flag_parser() -> Parser:
+    """Return the parser of the command's flags."""
     parser = Parser(
-        prog="python -m rasa_theory.reconstruct",
+        prog="rasa reconstruct",
         description="Reconstruct fine-tuning updates by LoRA and by RaSA at the same budget of ranks.",
         epilog=flags.with_examples(
             "Errors are squared Frobenius norms, summed over layers. Files go to --out after every finished part.",
@@ -98,13 +104,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
     )
     add("--overwrite", action="store_true", help="replace what another reconstruction has left in the folder")
+    add("--verbose", action="store_true", help="say of every row where the solver started and why it stopped")
     flags.add_running(parser)
     synthetic = parser.add_argument_group("with --source synthetic")
     synthetic.add_argument("--layers", type=int, metavar="L", help="layers (6)")
     synthetic.add_argument("--shape", type=_shape, metavar="B,A", help="shape of a layer (384,384)")
     synthetic.add_argument("--spectrum", metavar="S", help="flat, power:P (j^-P) or exp:C (power:0.7)")
     synthetic.add_argument("--overlap", type=float, metavar="X", help="0: own singular bases (default), 1: common ones")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command. Raises InputError for flags that need --source synthetic."""
+    args = flag_parser().parse_args(arguments)
     for name, default in _SYNTHETIC.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -152,18 +164,17 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     folder = None if out is None else ResultsFolder(out, job.plan())
     if folder is not None and not args.overwrite:
         processes.from_first(lambda: _check_free(folder))
-    state = take_up(job, ["python", "-m", "rasa_theory.reconstruct", *words], folder, processes)
-    if state.results["stacks"] and processes.first:
-        names = ", ".join(row["name"] for row in state.results["stacks"])
-        print(f"{names}: finished before, taken up from {out}", file=sys.stderr)
+    state = take_up(job, ["rasa", "reconstruct", *words], folder, processes)
     interrupted = False
     try:
-        with _bar(len(stacks_left(job, state)), settings, args.quiet or not processes.first) as watch:
-            run_study(job, state, folder, processes, watch)
+        _study(job, state, folder, processes, args)
     except KeyboardInterrupt:
         interrupted = True
     if processes.first:
-        _report(state.results, interrupted, out, args.json)
+        _report(state.results, interrupted, out, args)
+        if interrupted:
+            finished = [row for row in state.results["stacks"] if len(row["runs"]) == len(settings.ks)]
+            say_interrupted(len(finished), len(catalogue.stacks), "stacks", out)
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
 
 
@@ -201,16 +212,58 @@ def _check_stacks(job: StudyJob) -> None:
                 check_memory(source, job.memory, job.settings.exact(source))
 
 
-def _report(results: dict[str, Any], interrupted: bool, out: Path | None, as_json: bool) -> None:
-    """Print the table, the verdict and the names of the files; with `as_json` on standard error, beside the JSON."""
-    text = sys.stderr if as_json else sys.stdout
-    print(table(results), file=text)
-    for line in verdict_lines(results, interrupted):
-        print(line, file=text)
-    if out is not None and results["stacks"]:
-        print(f"Files: {out}/ ({', '.join(ResultsFolder.FILES)})", file=text)
-    if as_json:
+def _study(
+    job: StudyJob, state: StudyState, folder: ResultsFolder | None, processes: Processes, args: argparse.Namespace
+) -> None:
+    """Run the study with a bar of progress, and print every row of the table when it is finished."""
+    settings, results = job.settings, state.results
+    names = [source.name for source in job.catalogue.stacks]
+    table = StudyTable(names, settings.seeds, _columns(), args.verbose)
+    head = [f"Updates: {results['source']}; rank budget {settings.rank}", *table.head()]
+    tasks = len(stacks_left(job, state)) * sum(settings.tasks(k) for k in settings.ks)
+    with Progress(tasks, "tasks", args.quiet or not processes.first) as progress:
+
+        def show(row: dict[str, Any], run: dict[str, Any]) -> None:
+            if processes.first:
+                progress.print("\n".join([*head, *table.rows(row, run)]), sys.stderr if args.json else sys.stdout)
+                head.clear()  # it comes with the first row: until then input may be refused
+
+        if results["stacks"] and folder is not None and processes.first:
+            taken = f"{len(results['stacks'])} of {len(names)} stacks"
+            print(f"{taken} were finished before and are taken up from {folder.out}", file=sys.stderr)
+        for row in results["stacks"]:
+            for run in row["runs"]:
+                show(row, run)
+        run_study(
+            job, state, folder, processes, lambda told: progress(told.tasks_done, progress_line(told)), finished=show
+        )
+
+
+def _columns() -> int:
+    """The width of the terminal, 80 without one."""
+    return shutil.get_terminal_size().columns
+
+
+def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: argparse.Namespace) -> None:
+    """Print what the table means, the verdict, the files, and where to go next; with --json also the results.
+
+    With --json all the rest is on standard error.
+    """
+    if results["stacks"]:
+        lines = [*explanation_lines(results, _columns()), *verdict_lines(results, interrupted)]
+        lines += wrapped(f"Files: {out}/ ({', '.join(ResultsFolder.FILES)})") if out is not None else []
+        lines += wrapped(f"Next: {_next(args, out)}.") if not interrupted else []
+        print_line("\n".join(lines), sys.stderr if args.json else sys.stdout)
+    if args.json:
         print(json.dumps(results, indent=1, allow_nan=False))
+
+
+def _next(args: argparse.Namespace, out: Path | None) -> str:
+    """What a reader of the table may want: a closer limit, the figure, the page."""
+    closer = dict(pairwise(CERTIFICATES)).get(args.certificate)
+    steps = [] if closer is None else [f"--certificate {closer} --out OTHER for a closer limit (up to minutes a row)"]
+    steps += [] if out is None else ["the random starts in iterations.png"]
+    return "; ".join([*steps, f"every word in {_PAGE}"])
 
 
 def progress_line(progress: StudyProgress) -> str:
@@ -222,14 +275,3 @@ def progress_line(progress: StudyProgress) -> str:
         valued, step = "at", f"iteration {progress.sweep}"
     value = "" if progress.ratio is None else f", {valued} {progress.ratio:.4f} e_lora"
     return f"{progress.stack}, k = {progress.k}: {progress.doing}, {step}{value}"
-
-
-@contextlib.contextmanager
-def _bar(stacks: int, settings: StudySettings, quiet: bool) -> Iterator[Callable[[StudyProgress], None]]:
-    """Show a progress bar for a study: tasks done, `progress_line`, and the time left."""
-    with progress_bar(stacks * sum(settings.tasks(k) for k in settings.ks), "tasks", quiet) as show:
-
-        def watch(progress: StudyProgress) -> None:
-            show(progress.tasks_done, progress_line(progress))
-
-        yield watch

@@ -1,4 +1,4 @@
-"""python -m rasa_theory.verify: the laws around Theorem 3.1, tried on random instances of many families.
+"""The command `rasa verify` tries the laws around Theorem 3.1 on random instances of many families.
 
 Exit status: 0 every law held, 1 a law failed, 2 bad input or usage, 130 interrupted (finished instances are tallied).
 """
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from rasa_theory.bounds import CERTIFICATES
-from rasa_theory.commands.console import Parser, exit_status, naming_flags, output_folder, progress_bar
+from rasa_theory.commands.console import exit_status, naming_flags, output_folder, say_interrupted
 from rasa_theory.commands.flags import with_examples
+from rasa_theory.commands.parser import Parser
+from rasa_theory.commands.progress import Progress
 from rasa_theory.common import InputError, environment, keeping_interrupts, write_file
 from rasa_theory.distributed import Processes
 from rasa_theory.solvers import SolverOptions
@@ -45,7 +47,7 @@ from rasa_theory.verification import (
     verdict_lines,
 )
 
-_NAME = "rasa_theory.verify"
+_NAME = "rasa verify"
 _INSTANCES = 300
 
 
@@ -57,10 +59,10 @@ def main(arguments: Sequence[str] | None = None, subject: Subject | None = None)
     )
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of the command."""
+def flag_parser() -> Parser:
+    """Return the parser of the command's flags."""
     parser = Parser(
-        prog="python -m rasa_theory.verify",
+        prog="rasa verify",
         description="Try the laws around Theorem 3.1 on random instances: order of the bounds, nesting, known optima, "
         "invariances, monotone histories, reported errors.",
         epilog=with_examples(
@@ -80,10 +82,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
     add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the command. Raises InputError for flags that do not go with --replay."""
+    args = flag_parser().parse_args(arguments)
     for name in ("instances", "seed", "families", "jobs"):
         if args.replay is not None and getattr(args, name) is not None:
-            parser.error(f"--replay tries one instance; --{name} does not go with it")
+            raise InputError(f"--replay tries one instance; --{name} does not go with it")
     args.instances = _INSTANCES if args.instances is None else args.instances
     args.seed = 0 if args.seed is None else args.seed
     return args
@@ -119,7 +126,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
     interrupted = False
     broken = False
     try:
-        with keeping_interrupts(), progress_bar(instances, "instances", args.quiet or not processes.first) as show:
+        with keeping_interrupts(), Progress(instances, "instances", args.quiet or not processes.first) as show:
             show(0, "")
             for trial in trials:
                 file = _write_replay(trial, settings, out) if args.replay is None and processes.first else args.replay
@@ -133,7 +140,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
         interrupted = broken = True
 
     run = Run(
-        command=["python", "-m", "rasa_theory.verify", *arguments],
+        command=["rasa", "verify", *arguments],
         settings=settings,
         seed=args.seed,
         instances=instances,
@@ -142,6 +149,8 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
     )
     if processes.first:
         _report(results(tally, run), args.json, out, interrupted)
+        if interrupted:
+            say_interrupted(tally.instances, instances, "instances", out, goes_on=False)
     return 2 if broken else 130 if interrupted else 1 if tally.failures else 0
 
 

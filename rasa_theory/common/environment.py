@@ -6,16 +6,19 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rasa_theory.common.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 def environment(device: torch.device, dtype: torch.dtype, world_size: int = 1) -> dict[str, Any]:
     """Return the versions and the hardware that results depend on; with several processes also their number."""
+    import numpy as np  # imported here, so that the help of a command need not wait for them
+    import torch
+
     processes = {} if world_size == 1 else {"processes": world_size}
     return processes | {
         "rasa_theory": __version__,

@@ -5,13 +5,64 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rasa_theory.common.labels import shortened
 
 
+class TextTable:
+    """A table as plain text whose rows are made one by one, so that each can be printed as soon as it is known.
+
+    Columns have fixed widths. A cell that is wider is folded, and the row takes several lines.
+
+    - head: names of the columns; one may have several lines.
+    - widths: characters of each column, or of its name if that is wider.
+    - left: indices of the columns that are flush left (None: all), the others are flush right.
+    - gap: spaces between columns.
+    """
+
+    def __init__(
+        self, head: Sequence[str], widths: Sequence[int], left: Collection[int] | None = None, gap: int = 2
+    ) -> None:
+        self._head = head
+        names = [max(map(len, name.split("\n"))) for name in head]
+        self._widths = [max(pair) for pair in zip(names, widths, strict=True)]
+        self._left = range(len(head)) if left is None else left
+        self._gap = gap
+
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return sum(self._widths) + self._gap * (len(self._widths) - 1)
+
+    def head(self) -> list[str]:
+        """The names of the columns, and a rule below."""
+        return [*self._lines(self._head, "bottom"), "-" * self.width]
+
+    def row(self, cells: Sequence[str]) -> list[str]:
+        """The lines of a row."""
+        return self._lines(cells, "top")
+
+    def _lines(self, cells: Sequence[str], vertical: Literal["top", "bottom"]) -> list[str]:
+        from rich.console import Console  # imported here, since the library itself prints no tables
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, self._gap))
+        for i, width in enumerate(self._widths):
+            side: Literal["left", "right"] = "left" if i in self._left else "right"
+            grid.add_column(justify=side, width=width, vertical=vertical, overflow="fold")
+        grid.add_row(*map(Text, cells))
+        text = io.StringIO()
+        console = Console(
+            file=text, width=self.width, height=1, color_system=None, force_terminal=False, force_jupyter=False
+        )
+        console.print(grid)
+        return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
 def aligned(
-    rows: Sequence[Sequence[str]], left: Collection[int] | None = None, gap: str = "  ", width: int | None = None
+    rows: Sequence[Sequence[str]], left: Collection[int] | None = None, gap: int = 2, width: int | None = None
 ) -> list[str]:
     """Lines of a table: the first row, a rule, then the other rows, in columns of equal width.
 
@@ -21,14 +72,10 @@ def aligned(
     columns = [list(column) for column in zip(*rows, strict=True)]
     if width is not None:
         rest = sum(max(map(len, column)) for column in columns[1:])
-        columns[0] = shortened(columns[0], width - rest - len(gap) * (len(columns) - 1))
-    sides = [str.ljust if left is None or i in left else str.rjust for i in range(len(columns))]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        gap.join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)).rstrip()
-        for row in zip(*columns, strict=True)
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+        columns[0] = shortened(columns[0], width - rest - gap * (len(columns) - 1))
+    head, *body = zip(*columns, strict=True)
+    table = TextTable(head, [max(map(len, column)) for column in columns], left, gap)
+    return [*table.head(), *(line for row in body for line in table.row(row))]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,7 +14,7 @@ from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames, grouped
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack
-from rasa_theory.solvers import solver_seconds
+from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, solver_seconds
 from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line, synthetic_stack
 
 _SAMPLE = 512  # side of the layer whose exact SVD is timed
@@ -103,9 +103,8 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
     """A sentence with the seconds that LoRA takes, extrapolated from one timed layer of each kind of work.
 
     The search for a leading part is extrapolated in proportion to b a, an exact SVD in proportion to b a min(b, a).
-    Where singular values hardly fall, the search ends in an exact SVD. The time of the default solver on layers without
-    SVDs follows from LoRA's by a measured rule. Otherwise it is left out: it depends on the number of sweeps, which
-    nobody knows before.
+    Where singular values hardly fall, the search ends in an exact SVD. The time of the default solver follows from
+    LoRA's by a measured rule. That of another start depends on the number of sweeps, which nobody knows before.
 
     `sample_seconds` is the time of one layer of that shape (None: a layer is timed now).
     """
@@ -127,7 +126,7 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
         sample = (side, side) if side == _LEADING_SAMPLE else (min(b, side), min(a, side))
         return timed(job, sample) * sum(s.layers * cost(s.shape) for s in sources) / cost(sample)
 
-    seconds = seconds_of(decomposed, _SAMPLE, _svd_cost)
+    seconds = exact = seconds_of(decomposed, _SAMPLE, _svd_cost)
     if settings.target is not None:
         seconds *= 2  # all spectra come first
     most = seconds + seconds_of(searched, _SAMPLE, _svd_cost)
@@ -135,20 +134,22 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
     seconds += by_products
     about = "up to about" if decomposed else "about"  # SVDs of larger layers are up to three times faster
     flat = f", and up to {most:.0f} s where singular values hardly fall" if searched and most >= 1 else ""
-    solver = "" if settings.k == 0 else _solver_time(settings, by_products, len(searched), len(decomposed))
+    solver = ""
+    if settings.k != 0 and settings.rank is not None:
+        solving = exact_solver_seconds(exact, decomposed, settings.rank)
+        solver = _solver_time(settings, solving + solver_seconds(by_products, len(searched)))
     if seconds < 1:
         about, seconds = "less than", 1
     shared = "" if world_size == 1 else f", in all {world_size} processes together"
     return f"LoRA takes {about} {seconds:.0f} s here{shared}{flat}, reading aside, by a layer timed now{solver}."
 
 
-def _solver_time(settings: ExtractSettings, lora_seconds: float, searches: int, others: int) -> str:
-    """The time of solver and floors, as text: of `searches` stacks without SVDs, whose LoRA takes `lora_seconds`."""
-    if searches == 0 or settings.k is None or settings.solver.start != "best" or settings.solver.effort != "default":
+def _solver_time(settings: ExtractSettings, seconds: float) -> str:
+    """The time of solver and floors as text, which the default solver does in `seconds` for each k."""
+    if settings.solver.start != "best":
         return "; the solver comes on top"
-    seconds = solver_seconds(lora_seconds, searches)
-    rest = f", and that of the {others} other stacks comes on top" if others else ""
-    return f"; solver and floors some {seconds:.0f} s more{rest}"
+    each = " for each k" if settings.k is None else ""
+    return f"; solver and floors {EFFORT_TIMES[settings.solver.effort]} {seconds:.0f} s more{each}"
 
 
 def _svd_cost(shape: Shape) -> int:

@@ -78,7 +78,7 @@ def extraction_table(report: dict[str, Any]) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    return aligned(lines, left={0}, gap=" ", width=width)
+    return aligned(lines, left={0}, gap=1, width=width)
 
 
 def _wrapped(sentence: str) -> list[str]:

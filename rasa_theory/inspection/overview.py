@@ -41,7 +41,7 @@ def inspection_table(report: dict[str, Any]) -> str:
         )
         for group in groups
     ]  # fmt: skip
-    text = aligned([head, *lines], left={0}, gap=" ", width=_WIDTH)
+    text = aligned([head, *lines], left={0}, gap=1, width=_WIDTH)
     widths = [high - low for group in groups for low, high in group["energy"]]
     width = f"the truth is at most {100 * max(widths, default=0.0):.2g} points above"
     directions = max((row["shared"]["rank"] for row in report["stacks"]), default=0)

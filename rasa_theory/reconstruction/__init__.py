@@ -7,7 +7,7 @@ from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_job import StudyJob, run_study, stacks_left, take_up
 from rasa_theory.reconstruction.study_progress import SEARCHING, StudyProgress
 from rasa_theory.reconstruction.study_settings import WEIGHTS, StudySettings
-from rasa_theory.reconstruction.summary import history_csv, table, verdict_lines
+from rasa_theory.reconstruction.summary import StudyTable, explanation_lines, history_csv, table, verdict_lines
 
 __all__ = [
     "SEARCHING",
@@ -18,6 +18,8 @@ __all__ = [
     "StudyProgress",
     "StudySettings",
     "StudyState",
+    "StudyTable",
+    "explanation_lines",
     "gain",
     "history_csv",
     "new_results",

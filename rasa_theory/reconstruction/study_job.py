@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,14 @@ from rasa_theory.reconstruction.results_folder import ResultsFolder
 from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_progress import Watch
 from rasa_theory.reconstruction.study_settings import StudySettings
-from rasa_theory.solvers import attempt_seconds, lora_seconds, solver_seconds
+from rasa_theory.solvers import (
+    EFFORT_TIMES,
+    attempt_seconds,
+    exact_lora_seconds,
+    exact_solver_seconds,
+    lora_seconds,
+    solver_seconds,
+)
 from rasa_theory.sources import Catalogue, Norms, StackSource, left_out_lines, memory_line, pair_warning, size_line
 
 
@@ -70,22 +77,39 @@ class StudyJob:
         return "\n".join(lines + left_out_lines(catalogue))
 
     def _duration(self) -> list[str]:
-        """A sentence with the seconds that stacks of large layers take; those of small ones nobody knows before."""
-        settings, solver = self.settings, self.settings.solver
-        large = [source for source in self.catalogue.stacks if not settings.exact(source)]
-        if not large or solver.start != "best" or solver.effort != "default":
-            return []
-        entries = sum(source.layers * math.prod(source.shape) for source in large)
-        lora = lora_seconds(entries, settings.rank, self.dtype, self.device)
+        """Sentences with the seconds of LoRA, of the solver with closed floors, and of the random attempts.
+
+        Those of another start or effort than the default are not known before.
+        """
+        settings, solver, stacks = self.settings, self.settings.solver, self.catalogue.stacks
+        large = [source for source in stacks if not settings.exact(source)]
+        small = [source for source in stacks if settings.exact(source)]
         ks = sum(k > 0 for k in settings.ks)
-        least, most = (ks * settings.seeds * seconds for seconds in attempt_seconds(lora))
+        lora, solving, least, most = 0.0, 0.0, 0.0, 0.0
+        for sources, exact in ((large, False), (small, True)):
+            if not sources:
+                continue
+            if exact:
+                seconds = exact_lora_seconds(sources, settings.rank, self.dtype, self.device)
+                solving += ks * exact_solver_seconds(seconds, sources, settings.rank)
+            else:
+                entries = sum(source.layers * math.prod(source.shape) for source in sources)
+                seconds = lora_seconds(entries, settings.rank, self.dtype, self.device)
+                solving += ks * solver_seconds(seconds, len(sources))
+            shortest, longest = attempt_seconds(seconds, exact)
+            lora += seconds
+            least += ks * settings.seeds * shortest
+            most += ks * settings.seeds * longest
         text = f"LoRA takes about {lora:.3g} s here, by a layer timed now, reading aside"
-        if ks:
-            text += f"; solver and closed floors some {ks * solver_seconds(lora, len(large)):.3g} s more"
+        if ks and solver.start == "best":
+            text += f"; solver and closed floors {EFFORT_TIMES[solver.effort]} {solving:.3g} s more"
+        elif ks:
+            text += f"; the solver from --start {solver.start} comes on top"
         if ks and settings.seeds:
             text += f"; the random attempts {least:.3g} to {most:.3g} s, which --seeds 0 leaves out"
-        kinds = "" if len(large) == len(self.catalogue.stacks) else " These are the stacks of large layers alone."
-        return [f"{text}.{kinds}"]
+        if ks and settings.certificate != "closed":
+            text += f"; floors of --certificate {settings.certificate} up to minutes for each stack and k"
+        return [f"{text}."]
 
     def _update_rank(self, source: StackSource) -> int:
         """The largest r - k + L k of all k, at most min(b, a)."""
@@ -139,9 +163,16 @@ def add_norms(job: StudyJob, results: dict[str, Any]) -> None:
 
 
 def run_study(
-    job: StudyJob, state: StudyState, folder: ResultsFolder | None, processes: Processes, watch: Watch | None = None
+    job: StudyJob,
+    state: StudyState,
+    folder: ResultsFolder | None,
+    processes: Processes,
+    watch: Watch | None = None,
+    finished: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, run: None,
 ) -> None:
     """Study the stacks that are left, and write all results after every (stack, k). Only process 0 writes.
+
+    `finished` is called then, with the row of the stack and that of its k.
 
     An interruption is raised again, after all finished results are written. Their verdict is then "undecided" at best,
     since a stack that was not studied could violate the theorem.
@@ -160,6 +191,8 @@ def run_study(
                     state.results["plan"] = state.results.pop("unfinished")
                 if output is not None:
                     output.write(state)
+                row = state.results["stacks"][-1]
+                finished(row, row["runs"][-1])
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if state.results["theorem_3_1"] == "holds":

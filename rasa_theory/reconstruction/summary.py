@@ -4,104 +4,194 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from rasa_theory import linalg
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import aligned, csv_text
+from rasa_theory.common import TextTable, csv_text
 
-_COLUMNS = (
-    "stack", "k", "e_lora/||M||^2", "best found", "allocation", "floor", "iterations to beat LoRA", "start", "stop",
+_NUMBERS = (
+    "LoRA\nmisses", "RaSA\ngains", "by ranks\nalone", "certified\nlimit", "random starts\nbelow LoRA",
 )  # fmt: skip
+_WIDTHS = (8, 8, 8, 9)  # of those columns but the last
+_WIDTH = 80
 _SHOWN = 3
-_WIDTH = 100
 _EXPLANATION = (
-    "best found, allocation and floor are in units of e_lora: 1 is LoRA's optimum; e_rasa(k) lies between floor "
-    "and best found."
+    "LoRA misses a share of ||M||^2; RaSA gains a share of that, the limit at most.",
+    "By ranks alone: unequal ranks, nothing shared. In brackets: iterations needed.",
 )
+"""What the words of the table mean, in two lines."""
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return a table with one line per stack and k; errors are divided by e_lora, so that 1 is LoRA's optimum."""
-    rows = [_COLUMNS]
-    for row in results["stacks"]:
-        share = f"{row['e_lora'] / row['norm_squared']:.4f}" if row["norm_squared"] > 0 else "-"
-        for run in row["runs"]:
-            values = [_ratio(run[key], row["e_lora"]) for key in ("e_rasa", "e_allocation", "lower_bound")]
-            floor = f"{values[2]} {run['lower_bound_name']}"
-            stop = run["stop_reason"].lower().replace("_", " ")
-            rows.append((row["name"], str(run["k"]), share, *values[:2], floor, _iterations(run), run["start"], stop))
-    failures = [run.get("lower_bound_failure", 0.0) for row in results["stacks"] for run in row["runs"]]
-    probable = [PROBABLE] if any(failures) else []  # files of earlier versions do not say it
-    return "\n".join([*aligned(rows), _EXPLANATION, *probable, *_search_lines(results)])
+class StudyTable:
+    """The table of a study, made row by row, so that each can be printed when its stack and k are finished.
+
+    It is as wide as the longest name of a stack needs, but at most `width`. Where names do not fit beside the numbers,
+    each stands on a line of its own, and then columns are drawn together. Below 56 characters lines are longer.
+
+    - names: of all stacks.
+    - seeds: the number of random starts.
+    - verbose: a second line for each row says where its solution and its limit come from.
+    """
+
+    def __init__(self, names: Sequence[str], seeds: int, width: int = _WIDTH, verbose: bool = False) -> None:
+        self._width, self._verbose = width, verbose
+        self._previous: str | None = None
+        starts = len(f"{seeds} of {seeds} (10 to 60)")
+        whole = TextTable(("stack", "k", *_NUMBERS), (max(map(len, names), default=0), 2, *_WIDTHS, starts), {0, 6})
+        self._names_apart = whole.width > width
+        self._table = _without_names(width, starts) if self._names_apart else whole
+
+    def head(self) -> list[str]:
+        """The names of the columns, and a rule below."""
+        return self._table.head()
+
+    def rows(self, stack: dict[str, Any], run: dict[str, Any]) -> list[str]:
+        """The lines of one k of a stack; the first k of each stack names it."""
+        name = "" if stack["name"] == self._previous else stack["name"]
+        self._previous = stack["name"]
+        cells = _cells(stack, run)
+        if self._names_apart:
+            lines = [*([name] if name else []), *self._table.row(cells)]
+        else:
+            lines = self._table.row((name, *cells))
+        return [*lines, *_wrapped(_origin(run), self._width, "  ")] if self._verbose else lines
 
 
-def _search_lines(results: dict[str, Any]) -> list[str]:
-    """The number of starts of every search that came near the lowest of them; no line where nothing was searched."""
-    ks = {run["k"] for row in results["stacks"] for run in row["runs"] if run["search"] is not None}
-    stacks = []
-    for row in results["stacks"]:
-        counts = [
-            f"{run['search']['near_best']} of {run['search']['starts']}" + (f" (k = {run['k']})" if len(ks) > 1 else "")
-            for run in row["runs"]
-            if run["search"] is not None
-        ]
-        if counts:
-            stacks.append(f"{row['name']} {', '.join(counts)}")
-    if not stacks:
-        return []
-    text = f"Starts of the search within 0.1 % of e_lora of the lowest of them: {'; '.join(stacks)}."
-    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False, break_long_words=False)
+def _without_names(width: int, starts: int) -> TextTable:
+    """A table whose first column is k; where there is little room, its columns are drawn together."""
+    head = ("stack\nk", *_NUMBERS)
+    wide = TextTable(head, (0, *_WIDTHS, starts), {5})
+    if wide.width <= width:
+        return wide
+    close = TextTable(head, (0, *_WIDTHS, starts), {5}, gap=1)
+    return TextTable(head, (0, *_WIDTHS, starts - max(0, close.width - width)), {5}, gap=1)
 
 
-def _ratio(error: float, e_lora: float) -> str:
-    return f"{error / e_lora:.5f}" if e_lora > 0 else "-"
+def table(results: dict[str, Any], width: int = _WIDTH, verbose: bool = False) -> str:
+    """Return the whole table of a study, with what its words mean, for lines of `width` characters."""
+    stacks = results["stacks"]
+    seeds = max((len(run["attempts"]) for row in stacks for run in row["runs"]), default=0)
+    text = StudyTable([row["name"] for row in stacks], seeds, width, verbose)
+    rows = [line for row in stacks for run in row["runs"] for line in text.rows(row, run)]
+    return "\n".join([*text.head(), *rows, *explanation_lines(results, width)])
 
 
-def _iterations(run: dict[str, Any]) -> str:
-    counts = [attempt["iterations"] for attempt in run["attempts"]]
-    if not counts:
-        return "-"
-    successes = sorted(count for count in counts if count is not None)
-    median = run["iterations_to_beat_lora"]
-    limits = f"{successes[0]}..{successes[-1]}" if successes else "none"
-    return f"{'never' if median is None else median} ({limits}; {len(successes)} of {len(counts)})"
+def explanation_lines(results: dict[str, Any], width: int = _WIDTH) -> list[str]:
+    """What the words of the table mean, and what its reader has to know of floors and searches."""
+    runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
+    sentences = list(_EXPLANATION)
+    if any(run.get("lower_bound_failure") for _, run in runs):  # files of earlier versions do not say it
+        sentences.append(PROBABLE)
+    lonely = [_point(row, run) for row, run in runs if run["search"] is not None and run["search"]["near_best"] == 1]
+    if lonely:
+        sentences.append(
+            f"Only one start of the search came near the lowest on {_some(lonely)}; --effort thorough may find more."
+        )
+    return [line for sentence in sentences for line in _wrapped(sentence, width)]
+
+
+def _cells(stack: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
+    e_lora, norm = stack["e_lora"], stack["norm_squared"]
+    gains = ["-"] * 3
+    if e_lora > 0:
+        found, ranks = (1 - run[key] / e_lora for key in ("e_rasa", "e_allocation"))
+        gains = [_per_cent(found), _per_cent(ranks), _per_cent(1 - run["lower_bound"] / e_lora, up=True)]
+    misses = _per_cent(e_lora / norm) if norm > 0 else "-"
+    return (str(run["k"]), misses, *gains, _below([attempt["iterations"] for attempt in run["attempts"]]))
+
+
+def _per_cent(share: float, up: bool = False) -> str:
+    """A share in per cent, rounded, or rounded up, to three decimals below 10 and to two from there on."""
+    digits = 3 if abs(share) < 0.1 else 2
+    scale = 10**digits
+    value = math.ceil(100 * share * scale - 1e-6) / scale if up else 100 * share  # but not for the sake of rounding
+    return f"{value:.{digits}f} %"
+
+
+def _below(counts: Sequence[int | None]) -> str:
+    """How many random starts came below LoRA, and after how many iterations; None for a start that never did."""
+    crossed = sorted(count for count in counts if count is not None)
+    if not crossed:
+        return f"none of {len(counts)}" if counts else "-"
+    span = str(crossed[0]) if crossed[0] == crossed[-1] else f"{crossed[0]} to {crossed[-1]}"
+    return f"{len(crossed)} of {len(counts)} ({span})"
+
+
+def _origin(run: dict[str, Any]) -> str:
+    """Where the solution and the floor of a run come from."""
+    search = run["search"]
+    near = "" if search is None else f"; starts near the lowest: {search['near_best']} of {search['starts']}"
+    stop = run["stop_reason"].lower().replace("_", " ")
+    return f"start: {run['start']}; stop: {stop}; limit by floor: {run['lower_bound_name']}{near}"
+
+
+def _point(row: dict[str, Any], run: dict[str, Any]) -> str:
+    return f"{row['name']} (k = {run['k']})"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and the number of others."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _wrapped(text: str, width: int = _WIDTH, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        min(width, _WIDTH),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
     """Return every law that failed or could not be decided, then one sentence with the verdict on Theorem 3.1."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
-    lines = []
+    failed: dict[str, list[str]] = {}
+    undecided: dict[str, list[str]] = {}
     for row, run in runs:
-        where = f"{row['name']}, k = {run['k']}"
         if run["theorem_3_1"] == "undecided":
-            lines.append(
-                f"On {where} the start {run['start']} ended above e_lora, in a local minimum: nothing is decided"
-            )
+            undecided.setdefault(run["start"], []).append(_point(row, run))
         else:
-            laws = [law.replace("_", " ") for law, holds in run["checks"].items() if not holds]
-            lines += [f"FAILED on {where}: {law}" for law in laws]
-    counts = [attempt["iterations"] for _, run in runs for attempt in run["attempts"]]
-    below = sum(count is not None for count in counts)
-    positive = sum(run["mixing_drop"] > 0 for _, run in runs if run["k"] > 0)
+            for law in (law for law, holds in run["checks"].items() if not holds):
+                failed.setdefault(law, []).append(_point(row, run))
+    sentences = [
+        f"On {_some(points)} the start {start} ended above e_lora, in a local minimum: nothing is decided."
+        for start, points in undecided.items()
+    ]
+    sentences += [f"FAILED on {_some(points)}: {law.replace('_', ' ')}" for law, points in failed.items()]
     dtype = getattr(torch, (results["environment"] or {}).get("dtype", "float64"))
     zero = [row["name"] for row in results["stacks"] if row["norm_squared"] == 0]
-    lines += [f"{name}: all updates are zero; nothing to reconstruct" for name in zero]
+    if zero:
+        sentences.append(f"{_some(zero)}: all updates are zero; nothing to reconstruct.")
     if exact := [row["name"] for row in results["stacks"] if row["name"] not in zero and _is_exact(row, dtype)]:
-        names = ", ".join(exact[:_SHOWN]) + (f" and {len(exact) - _SHOWN} more" if len(exact) > _SHOWN else "")
-        lines.append(
-            f"LoRA of rank {results['rank']} is exact on {names}: the updates have no higher rank; "
-            "ask for a lower --rank"
+        sentences.append(
+            f"LoRA of rank {results['rank']} is exact on {_some(exact)}: the updates have no higher rank; "
+            "ask for a lower --rank."
         )
+    lines = [line for sentence in sentences for line in _wrapped(sentence)]
+    if results.get("warning"):
+        lines += ["", *_wrapped(results["warning"])]
+    return [*lines, *_wrapped(_verdict(results, interrupted))]
+
+
+def _verdict(results: dict[str, Any], interrupted: bool) -> str:
+    """The sentence on Theorem 3.1."""
+    runs = [run for row in results["stacks"] for run in row["runs"]]
+    counts = [attempt["iterations"] for run in runs for attempt in run["attempts"]]
+    below = sum(count is not None for count in counts)
+    positive = sum(run["mixing_drop"] > 0 for run in runs if run["k"] > 0)
     sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
     if counts:
-        sentence += f"; {below} of {len(counts)} random attempts came below LoRA by themselves"
-    if results.get("warning"):
-        lines += ["", *textwrap.wrap(results["warning"], _WIDTH, break_on_hyphens=False, break_long_words=False)]
-    return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
+        sentence += f"; {below} of {len(counts)} random starts came below LoRA by themselves"
+    return sentence + ("; interrupted, the rest was not run." if interrupted else ".")
 
 
 def _is_exact(row: dict[str, Any], dtype: torch.dtype) -> bool:

@@ -19,7 +19,14 @@ from rasa_theory.solvers.descent import (
     SweepFailed,
     decreases_less,
 )
-from rasa_theory.solvers.duration import attempt_seconds, lora_seconds, solver_seconds
+from rasa_theory.solvers.duration import (
+    EFFORT_TIMES,
+    attempt_seconds,
+    exact_lora_seconds,
+    exact_solver_seconds,
+    lora_seconds,
+    solver_seconds,
+)
 from rasa_theory.solvers.lora import LoraSolution, solve_lora
 from rasa_theory.solvers.mixing_drop import drop_allowance, mixing_drop, resolve_mixing
 from rasa_theory.solvers.options import SolverOptions, is_at_most_lora
@@ -64,6 +71,7 @@ from rasa_theory.solvers.updates import joint_sweep, update_private
 __all__ = [
     "DIVERGED",
     "EFFORTS",
+    "EFFORT_TIMES",
     "STARTS",
     "SWEEPS",
     "Attempt",
@@ -105,6 +113,8 @@ __all__ = [
     "core_sweeps",
     "decreases_less",
     "drop_allowance",
+    "exact_lora_seconds",
+    "exact_solver_seconds",
     "few_layers_start",
     "gradient",
     "greedy_start",

@@ -1,19 +1,22 @@
-"""How long the default solver takes on large layers, from the time of LoRA: a rule that was measured, for dry runs.
+"""How long LoRA, the default solver and random attempts take: rules that were measured, for dry runs.
 
-Measured on two cores with 4 x 512^2 to 8 x 4096^2 (`experiments.at_size`). Small layers follow no such rule: their
-time is that of a search, whose sweeps nobody knows before.
+One layer is timed, on the machine and at the time of the dry run; the rest follows from LoRA's time. Large layers take
+no SVD, and their rule was measured on two cores with 4 x 512^2 to 8 x 4096^2 (`experiments.at_size`). Small layers take
+exact SVDs. Their rule was measured on one core, with the bundled updates and with synthetic stacks; the sweeps of a
+search depend on the updates, so that it is good to a factor of two or three.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rasa_theory.linalg import orthogonal
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem import Layered, LayerStack
 from rasa_theory.solvers.attempts import AT_LEAST, ITERATIONS
 from rasa_theory.solvers.lora import solve_lora
 
@@ -24,7 +27,15 @@ SEARCH_SECONDS = 5
 ITERATION_TIMES_LORA = 1.7
 """One iteration of a random attempt, in units of LoRA's time."""
 
+EXACT_TIMES_LORA = 10
+"""The same as `TIMES_LORA` for layers with exact SVDs."""
+EXACT_ITERATION_TIMES_LORA = 0.5
+"""The same as `ITERATION_TIMES_LORA` for layers with exact SVDs."""
+EFFORT_TIMES = {"quick": "less than", "default": "some", "thorough": "many times"}
+"""What the seconds of the default effort are for another effort, in words."""
+
 _SAMPLE = 1280  # side of the layer that is timed
+_EXACT_SAMPLE = 384  # the same, for layers with exact SVDs
 _DECAY = -0.7  # its singular values are j^_DECAY, as those of updates about
 
 
@@ -33,23 +44,48 @@ def solver_seconds(lora_seconds: float, stacks: int) -> float:
     return TIMES_LORA * lora_seconds + SEARCH_SECONDS * stacks
 
 
-def attempt_seconds(lora_seconds: float) -> tuple[float, float]:
-    """The least and the greatest number of seconds of one random attempt on a stack of large layers."""
-    return AT_LEAST * ITERATION_TIMES_LORA * lora_seconds, ITERATIONS * ITERATION_TIMES_LORA * lora_seconds
+def exact_solver_seconds(lora_seconds: float, stacks: Sequence[Layered], rank: int) -> float:
+    """The same for layers with exact SVDs, whose search takes the longer the more terms all layers have in all."""
+    search = sum(4 + stack.layers * min(rank, *stack.shape) / 5 for stack in stacks)
+    return EXACT_TIMES_LORA * lora_seconds + search
+
+
+def attempt_seconds(lora_seconds: float, exact: bool = False) -> tuple[float, float]:
+    """The least and the greatest number of seconds of one random attempt on stacks whose LoRA takes `lora_seconds`."""
+    iteration = (EXACT_ITERATION_TIMES_LORA if exact else ITERATION_TIMES_LORA) * lora_seconds
+    return AT_LEAST * iteration, ITERATIONS * iteration
 
 
 def lora_seconds(entries: int, rank: int, dtype: torch.dtype, device: torch.device) -> float:
     """The seconds of LoRA on large layers of `entries` entries in all, by one layer of 1280 x 1280 timed now."""
-    left, right = (_orthogonal(seed) for seed in (0, 1))
-    values = (left * torch.arange(1, _SAMPLE + 1, dtype=torch.float64) ** _DECAY) @ right
+    return _timed((_SAMPLE, _SAMPLE), rank, "fast", dtype, device) * entries / _SAMPLE**2
+
+
+def exact_lora_seconds(stacks: Sequence[Layered], rank: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The seconds of LoRA on stacks whose layers take exact SVDs, by one layer timed now, of at most 384 x 384."""
+    b, a = max((stack.shape for stack in stacks), key=_svd_cost)
+    sample = (min(b, _EXACT_SAMPLE), min(a, _EXACT_SAMPLE))
+    seconds = _timed(sample, min(rank, *sample), "exact", dtype, device)
+    return seconds * sum(stack.layers * _svd_cost(stack.shape) for stack in stacks) / _svd_cost(sample)
+
+
+def _svd_cost(shape: tuple[int, int]) -> int:
+    return math.prod(shape) * min(shape)
+
+
+def _timed(shape: tuple[int, int], rank: int, spectra: str, dtype: torch.dtype, device: torch.device) -> float:
+    """The seconds of LoRA on one layer of this shape, with singular values that fall as those of updates."""
+    (b, a), sides = shape, min(shape)
+    left, right = _orthogonal(b, sides, 0), _orthogonal(a, sides, 1)
+    values = (left * torch.arange(1, sides + 1, dtype=torch.float64) ** _DECAY) @ right.T
     seconds = []
     for _ in range(2):  # libraries initialise in the first
         started = time.perf_counter()
-        solve_lora(LayerStack(values[None], "sample", dtype, device), rank, "fast")
+        solve_lora(LayerStack(values[None], "sample", dtype, device), rank, spectra)
         seconds.append(time.perf_counter() - started)
-    return min(seconds) * entries / math.prod(values.shape)
+    return min(seconds)
 
 
-def _orthogonal(seed: int) -> Tensor:
-    normal = torch.randn(_SAMPLE, _SAMPLE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _orthogonal(rows: int, columns: int, seed: int) -> Tensor:
+    normal = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return orthogonal.thin_qr(normal)[0]

@@ -10,39 +10,55 @@ from rasa_theory.verification.instances import FAMILIES
 from rasa_theory.verification.laws import LAWS
 
 _SHOWN = 10
-_HEAD = ("#", "family", "instances", "checks", "violations", "strict", "crossed", "worst margin")
+_WIDTH = 80
+_INDENT = 28  # of what a family or a law is, beside its name
 _EXPLANATION = (
     "strict: mixing_drop > 0 at LoRA's optimum, hence e_rasa(k) < e_lora; crossed: 30 iterations of the paper "
     "from a random start came below e_lora."
 )
 _LEGEND = (
-    "Worst margin of each law, in units of its tolerance, by number of family: a law fails above 1; < 0 is a strict "
-    "inequality."
+    "margin: the worst one, in units of the law's tolerance, and the family it is in: a law fails above 1, and below 0 "
+    "it is a strict inequality."
 )
 
 
 def describe() -> str:
-    """The list of all families and laws, one a line."""
+    """The list of all families and laws, in lines of 80 characters."""
     families = {name: family.what for name, family in FAMILIES.items()}
     laws = {name: law.statement for name, law in LAWS.items()}
     parts = (("Families:", families), ("Laws, each to rounding (10 max(b, a) eps ||M|| in norm):", laws))
-    return "\n".join(
-        line for title, names in parts for line in [title, *(f"  {name:<26}{what}" for name, what in names.items())]
-    )
+    lines = []
+    for title, names in parts:
+        lines.append(title)
+        for name, what in names.items():
+            lines += _wrapped(what, f"  {name:<{_INDENT - 2}}", " " * _INDENT)
+    return "\n".join(lines)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Two tables: a line per family, then a line per law with its worst margin in every family."""
+    """Two tables: a line per family, then a line per law with its worst margin over all families."""
     families = results["families"]
-    rows = [_HEAD, *(_family_row(n, family) for n, family in enumerate(families, 1))]
-    lines = aligned(rows, left=(1, 7))
-    lines += [*textwrap.wrap(_EXPLANATION, 120), ""]
-    lines += textwrap.wrap(_LEGEND, 120)
-    margins = [{law["name"]: law for law in family["laws"]} for family in families]
-    grid = [("law", *(str(n) for n in range(1, len(families) + 1)))]
-    tried = [law for law in results["statements"] if any(law in held for held in margins)]
-    grid += [(law, *(_cell(held.get(law)) for held in margins)) for law in tried]
-    return "\n".join([*lines, *aligned(grid, left=(0,), gap=" ")])
+    by_family = [("family", "instances", "checks", "violations", "strict", "crossed"), *map(_family_row, families)]
+    by_law = [("law", "checks", "violations", "margin", "in family")]
+    for law in results["statements"]:
+        tried = {family["name"]: one for family in families for one in family["laws"] if one["name"] == law}
+        if tried:
+            worst = max(tried, key=lambda name: _size(tried[name]))
+            counts = [str(sum(one[key] for one in tried.values())) for key in ("checked", "violations")]
+            by_law.append((law, *counts, _margin(tried[worst]), worst))
+    lines = [*aligned(by_family, left={0}), *_wrapped(_EXPLANATION), "", *aligned(by_law, left={0, 4})]
+    return "\n".join([*lines, *_wrapped(_LEGEND)])
+
+
+def _wrapped(text: str, first: str = "", later: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
@@ -52,7 +68,7 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
         shape = " x ".join(map(str, failure["shape"]))
         laws = ", ".join(_broken(law) for law in failure["laws"])
         where = f"{failure['family']} {failure['number']} ({shape}, r = {failure['rank']}, k = {failure['k']})"
-        lines.append(f"FAILED on {where}: {laws}")
+        lines += _wrapped(f"FAILED on {where}: {laws}")
         lines.append(f"  again: {failure['replay'] or 'no file was written; run with --out DIR'}")
     more = len(results["failures"]) - _SHOWN
     if more > 0:
@@ -60,7 +76,7 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     checks, violations = (sum(family[key] for family in results["families"]) for key in ("checks", "violations"))
     sentence = f"{results['verdict'].upper()}: {violations} violations in {checks} checks"
     sentence += f" on {results['finished']} instances ({results['seconds']:.0f} s)"
-    return [*lines, sentence + ("; interrupted, the rest was not run." if interrupted else ".")]
+    return [*lines, *_wrapped(sentence + ("; interrupted, the rest was not run." if interrupted else "."))]
 
 
 def _broken(law: dict[str, Any]) -> str:
@@ -68,21 +84,17 @@ def _broken(law: dict[str, Any]) -> str:
     return f"{law['name']} ({reason})"
 
 
-def _family_row(n: int, family: dict[str, Any]) -> tuple[str, ...]:
-    count = family["instances"]
-    worst = max(family["laws"], key=lambda law: (law["violations"] > 0, _size(law)), default=None)
-    shares = [f"{100 * family[key] / count:.0f} %" for key in ("strict", "crossed")]
+def _family_row(family: dict[str, Any]) -> tuple[str, ...]:
     numbers = [str(family[key]) for key in ("instances", "checks", "violations")]
-    return (str(n), family["name"], *numbers, *shares, "-" if worst is None else f"{_cell(worst)} {worst['name']}")
+    shares = [f"{100 * family[key] / family['instances']:.0f} %" for key in ("strict", "crossed")]
+    return (family["name"], *numbers, *shares)
 
 
 def _size(law: dict[str, Any]) -> float:
     return float("inf") if law["worst_margin"] is None else float(law["worst_margin"])
 
 
-def _cell(law: dict[str, Any] | None) -> str:
-    if law is None:
-        return "-"
+def _margin(law: dict[str, Any]) -> str:
     margin = _size(law)
     if margin < 0.005:
         return "<0" if margin < 0 else "0"

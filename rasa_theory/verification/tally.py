@@ -67,7 +67,7 @@ class Tally:
 
 def replay_command(file: str) -> str:
     """The command that tries a failed instance again."""
-    return f"python -m rasa_theory.verify --replay {shlex.quote(file)}"
+    return f"rasa verify --replay {shlex.quote(file)}"
 
 
 @dataclass(frozen=True)

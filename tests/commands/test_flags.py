@@ -27,7 +27,7 @@ def test_help_ends_with_examples_to_copy(
     examples = flags.EXAMPLES[command]
     assert 3 <= len(examples) <= 4
     assert shown[::2] == [f"  # {what}" for what in examples]
-    assert shown[1::2] == [f"  python -m rasa_theory.{command} {line}" for line in examples.values()]
+    assert shown[1::2] == [f"  rasa {command} {line}" for line in examples.values()]
     before = lines[: lines.index("examples:") - 1]
     text = before[len(before) - before[::-1].index("") :]
     assert len(text) >= (2 if columns == "50" else 1)

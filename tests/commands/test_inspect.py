@@ -165,7 +165,9 @@ def test_interrupted_it_goes_on_and_gives_the_same_files(
     stopped: list[str] = []
     monkeypatch.setattr(inspection_job, "measure", watched)
     assert run(pair, tmp_path / "broken", "--error", "0.1") == 130
-    assert "2 of 3 stacks are measured, the same command goes on" in capsys.readouterr().err
+    assert f"interrupted: 2 of 3 stacks finished and kept in {tmp_path}/broken/; the same command goes on" in (
+        capsys.readouterr().err
+    )
     assert not (tmp_path / "broken" / "inspect.json").exists()
     monkeypatch.setattr(
         inspection_job, "measure", lambda stack, *rest: measured.append(stack.name) or real(stack, *rest)
@@ -320,7 +322,7 @@ def test_the_function_stays_one_after_the_module_is_imported() -> None:
     report = rt.inspect([rt.LayerStack(np.eye(3)[None])], (1,))
     jsonschema.validate(report, SCHEMA)
     assert module([rt.LayerStack(np.eye(3)[None])], (1,)) == report  # type: ignore[operator]
-    assert module.main is main
+    assert module.main(["--source", "nowhere", "--out", "none"]) == 2
 
 
 def test_the_standard_library_keeps_its_inspect() -> None:

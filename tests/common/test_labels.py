@@ -30,6 +30,6 @@ def test_alike_names_are_told_apart_by_what_differs() -> None:
 
 
 def test_tables_grow_rather_than_confuse() -> None:
-    lines = aligned([("kind", "n"), *((name, "1") for name in PARTS)], left={0}, gap=" ", width=10)
+    lines = aligned([("kind", "n"), *((name, "1") for name in PARTS)], left={0}, gap=1, width=10)
     assert len({line.rpartition(" ")[0] for line in lines[2:]}) == 4
     assert max(map(len, lines)) == len("encoder: ..k 1")

@@ -16,7 +16,7 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
         "a        10  x",
         "longest  7   y y",
     ]
-    assert aligned(ROWS, left=(0, 2), gap=" ") == [
+    assert aligned(ROWS, left=(0, 2), gap=1) == [
         "name     n what",
         "---------------",
         "a       10 x",

@@ -86,8 +86,8 @@ def test_what_fails_in_one_process_amid_a_pass_ends_all_with_one_sentence(
     np.save(path, decaying(12, 32, 24))  # the layers of the second process are the last
     command = ["--source", str(path), "--memory", "100KB", "--rank", "2", "--start", "lora", "--seeds", "0"]
     statuses, _, err = ended(started(2, "-c", FAULTY, what, *command, "--quiet", "--out", "none"))
-    (said,) = (line for line in err.split("\n") if line.startswith("rasa_theory.reconstruct: "))
-    assert said.startswith("rasa_theory.reconstruct: process 1 of 2: ")
+    (said,) = (line for line in err.split("\n") if line.startswith("rasa reconstruct: "))
+    assert said.startswith("rasa reconstruct: process 1 of 2: ")
     assert sentence in said
     assert statuses == [2, 2]
 
@@ -117,8 +117,8 @@ def test_a_killed_process_of_an_extraction_leaves_finished_stacks(pool: Pool, pa
     pool.run(1, extracts, [*common, str(tmp_path / "one")])
     statuses, _, err = ended(started(2, "-c", DIES, *common, str(tmp_path / "two")))
     assert statuses == [2, -signal.SIGKILL]
-    assert [line for line in err.split("\n") if line.startswith("rasa_theory.extract: ")] == [
-        "rasa_theory.extract: process 1 of 2 no longer answers; stacks that were finished are in --out, and the same "
+    assert [line for line in err.split("\n") if line.startswith("rasa extract: ")] == [
+        "rasa extract: process 1 of 2 no longer answers; stacks that were finished are in --out, and the same "
         "command goes on from there"
     ]
     finished = len(list((tmp_path / "two" / ".extract").glob("[0-9]*.json")))
@@ -193,9 +193,9 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(two_stac
     wait_for(out / "results.json", run)
     os.kill(numbers(Path("/proc") / str(run.pid), 2)[1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
-    said = [line for line in err.split("\n") if line.startswith("rasa_theory.reconstruct: ")]
+    said = [line for line in err.split("\n") if line.startswith("rasa reconstruct: ")]
     assert said == [
-        "rasa_theory.reconstruct: process 1 of 2 no longer answers; stacks that were finished are in --out, "
+        "rasa reconstruct: process 1 of 2 no longer answers; stacks that were finished are in --out, "
         "and the same command goes on from there"
     ]
     assert run.returncode != 0
@@ -212,6 +212,6 @@ def test_bad_input_of_one_process_is_one_sentence_and_exit_status_2(tmp_path: Pa
     np.savez(tmp_path / "x.npz", **values)
     command = ["rasa_theory.reconstruct", "--source", str(tmp_path / "x.npz"), "--rank", "2", "--out", "none"]
     statuses, _, err = ended(started(2, "-m", *command))
-    (said,) = (line for line in err.split("\n") if line.startswith("rasa_theory.reconstruct: "))
-    assert said.startswith("rasa_theory.reconstruct: process 1 of 2: ")
+    (said,) = (line for line in err.split("\n") if line.startswith("rasa reconstruct: "))
+    assert said.startswith("rasa reconstruct: process 1 of 2: ")
     assert statuses == [2, 2]

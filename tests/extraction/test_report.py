@@ -105,7 +105,7 @@ def test_the_share_of_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(extraction_run, "plain_norms", stops)
     assert main(arguments) == 130
-    assert "1 of 1 stacks are done" in capsys.readouterr().err
+    assert "1 of 1 stacks finished" in capsys.readouterr().err
     assert main(arguments) == 0
     assert sorted(asked) == sorted([*(key for key in updates if key[:2] != "h."), asked[2]])
     left_out = {one["name"]: one for one in report_of(tmp_path / "out")["left_out"]}

@@ -452,4 +452,4 @@ def test_entries_that_are_not_finite_are_exit_status_2(
         sentence = (
             f"{file}: stack 'h.*.w': layer 2, entry (1, 4) is {found}; all entries must be finite (tensor 'h.2.w')"
         )
-        assert (out, err) == ("", f"rasa_theory.reconstruct: {sentence}\n")
+        assert (out, err) == ("", f"rasa reconstruct: {sentence}\n")

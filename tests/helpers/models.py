@@ -62,7 +62,8 @@ def logits(model):
 
 def run(folder, out, *more):
     pair = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
-    return main([*pair, "--out", str(out), "--quiet", "--effort", "quick", *more])
+    effort = () if "--start" in more else ("--effort", "quick")
+    return main([*pair, "--out", str(out), "--quiet", *effort, *more])
 
 
 def report_of(out):

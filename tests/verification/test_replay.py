@@ -47,8 +47,8 @@ def test_a_violation_is_exit_status_1_and_a_file_that_reproduces_it(
     assert law in {broken_law["name"] for broken_law in failure["laws"]}
     assert f"FAILED on {family} 0" in err
     assert f"again: {failure['replay']}" in err
-    python, dash_m, module, *again = shlex.split(failure["replay"])
-    assert (python, dash_m, module) == ("python", "-m", "rasa_theory.verify")
+    rasa, verify, *again = shlex.split(failure["replay"])
+    assert (rasa, verify) == ("rasa", "verify")
     status, repeated, err = run(again, capsys, broken)
     assert status == 1
     assert repeated["failures"] == [failure]
@@ -106,7 +106,7 @@ def test_bad_replays_are_one_sentence_and_exit_status_2(
     np.savez(path, **{name: value for name, value in (GOOD | changed).items() if value is not None})
     status, found, err = run(["--replay", str(path)], capsys)
     assert (status, found) == (2, None)
-    assert err.startswith(f"rasa_theory.verify: {path}: ")
+    assert err.startswith(f"rasa verify: {path}: ")
     assert sentence in err
     assert err.count("\n") == 1
 
@@ -125,7 +125,7 @@ def test_damaged_files_and_those_of_another_kind_are_one_sentence(
         assert status in (0, 2)  # some bytes, such as times, do not matter
         if status == 2:
             unsound += 1
-            assert err.startswith(f"rasa_theory.verify: {path}: ")
+            assert err.startswith(f"rasa verify: {path}: ")
             assert err.count("\n") == 1
     assert unsound > 10
 

@@ -1,0 +1,90 @@
+"""Progress on standard error, and lines of output beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+_REFRESH_SECONDS = 0.2  # of a bar
+_LINE_SECONDS = 30.0  # between lines in a log file
+
+
+class Progress:
+    """Progress of a run: a bar on a terminal, a line now and then in a log file, nothing with `quiet`.
+
+    It is a context manager, and is called with the number of finished steps and the name of the one in hand.
+
+    - total: the number of steps.
+    - unit: a word for steps.
+    """
+
+    def __init__(self, total: int, unit: str, quiet: bool = False) -> None:
+        self._total, self._unit, self._quiet = total, unit, quiet
+        console = Console(stderr=True, highlight=False)
+        is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal
+        self._bar = _bar(console, unit) if is_terminal and not quiet else None
+        self._task = None if self._bar is None else self._bar.add_task("", total=total)
+        self._started = time.monotonic()
+        self._said = self._started if self._bar is None else -math.inf
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, doing: str) -> None:
+        """Say that `done` steps are finished and that `doing` is in hand, unless something was said just before."""
+        now = time.monotonic()
+        if self._quiet or now - self._said < (_LINE_SECONDS if self._bar is None else _REFRESH_SECONDS):
+            return
+        self._said = now
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, description=doing, refresh=True)
+        else:
+            told = f": {doing}" if doing else ""
+            print(f"{now - self._started:.0f} s, {done} of {self._total} {self._unit}{told}", file=sys.stderr)
+
+    def print(self, text: str, file: IO[str]) -> None:
+        """Print lines to `file`, which may be the terminal that the bar is on."""
+        if self._bar is not None:
+            self._bar.stop()
+        print_line(text, file)
+        if self._bar is not None:
+            self._bar.start()
+
+
+def _bar(console: Console, unit: str) -> Bar:
+    """A bar that vanishes at its end. It is drawn when it is told to, without a thread of its own."""
+    return Bar(
+        BarColumn(bar_width=10),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit, markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,  # lines for a file must not end on the terminal
+        expand=True,
+    )
+
+
+def print_line(text: str, file: IO[Any]) -> None:
+    """Print lines at once. Where nobody reads on, as in `.. | head`, they and all later ones are dropped."""
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
