@@ -95,6 +95,7 @@ def _prose(text: str) -> str:
 
 SCHEMAS = {
     "results": "`rasa reconstruct` writes it, and `rasa_theory.study` returns the same data.",
+    "report": "`rasa extract` writes it into the folder of the adapter.",
     "inspect": "`rasa inspect` writes it, and `rasa_theory.inspect` returns the same data.",
     "verify": "`rasa verify` writes it.",
 }

@@ -1,14 +1,18 @@
 """Small models of transformers, saved before and after a change, and the extraction command applied to them."""
 
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
+import rasa_theory
 from rasa_theory.commands.extract import main
 
 transformers = pytest.importorskip("transformers")
 
+SCHEMA = json.loads((Path(rasa_theory.__file__).parent / "data" / "report.schema.json").read_text(encoding="utf-8"))
 IDS = torch.arange(24).reshape(2, 12) % 50
 
 
@@ -67,7 +71,10 @@ def run(folder, out, *more):
 
 
 def report_of(out):
-    return json.loads((out / "report.json").read_text())
+    """The report of an extraction, which follows its schema."""
+    report = json.loads((out / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    return report
 
 
 def options(fmt="lora"):
