@@ -1,5 +1,7 @@
 """One thread and reproducible examples: a red test is red again on the next run. And a pair of checkpoints to share.
 
+With HYPOTHESIS_PROFILE=thorough in the environment, as in CI, five times as many examples are tried.
+
 One thread is the fastest for the small matrices of the tests, and leaves the other cores to other test processes. It is
 set before torch is imported, and in the environment, so that processes that tests start have it, too. Passive waiting
 matters where processes outnumber cores: a thread that spins keeps a core from the thread that it waits for.
@@ -14,8 +16,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("default")
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=20)
+settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")

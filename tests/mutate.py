@@ -197,7 +197,9 @@ def _in_child(copy: Path, test: str, cached: bool, output: Path, errors: Path) -
             del sys.modules[name]
         sys.modules["__main__"] = ModuleType("__main__")  # else processes that a test spawns import this module again
         sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, copy))]
-        os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="" if cached else "1")
+        os.environ.update(
+            HYPOTHESIS_PROFILE="thorough", PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="" if cached else "1"
+        )
         import pytest
 
         plugin = _Errors()

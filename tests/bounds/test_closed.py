@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from rasa_theory import (
     InputError,
@@ -168,7 +168,6 @@ def test_allocation_is_between_the_floor_and_lora_and_falls_with_k(problem):
 
 
 @given(nasty_stacks())
-@settings(max_examples=100)
 def test_no_factors_are_below_the_floor(problem):
     """The adversary: the best that three starts find, on stacks that include exactly representable ones."""
     stack, budget = problem.stack, problem.budget

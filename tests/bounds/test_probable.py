@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rasa_theory import LayerStack, RankBudget, SolverOptions, linalg, lower_bound, solve_lora, solve_rasa
 from rasa_theory.bounds import FAILURE, closed_floors, estimates, floor_slack
 from rasa_theory.bounds.probable import _clipped, _rank, _split, _stack
 from tests.helpers.problems import noise, orthogonal, planted
+from tests.helpers.strategies import fewer_examples
 
 CERTIFY = {"rank": _rank, "stack": _stack, "clipped": _clipped, "split": _split}
 
@@ -88,7 +89,7 @@ def stack_of(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**16), ranks=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]), power=st.integers(-90, 90))
-@settings(max_examples=4)
+@fewer_examples(20)
 def test_no_floor_is_above_the_exact_one_or_the_best_point_found(kind, seed, ranks, power):
     M, budget = stack_of(kind, seed), RankBudget(*ranks)
     if kind != "single":

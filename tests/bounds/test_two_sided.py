@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rasa_theory import FloorOptions, LayerStack, RankBudget, SolverOptions, lower_bound, solve_lora, solve_rasa
@@ -73,7 +73,6 @@ def test_the_value_is_the_literal_formula_less_its_allowance(L, b, a, r, k, seed
     st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
     st.sampled_from([0.0, 0.9]),
 )
-@settings(max_examples=80)
 def test_no_division_whatever_lifts_the_value_above_an_error(problem, seed, size, least):
     stack = problem.stack.transpose() if seed % 2 else problem.stack
     if stack.norm_squared == 0:
@@ -188,8 +187,10 @@ def test_the_floor_of_planted_factors_and_noise_is_below_the_noise(seed, size):
     assert not_above(floor, float((rest**2).sum()), stack.rounding)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("k", [1, 2, 4])
+MORE = [(0, 1), (1, 1), (1, 2), (0, 4), (1, 4)]
+
+
+@pytest.mark.parametrize(("seed", "k"), [(0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
 def test_it_gains_on_one_side_and_one_iteration_is_valid(seed, k):
     stack, budget = LayerStack(decaying(3, 32, 32, seed)), RankBudget(4, k)
     e_lora = solve_lora(stack, 4).error
@@ -200,8 +201,8 @@ def test_it_gains_on_one_side_and_one_iteration_is_valid(seed, k):
     assert values[1] >= dual + 0.01 * e_lora
 
 
-@pytest.mark.parametrize(("width", "cost"), [(36, 0.03), (44, 0.01)])
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(("width", "cost"), [(36, 0.03), pytest.param(44, 0.01, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_looking_at_the_leading_directions_only_costs_little(k, width, cost):
     """Of 48 directions, 3 L r cost at most 3 % of e_lora."""
     stack, budget = LayerStack(decaying(3, 48, 48)), RankBudget(4, k)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -21,6 +21,7 @@ from rasa_theory.solvers import RasaDescent, SearchCore, allocation_start, cance
 from rasa_theory.sources import open_source, planted_stack
 from tests.helpers.problems import decaying
 from tests.helpers.processes import Pool
+from tests.helpers.strategies import fewer_examples
 
 STARTS = ("best", "allocation", "lora", "random", "common", "pencil")
 
@@ -98,7 +99,7 @@ def test_fewer_layers_than_processes(pool: Pool) -> None:
     check_same(pool, (4,), decaying(2, 24, 20, 1), 3, 1, {"start": "random", "max_sweeps": 2})
 
 
-@settings(max_examples=8)
+@fewer_examples(10)
 @given(
     st.tuples(st.integers(1, 5), st.integers(6, 14), st.integers(6, 14)),
     st.integers(1, 3),

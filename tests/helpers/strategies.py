@@ -3,12 +3,18 @@
 from typing import NamedTuple
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from rasa_theory import LayerStack, RankBudget, SolverOptions, solve_rasa
 from tests.helpers.problems import planted
 
 KINDS = ("generic", "low rank", "repeated", "zero layers", "equal", "near duplicates", "uneven", "planted", "one entry")
+
+
+def fewer_examples(divisor):
+    """A share of the examples of the profile, for tests of which each takes long."""
+    return settings(max_examples=settings.default.max_examples // divisor)
 
 
 class Nasty(NamedTuple):

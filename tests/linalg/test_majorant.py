@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rasa_theory.linalg import Majorant, Operator, closest_majorant, depth_within, leading_guess, majorant, stream
@@ -63,7 +63,6 @@ def generator(seed=0):
     single=st.booleans(),
     share=st.sampled_from([1e-10, 1e-6, 1e-2]),
 )
-@settings(max_examples=150)
 def test_no_sum_or_eigenvalue_is_above_its_bound(name, seed, m, exponent, single, share):
     scale = 10.0**exponent
     single = single and abs(exponent) < 30
@@ -234,7 +233,6 @@ def test_purposes_have_streams_of_their_own():
     depth=st.integers(2, 5),
     exponent=st.sampled_from([-100, 0, 100]),
 )
-@settings(max_examples=100)
 def test_all_sums_lie_between_their_bounds_however_short_the_search(name, seed, m, depth, exponent):
     S = 10.0**exponent * matrix(SPECTRA[name], seed)
     depth = depth_within(N, m, depth) or 2

@@ -73,6 +73,10 @@ STACKS = {
 }
 
 
+EXAMPLES = [pytest.param(name, marks=pytest.mark.slow) if name == "joint diagonal, R = 4" else name for name in FITS]
+"""The names of all examples. The search for a core of R = 4 terms takes seconds."""
+
+
 @functools.cache
 def fit(name, stack):
     return FITS[name].fit(rt.LayerStack(STACKS[stack]))
@@ -83,7 +87,7 @@ def direct(M, found):
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_laws_of_all_methods(name, stack):
     M, found = STACKS[stack], fit(name, stack)
     norm = float((M**2).sum())
@@ -107,29 +111,30 @@ def test_every_method_has_its_examples():
     assert {example.method for example in FITS.values()} == set(methods.METHODS)
 
 
-@pytest.mark.parametrize("example", FITS.values(), ids=FITS)
-def test_the_formula_of_a_method_counts_what_its_fit_stores(example):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_formula_of_a_method_counts_what_its_fit_stores(name):
+    example = FITS[name]
     method = methods.METHODS[example.method]
     assert method.parameters(L, (B, A), **example.settings) == example.parameters
     other = rt.LayerStack(problems.decaying(4, 10, 8))
     assert method.parameters(4, (10, 8), **example.settings) == example.fit(other).parameters
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_scaling_the_stack_scales_the_error_by_its_square(name):
     M = STACKS["decaying"]
     for c in (2.0**40, 3.0):
         assert FITS[name].fit(rt.LayerStack(c * M)).error == pytest.approx(c**2 * fit(name, "decaying").error, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_nothing_is_left_of_nothing(name):
     found = FITS[name].fit(rt.LayerStack(np.zeros((L, B, A))))
     assert found.error == 0.0
     assert not found.update(1).any()
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_float32_is_measured_in_float64(name):
     M = STACKS["decaying"].astype(np.float32)
     found = FITS[name].fit(rt.LayerStack(M))
@@ -279,7 +284,7 @@ def test_with_orthogonal_layers_plain_cp_is_the_best_allocation():
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("R", [2, 3, 4])
+@pytest.mark.parametrize("R", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_full_core_is_not_above_a_diagonal_one(stack, R):
     s = rt.LayerStack(STACKS[stack])
     full, diagonal = (methods.fit_joint(s, R, core).error for core in ("full", "diagonal"))
@@ -314,7 +319,7 @@ def test_identical_layers_reach_the_floor_of_joint_bases():
         assert methods.fit_joint(s, R, "full").error == pytest.approx(methods.joint_floor(s, R))
 
 
-@pytest.mark.parametrize("R", [6, 7, 9])
+@pytest.mark.parametrize("R", [6, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_the_floor_holds_for_more_columns_than_the_smaller_side(R):
     """A diagonal core of R > min(b, a) terms: all rows, and still not all columns if R < b."""
     s = rt.LayerStack(noise(4, 8, 6))

@@ -111,7 +111,10 @@ def test_numpy_dtypes_on_disk(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(stack.values, M.astype(float))
 
 
-def test_reads_are_in_order_and_none_exceeds_the_limit(stack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", ["allocation", pytest.param("best", marks=pytest.mark.slow)])
+def test_reads_are_in_order_and_none_exceeds_the_limit(
+    start: str, stack_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[tuple[int, int]] = []
     read = FileRows.read
 
@@ -127,7 +130,7 @@ def test_reads_are_in_order_and_none_exceeds_the_limit(stack_file: Path, monkeyp
     rt.solve_lora(stack, 2)
     rt.allocation_bound(stack, budget)
     rt.lower_bound(stack, budget)
-    rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=3, effort="quick"))
+    rt.solve_rasa(stack, budget, rt.SolverOptions(start, max_sweeps=3, effort="quick"))
     ends = [start for start, stop in reads if start == 0]
     assert all(stop == following or following == 0 for (_, stop), (following, _) in pairwise(reads))
     assert len(ends) == stack.passes.total - before

@@ -95,7 +95,7 @@ def test_layers_of_no_higher_rank_have_no_parts() -> None:
 
 
 def test_a_solution_of_other_layers_or_ranks_is_refused() -> None:
-    M, budget, options = noise(3, 9, 8), rt.RankBudget(2, 1), rt.SolverOptions(max_sweeps=1)
+    M, budget, options = noise(3, 9, 8), rt.RankBudget(2, 1), rt.SolverOptions("allocation", max_sweeps=1)
     stack = rt.LayerStack(M)
     for other, ranks in ((M, rt.RankBudget(3, 1)), (M, rt.RankBudget(2, 2)), (M[:2], budget), (M[:, :5], budget)):
         solution = rt.solve_rasa(rt.LayerStack(other), ranks, options)

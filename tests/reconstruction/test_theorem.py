@@ -110,10 +110,12 @@ def test_starts_that_promise_nothing_are_undecided_above_e_lora_and_any_other_is
 
 def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
     told = []
-    settings = driver.StudySettings(3, (0, 1), SolverOptions(max_sweeps=5), "two-sided", seeds=1)
-    run_study([STACK], 3, (0, 1), solver=settings.solver, certificate="two-sided", seeds=1, watch=told.append)
+    quick = SolverOptions(max_sweeps=5, effort="quick")
+    settings = driver.StudySettings(3, (0, 1), quick, "two-sided", seeds=1)
+    run_study([STACK], 3, (0, 1), solver=quick, certificate="two-sided", seeds=1, watch=told.append)
     assert {p.doing for p in told if p.k == 1} >= {"dual floor", "two-sided floor", "random attempts"}
-    (floor,) = (run["lower_bound"] for run in run_study([STACK], 3, certificate="closed", seeds=0)["stacks"][0]["runs"])
+    (closed,) = run_study([STACK], 3, solver=quick, certificate="closed", seeds=0)["stacks"]
+    (floor,) = (run["lower_bound"] for run in closed["runs"])
     assert all(p.ratio <= 1 for p in told if p.doing.endswith("floor"))
     assert max(p.ratio for p in told if p.doing.endswith("floor")) * LORA.error >= floor
     assert [settings.tasks(k) for k in (0, 1)] == [1, 3]
@@ -123,7 +125,7 @@ def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
 
 
 def test_the_row_of_a_run_has_the_parameters_and_ratios_that_it_names():
-    results = run_study([STACK], rank=3, ks=(0, 2), seeds=1, solver=SolverOptions(max_sweeps=5))
+    results = run_study([STACK], rank=3, ks=(0, 2), seeds=1, solver=SolverOptions(max_sweeps=5, effort="quick"))
     (row,) = results["stacks"]
     for run, k in zip(row["runs"], (0, 2), strict=True):
         assert run["parameters"]["lora"] == 3 * 3 * (9 + 8)

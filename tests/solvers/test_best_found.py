@@ -14,11 +14,11 @@ SLOW = pytest.mark.slow
 # The lowest error of a plain search with bounded terms (8 ||M_i||) on seed 0 of each kind, from
 # `python -m experiments.best_found reference`: another implementation, 50 starts of L-BFGS and a polish.
 REFERENCES = [
-    ("common_part", SIZES[0], 0.15286484594491717),
+    pytest.param("common_part", SIZES[0], 0.15286484594491717, marks=SLOW),
     ("input_dictionary", SIZES[0], 0.11524895732880794),
     ("shared_bases", SIZES[0], 0.2112881238045088),
-    ("border_rank", SIZES[0], 0.004794055598694326),
-    ("drift", SIZES[3], 0.07318941202576584),
+    pytest.param("border_rank", SIZES[0], 0.004794055598694326, marks=SLOW),
+    pytest.param("drift", SIZES[3], 0.07318941202576584, marks=SLOW),
     ("hidden_dyads_80", SIZES[3], 0.3596182975249903),
     pytest.param("orthogonal_terms", SIZES[3], 0.2351288798080388, marks=SLOW),
     pytest.param("common_columns_and_rows", SIZES[0], 0.1835981682494222, marks=SLOW),
@@ -55,6 +55,7 @@ def test_two_layers_equal_up_to_scale_reach_the_rank_bound(seed: int) -> None:
     assert max(floor.value for floor in closed_floors(LayerStack(M), RankBudget(2, 2))) == pytest.approx(optimum)
 
 
+@SLOW
 def test_layers_whose_input_directions_come_from_one_set() -> None:
     """Six layers 64 x 64 of rank 12, rows from 18 common directions: allocation gains nothing."""
     rng = np.random.default_rng(0)

@@ -178,7 +178,7 @@ def test_a_sweep_remembers_nothing_but_its_state():
     assert torch.equal(again.factors.mixing, expected.factors.mixing)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4, 8))])
 def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
     """On a crop of the bundled updates, from the same start: less than their error, within 30 passes of their 600.
 

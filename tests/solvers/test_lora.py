@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
@@ -14,6 +14,7 @@ from rasa_theory.linalg import krylov, lanczos
 from rasa_theory.problem import layer_errors
 from rasa_theory.solvers import lora
 from tests.helpers.problems import noise, orthogonal, tail
+from tests.helpers.strategies import fewer_examples
 
 EPS = np.finfo(float).eps
 N = 160
@@ -150,7 +151,7 @@ def test_full_rank_and_one_layer():
     st.integers(0, 2**16),
     st.sampled_from([np.float32, np.float64]),
 )
-@settings(max_examples=25)
+@fewer_examples(4)
 def test_random_spectra(leading, p, rank, seed, dtype):
     """A few arbitrary singular values before a power law of arbitrary height."""
     height = np.random.default_rng(seed).random()

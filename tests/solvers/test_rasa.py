@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 import tensorly
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from tensorly.decomposition import parafac
 
 from rasa_theory import (
@@ -38,7 +38,7 @@ from rasa_theory.solvers import (
 )
 from tests.helpers import reference
 from tests.helpers.problems import KNOWN, SHAPES, noise, planted, shared_bases, zero
-from tests.helpers.strategies import nasty_stacks
+from tests.helpers.strategies import fewer_examples, nasty_stacks
 
 BOTH = pytest.mark.parametrize("sweep", ["joint", "paper"])
 EVERY = pytest.mark.parametrize("sweep", ["core", "joint", "paper"])
@@ -119,7 +119,7 @@ def test_near_zero_error_rounding_is_not_taken_for_a_gradient(seed, sweep):
     assert all(not_above(y, x, tolerance) for x, y in itertools.pairwise(solution.history))
 
 
-@settings(max_examples=30)
+@fewer_examples(3)
 @given(nasty_stacks())
 def test_rasa_is_between_the_floor_and_allocation_and_that_is_at_most_lora(problem):
     stack, budget = problem.stack, problem.budget
