@@ -129,7 +129,7 @@ def test_searched_floors_are_near_those_from_decompositions(certificate, kind):
     e_lora = solve_lora(LayerStack(M), 2).error
     exact, found = (lower_bound(LayerStack(M), budget, certificate, OPTIONS, spectra=s) for s in ("exact", "leading"))
     assert found.value == pytest.approx(exact.value, abs=5e-3 * e_lora)
-    assert found.value <= solve_rasa(LayerStack(M), budget, SolverOptions(effort="quick", max_sweeps=30)).error
+    assert found.value <= solve_rasa(LayerStack(M), budget, SolverOptions("allocation", max_sweeps=5)).error
     assert (found.name, found.failure) == (f"{exact.name}, probable", FAILURE)
 
 

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
-@pytest.mark.parametrize("more", [("--k", "0"), ("--format", "lora-exact-rasa", "--k", "1", "--sweeps", "4")])
+@pytest.mark.parametrize("more", [("--k", "0"), ("--format", "lora-exact-rasa", "--k", "1", "--start", "allocation")])
 def test_at_full_rank_peft_makes_the_tuned_model_of_the_base(llamas, tmp_path, more):
     folder, tuned = llamas
     assert run(folder, tmp_path, "--rank", "24", *more) == 0

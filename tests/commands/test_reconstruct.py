@@ -280,7 +280,7 @@ def test_an_empty_source_is_not_the_default(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_reader_that_leaves_is_no_error(stack_file: Path) -> None:
     command = [sys.executable, "-m", "rasa_theory.reconstruct", "--source", str(stack_file), "--rank", "2"]
-    command += ["--seeds", "0", "--sweeps", "2", "--quiet", "--json", "--out", "none"]
+    command += ["--seeds", "0", "--sweeps", "2", "--effort", "quick", "--quiet", "--json", "--out", "none"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # type: ignore[union-attr]
         assert b"Traceback" not in process.stderr.read()  # type: ignore[union-attr]

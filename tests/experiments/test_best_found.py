@@ -81,6 +81,7 @@ def literal(point: Point) -> Array:
     return np.einsum("bt,at,lt->lba", B_, A_, D)
 
 
+@pytest.mark.slow
 def test_noise_on_planted_factors_is_fitted_by_the_share_of_the_parameters() -> None:
     M, _ = planted(3, 1)
     N = 0.1 * rng(9).standard_normal(M.shape)
@@ -171,6 +172,7 @@ def test_every_problem_comes_once_and_all_kinds_at_all_sizes_come_first() -> Non
     assert {problem.seed for problem in first} == {0}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_the_solver_stands_beside_the_reference(tmp_path: Path) -> None:
     options = ["--kinds", "two_copies", "--seeds", "0", "--starts", "5", "--iterations", "50", "--out", str(tmp_path)]
     run.main(["reference", *options])

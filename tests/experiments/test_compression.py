@@ -75,12 +75,18 @@ def test_stacks_are_over_adapters_and_layers_and_over_adapters(folders: list[Pat
     assert found[0].parameters == methods.lora_parameters(4, (8, 6), 2)
 
 
+EVERY = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "joint_diagonal" else name for name in approaches.SOLVERS
+]
+"""The names of all solvers. A diagonal core takes seconds."""
+
+
 @pytest.mark.parametrize("module", ["encoder.layer.3.attention.self.query", "model.layers.0.query.dense"])
 def test_kinds_have_short_names(module: str) -> None:
     assert collections.kind_of(module) == "query"
 
 
-@pytest.mark.parametrize("name", approaches.SOLVERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_method_keeps_within_the_numbers_and_its_error_is_that_of_the_product(name: str) -> None:
     found = collection()
     for share in (0.3, 0.8):

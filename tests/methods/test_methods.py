@@ -414,7 +414,7 @@ def test_mos_is_not_above_lora_of_its_private_terms():
         assert found.error >= methods.fit_lora(s, 6).error
 
 
-@pytest.mark.parametrize("R", [5, 7])
+@pytest.mark.parametrize("R", [pytest.param(5, marks=pytest.mark.slow), 7])
 def test_a_diagonal_core_is_not_above_the_leading_terms_of_all_layers(R):
     s = rt.LayerStack(problems.decaying(4, 16, 12))
     assert methods.fit_joint(s, R, "diagonal").error <= methods.fit_allocated(s, R).error * (1 + 1e-12)

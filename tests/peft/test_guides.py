@@ -48,6 +48,7 @@ def test_the_page_trains_saves_loads_and_converts(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(answer(merged), answer(adapted), rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_page_starts_from_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, generator = tiny("llama"), torch.Generator().manual_seed(0)
     updates = {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in base.state_dict().items()

@@ -268,6 +268,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
         torch.testing.assert_close(p.grad, expected[key])
 
 
+@pytest.mark.slow
 def test_compiled_before_or_after_it_computes_the_same(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = perturbed(adapted())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -111,6 +111,6 @@ def test_planted_pools_are_seen_as_what_they_are():
     U, V = orthogonal(20, 1)[:, :5], orthogonal(18, 2)[:, :5]
     D = rng.choice([-1.0, 1.0], (5, 5)) * (1 + 0.1 * rng.standard_normal((5, 5)))
     M = (U * D[:, None]) @ V.T + 0.01 * noise(5, 20, 18)
-    found = pool_participation(solve_rasa(LayerStack(M), RankBudget(1, 1)).factors)
+    found = pool_participation(solve_rasa(LayerStack(M), RankBudget(1, 1), SolverOptions(effort="quick")).factors)
     assert float(found.by_loss.min()) > 4.7
     assert float(found.by_weight.min()) > 4.7

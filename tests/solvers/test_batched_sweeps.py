@@ -315,7 +315,7 @@ def constrained_minimum(K: np.ndarray, limits: np.ndarray, starts: int) -> float
     return min(run.fun for run in runs)
 
 
-@pytest.mark.parametrize("limit", [0.8, 1.0, 1.5])
+@pytest.mark.parametrize("limit", [1.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.8, 1.5))])
 def test_where_the_bound_is_active_the_result_is_the_constrained_minimum(limit: float) -> None:
     """The infimum of this tensor is 0, with terms that grow for ever: within a limit the minimum is above it."""
     limits = limit * torch.linalg.matrix_norm(BORDER_RANK)
