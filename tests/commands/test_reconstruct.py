@@ -64,6 +64,7 @@ def check_laws(results: dict[str, Any]) -> None:
         assert all(math.sqrt(b) <= math.sqrt(a) + close for a, b in pairwise(errors))
 
 
+@pytest.mark.slow
 def test_bundled_updates_in_a_subprocess(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rasa_theory.reconstruct", "--rank", "8", "--k", "1", "--modules", "query"]
     command += ["--seeds", "1", "--sweeps", "20", "--effort", "quick", "--json", "--quiet"]

@@ -498,6 +498,7 @@ def test_a_figure_of_results_without_attempts_says_so() -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["no random attempts in these results"]
 
 
+@pytest.mark.slow
 def test_floors_stay_what_they_are_beside_a_solver_that_has_changed() -> None:
     sizes = np.array([1, 2, 4])[:, None, None]
     stack = rt.LayerStack(sizes * np.random.default_rng(0).standard_normal((3, 12, 10)), "q")

@@ -18,7 +18,7 @@ PLAN = {"settings": "these"}
 
 def finished_study(folder: ResultsFolder) -> StudyState:
     """Two stacks, written with the plan under `unfinished`, as between two stacks of a longer run."""
-    settings = StudySettings(2, (0, 1), rt.SolverOptions(max_sweeps=3, effort="quick"), seeds=0)
+    settings = StudySettings(2, (0, 1), rt.SolverOptions("allocation", max_sweeps=3), seeds=0)
     state = StudyState(new_results(settings), {})
     state.results["unfinished"] = folder.plan
     for _ in study_steps([rt.LayerStack(noise(2, 5, 4, n), f"stack {n}") for n in range(2)], settings, state):

@@ -146,7 +146,7 @@ def test_one_violation_outweighs_what_is_undecided():
 
 
 def test_attempts_count_on_from_the_seed():
-    results = run_study([STACK], rank=2, ks=(1,), seeds=3, solver=SolverOptions(max_sweeps=1, seed=40))
+    results = run_study([STACK], rank=2, ks=(1,), seeds=3, solver=SolverOptions(max_sweeps=1, seed=40, effort="quick"))
     assert [a["seed"] for a in results["stacks"][0]["runs"][0]["attempts"]] == [40, 41, 42]
 
 
