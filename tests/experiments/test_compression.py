@@ -183,7 +183,7 @@ def test_sides_say_what_one_space_of_r_dimensions_keeps() -> None:
     assert errors[1] > 0.1
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
