@@ -88,9 +88,7 @@ def plot(lines: list[Row], spectra: dict[str, torch.Tensor]) -> Figure:
     style.note(above, "rank 8", (8, 1.3e-3), xytext=(4, 0), textcoords="offset points")
     above.set_ylim(1e-3, 1.2)
     style.name(above, "index j of the singular value", "$\\sigma_j / \\sigma_1$, a line per layer")
-    for line in below[0].get_lines():
-        above.plot([], [], line.get_marker() + "-", color=line.get_color(), ms=3, label=line.get_label())
-    style.legend_above(above, 2)
+    style.legend_above(above, 2, handles=below[0].get_lines())
     for n, (ax, label) in enumerate(zip(below, labels, strict=True)):
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
