@@ -78,8 +78,6 @@ def test_the_schema_has_every_name_of_a_floor() -> None:
 
 @pytest.mark.parametrize("page", generate.PAGES)
 def test_pages_made_from_the_code_are_up_to_date(page: str) -> None:
-    if page == "reference/command_line.md":
-        pytest.importorskip("rasa_theory.commands.main")
     text = (generate.DOCS / page).read_text(encoding="utf-8")
     assert text == generate.text_of(page), "run python -m docs.generate"
 

@@ -11,7 +11,7 @@ from rasa_theory.problem.participation import PoolParticipation, layer_losses, p
 from rasa_theory.problem.residual import layer_errors, layer_residuals, reconstruction_error
 from rasa_theory.problem.spectra import SPECTRA, SVD, Layered, StackSpectra, takes_leading
 from rasa_theory.problem.spectrum import SpectralRanks, spectral_ranks
-from rasa_theory.problem.squared_error import squared_error, squared_errors
+from rasa_theory.problem.squared_error import check_same_layers, squared_error, squared_errors
 from rasa_theory.problem.stack import LayerStack
 from rasa_theory.problem.storage import Difference, Divided, Factored, FileRows, InMemory, OnDisk, Part, native
 from rasa_theory.problem.subspaces import (
@@ -51,6 +51,7 @@ __all__ = [
     "StackSpectra",
     "balanced",
     "check_memory",
+    "check_same_layers",
     "compute_device",
     "compute_dtype",
     "is_decomposed",

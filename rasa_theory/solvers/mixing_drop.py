@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.linalg import batched
-from rasa_theory.problem import LayerStack, RasaFactors
+from rasa_theory.problem import LayerStack, RasaFactors, check_same_layers
 from rasa_theory.solvers.accuracy import layer_term_norms, measurable
 from rasa_theory.solvers.updates import update_mixing
 
@@ -19,6 +19,7 @@ def resolve_mixing(stack: LayerStack, factors: RasaFactors) -> tuple[RasaFactors
 
     Factors and drop are in units of the input. Two passes over M.
     """
+    check_same_layers(stack, factors)
     unit = stack.unit()
     factors = factors.to(torch.float64, stack.device).scaled(1 / stack.scale).normalised()
     MA = torch.zeros(factors.sharding.local_layers, *factors.shared_B.shape, dtype=torch.float64, device=stack.device)
@@ -77,5 +78,8 @@ def mixing_drop(stack: LayerStack, factors: RasaFactors) -> float:
 
     Returns:
         The drop of the squared error, summed over layers, in units of the input; at least 0.
+
+    Raises:
+        InputError: factors and stack have different layers or shapes.
     """
     return resolve_mixing(stack, factors)[1]

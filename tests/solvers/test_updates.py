@@ -7,7 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 
-from rasa_theory import LayerStack, RankBudget, RasaFactors, linalg, mixing_drop, reconstruction_error, solve_lora
+from rasa_theory import (
+    InputError,
+    LayerStack,
+    RankBudget,
+    RasaFactors,
+    linalg,
+    mixing_drop,
+    reconstruction_error,
+    solve_lora,
+)
 from rasa_theory.solvers import drop_allowance, measurable, random_start, resolve_mixing, term_norms, term_size, updates
 from tests.helpers import reference
 from tests.helpers.problems import SHAPES, noise, random_factors
@@ -245,6 +254,15 @@ def test_mixing_drop_is_zero_where_nothing_can_be_gained():
     stack = LayerStack(noise(1, 6, 5))
     f = RasaFactors.from_lora(solve_lora(stack, 3).factors, RankBudget(3, 2))
     assert mixing_drop(stack, f) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (1, 6, 5), (3, 7, 5), (3, 6, 4)])
+def test_mixing_drop_refuses_factors_of_another_stack(shape):
+    """Factors of one layer would broadcast, those of fewer layers would leave layers out."""
+    stack, f = LayerStack(noise(3, 6, 5), "mine"), random_start(LayerStack(noise(*shape)), RankBudget(2, 1), seed=0)
+    sentence = "^the factors are of {} layers of {} x {}, stack 'mine' has 3 of 6 x 5$".format(*shape)
+    with pytest.raises(InputError, match=sentence):
+        mixing_drop(stack, f)
 
 
 def test_normalising_the_pool_changes_no_update():
