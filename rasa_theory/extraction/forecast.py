@@ -13,7 +13,7 @@ from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettin
 from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames, grouped
 from rasa_theory.linalg import worth_it
-from rasa_theory.problem import LayerStack
+from rasa_theory.problem import LayerStack, RankBudget
 from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, solver_seconds
 from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line, synthetic_stack
 
@@ -137,7 +137,8 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
     solver = ""
     if settings.k != 0 and settings.rank is not None:
         solving = exact_solver_seconds(exact, decomposed, settings.rank)
-        solver = _solver_time(settings, solving + solver_seconds(by_products, len(searched)))
+        budget = RankBudget(settings.rank, 1 if settings.k is None else settings.k)
+        solver = _solver_time(settings, solving + solver_seconds(by_products, searched, budget))
     if seconds < 1:
         about, seconds = "less than", 1
     shared = "" if world_size == 1 else f", in all {world_size} processes together"

@@ -95,7 +95,8 @@ class StudyJob:
             else:
                 entries = sum(source.layers * math.prod(source.shape) for source in sources)
                 seconds = lora_seconds(entries, settings.rank, self.dtype, self.device)
-                solving += ks * solver_seconds(seconds, len(sources))
+                budgets = [RankBudget(settings.rank, k) for k in settings.ks if k > 0]
+                solving += sum(solver_seconds(seconds, sources, budget) for budget in budgets)
             shortest, longest = attempt_seconds(seconds, exact)
             lora += seconds
             least += ks * settings.seeds * shortest

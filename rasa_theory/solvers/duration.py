@@ -1,8 +1,8 @@
 """How long LoRA, the default solver and random attempts take: rules that were measured, for dry runs.
 
 One layer is timed, on the machine and at the time of the dry run; the rest follows from LoRA's time. Large layers take
-no SVD, and their rule was measured on two cores with 4 x 512^2 to 8 x 4096^2 (`experiments.at_size`). Small layers take
-exact SVDs. Their rule is rough: it rests on the bundled updates (148 s of one core for four stacks, five attempts each)
+no SVD, and their rule was measured on two cores with 4 x 512^2 to 32 x 4096^2 (`experiments.at_size`). Small layers
+take exact SVDs. Their rule is rough: it rests on the bundled updates (148 s of one core for four stacks, five attempts each)
 and on synthetic stacks of 3 x 60 x 50 and 6 x 128^2. The sweeps of a search depend on the updates.
 """
 
@@ -16,14 +16,20 @@ import torch
 from torch import Tensor
 
 from rasa_theory.linalg import orthogonal
-from rasa_theory.problem import Layered, LayerStack
+from rasa_theory.problem import Layered, LayerStack, RankBudget
 from rasa_theory.solvers.attempts import AT_LEAST, ITERATIONS
 from rasa_theory.solvers.lora import solve_lora
+from rasa_theory.solvers.search import EFFORTS, search_operations
 
 TIMES_LORA = 14
-"""Solver and closed floor, in units of LoRA's time, without the search on the core."""
+"""Solver and closed floor, in units of LoRA's time, without the search on the core, for `TERMS` terms in all layers."""
+TERMS = 64
+TERMS_POWER = 0.6
+"""How `TIMES_LORA` rises with the number L r of terms, beyond `TERMS`: products with M then have more columns."""
 SEARCH_SECONDS = 5
-"""The search on the core, in seconds; it does not depend on the size of the layers."""
+"""The search on a small core, in seconds; it does not depend on the size of the layers."""
+OPERATIONS_PER_SECOND = 7e9
+"""The sweeps on a large core: it has 3/2 L r rows and columns."""
 ITERATION_TIMES_LORA = 1.7
 """One iteration of a random attempt, in units of LoRA's time."""
 
@@ -39,9 +45,16 @@ _EXACT_SAMPLE = 384  # the same, for layers with exact SVDs
 _DECAY = -0.7  # its singular values are j^_DECAY, as those of updates about
 
 
-def solver_seconds(lora_seconds: float, stacks: int) -> float:
-    """The seconds of solver and closed floor for `stacks` stacks of large layers whose LoRA takes `lora_seconds`."""
-    return TIMES_LORA * lora_seconds + SEARCH_SECONDS * stacks
+def solver_seconds(lora_seconds: float, stacks: Sequence[Layered], budget: RankBudget) -> float:
+    """The seconds of solver and closed floor for stacks of large layers whose LoRA takes `lora_seconds` in all."""
+    entries = [stack.layers * math.prod(stack.shape) for stack in stacks]
+    seconds = 0.0
+    for stack, count in zip(stacks, entries, strict=True):
+        terms = max(1.0, stack.layers * budget.rank / TERMS)
+        seconds += TIMES_LORA * terms**TERMS_POWER * lora_seconds * count / sum(entries)
+        operations = search_operations(stack.layers, stack.shape, budget, EFFORTS["default"])
+        seconds += SEARCH_SECONDS + operations / OPERATIONS_PER_SECOND
+    return seconds
 
 
 def exact_solver_seconds(lora_seconds: float, stacks: Sequence[Layered], rank: int) -> float:

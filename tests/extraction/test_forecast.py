@@ -24,8 +24,9 @@ def test_a_dry_run_says_what_and_how_large(llamas, tmp_path, monkeypatch, capsys
     assert run(folder, tmp_path / "out", "--dry-run", "--rank", "4", "--k", "1") == 0
     text = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj.weight: 3 x 24 x 24" in text
-    solving = "solver and floors less than 50 s more"  # 7 stacks of 3 layers, and the output layer
-    assert f"LoRA takes less than 1 s here, reading aside, by a layer timed now; {solving}." in text
+    said = re.search("LoRA takes less than 1 s here, .*; solver and floors less than (.*) s more", text)
+    assert said
+    assert float(said[1]) > 7 * 4  # each of 7 stacks takes 4 s or more, whatever LoRA takes on a busy machine
     assert "  left out: 7 norms: the weight of a norm, by the model class LlamaForCausalLM" in text
     assert "\nk concerns the report alone: format lora holds no pool. --k 0 takes less time.\n" in text
     assert "\nAll factors have rank 4 in the file.\n" in text

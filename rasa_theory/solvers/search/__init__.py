@@ -8,10 +8,17 @@ from rasa_theory.solvers.search.batch import Batch, inside, refitted, update_pri
 from rasa_theory.solvers.search.core import SearchCore
 from rasa_theory.solvers.search.effort import EFFORTS, Effort
 from rasa_theory.solvers.search.moves import moved
-from rasa_theory.solvers.search.search import Candidate, PoolSearch, SearchSummary, Watch, starts_of_search
+from rasa_theory.solvers.search.search import (
+    Candidate,
+    PoolSearch,
+    SearchSummary,
+    Watch,
+    search_operations,
+    starts_of_search,
+)
 from rasa_theory.solvers.search.sweeps import BatchedSweeps, Multipliers
 
 __all__ = [
     "EFFORTS", "Batch", "BatchedSweeps", "Candidate", "Effort", "Multipliers", "PoolSearch", "SearchCore",
-    "SearchSummary", "Watch", "inside", "moved", "refitted", "starts_of_search", "update_private",
+    "SearchSummary", "Watch", "inside", "moved", "refitted", "search_operations", "starts_of_search", "update_private",
 ]  # fmt: skip

@@ -54,6 +54,19 @@ class SearchCore:
         return RasaFactors(self.U.mT @ Bt, At @ self.V, self.U.mT @ B, A @ self.V, D)
 
 
+def core_side(side: int, terms: int) -> int:
+    """The number of rows of a core of layers with `side` rows, at factors of so many rank-one terms in all."""
+    if side <= _SMALL:
+        return side
+    held = min(terms, side - _BESIDE)
+    return held + _beside(held, side)
+
+
+def _beside(held: int, side: int) -> int:
+    """The number of directions beside those of the factors."""
+    return min(max(_BESIDE, held // 2), side - held)
+
+
 def _basis(unit: LayerStack, factors: RasaFactors) -> Tensor:
     """Orthonormal columns (b, n) for the B side, in float64."""
     b, sharding = unit.shape[0], unit.sharding
@@ -62,7 +75,7 @@ def _basis(unit: LayerStack, factors: RasaFactors) -> Tensor:
         return torch.eye(b, dtype=torch.float64, device=unit.device)
     columns = torch.cat([batched.beside(sharding.all_gather(exact.private_B)), exact.shared_B], 1)
     Q = orthogonal.orthonormal_columns(columns[:, columns.any(0)][:, : b - _BESIDE])
-    more = min(max(_BESIDE, Q.shape[1] // 2), b - Q.shape[1])
+    more = _beside(Q.shape[1], b)
     if unit.spectra.is_leading:
         return torch.cat([Q, orthogonal.orthonormal_beside(Q, _leading_of_rest(unit, factors, Q, more))], 1)
     rest = (orthogonal.outside(Q, tile.values.double() - exact.update(tile.layer)) for tile in unit.tiles(rows=b))

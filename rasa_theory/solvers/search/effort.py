@@ -45,10 +45,10 @@ class Effort:
         """The number of entries of a start that has `of_start` of them for `starts` = 1; a single one stays single."""
         return of_start if of_start == 1 else math.ceil(self.starts * of_start)
 
-    def within(self, cost_of_sweep: float, entries: Sequence[int]) -> Effort:
-        """The same plan with fewer starts and moves, if `cost` does not allow more; at least a tenth of them.
+    def sweeps(self, entries: Sequence[int]) -> float:
+        """The number of sweeps of all runs together, without `more` and rounds beyond `rounds`.
 
-        `cost_of_sweep` is that of one run, and `entries` are those of all starts for `starts` = 1.
+        `entries` are those of all starts for `starts` = 1.
         """
         runs, total = sum(map(self.entries, entries)), 0.0
         for sweeps, left in self.heats:
@@ -60,8 +60,14 @@ class Effort:
             per_round += moves * sweeps
             moves = left
             per_round += self.parents * sweeps
-        total += self.rounds * per_round + self.parents * self.final
-        share = min(1.0, self.cost / (total * cost_of_sweep))
+        return total + self.rounds * per_round + self.parents * self.final
+
+    def within(self, cost_of_sweep: float, entries: Sequence[int]) -> Effort:
+        """The same plan with fewer starts and moves, if `cost` does not allow more; at least a tenth of them.
+
+        `cost_of_sweep` is that of one run, and `entries` are as in `sweeps`.
+        """
+        share = min(1.0, self.cost / (self.sweeps(entries) * cost_of_sweep))
         if share == 1.0:
             return self
         share = max(share, 0.1)

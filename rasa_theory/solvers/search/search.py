@@ -13,7 +13,7 @@ from rasa_theory.linalg import suitable_threads
 from rasa_theory.problem import LayerStack, RankBudget, RasaFactors
 from rasa_theory.solvers.accuracy import layer_sizes
 from rasa_theory.solvers.search.batch import Batch, inside, update_private
-from rasa_theory.solvers.search.core import SearchCore
+from rasa_theory.solvers.search.core import SearchCore, core_side
 from rasa_theory.solvers.search.effort import Effort
 from rasa_theory.solvers.search.moves import moved
 from rasa_theory.solvers.search.sweeps import BatchedSweeps
@@ -118,8 +118,7 @@ class PoolSearch:
         self.core = SearchCore.at(unit, factors)
         self._limits = max_cancellation * unit.sharding.all_gather(layer_sizes(unit)).to(self.core.K.device)
         self._near = _NEAR * unit.spectra.tail_energy(budget.rank)
-        entries = [start.entries for start in starts_of_search()]
-        self._effort = effort.within(cost_of_sweep(self.core.K, budget), entries)
+        self._effort = effort.within(cost_of_sweep(tuple(self.core.K.shape), budget), _entries_of_starts())
         self._energy = float((self.core.K**2).sum())
         self._beside = unit.norm_squared - self._energy  # what the core leaves out
         self._generator = torch.Generator().manual_seed(seed)
@@ -234,8 +233,19 @@ def starts_of_search() -> Iterator[Start]:
     return (start for start in STARTS.values() if start.is_worth_racing is None)
 
 
-def cost_of_sweep(K: Tensor, budget: RankBudget) -> float:
-    """The number of floating-point operations of one sweep of one run on K (L, n, m), about."""
-    L, n, m = K.shape
+def search_operations(layers: int, shape: tuple[int, int], budget: RankBudget, effort: Effort) -> float:
+    """The number of floating-point operations of the sweeps of a search for layers (b, a), about."""
+    n, m = (core_side(side, layers * budget.rank) for side in shape)
+    cost, entries = cost_of_sweep((layers, n, m), budget), _entries_of_starts()
+    return cost * effort.within(cost, entries).sweeps(entries)
+
+
+def _entries_of_starts() -> list[int]:
+    return [start.entries for start in starts_of_search()]
+
+
+def cost_of_sweep(shape: tuple[int, ...], budget: RankBudget) -> float:
+    """The number of floating-point operations of one sweep of one run on a core (L, n, m), about."""
+    L, n, m = shape
     R, q = budget.pool_rank(L), budget.private_rank
     return 4.0 * L * n * m * (q + R) + 4.0 * L * (n + m) * R * (R + q) + L * R**3
