@@ -136,6 +136,7 @@ def test_updates_and_derivatives_of_all_factors() -> None:
     assert model.updates(model.balanced(x)) == pytest.approx(model.updates(x))
 
 
+@pytest.mark.slow
 def test_descents_reach_planted_factors_and_respect_the_cap() -> None:
     model = Model(2, 4, 4, 1, 2)
     M = model.updates(np.random.default_rng(1).standard_normal((1, model.parameters)))[0]
@@ -175,6 +176,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return read_rows(folder / "tiny_instances.csv")
 
 
+@pytest.mark.slow
 def test_minima_are_stored_and_errors_made_again(
     smoke: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_minima_are_stored_and_errors_made_again(
     assert read_rows(path) == first
 
 
+@pytest.mark.slow
 def test_an_error_below_a_minimum_or_a_bound_is_reported(
     smoke: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ def test_beside_the_literal_iterations(L, b, a, r, k, seed):
 
 
 @pytest.mark.parametrize("c", [1.0, 1e3, 1e-70])
-@pytest.mark.parametrize("crossing", [1, 2, 7, 25])
+@pytest.mark.parametrize("crossing", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 25))])
 def test_an_error_counts_as_below_only_beyond_rounding(crossing, c):
     """With e_lora at the very error of an iteration, or above it by less than rounding, the next one is the first."""
     stack, budget = LayerStack(c * noise(3, 9, 8)), RankBudget(2, 1)

@@ -45,7 +45,7 @@ def largest(x):
 
 
 @pytest.mark.parametrize(("L", "b", "a", "r", "k"), NARROW)
-@pytest.mark.parametrize("start", [allocation_start, random_start])
+@pytest.mark.parametrize("start", [allocation_start, pytest.param(random_start, marks=pytest.mark.slow)])
 def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a, r, k, start):
     stack, budget = LayerStack(falling(L, b, a)), RankBudget(r, k)
     unit, sweep, state = started(stack, budget, start)
