@@ -2,8 +2,8 @@
 
 One layer is timed, on the machine and at the time of the dry run; the rest follows from LoRA's time. Large layers take
 no SVD, and their rule was measured on two cores with 4 x 512^2 to 32 x 4096^2 (`experiments.at_size`). Small layers
-take exact SVDs. Their rule is rough: it rests on the bundled updates (148 s of one core for four stacks, five attempts each)
-and on synthetic stacks of 3 x 60 x 50 and 6 x 128^2. The sweeps of a search depend on the updates.
+take exact SVDs. Their rule is rough: it rests on the bundled updates (148 s of one core for four stacks, five attempts
+each) and on synthetic stacks of 3 x 60 x 50 and 6 x 128^2. The sweeps of a search depend on the updates.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The forecast of an extraction: sizes, memory, disk space, reads per stack and time, as the run itself has them."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,6 @@ def test_how_long_a_lora_takes_is_extrapolated_to_all_layers():
     assert said((1024, 1024), 4, 1, spectra="exact").startswith("LoRA takes up to about 32 s here")
     pool = said((1280, 1280), 4, 1)
     assert pool.startswith("LoRA takes about 4 s here, and up to 62 s where singular values")
-    assert pool.endswith("by a layer timed now; solver and floors some 61 s more.")  # 14 * 4 + 5
+    assert pool.endswith("by a layer timed now; solver and floors some 62 s more.")  # 14 * 4 + 5, and 1 for sweeps
     assert said((2560, 1280), 4, 0).startswith("LoRA takes about 8 s here, and up to 125 s where singular values")
     assert said((2560, 1280), 400, 0).startswith("LoRA takes up to about 125 s here, reading")
