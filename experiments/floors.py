@@ -18,21 +18,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support.rows import Row, Table, of_models, read_rows, write_rows
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
-
-if TYPE_CHECKING:
-    Bar = tqdm[Any]
 
 KEY = ("model", "stack", "r", "k")
 COLUMNS = (
@@ -41,8 +39,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(stack: rt.LayerStack, budget: rt.RankBudget, best_found: float, search: rt.FloorOptions, bar: Bar) -> Row:
-    """One row of the table, without the model.
+def row(
+    stack: rt.LayerStack, budget: rt.RankBudget, best_found: float, search: rt.FloorOptions, say: Callable[[str], None]
+) -> Row:
+    """One row of the table, without the model. `say` is called with the state of the search in hand.
 
     The seconds of a floor are spent in its own search, in both orientations.
     """
@@ -50,7 +50,7 @@ def row(stack: rt.LayerStack, budget: rt.RankBudget, best_found: float, search: 
 
     def watch(progress: rt.SearchProgress) -> None:
         at = f"{progress.search} {progress.iteration}: {progress.value / e_lora:.4f}"
-        bar.set_description(f"{stack.name}, k = {budget.shared_rank}, {at}")
+        say(f"{stack.name}, k = {budget.shared_rank}, {at}")
 
     floors, clock = {}, {}
     for name in ("closed", "dual", "two-sided"):
@@ -75,17 +75,21 @@ def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.So
 
     Raises ValueError for rows that do not belong to these stacks, by their allocation bound.
     """
-    for (name, r), group in itertools.groupby(tqdm(rows), key=lambda row: (row["stack"], row["r"])):
-        own = list(group)
-        stack = stacks[name]
-        e_lora = rt.solve_lora(stack, r).error
-        for row in own:
-            allocation = rt.allocation_bound(stack, rt.RankBudget(r, row["k"])).value / e_lora
-            if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
-                raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {r}")
-        solutions = rt.solve_path(stack, r, [row["k"] for row in own], solver)
-        best = [solutions[row["k"]].error / e_lora for row in own]
-        yield from (row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True))
+    done = 0
+    with Progress(len(rows), "rows") as progress:
+        for (name, r), group in itertools.groupby(rows, key=lambda row: (row["stack"], row["r"])):
+            own = list(group)
+            progress(done, f"{name}, r = {r}")
+            stack = stacks[name]
+            e_lora = rt.solve_lora(stack, r).error
+            for row in own:
+                allocation = rt.allocation_bound(stack, rt.RankBudget(r, row["k"])).value / e_lora
+                if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
+                    raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {r}")
+            solutions = rt.solve_path(stack, r, [row["k"] for row in own], solver)
+            best = [solutions[row["k"]].error / e_lora for row in own]
+            yield from (row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True))
+            done += len(own)
 
 
 LOOKS = {
@@ -146,18 +150,20 @@ def main(arguments: list[str] | None = None) -> None:
         style.save(plot(shown(read_rows(file))), options.out / "floors.png")
         return
     missing = {name: [k for k in ks if {"model": model, "stack": name, "r": r, "k": k} not in table] for name in stacks}
-    with tqdm(total=sum(map(len, missing.values()))) as bar:
+    done = 0
+    with Progress(sum(map(len, missing.values())), "rows") as progress:
         for name, own_ks in missing.items():
-            bar.set_description(f"{name}, solving")
+            progress(done, f"{name}, solving")
             for k, solution in rt.solve_path(stacks[name], r, own_ks, solver).items():
-                line = row(stacks[name], rt.RankBudget(r, k), solution.error, search, bar)
+                line = row(stacks[name], rt.RankBudget(r, k), solution.error, search, partial(progress, done))
                 table.add([{"model": model} | line])
-                bar.update()
-                tqdm.write(
+                done += 1
+                progress.print(
                     f"{name:18} k = {k}  best found {line['best_found']:.5f}"
                     f"  closed {line['closed']:.5f} {line['closed_name']:8}"
                     f"  dual {line['dual']:.5f} ({line['dual_seconds']:.0f} s)"
-                    f"  two-sided {line['two_sided']:.5f} ({line['two_sided_seconds']:.0f} s)  gap {line['gap']:.5f}"
+                    f"  two-sided {line['two_sided']:.5f} ({line['two_sided_seconds']:.0f} s)  gap {line['gap']:.5f}",
+                    sys.stdout,
                 )
     if rows := shown(table.rows):
         style.save(plot(rows), options.out / "floors.png")

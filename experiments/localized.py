@@ -25,12 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
+from rasa_theory.commands.progress import Progress
 
 KEY = ("model", "source", "seed", "stack", "r", "side", "ranks")
 COLUMNS = (*KEY, "parameters", "error", "reference", "ratio")
@@ -101,11 +101,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smoke:
         chosen = corner(chosen, 2, 32)
     table = Table(options.out / "localized.csv", COLUMNS, KEY)
-    for source, seed, stack in tqdm(stacks(list(chosen.values()), seeds)):
-        case = {"model": MODEL_NAMES[options.model], "source": source, "seed": seed, "stack": stack.name}
-        for r, side in itertools.product(ranks, SIDES):
-            if case | {"r": r, "side": side, "ranks": "allocated"} not in table:
-                table.add([case | row for row in compared(stack, r, side)])
+    with Progress((1 + seeds) * len(chosen) + seeds, "stacks") as progress:
+        for done, (source, seed, stack) in enumerate(stacks(list(chosen.values()), seeds)):
+            progress(done, f"{source}, seed {seed}, {stack.name}")
+            case = {"model": MODEL_NAMES[options.model], "source": source, "seed": seed, "stack": stack.name}
+            for r, side in itertools.product(ranks, SIDES):
+                if case | {"r": r, "side": side, "ranks": "allocated"} not in table:
+                    table.add([case | row for row in compared(stack, r, side)])
     print(*report(of_models(table.rows, MODEL_NAMES[options.model])), sep="\n")
 
 

@@ -25,13 +25,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support import looks
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 
 COLUMNS = (
@@ -138,11 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     table, stacks = Table(options.out / "neighbours.csv", COLUMNS, KEY), list(chosen.values())
     model = MODEL_NAMES[options.model]
-    with tqdm(total=len(stacks) * len(ranks) * len(options.methods)) as bar:
-        for row in compared(stacks, ranks, table, model, options.methods):
+    with Progress(len(stacks) * len(ranks) * len(options.methods), "rows") as progress:
+        for done, row in enumerate(compared(stacks, ranks, table, model, options.methods), 1):
             table.add([row])
-            bar.set_description(f"{row['stack']}, r = {row['r']}, {row['method']}")
-            bar.update()
+            progress(done, f"after {row['stack']}, r = {row['r']}, {row['method']}")
     style.save(plot(of_models(table.rows, FIRST_MODEL)), options.out / "neighbours.png")
     rows = of_models(table.rows, model)
     for r in ranks:

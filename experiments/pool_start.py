@@ -20,10 +20,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.support.rows import Row, write_rows
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_start
 from rasa_theory.sources import synthetic_stack
@@ -105,14 +105,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     budget = rt.RankBudget(options.rank, options.k)
     rows: list[Row] = []
-    with tqdm(total=len(options.stacks) * len(options.sizes) * options.seeds) as bar:
+    with Progress(len(options.stacks) * len(options.sizes) * options.seeds, "attempts") as progress:
         for stack in stacks_by_name(options.stacks):
             e_lora = rt.solve_lora(stack, options.rank).error
             for size in options.sizes:
                 for seed in range(options.seeds):
-                    bar.set_description(f"{stack.name}, size {size:g}")
+                    progress(len(rows), f"{stack.name}, size {size:g}")
                     rows.append(attempt(stack, budget, e_lora, size, seed, options.iterations, options.joint_sweeps))
-                    bar.update()
     write_rows(options.out / "pool_start.csv", COLUMNS, rows)
     style.save(plot(rows, options.iterations), options.out / "pool_start.png")
     for name in options.stacks:

@@ -33,8 +33,9 @@ import torch
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support.rows import Row, Table
-from experiments.support.timing import forecast
+from experiments.support.timing import percents
 from rasa_theory import methods
+from rasa_theory.commands.progress import Progress
 
 KEY = ("model", "stack", "r", "k")
 COLUMNS = (
@@ -93,14 +94,14 @@ def measured(
         for stack in stacks.values()
         if any({"model": model, "stack": stack.name, "r": r, "k": k} not in table for k in shared_ranks(r))
     ]
-    with forecast(weight(*task) for task in missing) as bar:
-        for stack, r in missing:
-            bar.set_description(f"{model}, {stack.name}, r = {r}")
+    done = percents([weight(*task) for task in missing])
+    with Progress(100, "%") as progress:
+        for percent, (stack, r) in zip(done, missing, strict=True):
+            progress(percent, f"{model}, {stack.name}, r = {r}")
             began = time.perf_counter()
             rows = [{"model": model} | row for row in path(stack, r, shared_ranks(r), options)]
             seconds = round((time.perf_counter() - began) / len(rows), 1)
             table.add([row | {"seconds": seconds} for row in rows])
-            bar.update(weight(stack, r))
 
 
 def weight(stack: rt.LayerStack, r: int) -> int:

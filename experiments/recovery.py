@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.support.rows import Row, write_rows
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 
 Shape = tuple[int, int, int, int, int]
@@ -136,7 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
         for noise in options.noises:
             runs += [(shape, noise, seed, "best") for seed in range(seeds[shape])]
             runs += [(shape, noise, seed, "random") for seed in range(min(options.random_seeds, seeds[shape]))]
-    rows = [attempt(*run, options.sweeps) for run in tqdm(runs)]
+    rows: list[Row] = []
+    with Progress(len(runs), "runs") as progress:
+        for shape, noise, seed, start in runs:
+            progress(len(rows), f"{shape}, noise {noise:g}, seed {seed}, {start}")
+            rows.append(attempt(shape, noise, seed, start, options.sweeps))
     write_rows(options.out / "recovery.csv", COLUMNS, rows)
     style.save(plot(rows), options.out / "recovery.png")
     for shape in dict.fromkeys(shape for shape, *_ in runs):

@@ -39,9 +39,10 @@ import torch
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner, updates_of
 from experiments.support.rows import Row, Table
-from experiments.support.timing import forecast
+from experiments.support.timing import percents
 from experiments.why_sharing_pays.run import groups_served, leading, overlap
 from rasa_theory import null_models
+from rasa_theory.commands.progress import Progress
 from rasa_theory.common import InputError
 
 COLUMNS = ("model", "part", "relation", "how", "stack", "r", "k", "effort", "item", "index", "value")
@@ -255,13 +256,13 @@ def main(arguments: list[str] | None = None) -> None:
         for key, task in units(first, others, plan)
     ]
     missing = [each for each in work if each[0] not in table]
-    with forecast(load for _, _, load in missing) as bar:
-        for unit, task, load in missing:
-            bar.set_description(", ".join(str(unit[name]) for name in COLUMNS[1:5] if unit[name]))
+    done = percents([load for _, _, load in missing])
+    with Progress(100, "%") as progress:
+        for percent, (unit, task, _) in zip(done, missing, strict=True):
+            progress(percent, ", ".join(str(unit[name]) for name in COLUMNS[1:5] if unit[name]))
             began = time.perf_counter()
             items = [*task(), ("seconds", "", round(time.perf_counter() - began, 1))]
             table.add([unit | dict(zip(COLUMNS[8:], item, strict=True)) for item in items])
-            bar.update(load)
     print(*report(table.rows), sep="\n")
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner, run_file
 from experiments.support.rows import Row, Table, of_models
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 
@@ -150,10 +150,12 @@ def main(arguments: list[str] | None = None) -> None:
     model = MODEL_NAMES[options.model]
     norms = relative_norms(options.model, options.runs)
     solver = rt.SolverOptions(effort=options.effort)
-    for name, stack in tqdm(stacks.items()):
-        if {"model": model, "stack": name, "layer": stack.layers - 1} not in table:
-            rows = measured(stack, norms[name][: stack.layers], solver)
-            table.add([{"model": model} | row for row in rows])
+    with Progress(len(stacks), "stacks") as progress:
+        for done, (name, stack) in enumerate(stacks.items()):
+            progress(done, name)
+            if {"model": model, "stack": name, "layer": stack.layers - 1} not in table:
+                rows = measured(stack, norms[name][: stack.layers], solver)
+                table.add([{"model": model} | row for row in rows])
     if bundled := of_models(table.rows, FIRST_MODEL):
         style.save(plot(bundled, bundled_spectra()), options.out / "updates.png")
     style.save(plot_left(table.rows), options.out / "layers_left.png")

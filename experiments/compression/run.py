@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.compression import __doc__ as description
@@ -18,6 +17,7 @@ from experiments.compression.collections import EVERY, Collection, collections_o
 from experiments.compression.figure import plot, report
 from experiments.support.rows import Row, Table
 from rasa_theory import methods
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 
 COLUMNS = (
@@ -74,22 +74,22 @@ def compared(
     only: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows that are not in `done`, of all methods or of some."""
-    bar = tqdm(total=sum(len(list(tasks(each, shares, draws))) for each in collections))
-    for collection in collections:
-        sources = {("trained", 0): collection}
-        for source, draw, share, method in tasks(collection, shares, draws):
-            key = {"set": collection.set, "kind": collection.kind, "layer": collection.layer, "source": source,
-                   "draw": draw, "share": share, "method": method}  # fmt: skip
-            bar.update()
-            if key in done or not (only is None or method in only):
-                continue
-            title = f"{collection.set}, {collection.kind} {collection.layer}, {share}, {method}"
-            bar.set_description(title, refresh=False)
-            if (source, draw) not in sources:
-                sources[source, draw] = collection.random(draw)
-            row = measured(sources[source, draw], share, method)
-            if row is not None:
-                yield key | row | {"adapters": collection.adapters}
+    position = itertools.count()
+    with Progress(sum(len(list(tasks(each, shares, draws))) for each in collections), "rows") as progress:
+        for collection in collections:
+            sources = {("trained", 0): collection}
+            for source, draw, share, method in tasks(collection, shares, draws):
+                key = {"set": collection.set, "kind": collection.kind, "layer": collection.layer, "source": source,
+                       "draw": draw, "share": share, "method": method}  # fmt: skip
+                n = next(position)
+                if key in done or not (only is None or method in only):
+                    continue
+                progress(n, f"{collection.set}, {collection.kind} {collection.layer}, {share}, {method}")
+                if (source, draw) not in sources:
+                    sources[source, draw] = collection.random(draw)
+                row = measured(sources[source, draw], share, method)
+                if row is not None:
+                    yield key | row | {"adapters": collection.adapters}
 
 
 def small(stacked: Collection) -> Collection:

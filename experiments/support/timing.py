@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from rasa_theory.solvers import RasaDescent
 
@@ -41,10 +40,10 @@ def one_sweep(run: RasaDescent) -> None:
         raise ArithmeticError(f"no sweep was taken: {run.stop_reason}")
 
 
-def forecast(loads: Iterable[float]) -> tqdm[Any]:
-    """A progress bar over work of these loads, in any unit, that says how long the rest takes at the rate so far."""
-    form = "{desc}: {percentage:.0f} % after {elapsed}, {remaining} left"
-    return tqdm(total=sum(loads) or 1, bar_format=form)  # a bar of total 0 has no percentage
+def percents(loads: Sequence[float]) -> list[int]:
+    """Percent of all work that is done before each task; `loads` is the work of the tasks, in any unit."""
+    before = itertools.accumulate(loads, initial=0.0)
+    return [round(100 * done / sum(loads)) for done, _ in zip(before, loads, strict=False)]
 
 
 def measured(command: list[str]) -> tuple[float, float]:

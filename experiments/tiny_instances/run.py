@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.support.rows import Row, read_rows, write_rows
 from experiments.tiny_instances.branching import enclose
 from experiments.tiny_instances.descent import descend, descend_frames
 from experiments.tiny_instances.instances import INSTANCES, Instance
+from rasa_theory.commands.progress import Progress
 from rasa_theory.common import aligned
-
-if TYPE_CHECKING:
-    Bar = tqdm[Any]
 
 KEY = ("layers", "b", "a", "rank", "k", "kind", "seed", "e_lora")
 MINIMUM = ("minimum", "proved", "capped_minimum", "descents", "starts", "hits", "missed_share", "boxes", "seconds")
@@ -53,17 +50,17 @@ def is_stored(row: Row, stored: Row) -> bool:
     return same and math.isclose(row["e_lora"], stored["e_lora"], rel_tol=1e-9)
 
 
-def minimum(instance: Instance, e_lora: float, starts: int, max_boxes: int, bar: Bar) -> Row:
-    """The columns `MINIMUM`."""
+def minimum(instance: Instance, e_lora: float, starts: int, max_boxes: int, say: Callable[[str], None]) -> Row:
+    """The columns `MINIMUM`. `say` is called with the task in hand."""
     began = time.perf_counter()
     M = instance.updates()
     unit = float((M**2).sum()) / e_lora
 
     def watch_starts(n: int) -> None:
-        bar.set_description(f"{instance.name}, descents: {n}")
+        say(f"{instance.name}, descents: {n}")
 
     def watch_boxes(done: int, left: int) -> None:
-        bar.set_description(f"{instance.name}, boxes: {done}, open: {left}")
+        say(f"{instance.name}, boxes: {done}, open: {left}")
 
     descents = descend(M, instance.rank, instance.k, starts, 200, seed=0, watch=watch_starts)
     errors, kind = descents.errors * unit, "factors"
@@ -164,15 +161,15 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / "tiny_instances.csv"
     stored, rows = read_rows(path), []
     pending = {instance: key(instance) for instance in INSTANCES}
-    with tqdm(instances) as bar:
-        for instance in bar:
+    with Progress(len(instances), "instances") as progress:
+        for done, instance in enumerate(instances):
             row = pending.pop(instance)
             found = next((old for old in stored if is_stored(row, old)), None)
             if found is None or is_wanted(instance, options.again):
-                row |= minimum(instance, row["e_lora"], starts, options.boxes, bar)
+                row |= minimum(instance, row["e_lora"], starts, options.boxes, partial(progress, done))
             else:
                 row |= {name: found[name] for name in ("e_lora", *MINIMUM)}
-            bar.set_description(f"{instance.name}, solver and floors")
+            progress(done, f"{instance.name}, solver and floors")
             rows.append(row | solver(instance, row["e_lora"]))
             later = [old for old in stored if any(is_stored(new, old) for new in pending.values())]
             write_rows(path, COLUMNS, [*rows, *later])  # so that an interrupted run loses no minimum

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates
@@ -20,6 +19,7 @@ from experiments.why_sharing_pays import __doc__ as description
 from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
 from experiments.why_sharing_pays.stacks import KINDS, PLANS, SMOKE, Plan, cropped, second_task, updates, weights
 from rasa_theory import methods, null_models
+from rasa_theory.commands.progress import Progress
 from rasa_theory.plotting import style
 from rasa_theory.problem import participation_ratio
 
@@ -252,9 +252,10 @@ def main(arguments: list[str] | None = None) -> None:
                 name: cropped(stack.values, name, plan) for name, stack in chosen_updates(parser, options).items()
             }
             work = units_of_model(chosen, plan, floors)
-        with tqdm(list(work)) as bar:
-            for key, task in bar:
-                bar.set_description(", ".join(key))
+        tasks = list(work)
+        with Progress(len(tasks), "tasks") as progress:
+            for done, (key, task) in enumerate(tasks):
+                progress(done, ", ".join(key))
                 if dict(zip(KEY, (*key, model), strict=True)) in table:
                     continue
                 began = time.perf_counter()

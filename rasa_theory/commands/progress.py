@@ -76,6 +76,8 @@ def _bar(console: Console, unit: str) -> Bar:
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=console,
         auto_refresh=False,
+        speed_estimate_period=math.inf,  # one step may take minutes
+        get_time=time.monotonic,
         transient=True,
         redirect_stdout=False,  # lines for a file must not end on the terminal
         expand=True,

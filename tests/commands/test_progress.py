@@ -48,6 +48,21 @@ def test_a_bar_fits_the_terminal_and_vanishes(
     assert screen.getvalue().endswith("\x1b[1A\x1b[2K"), "the line is erased"
 
 
+def test_the_time_left_follows_from_all_steps_however_long_they_are(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(44, "tasks", quiet=False) as show:
+        for done, second in enumerate((0.0, 50.0, 100.0, 170.0)):
+            clock.append(second)
+            show(done, "")
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "3 of 44 tasks 0:02:50 left 0:41:00" in drawn, "41 steps of a minute"
+
+
 def test_lines_for_a_file_are_not_on_the_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     screen, file = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
