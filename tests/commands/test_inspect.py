@@ -336,6 +336,7 @@ def test_the_standard_library_keeps_its_inspect() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_as_a_module_it_runs(pair: Path) -> None:
     words = ["-m", "rasa_theory.inspect", "--base", str(pair / "base"), "--tuned", str(pair / "tuned"), "--out", "none"]
     environment = os.environ | {"PYTHONPATH": str(Path(rt.__file__).parents[1])}

@@ -54,6 +54,7 @@ def test_every_name_of_the_package_can_be_imported() -> None:
         _ = rasa_theory.solve_everything  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_command_is_the_same_by_its_module_and_by_the_first_word(tmp_path: Path) -> None:
     words = ["--families", "thin", "--instances", "1", "--out", "none", "--quiet"]
     by_word, by_module = (

@@ -127,6 +127,7 @@ def test_same_seed_same_numbers(stack_file: Path, capsys: pytest.CaptureFixture[
     assert first == second
 
 
+@pytest.mark.slow
 def test_effort_search_and_bound_are_said_of_every_run(stack_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--source", str(stack_file), "--rank", "3", "--k", "0,1,2", "--seeds", "0", "--out", "none"]
     status, results, err = run([*arguments, "--effort", "default", "--verbose"], capsys)

@@ -19,7 +19,7 @@ REFERENCES = [
     ("shared_bases", SIZES[0], 0.2112881238045088),
     pytest.param("border_rank", SIZES[0], 0.004794055598694326, marks=SLOW),
     pytest.param("drift", SIZES[3], 0.07318941202576584, marks=SLOW),
-    ("hidden_dyads_80", SIZES[3], 0.3596182975249903),
+    pytest.param("hidden_dyads_80", SIZES[3], 0.3596182975249903, marks=SLOW),
     pytest.param("orthogonal_terms", SIZES[3], 0.2351288798080388, marks=SLOW),
     pytest.param("common_columns_and_rows", SIZES[0], 0.1835981682494222, marks=SLOW),
     pytest.param("two_clusters", SIZES[0], 0.28589715380773845, marks=SLOW),
@@ -44,7 +44,7 @@ def test_as_low_as_a_plain_search(kind: str, size: object, reference: float) -> 
     assert solution.cancellation <= 8 * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in (1, 2))])
 def test_two_layers_equal_up_to_scale_reach_the_rank_bound(seed: int) -> None:
     """k = r: the pool of four terms serves both layers, so that each is approximated by rank four."""
     rng = np.random.default_rng(seed)

@@ -37,6 +37,7 @@ def test_every_start_works_from_leading_directions(start):
     assert solution.error <= 1.02 * exact.error
 
 
+@pytest.mark.slow
 def test_the_search_is_as_good_as_from_svds():
     rng = np.random.default_rng(0)
     common = np.einsum("bj,lj,ja->lba", *(rng.standard_normal(s) for s in ((120, 3), (3, 3), (3, 130))))
