@@ -183,6 +183,7 @@ def test_where_only_an_embedding_has_changed_it_is_named(tmp_path, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
     """Two of rank 6 become two of rank 2 - 1 + 2 that share a pool per module; PEFT loads each by itself."""
     folder, _ = llamas

@@ -75,7 +75,11 @@ sys.exit(reconstruct.main(sys.argv[2:]))
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
-        ("memory", "there is not enough memory (one array asked for 0.115 GiB); take fewer or smaller stacks"),
+        pytest.param(
+            "memory",
+            "there is not enough memory (one array asked for 0.115 GiB); take fewer or smaller stacks",
+            marks=pytest.mark.slow,
+        ),
         ("file", "u.npy: ends at byte 60000, amid a stack; write it again"),
     ],
 )

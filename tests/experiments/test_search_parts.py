@@ -28,6 +28,7 @@ def starts(count: int) -> Batch:
     return update_private(K, batch)
 
 
+@pytest.mark.slow
 def test_a_short_run_has_a_row_for_every_variant_and_goes_on_from_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

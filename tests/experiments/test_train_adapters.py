@@ -83,6 +83,7 @@ def test_the_parts_of_the_data_are_of_disjoint_modules() -> None:
     assert data.python == platform.python_version()
 
 
+@pytest.mark.slow
 def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert protocol.Data.collected(SETTINGS, tmp_path) == task().data
     more = replace(SETTINGS, train_pairs=50, prose_pairs=9)

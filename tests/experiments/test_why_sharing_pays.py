@@ -75,6 +75,7 @@ def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
     assert float(turned["best_found"][0]) > 0.1 > float(both["best_found"][0])
 
 
+@pytest.mark.slow
 def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
     plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
     found = {"query": alike(0, 3), "key": alike(3, 3, 0.9)}

@@ -130,6 +130,7 @@ def test_lowest() -> None:
 # ---- the bound
 
 
+@pytest.mark.slow
 def test_a_start_with_conditions_that_is_beyond_the_bound_is_not_raced() -> None:
     """Two layers that nearly fail to be diagonal together: the exact factors have terms of 5,000 times their layers."""
     J = np.diag([1, 1.0001, 2, 3.0]) + np.diag([1.0, 0, 0], 1)
