@@ -33,7 +33,7 @@ EXAMPLES = {
         "two families only, with floors of the dual kind": (
             "--families planted,gaussian --instances 8 --certificate dual"
         ),
-        "an instance that failed, once more": "--replay rasa-verify/FILE.npz",
+        "an instance that failed, once more": "--replay rasa-verify/failures/FILE.npz",
     },
     "extract": {
         "the best LoRA of a fine-tuned model, for PEFT": (

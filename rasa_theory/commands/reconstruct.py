@@ -29,7 +29,7 @@ from rasa_theory.commands.progress import Progress, print_line
 from rasa_theory.common import InputError, occupied
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
-from rasa_theory.problem import RankBudget, check_memory, compute_dtype
+from rasa_theory.problem import RankBudget, check_memory, compute_dtype, least_memory
 from rasa_theory.reconstruction import (
     SEARCHING,
     WEIGHTS,
@@ -207,9 +207,11 @@ def _check_stacks(job: StudyJob) -> None:
     """Raise InputError if the rank does not fit a stack, or if a stack needs more memory than --memory allows."""
     for source in job.catalogue.stacks:
         RankBudget(job.settings.rank, 0).check_fits(source)
-        if job.memory is not None:
-            with naming_flags(flags.NAMES):
-                check_memory(source, job.memory, job.settings.exact(source))
+    if job.memory is not None:
+        exact = job.settings.exact
+        largest = max(job.catalogue.stacks, key=lambda source: least_memory(source, exact(source)))
+        with naming_flags(flags.NAMES):
+            check_memory(largest, job.memory, exact(largest))
 
 
 def _study(

@@ -35,7 +35,8 @@ def forecast(job: Job, out: Path, world_size: int = 1) -> str:
         f"{job.adapter_bytes() / 2**20:.1f} MiB{twice}; {free_bytes(out) / 2**30:.3g} GiB are free in {out}."
     )
     lines += [_reads(settings), *([] if settings.format == "diff" else [duration(job, world_size)])]
-    lines.append(memory_line(_memory(job), world_size, f" in each of {world_size} processes"))
+    on_disk = sum(source.stays_on_disk(job.memory) for source in catalogue.stacks)
+    lines.append(memory_line(_memory(job), world_size, f" in each of {world_size} processes", on_disk))
     return "\n".join(lines)
 
 
@@ -64,7 +65,8 @@ def _memory(job: Job) -> int:
     settings = job.settings
     dense = STORED[settings.dtype].itemsize if settings.format in DENSE else 0
     stacks = [
-        s.memory(job.dtype, settings.format != "diff" and settings.exact(s)) + s.layers * math.prod(s.shape) * dense
+        s.memory(job.dtype, settings.format != "diff" and settings.exact(s), job.memory)
+        + s.layers * math.prod(s.shape) * dense
         for s in job.catalogue.stacks
     ]
     return max([*stacks, *(4 * s.layers * math.prod(s.shape) for s in job.unnamed)])

@@ -26,7 +26,7 @@ from rasa_theory.formats import (
     place_by_name,
     refused_by_peft,
 )
-from rasa_theory.problem import check_memory
+from rasa_theory.problem import check_memory, least_memory
 from rasa_theory.sources import Catalogue, StackSource
 
 _MOST_PROBLEMS = 20  # sentences in one error: more than a model has kinds of module
@@ -197,12 +197,12 @@ def check(job: Job, out: Path | None) -> None:
     `out` is the folder of the adapter, None if nothing will be written.
     """
     settings, problems = job.settings, []
-    for source in job.catalogue.stacks:
+    if job.memory is not None:
+        largest = max(job.catalogue.stacks, key=lambda source: least_memory(source, settings.exact(source)))
         try:
-            if job.memory is not None:
-                check_memory(source, job.memory, settings.exact(source))
+            check_memory(largest, job.memory, settings.exact(largest))
         except InputError as error:
-            problems.append(str(error))
+            problems.append(f"{error} (--memory)")
     if settings.format == "rasa":
         kinds = [m.kind.replace(".", "__") for m in job.modules]
         problems += [f"two stacks are of the kind {k!r}, which has one pool; keep one with --modules"

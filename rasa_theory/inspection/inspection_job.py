@@ -62,8 +62,8 @@ class InspectionJob:
     def check(self) -> None:
         """Raise InputError if a layer needs more memory than is allowed."""
         if self.memory is not None:
-            for source in self.catalogue.stacks:
-                check_memory(source, self.memory, decomposed=False)
+            largest = max(self.catalogue.stacks, key=lambda source: math.prod(source.shape))
+            check_memory(largest, self.memory, decomposed=False)
 
     def forecast(self) -> str:
         """The stacks to inspect, with sizes, memory and time, as text for --dry-run."""
@@ -72,7 +72,8 @@ class InspectionJob:
         lines += [size_line(source, dtype) for source in stacks] + left_out_lines(self.catalogue)
         seconds = _sample_seconds(self) * sum(s.layers * math.prod(s.shape) for s in stacks) / math.prod(_SAMPLE)
         lines.append(f"It takes about {max(1, seconds):.0f} s here, reading aside, by a layer timed now.")
-        lines.append(memory_line(max(source.memory(dtype, decomposed=False) for source in stacks), 1, ""))
+        most = max(source.memory(dtype, decomposed=False, limit=self.memory) for source in stacks)
+        lines.append(memory_line(most, 1, "", sum(source.stays_on_disk(self.memory) for source in stacks)))
         return "\n".join(lines)
 
 

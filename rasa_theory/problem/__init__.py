@@ -6,7 +6,7 @@ from rasa_theory.problem.energies import LayerEnergies, is_decomposed, layer_ene
 from rasa_theory.problem.entries import PassCounts, StackEntries
 from rasa_theory.problem.factors import LoraFactors, RasaFactors, balanced, lora_parameters, scale_into_mixing
 from rasa_theory.problem.inputs import compute_device, compute_dtype
-from rasa_theory.problem.memory import check_memory
+from rasa_theory.problem.memory import check_memory, exceeds_share, least_memory
 from rasa_theory.problem.participation import PoolParticipation, layer_losses, participation_ratio, pool_participation
 from rasa_theory.problem.residual import layer_errors, layer_residuals, reconstruction_error
 from rasa_theory.problem.spectra import SPECTRA, SVD, Layered, StackSpectra, takes_leading
@@ -54,12 +54,14 @@ __all__ = [
     "check_same_layers",
     "compute_device",
     "compute_dtype",
+    "exceeds_share",
     "is_decomposed",
     "layer_energies",
     "layer_errors",
     "layer_losses",
     "layer_residuals",
     "leading_of_all",
+    "least_memory",
     "lora_parameters",
     "mean_overlap",
     "mean_projector",

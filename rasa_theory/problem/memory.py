@@ -15,14 +15,20 @@ def check_memory(stack: Shaped, memory: int, decomposed: bool = True) -> None:
     The work is the exact SVD of the layer if `decomposed`, else any other work that needs the whole layer.
     """
     b, a = stack.shape
-    needed = 2 * (_SVD_COPIES if decomposed else _LAYER_COPIES) * 8 * b * a
+    needed = least_memory(stack, decomposed)
     if needed > memory:
         work = "the exact SVD of one" if decomposed else "the work on one"
         raise InputError(
             f"memory of {memory / 2**20:.4g} MiB is too little for stack {stack.name!r}: its layers of {b} x {a} need "
-            f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow so much",
+            f"{needed / 2**20:.4g} MiB, twice what {work} takes; allow at least that",
             "memory",
         )
+
+
+def least_memory(stack: Shaped, decomposed: bool = True) -> int:
+    """Return the bytes that `check_memory` asks for."""
+    b, a = stack.shape
+    return 2 * (_SVD_COPIES if decomposed else _LAYER_COPIES) * 8 * b * a
 
 
 def exceeds_share(size: int, memory: int | None) -> bool:

@@ -62,17 +62,15 @@ class StudyJob:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [f"Source {catalogue.source}, on {self.device} in {dtype}. Would solve:"]
         ks = ", ".join(str(k) for k in settings.ks)
-        for source in catalogue.stacks:
-            lines.append(
-                f"{size_line(source, self.dtype)}, r = {settings.rank}, k = {ks}, "
-                f"update rank up to {self._update_rank(source)}, {settings.seeds} random attempts each"
-            )
-        most = max(
-            self._local(source, world_size).memory(self.dtype, settings.exact(source)) for source in catalogue.stacks
-        )
-        lines.append(memory_line(most, world_size, f", its layers over {world_size} processes"))
-        if self.memory is not None and most > self.memory:
-            lines.append(f"At most {self.memory / 2**20:.4g} MiB of that are in memory, the rest on disk.")
+        lines += [
+            size_line(source, self.dtype, f", update rank up to {self._update_rank(source)}")
+            for source in catalogue.stacks
+        ]
+        lines.append(f"r = {settings.rank}, k = {ks}; {settings.seeds} random attempts for each stack and k.")
+        local = [self._local(source, world_size) for source in catalogue.stacks]
+        most = max(source.memory(self.dtype, settings.exact(source), self.memory) for source in local)
+        on_disk = sum(source.stays_on_disk(self.memory) for source in local)
+        lines.append(memory_line(most, world_size, f", its layers over {world_size} processes", on_disk))
         lines += self._duration()
         return "\n".join(lines + left_out_lines(catalogue))
 

@@ -117,6 +117,9 @@ class FactorHolder:
     def file_of(self, key: str) -> str:
         return self.place_of[key][0].file
 
+    def stored(self, g: Group) -> None:
+        return None
+
     def hold(self, g: Group, portion: Portion) -> Factored:
         """The factors of the portion, filled up with zeros to the largest rank of the whole group."""
         places = [self.place_of[key] for key in g.keys]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rasa_theory.common import DamagedFile, FailedElsewhere, InputError, NotFinite
 from rasa_theory.distributed import ALONE, LayerSharding, Processes
 from rasa_theory.formats import Entry, Exclusion, LeftOut, Place
-from rasa_theory.problem import Factored, LayerStack, OnDisk, Part, compute_dtype
+from rasa_theory.problem import Factored, LayerStack, OnDisk, Part, compute_dtype, exceeds_share
 from rasa_theory.sources.grouping import Group, group
 from rasa_theory.sources.tensor_updates import Norms, Updates
 
@@ -52,6 +52,7 @@ class StackSource:
         place: the role of the tensors in their model, and how it was decided; None in a file of updates. With a place,
             `keys` are names of parameters in the model; without ".weight" they are the modules. For `Role.EXPERTS` the
             one key is the parameter (experts, b, a), and layer i is expert i.
+        stored: the dtype of the files in which a limit on memory leaves it; None if it is always in memory.
     """
 
     name: str
@@ -61,14 +62,23 @@ class StackSource:
     keys: tuple[str, ...] = ()
     transposed: bool = False
     place: Place | None = None
+    stored: torch.dtype | None = None
 
-    def memory(self, dtype: torch.dtype, decomposed: bool = True) -> int:
-        """An estimate of the bytes that work on it takes.
+    def memory(self, dtype: torch.dtype, decomposed: bool = True, limit: int | None = None) -> int:
+        """An estimate of the bytes of memory that work on it takes, if `limit` bytes are allowed (None: no limit).
 
-        It counts the stack, its float64 SVDs if `decomposed`, and the work on one layer.
+        It counts the stack, its float64 SVDs if `decomposed`, and the work on one layer. Of the first two it leaves
+        out what stays on disk.
         """
         L, (b, a) = self.layers, self.shape
-        return L * b * a * dtype.itemsize + 8 * (L * min(b, a) * (b + a) * decomposed + 4 * b * a)
+        svds = 8 * L * min(b, a) * (b + a) * decomposed
+        stack = 0 if self.stays_on_disk(limit) else L * b * a * dtype.itemsize
+        return stack + (0 if exceeds_share(svds, limit) else svds) + 32 * b * a
+
+    def stays_on_disk(self, limit: int | None) -> bool:
+        """Return whether its entries stay in their files if `limit` bytes of memory are allowed (None: no limit)."""
+        size = self.layers * math.prod(self.shape)
+        return self.stored is not None and exceeds_share(size * self.stored.itemsize, limit)
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,10 @@ class Holder(Protocol):
         """The file of a tensor, for errors."""
         ...
 
+    def stored(self, g: Group) -> torch.dtype | None:
+        """The dtype of the files in which a limit on memory leaves the group; None if it is always in memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -229,12 +243,15 @@ class TensorHolder:
     def file_of(self, key: str) -> str:
         return self.reader.file_of(key)
 
+    def stored(self, g: Group) -> torch.dtype:
+        return functools.reduce(torch.promote_types, [self.dtype_of[key] for key in g.keys])
+
     def hold(self, g: Group, portion: Portion) -> Tensor | OnDisk:
         layers = portion.layers
-        stored = functools.reduce(torch.promote_types, [self.dtype_of[key] for key in g.keys])
+        stored = self.stored(g)
         shape = (layers.stop - layers.start, *g.in_model)
         size = math.prod(shape) * stored.itemsize
-        if self.memory is not None and 4 * size > self.memory:
+        if exceeds_share(size, self.memory):
             return self._on_disk(g, layers, shape, stored)
         if len(g.keys) == 1:
             return self._from_one_tensor(g, layers, shape, stored)
@@ -331,4 +348,4 @@ def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
             except InputError as error:
                 raise InputError(f"{holder.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed, g.place)
+    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed, g.place, holder.stored(g))

@@ -22,10 +22,14 @@ def left_out_lines(catalogue: Catalogue) -> list[str]:
     return [f"  left out: {group.label}: {group.reason}" for group in grouped(catalogue.left_out)]
 
 
-def memory_line(most: int, world_size: int, sharing: str) -> str:
-    """The memory that the largest stack takes, `most` bytes; `sharing` says how several processes share the work."""
+def memory_line(most: int, world_size: int, sharing: str, on_disk: int = 0) -> str:
+    """The memory that the largest stack takes, `most` bytes, and the number of stacks that stay on disk.
+
+    `sharing` says how several processes share the work.
+    """
+    disk = f"; --memory leaves {on_disk} stack{'s' * (on_disk > 1)} on disk" if on_disk else ""
     each = "" if world_size == 1 else " in each"
     return (
         f"One stack is in memory at a time{'' if world_size == 1 else sharing}: about {most / 2**20:.0f} MiB at "
-        f"most{each}, beside the libraries."
+        f"most{each}, beside the libraries{disk}."
     )

@@ -72,6 +72,45 @@ def test_the_dry_run_counts_dense_updates_and_the_norm_of_an_embedding_as_memory
     assert f"about {4 * 40_000 * a / 2**20:.0f} MiB at most" in said()
 
 
+def test_the_dry_run_leaves_out_of_the_memory_what_the_limit_leaves_on_disk(tmp_path, capsys):
+    """Stacks in float16: the wide one is more than a quarter of the limit, and the SVDs of both are, too."""
+    n, side, narrow = 32, 96, 24
+    layers = {f"h.{i}.q.weight": torch.randn(side, side).half() for i in range(n)}
+    layers |= {f"h.{i}.v.weight": torch.randn(narrow, side).half() for i in range(n)}
+    save_file(layers, tmp_path / "updates.safetensors")
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--k", "0", "--compute", "float32"]
+    arguments += ["--out", str(tmp_path / "out"), "--dry-run"]
+
+    def last_line(*more):
+        assert main([*arguments, *more]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    def mib(size):
+        return f"about {size / 2**20:.0f} MiB at most"
+
+    layer, limit = 32 * side**2, 2 * n * side**2 * 4 - 4
+    assert mib(4 * n * side**2 + 8 * n * side * 2 * side + layer) in last_line()
+    line = last_line("--memory", str(limit))
+    assert line.endswith("beside the libraries; --memory leaves 1 stack on disk.")
+    assert mib(max(layer, 4 * n * narrow * side + 32 * narrow * side)) in line
+    assert "on disk" not in last_line("--memory", str(limit + 4))
+
+
+def test_too_little_memory_is_one_sentence_about_the_largest_need(tmp_path, capsys):
+    save_file(
+        {f"h.{i}.{kind}.weight": torch.randn(b, 40) for i in range(2) for kind, b in (("k", 10), ("q", 40), ("v", 20))},
+        tmp_path / "updates.safetensors",
+    )
+    arguments = ["--source", str(tmp_path / "updates.safetensors"), "--rank", "2", "--out", str(tmp_path / "out")]
+    needed = 2 * 8 * 8 * 40 * 40
+    assert main([*arguments, "--memory", str(needed - 1), "--dry-run"]) == 2
+    assert capsys.readouterr().err == (
+        "rasa extract: memory of 0.1953 MiB is too little for stack 'h.*.q.weight': its layers of 40 x 40 need "
+        "0.1953 MiB, twice what the exact SVD of one takes; allow at least that (--memory)\n"
+    )
+    assert main([*arguments, "--memory", str(needed), "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "exact", "said", "least", "most"),
     [

@@ -223,7 +223,7 @@ def test_narrow_values_stay_as_they_are_and_compute_as_if_converted(
 def test_a_limit_below_one_layer(stack_file: Path) -> None:
     sentence = (
         r"memory of 0.007324 MiB is too little for stack 'updates': its layers of 12 x 10 need "
-        r"0.01465 MiB, twice what the exact SVD of one takes; allow so much"
+        r"0.01465 MiB, twice what the exact SVD of one takes; allow at least that"
     )
     stack = streamed(stack_file, memory=LIMIT // 2)
     for work in (stack.spectra.svd, lambda: rt.solve_rasa(stack, rt.RankBudget(2, 1)), lambda: rt.solve_lora(stack, 2)):
