@@ -31,6 +31,8 @@ def test_a_failing_divide_and_conquer_is_done_again(monkeypatch):
     M = tensor(noise(2, 4, 3))
     monkeypatch.setattr(torch.linalg, "svd", fail)
     assert np.allclose(linalg.svd(M)[1], np.linalg.svd(M.numpy(), compute_uv=False), rtol=1e-13)
+    B, A = linalg.leading_part_from(M, torch.zeros_like(M[:, :3]))
+    assert torch.allclose(B @ A, M, rtol=0, atol=1e-14)
 
 
 def test_a_nan_spectrum_is_done_again(monkeypatch):
