@@ -75,11 +75,13 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """Raise PluginError if a page would load anything from another host."""
+    """Raise PluginError if a page or a style sheet would load anything from another host."""
+    readers = {".html": foreign_addresses, ".css": loads_of_style}
     foreign = [
         f"{path.relative_to(config.site_dir)}: {address}"
-        for path in sorted(Path(config.site_dir).rglob("*.html"))
-        for address in foreign_addresses(path.read_text(encoding="utf-8"))
+        for path in sorted(Path(config.site_dir).rglob("*.*"))
+        if path.suffix in readers
+        for address in readers[path.suffix](path.read_text(encoding="utf-8"))
     ]
     if foreign:
         raise PluginError("Pages load from other hosts:\n  " + "\n  ".join(foreign))
@@ -132,6 +134,11 @@ def foreign_addresses(page: str) -> list[str]:
     return parser.addresses
 
 
+def loads_of_style(style: str) -> list[str]:
+    """Addresses of other hosts that a style sheet, or a style attribute, would load."""
+    return re.findall(r"""(?:@import|url\()\s*["']?((?:https?:)?//[^"')]+)""", style)
+
+
 class _Loads(HTMLParser):
     """Collects what scripts, style sheets, images and frames load from other hosts."""
 
@@ -145,8 +152,12 @@ class _Loads(HTMLParser):
         if tag == "a":
             return
         for name, value in attrs:
-            if name in ("src", "href", "srcset", "data", "poster") and re.match(r"\s*(https?:)?//", value or ""):
+            candidates = (value or "").split(",") if name == "srcset" else [value or ""]
+            is_address = name in ("src", "href", "xlink:href", "srcset", "data", "poster")
+            if is_address and any(re.match(r"\s*(https?:)?//", candidate) for candidate in candidates):
                 self.addresses.append(f"<{tag} {name}={value}>")
+            if name == "style":
+                self.addresses += loads_of_style(value or "")
 
     def handle_endtag(self, tag: str) -> None:
         self.inside = None
@@ -155,4 +166,4 @@ class _Loads(HTMLParser):
         if self.inside == "script":
             self.addresses += re.findall(r"""["']((?:https?:)?//[^"']+)""", data)
         elif self.inside == "style":
-            self.addresses += re.findall(r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')]+)", data)
+            self.addresses += loads_of_style(data)

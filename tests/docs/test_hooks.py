@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ spec.loader.exec_module(hooks)
         "<style>@import 'https://example.org/x.css';</style>",
         "<style>a { background: url(https://example.org/x.png) }</style>",
         '<script>import("https://cdn.example/x.js")</script>',
+        '<img srcset="x.png 1x, https://example.org/x.png 2x">',
+        '<p style="background: url(//example.org/x.png)">text</p>',
     ],
 )
 def test_what_another_host_would_serve_is_noticed(loads: str) -> None:
@@ -48,10 +51,19 @@ def test_links_and_own_files_are_harmless(harmless: str) -> None:
     assert hooks.foreign_addresses(harmless) == []
 
 
-def test_a_site_that_loads_from_another_host_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.html").write_text('<script src="https://cdn.example/x.js"></script>')
-    with pytest.raises(PluginError, match=r"x\.html: <script src=https://cdn\.example/x\.js>"):
+@pytest.mark.parametrize(
+    ("file", "text", "address"),
+    [
+        ("x.html", '<script src="https://cdn.example/x.js"></script>', "<script src=https://cdn.example/x.js>"),
+        ("x.css", "a { background: url('https://cdn.example/x.png') }", "https://cdn.example/x.png"),
+    ],
+)
+def test_a_site_that_loads_from_another_host_is_refused(file: str, text: str, address: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    (tmp_path / "own.css").write_text("a { background: url(\"data:image/svg+xml,<svg xmlns='http://www.w3.org'>\") }")
+    with pytest.raises(PluginError, match=re.escape(f"{file}: {address}")) as refused:
         hooks.on_post_build(config=SimpleNamespace(site_dir=str(tmp_path)))
+    assert "own.css" not in str(refused.value)
 
 
 def test_formulas_outside_code_become_mathml() -> None:
