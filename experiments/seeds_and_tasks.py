@@ -202,10 +202,9 @@ def sets_of(
 ) -> tuple[dict[str, rt.LayerStack], dict[str, dict[str, rt.LayerStack]]]:
     """The first set, and the second one by its relation; relations whose updates are missing are named and left out."""
     if model == "synthetic":
-        half = {name: stack.layers // 2 for name, stack in first.items()}
-        cut = [{name: rt.LayerStack(stack.values[part], name) for name, stack in first.items()
-                for part in [slice(n * half[name], (n + 1) * half[name])]} for n in range(2)]  # fmt: skip
-        return cut[0], {"halves": cut[1]}
+        halves = {name: stack.values.chunk(2) for name, stack in first.items()}
+        one, other = ({name: rt.LayerStack(half[n], name) for name, half in halves.items()} for n in range(2))
+        return one, {"halves": other}
     others = {}
     for relation, task, seed in (("seed", "code", 1), ("task", "prose", 0)):
         try:

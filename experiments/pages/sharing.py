@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from experiments.pages.words import (
-    FIRST_MODEL,
     KINDS,
     Line,
-    by_model,
-    has,
+    first_model,
     model_table,
     one,
     percent,
@@ -29,7 +27,7 @@ STREAM = {kind: "rows" for kind in KINDS} | {"attention_output": "columns"}
 
 
 def of_first_model(**where: Any) -> list[Row]:
-    return [row for row in by_model(rows("why_sharing_pays.csv"))[FIRST_MODEL] if has(row, where)]
+    return first_model("why_sharing_pays.csv", **where)
 
 
 def value(item: str, **where: Any) -> float:

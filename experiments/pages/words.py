@@ -8,12 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.models.update_sets import FIRST_MODEL
 from experiments.support.rows import Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
-FIRST_MODEL = "all-MiniLM-L6-v2"
-"""The model of rows without a column `model`."""
 KINDS = ("query", "key", "value", "attention_output")
 
 Line = Sequence[str]
@@ -43,7 +42,7 @@ def has(row: Row, where: dict[str, Any]) -> bool:
 
 
 def by_model(all_rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each model, in the order of the file."""
+    """The rows of each model, in the order of the file. Rows without a model are of the first one."""
     groups: dict[str, list[Row]] = {}
     for row in all_rows:
         groups.setdefault(row.get("model") or FIRST_MODEL, []).append(row)
