@@ -205,6 +205,14 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="only say what would run, and what it takes")
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of 1,2,4 or of 8; raises argparse.ArgumentTypeError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or a list such as 1,2,4") from None
+
+
 def selected_device(args: argparse.Namespace, processes: Processes) -> torch.device:
     """Return the device of --device. Several processes on CUDA each take the GPU of their LOCAL_RANK.
 

@@ -77,7 +77,7 @@ def flag_parser() -> Parser:
     add = parser.add_argument
     add(
         "--ranks",
-        type=_ranks,
+        type=flags.whole_numbers,
         default=RANKS,
         metavar="R,R",
         help=f"ranks to report; spectra are measured up to the largest ({','.join(map(str, RANKS))})",
@@ -95,13 +95,6 @@ def flag_parser() -> Parser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags of the command."""
     return flag_parser().parse_args(arguments)
-
-
-def _ranks(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or a list such as 4,8,16") from None
 
 
 def run(arguments: list[str], processes: Processes) -> int:

@@ -86,7 +86,7 @@ def flag_parser() -> Parser:
     add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
     add(
         "--k",
-        type=_whole_numbers,
+        type=flags.whole_numbers,
         default=(1,),
         metavar="K",
         help="ranks of a layer that go to the pool; 0,1,2 is a path (1)",
@@ -123,13 +123,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         elif args.source != "synthetic":
             raise InputError(f"--{name} goes with --source synthetic, and nothing else")
     return args
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or a list such as 0,1,2") from None
 
 
 def _shape(text: str) -> tuple[int, int]:
