@@ -35,7 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutations.toml"
-COPIED = ("rasa_theory", "tests", "experiments", "figures", "pyproject.toml", "README.md")
+COPIED = ("rasa_theory", "tests", "experiments", "figures", "docs", "notebooks", "pyproject.toml", "README.md")
 PRELOADED = (
     "torch", "numpy", "scipy.linalg", "scipy.optimize", "scipy.special", "safetensors.torch", "pytest", "hypothesis",
     "jsonschema", "matplotlib.pyplot", "transformers", "peft",
