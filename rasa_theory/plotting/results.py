@@ -97,11 +97,10 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
 
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
-    """The name of a stack, k, and the number of attempts that beat LoRA."""
-    median = run["iterations_to_beat_lora"]
-    crossed = sum(attempt["iterations"] is not None for attempt in run["attempts"])
-    count = f"{crossed} of {len(run['attempts'])}"
-    count += "" if median is None else f", median {median}"
+    """The name of a stack, k, and how many attempts beat LoRA by iteration `_CLAIMED` and in all."""
+    counts = [attempt["iterations"] for attempt in run["attempts"] if attempt["iterations"] is not None]
+    early = sum(count <= _CLAIMED for count in counts)
+    count = f"{early} of {len(run['attempts'])} by {_CLAIMED}, {len(counts)} in all"
     name = row["name"] if len(row["name"]) <= 18 else "..." + row["name"][-15:]
     return f"{name}, k = {run['k']}\n{count}"
 
