@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rasa_theory.common import shortened, unique_labels
 from rasa_theory.plotting import style
-from rasa_theory.plotting.heat_map import LINE, LONGEST, heat_map
+from rasa_theory.plotting.heat_map import LINE, LONGEST, heat_map, width_beside
 from rasa_theory.plotting.style import BLUE, COLOURS, GREY, INK
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     }
     shown = {name: height for name, height in heights.items() if height > 0}
     title = "How large are the updates?" if settings["format"] == "diff" else "What does the adapter miss?"
-    figure = style.new_figure(max(sum(shown.values()) + 0.2, 2.0), title=title)
+    figure = style.new_figure(
+        max(sum(shown.values()) + 0.2, 2.0), width_beside([row["label"] for row in rows]), title=title
+    )
     if not shown:
         return figure
     axes = style.panels(figure, len(shown), 1, height_ratios=list(shown.values()))

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 LINE = 0.24  # inches of one kind
 LONGEST = 26  # characters of a name, as a rule
+_CHARACTER = 0.065  # inches of one character of a name
+_PANEL = 1.7  # inches beside the names, at least
+
+
+def width_beside(names: Sequence[str]) -> float:
+    """The inches of a figure whose panels have these names on their left: a column, or more if they are long."""
+    return max(style.WIDTH, _PANEL + _CHARACTER * max(map(len, names), default=0))
 
 
 def heat_map(

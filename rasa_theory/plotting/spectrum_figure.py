@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rasa_theory.common import shortened
 from rasa_theory.plotting import style
-from rasa_theory.plotting.heat_map import LINE, heat_map
+from rasa_theory.plotting.heat_map import LINE, LONGEST, heat_map, width_beside
 from rasa_theory.plotting.style import BLUE, INK, ORANGE
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def plot_inspection(report: dict[str, Any], kinds: Sequence[dict[str, Any]]) -> 
     """
     shown = [kind for kind in kinds if kind["norm_squared"] > 0][:_MOST_KINDS]
     height = max(1.2, 0.7 + LINE * len(shown))
-    figure = style.new_figure(2 * height + 2.5, title="Which rank do the updates need?")
+    names = shortened([kind["kind"] for kind in shown], LONGEST)
+    figure = style.new_figure(2 * height + 2.5, width_beside(names), title="Which rank do the updates need?")
     axes = figure.subplots(3, 1, gridspec_kw={"height_ratios": [height, height, 2.1]})
-    names = [kind["kind"] for kind in shown]
     if not shown:
         for ax in axes:
             ax.set_axis_off()

@@ -49,14 +49,15 @@ def test_configurations_fit_and_are_the_largest():
     assert methods.METHODS["joint_diagonal"].configurations(s, 5 * 44) == [{"rank": 5, "core": "diagonal"}]
 
 
+@pytest.mark.slow
 def test_at_parameters_takes_the_best_configuration_of_every_method():
-    s = rt.LayerStack(problems.decaying(4, 12, 8))
-    limit = methods.lora_parameters(4, (12, 8), 2)
+    s = rt.LayerStack(problems.decaying(4, 24, 16))
+    limit = methods.lora_parameters(4, (24, 16), 3)
     found = methods.at_parameters(s, limit)
     assert list(found) == list(methods.METHODS)
     assert all(fit.parameters <= limit + limit // 10 for fit in found.values())
     assert found["rasa"].error <= found["lora"].error
-    assert found["rasa"].settings["rank"] == 2
+    assert found["rasa"].settings["rank"] == 3
     shares = [
         methods.fit_share_lora(s, **c) for c in methods.METHODS["share_lora"].configurations(s, limit + limit // 10)
     ]
