@@ -205,7 +205,7 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(two_stac
     assert run.returncode != 0
     statuses, text, err = ended(started(2, "-m", *command, "--quiet"))
     assert statuses == [0, 0], err
-    assert "a.layers.*.w: finished before, taken up" in err
+    assert "1 of 2 stacks were finished before and are taken up" in err
     assert text.count("Theorem 3.1, e_rasa(k) <= e_lora: HOLDS (2 pairs") == 1
     assert '"unfinished"' not in (out / "results.json").read_text()
 
