@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -128,11 +127,6 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 def _is_same_folder(one: str, other: str) -> bool:
     paths = [os.path.expanduser(path) for path in (one, other)]
     return all(map(os.path.isdir, paths)) and os.path.samefile(*paths)
-
-
-def wrapped(text: str) -> list[str]:
-    """The text in lines of at most 80 characters; names and paths stay whole."""
-    return textwrap.wrap(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def say_notes(notes: Sequence[str]) -> None:

@@ -23,11 +23,10 @@ from rasa_theory.commands.console import (
     output_folder,
     say_interrupted,
     say_notes,
-    wrapped,
 )
 from rasa_theory.commands.parser import Parser
 from rasa_theory.commands.progress import Progress
-from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json
+from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
     FORMATS,

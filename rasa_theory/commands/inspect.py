@@ -22,11 +22,10 @@ from rasa_theory.commands.console import (
     output_folder,
     say_interrupted,
     say_notes,
-    wrapped,
 )
 from rasa_theory.commands.parser import Parser
 from rasa_theory.commands.progress import Progress
-from rasa_theory.common import InputError, environment, keeping_interrupts
+from rasa_theory.common import InputError, environment, keeping_interrupts, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import STORED
 from rasa_theory.inspection import (

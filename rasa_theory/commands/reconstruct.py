@@ -22,11 +22,10 @@ from rasa_theory.commands.console import (
     output_folder,
     say_interrupted,
     say_left_out,
-    wrapped,
 )
 from rasa_theory.commands.parser import Parser
 from rasa_theory.commands.progress import Progress, print_line
-from rasa_theory.common import InputError, occupied
+from rasa_theory.common import InputError, occupied, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
 from rasa_theory.problem import RankBudget, check_memory, compute_dtype, least_memory

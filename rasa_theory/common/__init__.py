@@ -7,7 +7,7 @@ from rasa_theory.common.files import identity, unfinished, writable_folder, writ
 from rasa_theory.common.interrupts import keeping_interrupts
 from rasa_theory.common.labels import shortened, unique_labels
 from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, occupied, plan_of, read_run_json, write_json
-from rasa_theory.common.tables import TextTable, aligned, csv_text
+from rasa_theory.common.tables import TextTable, aligned, csv_text, wrapped
 from rasa_theory.common.version import __version__
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "unfinished",
     "unique_labels",
     "whole_number",
+    "wrapped",
     "writable_folder",
     "write_file",
     "write_json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
@@ -76,6 +77,13 @@ def aligned(
     head, *body = zip(*columns, strict=True)
     table = TextTable(head, [max(map(len, column)) for column in columns], left, gap)
     return [*table.head(), *(line for row in body for line in table.row(row))]
+
+
+def wrapped(text: str, width: int = 80, first: str = "", later: str = "") -> list[str]:
+    """The text in lines of at most `width` characters, with these indents; names and paths stay whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,7 +14,7 @@ from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames, grouped
 from rasa_theory.linalg import worth_it
 from rasa_theory.problem import LayerStack, RankBudget
-from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, solver_seconds
+from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, solver_seconds, svd_cost
 from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line, synthetic_stack
 
 _SAMPLE = 512  # side of the layer whose exact SVD is timed
@@ -128,10 +128,10 @@ def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape
         sample = (side, side) if side == _LEADING_SAMPLE else (min(b, side), min(a, side))
         return timed(job, sample) * sum(s.layers * cost(s.shape) for s in sources) / cost(sample)
 
-    seconds = exact = seconds_of(decomposed, _SAMPLE, _svd_cost)
+    seconds = exact = seconds_of(decomposed, _SAMPLE, svd_cost)
     if settings.target is not None:
         seconds *= 2  # all spectra come first
-    most = seconds + seconds_of(searched, _SAMPLE, _svd_cost)
+    most = seconds + seconds_of(searched, _SAMPLE, svd_cost)
     by_products = seconds_of(searched, _LEADING_SAMPLE, math.prod)
     seconds += by_products
     about = "up to about" if decomposed else "about"  # SVDs of larger layers are up to three times faster
@@ -153,10 +153,6 @@ def _solver_time(settings: ExtractSettings, seconds: float) -> str:
         return "; the solver comes on top"
     each = " for each k" if settings.k is None else ""
     return f"; solver and floors {EFFORT_TIMES[settings.solver.effort]} {seconds:.0f} s more{each}"
-
-
-def _svd_cost(shape: Shape) -> int:
-    return math.prod(shape) * min(shape)
 
 
 def _sample_seconds(job: Job, shape: Shape) -> float:

@@ -7,12 +7,11 @@ import json
 import math
 import shlex
 import statistics
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import aligned, csv_text, unique_labels
+from rasa_theory.common import aligned, csv_text, unique_labels, wrapped
 from rasa_theory.extraction.consumers import consumer_notes
 from rasa_theory.formats import grouped
 
@@ -74,15 +73,11 @@ def extraction_table(report: dict[str, Any]) -> str:
         *_left_out(report),
         *_unknown(report),
     ]
-    return "\n".join([*text, *(line for sentence in sentences for line in _wrapped(sentence)), *_warning(report)])
+    return "\n".join([*text, *(line for sentence in sentences for line in wrapped(sentence)), *_warning(report)])
 
 
 def _aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
     return aligned(lines, left={0}, gap=1, width=width)
-
-
-def _wrapped(sentence: str) -> list[str]:
-    return textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _has_pool(rows: Sequence[dict[str, Any]]) -> bool:
@@ -168,7 +163,7 @@ def _equal_size(report: dict[str, Any]) -> list[str]:
 def _warning(report: dict[str, Any]) -> list[str]:
     """Return the warning that the source may be no pair, after a line without text; nothing if there is none."""
     warning = report.get("warning")
-    return ["", *_wrapped(warning)] if warning else []
+    return ["", *wrapped(warning)] if warning else []
 
 
 def _whole(report: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from rasa_theory import linalg
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import TextTable, csv_text
+from rasa_theory.common import TextTable, csv_text, wrapped
 
 _NUMBERS = (
     "LoRA\nmisses", "RaSA\ngains", "by ranks\nalone", "certified\nlimit", "random starts\nbelow LoRA",
@@ -58,7 +57,9 @@ class StudyTable:
             lines = [*([name] if name else []), *self._table.row(cells)]
         else:
             lines = self._table.row((name, *cells))
-        return [*lines, *_wrapped(_origin(run), self._width, "  ")] if self._verbose else lines
+        if self._verbose:
+            lines += wrapped(_origin(run), min(self._width, _WIDTH), first="  ", later="  ")
+        return lines
 
 
 def _without_names(width: int, starts: int) -> TextTable:
@@ -91,7 +92,7 @@ def explanation_lines(results: dict[str, Any], width: int = _WIDTH) -> list[str]
         sentences.append(
             f"Only one start of the search came near the lowest on {_some(lonely)}; --effort thorough may find more."
         )
-    return [line for sentence in sentences for line in _wrapped(sentence, width)]
+    return [line for sentence in sentences for line in wrapped(sentence, min(width, _WIDTH))]
 
 
 def _cells(stack: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
@@ -139,17 +140,6 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_SHOWN])}{more}"
 
 
-def _wrapped(text: str, width: int = _WIDTH, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        min(width, _WIDTH),
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-
-
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
     """Return every law that failed or could not be decided, then one sentence with the verdict on Theorem 3.1."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
@@ -175,10 +165,10 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
             f"LoRA of rank {results['rank']} is exact on {_some(exact)}: the updates have no higher rank; "
             "ask for a lower --rank."
         )
-    lines = [line for sentence in sentences for line in _wrapped(sentence)]
+    lines = [line for sentence in sentences for line in wrapped(sentence)]
     if results.get("warning"):
-        lines += ["", *_wrapped(results["warning"])]
-    return [*lines, *_wrapped(_verdict(results, interrupted))]
+        lines += ["", *wrapped(results["warning"])]
+    return [*lines, *wrapped(_verdict(results, interrupted))]
 
 
 def _verdict(results: dict[str, Any], interrupted: bool) -> str:

@@ -26,6 +26,7 @@ from rasa_theory.solvers.duration import (
     exact_solver_seconds,
     lora_seconds,
     solver_seconds,
+    svd_cost,
 )
 from rasa_theory.solvers.lora import LoraSolution, solve_lora
 from rasa_theory.solvers.mixing_drop import drop_allowance, mixing_drop, resolve_mixing
@@ -143,6 +144,7 @@ __all__ = [
     "solve_rasa",
     "solver_seconds",
     "subspace_start",
+    "svd_cost",
     "sweeps_on",
     "term_norms",
     "term_size",

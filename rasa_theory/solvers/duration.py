@@ -76,13 +76,14 @@ def lora_seconds(entries: int, rank: int, dtype: torch.dtype, device: torch.devi
 
 def exact_lora_seconds(stacks: Sequence[Layered], rank: int, dtype: torch.dtype, device: torch.device) -> float:
     """The seconds of LoRA on stacks whose layers take exact SVDs, by one layer timed now, of at most 384 x 384."""
-    b, a = max((stack.shape for stack in stacks), key=_svd_cost)
+    b, a = max((stack.shape for stack in stacks), key=svd_cost)
     sample = (min(b, _EXACT_SAMPLE), min(a, _EXACT_SAMPLE))
     seconds = _timed(sample, min(rank, *sample), "exact", dtype, device)
-    return seconds * sum(stack.layers * _svd_cost(stack.shape) for stack in stacks) / _svd_cost(sample)
+    return seconds * sum(stack.layers * svd_cost(stack.shape) for stack in stacks) / svd_cost(sample)
 
 
-def _svd_cost(shape: tuple[int, int]) -> int:
+def svd_cost(shape: tuple[int, int]) -> int:
+    """What the time of an SVD of a layer (b, a) is in proportion to."""
     return math.prod(shape) * min(shape)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
-from rasa_theory.common import aligned
+from rasa_theory.common import aligned, wrapped
 from rasa_theory.verification.instances import FAMILIES
 from rasa_theory.verification.laws import LAWS
 
@@ -31,7 +30,7 @@ def describe() -> str:
     for title, names in parts:
         lines.append(title)
         for name, what in names.items():
-            lines += _wrapped(what, f"  {name:<{_INDENT - 2}}", " " * _INDENT)
+            lines += wrapped(what, first=f"  {name:<{_INDENT - 2}}", later=" " * _INDENT)
     return "\n".join(lines)
 
 
@@ -46,19 +45,8 @@ def table(results: dict[str, Any]) -> str:
             worst = max(tried, key=lambda name: _size(tried[name]))
             counts = [str(sum(one[key] for one in tried.values())) for key in ("checked", "violations")]
             by_law.append((law, *counts, _margin(tried[worst]), worst))
-    lines = [*aligned(by_family, left={0}), *_wrapped(_EXPLANATION), "", *aligned(by_law, left={0, 4})]
-    return "\n".join([*lines, *_wrapped(_LEGEND)])
-
-
-def _wrapped(text: str, first: str = "", later: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=first,
-        subsequent_indent=later,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines = [*aligned(by_family, left={0}), *wrapped(_EXPLANATION), "", *aligned(by_law, left={0, 4})]
+    return "\n".join([*lines, *wrapped(_LEGEND)])
 
 
 def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[str]:
@@ -68,7 +56,7 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
         shape = " x ".join(map(str, failure["shape"]))
         laws = ", ".join(_broken(law) for law in failure["laws"])
         where = f"{failure['family']} {failure['number']} ({shape}, r = {failure['rank']}, k = {failure['k']})"
-        lines += _wrapped(f"FAILED on {where}: {laws}")
+        lines += wrapped(f"FAILED on {where}: {laws}")
         lines.append(f"  again: {failure['replay'] or 'no file was written; run with --out DIR'}")
     more = len(results["failures"]) - _SHOWN
     if more > 0:
@@ -76,7 +64,7 @@ def verdict_lines(results: dict[str, Any], interrupted: bool = False) -> list[st
     checks, violations = (sum(family[key] for family in results["families"]) for key in ("checks", "violations"))
     sentence = f"{results['verdict'].upper()}: {violations} violations in {checks} checks"
     sentence += f" on {results['finished']} instances ({results['seconds']:.0f} s)"
-    return [*lines, *_wrapped(sentence + ("; interrupted, the rest was not run." if interrupted else "."))]
+    return [*lines, *wrapped(sentence + ("; interrupted, the rest was not run." if interrupted else "."))]
 
 
 def _broken(law: dict[str, Any]) -> str:
