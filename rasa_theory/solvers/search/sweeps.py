@@ -79,6 +79,7 @@ class BatchedSweeps:
         multipliers: Multipliers | None = None,
     ) -> None:
         self._K, self._limits, self._common = K, limits, common
+        self._KT = K.mT.contiguous()  # what `pool_products` would copy in every sweep
         self._norm = float((K * K).sum())
         self.multipliers = multipliers or Multipliers.zero(batch.D)
         self.batch = self._before = batch
@@ -122,7 +123,7 @@ class BatchedSweeps:
 
     def _swept(self, batch: Batch) -> tuple[Batch, Tensor]:
         half, _ = batched_half(self._K, self._norm, batch, self.multipliers, self._common[0])
-        half, values = batched_half(self._K.mT, self._norm, half.transpose(), self.multipliers, self._common[1])
+        half, values = batched_half(self._KT, self._norm, half.transpose(), self.multipliers, self._common[1])
         return half.transpose(), values
 
 
@@ -138,8 +139,8 @@ def batched_half(
     """
     _, At, B, A, D = batch
     mu, nu = multipliers
-    KA = pool_products(K, A)  # (L, n, S, R)
-    h = (KA * layers_first(D)[:, None]).sum(0).transpose(0, 1)  # sum_i P_i D_i: (S, n, R)
+    AK = pool_products(K, A)  # (S, R, L, n)
+    h = (D.mT[:, :, None] @ AK)[:, :, 0].mT  # sum_i P_i D_i: (S, n, R)
     C = (A @ A.mT)[:, None]  # (S, 1, R, R)
     if q := At.shape[2]:
         At = torch.linalg.qr(layers_first(At).mT)[0].mT  # (L, S, q, m)
@@ -155,7 +156,7 @@ def batched_half(
     norms = torch.linalg.vector_norm(B, dim=1)
     B, D = orthogonal.unit_columns(B), D * norms[:, None]
     G = (B.mT @ B)[:, None] * C + torch.diag_embed(mu)  # (S, L, R, R)
-    p = layers_first((KA * B.transpose(0, 1)).sum(1))  # b_j^T P_i e_j: (S, L, R)
+    p = (AK @ B.mT[..., None])[..., 0].mT  # b_j^T P_i e_j: (S, L, R)
     if q:
         p = p - layers_first(((AtK @ B) * wW).sum(2))
     D = D + solved(G, (p - (G @ D[..., None])[..., 0])[..., None], D.new_ones(()))[..., 0]
@@ -173,8 +174,8 @@ def layers_first(X: Tensor) -> Tensor:
 
 
 def pool_products(K: Tensor, A: Tensor) -> Tensor:
-    """K_i A_s^T for all i and s by one product: (L, n, m), (S, R, m) -> (L, n, S, R)."""
-    return (K.flatten(0, 1) @ A.flatten(0, 1).T).reshape(*K.shape[:2], *A.shape[:2])
+    """A_s K_i^T for all i and s by one product: (L, n, m), (S, R, m) -> (S, R, L, n)."""
+    return (A.flatten(0, 1) @ K.flatten(0, 1).T).reshape(*A.shape[:2], *K.shape[:2])
 
 
 def solved(G: Tensor, g: Tensor, size: Tensor) -> Tensor:
