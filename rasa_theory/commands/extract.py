@@ -25,7 +25,7 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import Progress, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
@@ -33,17 +33,21 @@ from rasa_theory.extraction import (
     POOLED,
     RANKS,
     STORED,
+    ErrorTable,
     ExtractionFolder,
     ExtractSettings,
     Job,
     check,
+    difference_table,
     entered,
     extract_all,
-    extraction_table,
     finish,
     forecast,
+    is_difference,
     job_of,
     remove_other_extraction,
+    report_notes,
+    table_of_report,
 )
 from rasa_theory.formats import CONFIG_FILE, LAYOUTS, BaseModel, base_of, kohya_prefix
 from rasa_theory.problem import compute_dtype
@@ -221,9 +225,10 @@ def run(arguments: list[str], processes: Processes) -> int:
     with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
+        table: ErrorTable | None = None
         if folder is None:
             report = _earlier_report(out) if processes.first else {}
-        elif not _extract(job, folder, processes, args.quiet):
+        elif (table := _extract(job, folder, processes, args)) is None:
             return 130
         else:
             about = {
@@ -233,22 +238,43 @@ def run(arguments: list[str], processes: Processes) -> int:
             }  # fmt: skip
             report = processes.from_first(functools.partial(finish, job, folder, about))
     if processes.first:
-        _print(report, out, args.json)
+        _print(report, table, out, args.json)
     return 0
 
 
-def _extract(job: Job, folder: ExtractionFolder, processes: Processes, quiet: bool) -> bool:
-    """Extract all stacks, with progress bars; if interrupted, say how to resume and return False."""
-    is_quiet = quiet or not processes.first
+def _extract(job: Job, folder: ExtractionFolder, processes: Processes, args: argparse.Namespace) -> ErrorTable | None:
+    """Extract all stacks, with progress bars, and print every row of the table when its stack is finished.
+
+    Returns the table. If interrupted, says how to resume and returns None.
+    """
+    settings, text = job.settings, sys.stderr if args.json else sys.stdout
+    stacks = [
+        {"name": source.name, "kind": names.kind, "layers": source.layers, "shape": source.shape}
+        for source, names in zip(job.catalogue.stacks, job.modules, strict=True)
+    ]
+    table = ErrorTable(stacks, settings.rank, settings.k != 0, terminal_width())
+    head = [f"Updates: {job.catalogue.source}", *table.head()]
+    progress: Progress | None = None
+
+    def bar(total: int, unit: str) -> Progress:
+        nonlocal progress
+        progress = Progress(total, unit, args.quiet or not processes.first)
+        return progress
+
+    def show(row: dict[str, Any]) -> None:
+        if progress is not None and settings.format != "diff" and (lines := table.rows(row)):
+            progress.print("\n".join([*head, *lines]), text)
+            head.clear()  # it comes with the first row: until then input may be refused
+
     try:
         with keeping_interrupts():
-            extract_all(job, folder, processes, lambda total, unit: Progress(total, unit, is_quiet))
+            extract_all(job, folder, processes, bar, show)
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if processes.first:
-            say_interrupted(folder.finished_parts, len(job.catalogue.stacks), "stacks", folder.out)
-        return False
-    return True
+            say_interrupted(folder.finished_parts, len(stacks), "stacks", folder.out)
+        return None
+    return table
 
 
 def _earlier_report(out: Path) -> dict[str, Any]:
@@ -256,14 +282,24 @@ def _earlier_report(out: Path) -> dict[str, Any]:
     return read_run_json(out / "report.json")
 
 
-def _print(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Print the source, the table and the names of the files; with `as_json` on standard error, beside the JSON."""
+def _print(report: dict[str, Any], table: ErrorTable | None, out: Path, as_json: bool) -> None:
+    """Print what is not on the screen yet: all rows without `table`, sums, notes, and the names of the files.
+
+    With `as_json` it goes to standard error, beside the JSON.
+    """
     text = sys.stderr if as_json else sys.stdout
-    print(f"Updates: {report['source']}", file=text)
-    print(extraction_table(report), file=text)
+    if is_difference(report):
+        lines = [f"Updates: {report['source']}", *difference_table(report), *report_notes(report)]
+    else:
+        lines = []
+        if table is None:
+            table = table_of_report(report, terminal_width())
+            rows = [line for row in report["stacks"] for line in table.rows(row)]
+            lines += [f"Updates: {report['source']}", *table.head(), *rows]
+        lines += [*table.total(report), *report_notes(report, table.prefix)]
     names = Counter(re.sub(r"-\d{5}\.", "-*.", path.name) for path in out.iterdir() if path.is_file())
     files = ", ".join(name if names[name] == 1 else f"{names[name]} {name}" for name in sorted(names))
-    print(*wrapped(f"Files: {out}/ ({files})"), sep="\n", file=text)
+    print_line("\n".join([*lines, *wrapped(f"Files: {out}/ ({files})")]), text)
     if as_json:
         print(json.dumps(report, indent=1, allow_nan=False))
 

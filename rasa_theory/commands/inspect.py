@@ -24,23 +24,25 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import Progress, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import STORED
 from rasa_theory.inspection import (
     FILES,
     RANKS,
+    EnergyTable,
     InspectionFolder,
     InspectionJob,
     InspectSettings,
     RankGoal,
     inspection_folder,
+    inspection_notes,
     inspection_report,
-    inspection_table,
     left_out_rows,
     measure_all,
     recommendation_lines,
+    stack_row,
     warnings,
 )
 from rasa_theory.problem import compute_device
@@ -113,14 +115,14 @@ def run(arguments: list[str], processes: Processes) -> int:
     report = _inspected(job, folder, goal, args, arguments)
     if report is None:
         return 130
-    print(f"Updates: {report['source']}", file=text)
-    print(inspection_table(report), file=text)
-    for line in recommendation_lines(report):
-        print(line, file=text)
+    is_changed = any(row["norm_squared"] for row in report["stacks"])
+    lines = [] if is_changed else [f"Updates: {report['source']}"]  # there is no table
+    lines += [*inspection_notes(report), *recommendation_lines(report)]
     if out is not None:
-        print(*wrapped(f"Files: {out}/ ({', '.join(FILES)})"), sep="\n", file=text)
+        lines += wrapped(f"Files: {out}/ ({', '.join(FILES)})")
     for warning in report["warnings"]:  # last, where eyes are
-        print("", *wrapped(warning), sep="\n", file=text)
+        lines += ["", *wrapped(warning)]
+    print_line("\n".join(lines), text)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
     return 0
@@ -154,11 +156,25 @@ def _inspected(
     args: argparse.Namespace,
     arguments: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Measure what is not measured yet and write the files; return the report, None if interrupted."""
+    """Measure what is not measured yet, print every row of the table when it is finished, and write the files.
+
+    Returns the report, None if interrupted.
+    """
+    ranks = job.settings.ranks
+    table = EnergyTable(job.outline(), ranks, terminal_width())
+    head = [f"Updates: {job.catalogue.source}", *table.head()]
+    progress = Progress(len(job.catalogue.stacks), "stacks", args.quiet)
+
+    def show(row: dict[str, Any]) -> None:
+        if lines := table.rows(stack_row(row, ranks)):
+            progress.print("\n".join([*head, *lines]), sys.stderr if args.json else sys.stdout)
+            head.clear()  # it comes with the first row
+
     with folder or contextlib.nullcontext():
         try:
             with keeping_interrupts():
-                rows = measure_all(job, folder, lambda total, unit: Progress(total, unit, args.quiet))
+                with progress:
+                    rows = measure_all(job, folder, progress, show)
                 left_out = left_out_rows(job, folder)
         except KeyboardInterrupt:
             done = 0 if folder is None else folder.finished_parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from typing import IO, Any, Self
@@ -82,6 +83,11 @@ def _bar(console: Console, unit: str) -> Bar:
         redirect_stdout=False,  # lines for a file must not end on the terminal
         expand=True,
     )
+
+
+def terminal_width() -> int:
+    """The number of columns of the terminal, 80 without one."""
+    return shutil.get_terminal_size().columns
 
 
 def print_line(text: str, file: IO[Any]) -> None:

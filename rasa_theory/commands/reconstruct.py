@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,7 +23,7 @@ from rasa_theory.commands.console import (
     say_left_out,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress, print_line
+from rasa_theory.commands.progress import Progress, print_line, terminal_width
 from rasa_theory.common import InputError, occupied, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
@@ -212,7 +211,7 @@ def _study(
     """Run the study with a bar of progress, and print every row of the table when it is finished."""
     settings, results = job.settings, state.results
     names = [source.name for source in job.catalogue.stacks]
-    table = StudyTable(names, settings.seeds, _columns(), args.verbose)
+    table = StudyTable(names, settings.seeds, terminal_width(), args.verbose)
     head = [f"Updates: {results['source']}; rank budget {settings.rank}", *table.head()]
     tasks = len(stacks_left(job, state)) * sum(settings.tasks(k) for k in settings.ks)
     with Progress(tasks, "tasks", args.quiet or not processes.first) as progress:
@@ -233,18 +232,13 @@ def _study(
         )
 
 
-def _columns() -> int:
-    """The width of the terminal, 80 without one."""
-    return shutil.get_terminal_size().columns
-
-
 def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: argparse.Namespace) -> None:
     """Print what the table means, the verdict, the files, and where to go next; with --json also the results.
 
     With --json all the rest is on standard error.
     """
     if results["stacks"]:
-        lines = [*explanation_lines(results, _columns()), *verdict_lines(results, interrupted)]
+        lines = [*explanation_lines(results, terminal_width()), *verdict_lines(results, interrupted)]
         lines += wrapped(f"Files: {out}/ ({', '.join(ResultsFolder.FILES)})") if out is not None else []
         lines += wrapped(f"Next: {_next(args, out)}.") if not interrupted else []
         print_line("\n".join(lines), sys.stderr if args.json else sys.stdout)

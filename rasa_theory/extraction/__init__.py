@@ -2,10 +2,19 @@
 
 from rasa_theory.extraction.adapter_folder import ExtractionFolder, remove_other_extraction
 from rasa_theory.extraction.conversion import extract_stack, spectral_facts
+from rasa_theory.extraction.error_table import ErrorTable
 from rasa_theory.extraction.extract_settings import FORMATS, POOLED, RANKS, STORED, ExtractSettings
 from rasa_theory.extraction.forecast import duration, forecast
 from rasa_theory.extraction.job import Job, check, job_of
-from rasa_theory.extraction.report import extraction_csv, extraction_table, model_card
+from rasa_theory.extraction.report import (
+    difference_table,
+    extraction_csv,
+    extraction_table,
+    is_difference,
+    model_card,
+    report_notes,
+    table_of_report,
+)
 from rasa_theory.extraction.run import entered, extract_all, finish
 
 __all__ = [
@@ -13,10 +22,12 @@ __all__ = [
     "POOLED",
     "RANKS",
     "STORED",
+    "ErrorTable",
     "ExtractSettings",
     "ExtractionFolder",
     "Job",
     "check",
+    "difference_table",
     "duration",
     "entered",
     "extract_all",
@@ -25,8 +36,11 @@ __all__ = [
     "extraction_table",
     "finish",
     "forecast",
+    "is_difference",
     "job_of",
     "model_card",
     "remove_other_extraction",
+    "report_notes",
     "spectral_facts",
+    "table_of_report",
 ]

@@ -1,25 +1,31 @@
-"""The report of an extraction as text: the table of the command, the long CSV, and the README.md of the adapter."""
+"""The report of an extraction as text: its notes, the long CSV, and the README.md of the adapter."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shlex
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import aligned, csv_text, unique_labels, wrapped
+from rasa_theory.common import aligned, csv_text, wrapped
 from rasa_theory.extraction.consumers import consumer_notes
+from rasa_theory.extraction.error_table import (
+    WIDTH,
+    ErrorTable,
+    kind_labels,
+    ratio_text,
+    relative_text,
+    shape_text,
+    totals,
+)
 from rasa_theory.formats import grouped
 
 _CSV = (
     "stack", "kind", "module", "rank", "norm_squared", "e_lora", "e_rasa", "e_stored",
     "stable_rank", "entropy_rank", "rank_50", "rank_90", "rank_99",
 )  # fmt: skip
-_WIDTH = 80
 _EXPLANATION = (
     "rel: ||tuned - base|| / ||base||; in the last line, of all tensors. LoRA, file: the share of ||M||^2 that the "
     "best LoRA of rank r misses, and the file as written. 90%: the rank that holds 90 % of ||M||^2, median over layers."
@@ -42,23 +48,41 @@ _DESCRIPTIONS = {
 }
 
 
-def totals(report: dict[str, Any]) -> dict[str, float | None]:
-    """Return squared norms and squared errors, summed over all stacks; None for those that format diff has not."""
-    sums: dict[str, float | None] = {}
-    for key in ("norm_squared", "e_lora", "e_rasa", "e_stored"):
-        values = [row[key] for row in report["stacks"]]
-        sums[key] = None if None in values else math.fsum(values)
-    return sums
-
-
 def extraction_table(report: dict[str, Any]) -> str:
-    """Return a table with one line per stack and one for their sum, at most 80 characters wide if names allow it."""
+    """The whole table of a report and its notes, 80 columns wide if names allow it."""
+    if is_difference(report):
+        return "\n".join([*difference_table(report), *report_notes(report)])
+    table = table_of_report(report)
+    rows = [line for row in report["stacks"] for line in table.rows(row)]
+    return "\n".join([*table.head(), *rows, *table.total(report), *report_notes(report, table.prefix)])
+
+
+def table_of_report(report: dict[str, Any], width: int = WIDTH) -> ErrorTable:
+    """The table for the stacks of a report."""
+    settings = report["plan"]["settings"]
+    return ErrorTable(report["stacks"], settings["rank"], settings["k"] != 0, width)
+
+
+def is_difference(report: dict[str, Any]) -> bool:
+    """True for format diff, which has no ranks."""
+    return bool(report["plan"]["settings"]["format"] == "diff")
+
+
+def difference_table(report: dict[str, Any]) -> list[str]:
+    """The table of format diff: norms, their shares of the sum, and the errors of rounding."""
     changed = [row for row in report["stacks"] if row["norm_squared"] > 0]
-    is_diff = report["plan"]["settings"]["format"] == "diff"
-    lines = _difference_lines(report, changed) if is_diff else _error_lines(report, changed)
-    is_too_wide = max(map(len, _aligned(lines))) > _WIDTH
-    prefix = _common_prefix(_labels(changed)) if is_too_wide else ""
-    text = _aligned([(line[0].removeprefix(prefix), *line[1:]) for line in lines], width=_WIDTH)
+    whole = math.fsum(row["norm_squared"] for row in [*changed, *report["whole"]])
+    rows = [
+        (label, str(row["layers"]), shape_text(row), relative_text(row), ratio_text(row["norm_squared"], whole),
+         f"{row['e_stored'] / row['norm_squared']:.1e}")
+        for label, row in zip(kind_labels(changed), changed, strict=True)
+    ]  # fmt: skip
+    return aligned([("kind", "L", "shape", "rel", "share", "file"), *rows], left={0}, gap=1, width=WIDTH)
+
+
+def report_notes(report: dict[str, Any], prefix: str = "") -> list[str]:
+    """What the words of the table mean, sizes, and what the file leaves out; `prefix` is that of the table."""
+    is_diff, changed = is_difference(report), [row for row in report["stacks"] if row["norm_squared"] > 0]
     zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
     sentences = [
         *([f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []),
@@ -73,52 +97,11 @@ def extraction_table(report: dict[str, Any]) -> str:
         *_left_out(report),
         *_unknown(report),
     ]
-    return "\n".join([*text, *(line for sentence in sentences for line in wrapped(sentence)), *_warning(report)])
-
-
-def _aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    return aligned(lines, left={0}, gap=1, width=width)
+    return [*(line for sentence in sentences for line in wrapped(sentence)), *_warning(report)]
 
 
 def _has_pool(rows: Sequence[dict[str, Any]]) -> bool:
     return any(row["k"] > 0 for row in rows)
-
-
-def _labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The kinds of the stacks, and what tells them apart where two are of one kind."""
-    return unique_labels([row["kind"] for row in rows], [row["name"].replace(".weight", "") for row in rows])
-
-
-def _error_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The head, a line for each stack, and the line of the sums; k, gain and limit only where there is a pool."""
-    lines: list[tuple[str, ...]] = [("kind", "L", "shape", "rel", "r", "k", "LoRA", "gain", "limit", "file", "90%")]
-    for label, row in zip(_labels(changed), changed, strict=True):
-        ranks = [m["rank_90"] for m in row["modules"]]
-        median = "-" if None in ranks else str(int(statistics.median_low(ranks)))
-        limit = "-" if row["k"] == 0 else _less(row["lower_bound"], row["e_lora"])
-        lines.append(
-            (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row), _ranks(row), str(row["k"]),
-             *_errors(row), limit, _ratio(row["e_stored"], row["norm_squared"]), median)
-        )  # fmt: skip
-    total: dict[str, Any] = totals(report) | {"k": max(row["k"] for row in report["stacks"])}
-    stored = _ratio(total["e_stored"], total["norm_squared"])
-    lines.append(("all", "", "", _relative(report), "", "", *_errors(total), "", stored, ""))
-    if _has_pool(changed):
-        return lines
-    return [(*line[:5], line[6], *line[9:]) for line in lines]
-
-
-def _difference_lines(report: dict[str, Any], changed: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The same for format diff, which has no ranks: norms, and the errors of rounding."""
-    whole = math.fsum(row["norm_squared"] for row in [*changed, *report["whole"]])
-    return [
-        ("kind", "L", "shape", "rel", "share", "file"),
-        *(
-            (label, str(row["layers"]), "{}x{}".format(*row["shape"]), _relative(row),
-             _ratio(row["norm_squared"], whole), f"{row['e_stored'] / row['norm_squared']:.1e}")
-            for label, row in zip(_labels(changed), changed, strict=True)
-        ),
-    ]  # fmt: skip
 
 
 def _sizes(report: dict[str, Any], is_diff: bool) -> list[str]:
@@ -173,12 +156,6 @@ def _whole(report: dict[str, Any]) -> list[str]:
     return [f"Written whole: {labels}."] if names else []
 
 
-def _common_prefix(kinds: Sequence[str]) -> str:
-    """Return the leading components that all kinds share, each with its dot; the last component is never one."""
-    columns = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
-    return "".join(f"{column[0]}." for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def _left_out(report: dict[str, Any]) -> list[str]:
     """Return the sentence with the share of what is left out in the whole squared norm, in groups, largest first."""
     changed = [one for one in report["left_out"] if one.get("norm_squared", 0) > 0]
@@ -206,35 +183,6 @@ def _setting(number: int | None, unit: str) -> str:
     return f"chosen for each {unit}" if number is None else str(number)
 
 
-def _ranks(row: dict[str, Any]) -> str:
-    """Return the rank of the layers, or their range, as text."""
-    if row["rank"] is not None:
-        return str(row["rank"])
-    ranks = [module["rank"] for module in row["modules"]]
-    return f"{min(ranks)}..{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
-
-
-def _relative(row: dict[str, Any]) -> str:
-    """Return the norm of the update divided by that of the weights before, as text."""
-    relative = row.get("relative_norm")
-    return "-" if relative is None else f"{relative:.2g}"
-
-
-def _errors(row: dict[str, Any]) -> tuple[str, str]:
-    """Return the share that LoRA misses, and RaSA's gain in per cent of it, as text."""
-    gain = "-" if row["k"] == 0 else _less(row["e_rasa"], row["e_lora"])
-    return _ratio(row["e_lora"], row["norm_squared"]), gain
-
-
-def _less(x: float, y: float) -> str:
-    """Return by how many per cent of y x is below y, as text; "-" where y is 0."""
-    return f"{100 * (1 - x / y):.1f}" if y else "-"
-
-
-def _ratio(x: float | None, y: float | None) -> str:
-    return f"{x / y:.4f}" if x is not None and y else "-"
-
-
 def extraction_csv(report: dict[str, Any]) -> str:
     """Return the report as CSV with one line per module."""
     rows = [
@@ -245,7 +193,7 @@ def extraction_csv(report: dict[str, Any]) -> str:
 
 def model_card(report: dict[str, Any]) -> str:
     """Return the README.md of the adapter's folder, with the header that a model hub reads."""
-    settings, total = report["plan"]["settings"], totals(report)
+    settings, total = report["plan"]["settings"], totals(report["stacks"])
     written = sorted({rank for row in report["stacks"] for rank in row["ranks"].values()})
     named = {
         "rank": _setting(settings["rank"], "layer"),

@@ -30,6 +30,8 @@ Show = Callable[[int, str], None]
 """Called with the number of finished steps and the name of the step in hand."""
 Bar = Callable[[int, str], AbstractContextManager[Show]]
 """Makes a context of progress for a number of steps, which are called by the second argument."""
+Finished = Callable[[dict[str, Any]], None]
+"""Called in process 0 with the row of every stack, in their order, when it and those before it are finished."""
 
 _RANKS = "ranks.json"
 _LEFT_OUT = "left-out.json"
@@ -67,46 +69,74 @@ def entered(out: Path, job: Job, processes: Processes) -> Iterator[ExtractionFol
         yield folder
 
 
-def extract_all(job: Job, folder: ExtractionFolder, processes: Processes, bar: Bar = no_progress) -> None:
+def extract_all(
+    job: Job, folder: ExtractionFolder, processes: Processes, bar: Bar = no_progress, finished: Finished | None = None
+) -> None:
     """Write the part and the row of every stack that is not finished, and the norms of the stacks without names.
 
     Stacks are dealt to the processes as wholes, by the cost of their SVDs, and each process reads only its own. Where
     one process fails or is interrupted, the others stop after the stack in hand. A failure before any stack is finished
     leaves no parts.
     """
-    stacks, process = job.catalogue.stacks, processes.process
+    stacks = job.catalogue.stacks
     try:
         ranks = _ranks(job, folder, processes, bar)
         unfinished = processes.from_first(lambda: [n for n in range(len(stacks)) if folder.row(n) is None])
-        share = _shares([stacks[n] for n in unfinished], processes)[process]
-        with processes.raise_together(), bar(len(stacks), "stacks") as show:
-            for n in (unfinished[i] for i in share):
-                if processes.board.ending:
-                    break
-                source = stacks[n]
-                show(folder.finished_parts, f"{source.name}: reading")
-                stack = source.load(job.dtype, job.device)
-                callback = _solver_progress(show, folder, source)
-                with stack.suitable_threads():
-                    if job.settings.format == "diff":
-                        keys = [job.settings.prefix + key for key in source.keys]
-                        extracted = difference_of(stack, keys, job.modules[n], job.settings)
-                    else:
-                        extracted = extract_stack(stack, job.modules[n], job.settings, ranks[n], callback)
-                folder.add(n, with_norms(extracted, job.catalogue.norms(source)))
-            for n in _shares(job.unnamed, processes)[process]:
-                if processes.board.ending:
-                    break
-                source = job.unnamed[n]
-                show(folder.finished_parts, f"{source.name}: norm")
-                folder.compute_once(_norm_file(n), functools.partial(plain_norms, job, source))
-            if processes.first and not processes.board.ending:
-                show(folder.finished_parts, "norms of what is left out")
-                folder.compute_once(_LEFT_OUT, lambda: norms_left_out(job))
+        share = _shares([stacks[n] for n in unfinished], processes)[processes.process]
+        with bar(len(stacks), "stacks") as show:
+            tell = _teller(folder, len(stacks), finished if processes.first else None)
+            tell()
+            with processes.raise_together():
+                for n in (unfinished[i] for i in share):
+                    if processes.board.ending:
+                        break
+                    folder.add(n, _extracted(job, n, ranks[n], folder, show))
+                    tell()
+                _measure_left_out(job, folder, processes, show)
+            tell()  # what other processes finished last
     except InputError:
         if processes.first:
             folder.abandon()
         raise
+
+
+def _teller(folder: ExtractionFolder, count: int, finished: Finished | None) -> Callable[[], None]:
+    """A function that calls `finished` with the rows that are there by now, each once and in the order of stacks."""
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        while finished is not None and told < count and (row := folder.row(told)) is not None:
+            finished(row)
+            told += 1
+
+    return tell
+
+
+def _extracted(job: Job, n: int, ranks: Sequence[int] | None, folder: ExtractionFolder, show: Show) -> Extracted:
+    """The tensors and the row of stack n."""
+    source, names, settings = job.catalogue.stacks[n], job.modules[n], job.settings
+    show(folder.finished_parts, f"{source.name}: reading")
+    stack = source.load(job.dtype, job.device)
+    with stack.suitable_threads():
+        if settings.format == "diff":
+            extracted = difference_of(stack, [settings.prefix + key for key in source.keys], names, settings)
+        else:
+            extracted = extract_stack(stack, names, settings, ranks, _solver_progress(show, folder, source))
+    return with_norms(extracted, job.catalogue.norms(source))
+
+
+def _measure_left_out(job: Job, folder: ExtractionFolder, processes: Processes, show: Show) -> None:
+    """Write the norms of what the adapter leaves out: stacks without names, shared by processes, and single tensors."""
+    for n in _shares(job.unnamed, processes)[processes.process]:
+        if processes.board.ending:
+            break
+        source = job.unnamed[n]
+        show(folder.finished_parts, f"{source.name}: norm")
+        folder.compute_once(_norm_file(n), functools.partial(plain_norms, job, source))
+    if processes.first and not processes.board.ending:
+        show(folder.finished_parts, "norms of what is left out")
+        folder.compute_once(_LEFT_OUT, lambda: norms_left_out(job))
 
 
 def _shares(sources: Sequence[StackSource], processes: Processes) -> list[list[int]]:

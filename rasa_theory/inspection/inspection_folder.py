@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rasa_theory.common import PartsFolder, Plan, occupied, write_file, write_json
-from rasa_theory.inspection.overview import inspection_csv, kinds
+from rasa_theory.inspection.kinds import kinds
+from rasa_theory.inspection.overview import inspection_csv
 from rasa_theory.plotting import plot_inspection, style
 
 _REPORT = "inspect.json"

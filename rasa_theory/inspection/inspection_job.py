@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,8 @@ from rasa_theory.sources import (
 
 Show = Callable[[int, str], None]
 """Called with the number of finished stacks and the name of the one in hand."""
-Bar = Callable[[int, str], AbstractContextManager[Show]]
-"""Makes a context of progress for a number of steps, which are called by the second argument."""
+Finished = Callable[[Row], None]
+"""Called with the row of every stack, once it is measured or found in the folder."""
 
 _LEFT_OUT = "left_out.json"
 _SAMPLE = (1536, 1536)  # the layer that is timed for --dry-run: a smaller one would be decomposed
@@ -59,6 +58,13 @@ class InspectionJob:
             stacks=[[s.name, s.layers, *s.shape, s.transposed] for s in self.catalogue.stacks],
         )
 
+    def outline(self) -> list[dict[str, Any]]:
+        """Kind, name, layers and shape of every stack, as in their rows."""
+        return [
+            {"name": s.name, "kind": layer_names(s, self.tasks).kind, "layers": s.layers, "shape": s.shape}
+            for s in self.catalogue.stacks
+        ]
+
     def check(self) -> None:
         """Raise InputError if a layer needs more memory than is allowed."""
         if self.memory is not None:
@@ -77,22 +83,24 @@ class InspectionJob:
         return "\n".join(lines)
 
 
-def measure_all(job: InspectionJob, folder: InspectionFolder | None, bar: Bar) -> list[Row]:
+def measure_all(
+    job: InspectionJob, folder: InspectionFolder | None, show: Show, finished: Finished = lambda row: None
+) -> list[Row]:
     """The rows of all stacks: those in the folder, and those that are measured now and written there.
 
     One stack is in memory at a time.
     """
     stacks = job.catalogue.stacks
     rows: list[Row] = []
-    with bar(len(stacks), "stacks") as show:
-        for n, source in enumerate(stacks):
-            show(n, source.name)
-            row = None if folder is None else folder.row(n)
-            if row is None:
-                row = _measured(job, n)
-                if folder is not None:
-                    folder.add_row(n, row)
-            rows.append(row)
+    for n, source in enumerate(stacks):
+        show(n, source.name)
+        row = None if folder is None else folder.row(n)
+        if row is None:
+            row = _measured(job, n)
+            if folder is not None:
+                folder.add_row(n, row)
+        rows.append(row)
+        finished(row)
     return rows
 
 
@@ -100,7 +108,7 @@ def _measured(job: InspectionJob, n: int) -> Row:
     source = job.catalogue.stacks[n]
     stack = source.load(None, job.device)
     with stack.suitable_threads():
-        row = measure(stack, _names(source, job.tasks), job.settings.rank, n)
+        row = measure(stack, layer_names(source, job.tasks), job.settings.rank, n)
     norms = job.catalogue.norms(source) or []
     bases = [one.base for one in norms if one.base is not None]
     return row | {
@@ -123,7 +131,7 @@ def left_out_rows(job: InspectionJob, folder: InspectionFolder | None) -> list[d
     return rows() if folder is None else folder.compute_once(_LEFT_OUT, rows)
 
 
-def _names(source: StackSource, tasks: bool) -> LayerNames:
+def layer_names(source: StackSource, tasks: bool) -> LayerNames:
     """The names of the layers of a stack: modules of the model, or of several adapters."""
     if tasks:
         return LayerNames(source.name, tuple(f"{task}/{source.name}" for task in range(source.layers)))

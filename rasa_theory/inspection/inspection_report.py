@@ -38,11 +38,12 @@ def inspection_report(
         "relative_norm": _relative(norm, base),
         "curve": curve(changed, range(1, settings.rank + 1), itemsize) if norm > 0 else [],
         "recommendation": None if goal is None or norm == 0 else recommend(changed, goal, settings.rank, itemsize),
-        "stacks": [_stack_row(row, settings.ranks) for row in rows],
+        "stacks": [stack_row(row, settings.ranks) for row in rows],
     }
 
 
-def _stack_row(row: Row, ranks: Sequence[int]) -> dict[str, Any]:
+def stack_row(row: Row, ranks: Sequence[int]) -> dict[str, Any]:
+    """The part of the report on one stack, at these ranks, from the row of its measurement."""
     norms, bases = row["norms_squared"], row["base_norms_squared"] or [None] * len(row["norms_squared"])
     layers = zip(row["modules"], norms, bases, row["low"], row["high"], strict=True)
     low, high = ([math.fsum(column) for column in zip(*row[key], strict=True)] for key in ("low", "high"))

@@ -1,19 +1,16 @@
-"""The report of an inspection as text: the table of the command, the recommendation, and the long CSV."""
+"""The report of an inspection as text: the notes of the table, the recommendation, and the long CSV."""
 
 from __future__ import annotations
 
 import math
-import re
-import statistics
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rasa_theory.common import aligned, csv_text, unique_labels
+from rasa_theory.common import aligned, csv_text, wrapped
 from rasa_theory.formats import grouped
+from rasa_theory.inspection.energy_table import WIDTH, EnergyTable
+from rasa_theory.inspection.kinds import kinds
 
-_WIDTH = 80
-_WHOLE = 1 - 1e-9  # a share from here on is printed as 100 %: the rest is rounding
 _GROUPS_SHOWN = 8
 _CSV = (
     "stack", "kind", "module", "norm_squared", "base_norm_squared", "relative_norm",
@@ -27,91 +24,28 @@ _EXPLANATION = (
 )
 
 
-def inspection_table(report: dict[str, Any]) -> str:
-    """The table with a line for each kind of module, and one for all modules at several ranks: 80 columns wide."""
-    head = ("kind", "L", "shape", "rel", "stable", *map(str, report["ranks"]), "col", "row")
-    groups = [group for group in kinds(report["stacks"]) if group["norm_squared"] > 0]
-    if not groups:
-        return "\n".join(["No stack has changed.", *_left_out_lines(report)])
-    lines = [
-        (
-            group["kind"], str(len(group["modules"])), "{}x{}".format(*group["shape"]), _relative(group),
-            _stable(group["modules"]), *(_per_cent(low) for low, _ in group["energy"]),
-            _signed_per_cent(group["columns"]), _signed_per_cent(group["rows"]),
-        )
-        for group in groups
-    ]  # fmt: skip
-    text = aligned([head, *lines], left={0}, gap=1, width=_WIDTH)
-    widths = [high - low for group in groups for low, high in group["energy"]]
-    width = f"the truth is at most {100 * max(widths, default=0.0):.2g} points above"
-    directions = max((row["shared"]["rank"] for row in report["stacks"]), default=0)
-    explanation = textwrap.wrap(_EXPLANATION.format(width=width, directions=directions), _WIDTH)
+def inspection_table(report: dict[str, Any], width: int = WIDTH) -> str:
+    """The table with a line for each kind of module, and its notes with a table of all modules at several ranks."""
+    table = EnergyTable(report["stacks"], report["ranks"], width)
+    rows = [line for row in report["stacks"] for line in table.rows(row)]
+    return "\n".join([*(table.head() if rows else []), *rows, *inspection_notes(report)])
+
+
+def inspection_notes(report: dict[str, Any]) -> list[str]:
+    """What the words of the table mean, what is left out, and all modules at several ranks."""
+    changed = [kind for kind in kinds(report["stacks"]) if kind["norm_squared"] > 0]
+    if not changed:
+        return ["No stack has changed.", *_left_out_lines(report)]
+    width = max((high - low for kind in changed for low, high in kind["energy"]), default=0.0)
+    directions = max(row["shared"]["rank"] for row in report["stacks"])
+    truth = f"the truth is at most {100 * width:.2g} points above"
     unchanged = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
-    zeros = textwrap.wrap(f"Unchanged: {', '.join(unchanged)}.", _WIDTH) if unchanged else []
-    return "\n".join([*text, *explanation, *zeros, *_left_out_lines(report), *_curve_lines(report)])
-
-
-def kinds(stacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stacks of a report by kind, those together whose names differ in numbers alone (experts), of equal shape.
-
-    Kinds of one name in different parts of the model, such as encoder and decoder, stay apart. Energies are shares of
-    the squared norm of the whole kind. Shared subspaces are means over its stacks.
-    """
-    together: dict[tuple[str, str, tuple[int, ...]], list[dict[str, Any]]] = {}
-    for row in stacks:
-        kind = _without_numbers(row["kind"])
-        name = _without_numbers(row["name"].replace(".weight", ""))
-        together.setdefault((kind, name, tuple(row["shape"])), []).append(row)
-    labels = unique_labels([kind for kind, _, _ in together], [name for _, name, _ in together])
-    return [_kind(label, key[2], rows) for label, (key, rows) in zip(labels, together.items(), strict=True)]
-
-
-def _without_numbers(name: str) -> str:
-    """The name with a star for each number that is a component of its own, as those of experts and layers are."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _kind(kind: str, shape: Sequence[int], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    norm = math.fsum(row["norm_squared"] for row in rows)
-    bases = [row["base_norm_squared"] for row in rows]
-    changed = [row for row in rows if row["norm_squared"] > 0]
-    return {
-        "kind": kind,
-        "shape": shape,
-        "norm_squared": norm,
-        "base_norm_squared": None if None in bases else math.fsum(bases),
-        "energy": [
-            [math.fsum(row["norm_squared"] / norm * row["energy"][n][bound] for row in changed) for bound in (0, 1)]
-            for n in range(len(changed[0]["energy"]) if changed else 0)
-        ],
-        "columns": _mean_overlap(rows, "columns"),
-        "rows": _mean_overlap(rows, "rows"),
-        "modules": [module for row in rows for module in row["modules"]],
-    }
-
-
-def _mean_overlap(rows: Sequence[dict[str, Any]], side: str) -> float | None:
-    overlaps = [row["shared"][side]["overlap"] for row in rows if row["shared"][side] is not None]
-    return statistics.fmean(overlaps) if overlaps else None
-
-
-def _relative(group: dict[str, Any]) -> str:
-    base = group["base_norm_squared"]
-    return f"{math.sqrt(group['norm_squared'] / base):.2g}" if base else "-"
-
-
-def _stable(modules: Iterable[dict[str, Any]]) -> str:
-    ranks = [math.sqrt(math.prod(module["stable_rank"])) for module in modules if module["stable_rank"] is not None]
-    return f"{statistics.median(ranks):.3g}"
-
-
-def _per_cent(share: float) -> str:
-    """A share in whole per cent, rounded down, as it is a lower bound."""
-    return "100" if share >= _WHOLE else str(math.floor(100 * share))
-
-
-def _signed_per_cent(share: float | None) -> str:
-    return "-" if share is None else str(round(100 * share))
+    return [
+        *wrapped(_EXPLANATION.format(width=truth, directions=directions)),
+        *(wrapped(f"Unchanged: {', '.join(unchanged)}.") if unchanged else []),
+        *_left_out_lines(report),
+        *_curve_lines(report),
+    ]
 
 
 def _curve_lines(report: dict[str, Any]) -> list[str]:
@@ -127,7 +61,7 @@ def _curve_lines(report: dict[str, Any]) -> list[str]:
         "All modules at one rank: the share of ||M||^2 that the best LoRA misses lies between the two columns, but for "
         f"a probability of {report['failure']:.0e}. A matrix narrower than the rank is taken whole."
     )
-    return ["", *aligned(rows, left=set()), *textwrap.wrap(note, _WIDTH)]
+    return ["", *aligned(rows, left=set()), *wrapped(note)]
 
 
 def _outwards(bounds: Sequence[float]) -> tuple[str, str]:
@@ -156,7 +90,7 @@ def _left_out_lines(report: dict[str, Any]) -> list[str]:
     groups.sort(key=lambda group: -group[0])
     lines = ["Left out, with the share of the squared norm of the whole source:"]
     for _, text in groups[:_GROUPS_SHOWN]:
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += wrapped(text, first="  ", later="    ")
     rest = len(groups) - _GROUPS_SHOWN
     return [*lines, f"  and {rest} groups more, in inspect.json"] if rest > 0 else lines
 
@@ -192,7 +126,7 @@ def recommendation_lines(report: dict[str, Any]) -> list[str]:
     else:
         ranks = sorted(own["ranks"].values())
         lines.append(f"With a rank of its own for every module, {ranks[0]} to {ranks[-1]}: {_costs(own)}")
-    return [line for text in lines for line in textwrap.wrap(text, _WIDTH)]
+    return [line for text in lines for line in wrapped(text)]
 
 
 def _minimal(one: dict[str, Any]) -> str:

@@ -153,6 +153,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_files(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(pair, tmp_path / "whole", "--error", "0.1") == 0
+    table = capsys.readouterr().out.splitlines()[:6]  # source, head, rule, three kinds
     real, measured = inspection_job.measure, []
 
     def watched(stack: rt.LayerStack, *rest: Any) -> Any:
@@ -165,15 +166,18 @@ def test_interrupted_it_goes_on_and_gives_the_same_files(
     stopped: list[str] = []
     monkeypatch.setattr(inspection_job, "measure", watched)
     assert run(pair, tmp_path / "broken", "--error", "0.1") == 130
-    assert f"interrupted: 2 of 3 stacks finished and kept in {tmp_path}/broken/; the same command goes on" in (
-        capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert (
+        f"interrupted: 2 of 3 stacks finished and kept in {tmp_path}/broken/; the same command goes on" in printed.err
     )
+    assert printed.out.splitlines() == table[:5], "each row as it is finished"
     assert not (tmp_path / "broken" / "inspect.json").exists()
     monkeypatch.setattr(
         inspection_job, "measure", lambda stack, *rest: measured.append(stack.name) or real(stack, *rest)
     )
     assert run(pair, tmp_path / "broken", "--error", "0.1") == 0
     assert len(measured) == len(set(measured)) == 3, "no stack twice"
+    assert capsys.readouterr().out.splitlines()[:6] == table
     for name in ("inspect.csv", "inspect.png"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     reports = [report_of(tmp_path / name) for name in ("broken", "whole")]

@@ -35,6 +35,7 @@ def files_of(out):
 def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, capsys):
     folder, _ = llamas
     assert run(folder, tmp_path / "whole", *options()) == 0
+    table = capsys.readouterr().out.splitlines()[:8]  # source, head, rule, four rows, sums
     done, real = [], extraction_run.extract_stack
 
     def stops(stack, *rest):
@@ -46,10 +47,15 @@ def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(extraction_run, "extract_stack", stops)
     assert run(folder, tmp_path / "out", *options()) == 130
-    assert "2 of 4 stacks finished" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "2 of 4 stacks finished" in printed.err
+    assert printed.out.splitlines() == table[:5]  # each row as it is finished
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".extract"]
     assert run(folder, tmp_path / "out", *options()) == 0
     assert len(done) == len(set(done)) == 5
+    assert capsys.readouterr().out.splitlines()[:8] == table
+    assert run(folder, tmp_path / "out", *options()) == 0
+    assert capsys.readouterr().out.splitlines()[:8] == table  # from the report
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 

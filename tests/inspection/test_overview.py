@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from rasa_theory.inspection import inspection_table, overview, recommendation_lines
+from rasa_theory.inspection import inspection_table, kinds, overview, recommendation_lines
 from rasa_theory.plotting import plot_inspection
 from rasa_theory.problem import energies
 
@@ -51,7 +51,7 @@ def test_the_parts_of_a_model_are_told_apart() -> None:
     report = report_of(*stacks, ranks=(1, 2))
     for row in report["stacks"]:
         row["kind"] = row["name"].partition("*.")[2].removesuffix(".weight")
-    groups = {group["kind"]: group for group in overview.kinds(report["stacks"])}
+    groups = {group["kind"]: group for group in kinds.kinds(report["stacks"])}
     assert groups.keys() == {f"{part}: layer.*.SelfAttention.k" for part in sigma}
     assert groups["encoder: layer.*.SelfAttention.k"]["energy"][0] == pytest.approx([1.0, 1.0])
     assert groups["decoder: layer.*.SelfAttention.k"]["energy"][0] == pytest.approx([0.5, 0.5])
@@ -106,7 +106,7 @@ def test_the_figure_has_a_row_for_each_kind_and_white_where_nothing_is() -> None
         rt.LayerStack(np.random.default_rng(0).standard_normal((layers, 6, 5)), f"kind{layers}") for layers in (1, 3)
     ]
     report = report_of(*stacks, rt.LayerStack(np.zeros((1, 3, 3)), "zero"), error=0.5)
-    figure = plot_inspection(report, overview.kinds(report["stacks"]))
+    figure = plot_inspection(report, kinds.kinds(report["stacks"]))
     maps = [ax.images[0].get_array() for ax in figure.axes[:2]]
     for grid in maps:
         assert grid.shape == (2, 3)
