@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support.rows import Row, Table, of_models, read_rows, write_rows
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 
 KEY = ("model", "stack", "r", "k")
@@ -76,7 +76,7 @@ def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.So
     Raises ValueError for rows that do not belong to these stacks, by their allocation bound.
     """
     done = 0
-    with Progress(len(rows), "rows") as progress:
+    with ProgressBar(len(rows), "rows") as progress:
         for (name, r), group in itertools.groupby(rows, key=lambda row: (row["stack"], row["r"])):
             own = list(group)
             progress(done, f"{name}, r = {r}")
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     missing = {name: [k for k in ks if {"model": model, "stack": name, "r": r, "k": k} not in table] for name in stacks}
     done = 0
-    with Progress(sum(map(len, missing.values())), "rows") as progress:
+    with ProgressBar(sum(map(len, missing.values())), "rows") as progress:
         for name, own_ks in missing.items():
             progress(done, f"{name}, solving")
             for k, solution in rt.solve_path(stacks[name], r, own_ks, solver).items():

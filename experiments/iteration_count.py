@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, RUNS, add_model_flags, chosen_updates, updates_of
 from experiments.support.rows import Row, Table, of_models
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.distributed import end_with_parent
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_attempt, random_start
@@ -188,7 +188,7 @@ def case_of(row: Row) -> Case:
 def perform(missing: Sequence[Case], table: Table, jobs: int, runs: Path) -> None:
     """Run attempts over `jobs` processes, and add each to the table as it ends."""
     spawning = multiprocessing.get_context("spawn")
-    with Progress(len(missing), "attempts") as progress, spawning.Pool(jobs, end_with_parent) as pool:
+    with ProgressBar(len(missing), "attempts") as progress, spawning.Pool(jobs, end_with_parent) as pool:
         for done, row in enumerate(pool.imap_unordered(partial(attempt, runs=runs), missing), 1):
             progress(done, "")
             table.add([{key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}])

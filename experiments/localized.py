@@ -30,7 +30,7 @@ import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 
 KEY = ("model", "source", "seed", "stack", "r", "side", "ranks")
 COLUMNS = (*KEY, "parameters", "error", "reference", "ratio")
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smoke:
         chosen = corner(chosen, 2, 32)
     table = Table(options.out / "localized.csv", COLUMNS, KEY)
-    with Progress((1 + seeds) * len(chosen) + seeds, "stacks") as progress:
+    with ProgressBar((1 + seeds) * len(chosen) + seeds, "stacks") as progress:
         for done, (source, seed, stack) in enumerate(stacks(list(chosen.values()), seeds)):
             progress(done, f"{source}, seed {seed}, {stack.name}")
             case = {"model": MODEL_NAMES[options.model], "source": source, "seed": seed, "stack": stack.name}

@@ -31,7 +31,7 @@ from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_f
 from experiments.support import looks
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 
 COLUMNS = (
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     table, stacks = Table(options.out / "neighbours.csv", COLUMNS, KEY), list(chosen.values())
     model = MODEL_NAMES[options.model]
-    with Progress(len(stacks) * len(ranks) * len(options.methods), "rows") as progress:
+    with ProgressBar(len(stacks) * len(ranks) * len(options.methods), "rows") as progress:
         for done, row in enumerate(compared(stacks, ranks, table, model, options.methods), 1):
             table.add([row])
             progress(done, f"after {row['stack']}, r = {row['r']}, {row['method']}")

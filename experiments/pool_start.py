@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
 from experiments.support.rows import Row, write_rows
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_start
 from rasa_theory.sources import synthetic_stack
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     budget = rt.RankBudget(options.rank, options.k)
     rows: list[Row] = []
-    with Progress(len(options.stacks) * len(options.sizes) * options.seeds, "attempts") as progress:
+    with ProgressBar(len(options.stacks) * len(options.sizes) * options.seeds, "attempts") as progress:
         for stack in stacks_by_name(options.stacks):
             e_lora = rt.solve_lora(stack, options.rank).error
             for size in options.sizes:

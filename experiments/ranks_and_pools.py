@@ -35,7 +35,7 @@ from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_
 from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
 from rasa_theory import methods
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 
 KEY = ("model", "stack", "r", "k")
 COLUMNS = (
@@ -95,7 +95,7 @@ def measured(
         if any({"model": model, "stack": stack.name, "r": r, "k": k} not in table for k in shared_ranks(r))
     ]
     done = percents([weight(*task) for task in missing])
-    with Progress(100, "%") as progress:
+    with ProgressBar(100, "%") as progress:
         for percent, (stack, r) in zip(done, missing, strict=True):
             progress(percent, f"{model}, {stack.name}, r = {r}")
             began = time.perf_counter()

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import rasa_theory as rt
 from experiments.support.rows import Row, write_rows
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 
 Shape = tuple[int, int, int, int, int]
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs += [(shape, noise, seed, "best") for seed in range(seeds[shape])]
             runs += [(shape, noise, seed, "random") for seed in range(min(options.random_seeds, seeds[shape]))]
     rows: list[Row] = []
-    with Progress(len(runs), "runs") as progress:
+    with ProgressBar(len(runs), "runs") as progress:
         for shape, noise, seed, start in runs:
             progress(len(rows), f"{shape}, noise {noise:g}, seed {seed}, {start}")
             rows.append(attempt(shape, noise, seed, start, options.sweeps))

@@ -42,7 +42,7 @@ from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
 from experiments.why_sharing_pays.run import groups_served, leading, overlap
 from rasa_theory import null_models
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.common import InputError
 
 COLUMNS = ("model", "part", "relation", "how", "stack", "r", "k", "effort", "item", "index", "value")
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     missing = [each for each in work if each[0] not in table]
     done = percents([load for _, _, load in missing])
-    with Progress(100, "%") as progress:
+    with ProgressBar(100, "%") as progress:
         for percent, (unit, task, _) in zip(done, missing, strict=True):
             progress(percent, ", ".join(str(unit[name]) for name in COLUMNS[1:5] if unit[name]))
             began = time.perf_counter()

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner, run_file
 from experiments.support.rows import Row, Table, of_models
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 from rasa_theory.sources import provenance
 
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = MODEL_NAMES[options.model]
     norms = relative_norms(options.model, options.runs)
     solver = rt.SolverOptions(effort=options.effort)
-    with Progress(len(stacks), "stacks") as progress:
+    with ProgressBar(len(stacks), "stacks") as progress:
         for done, (name, stack) in enumerate(stacks.items()):
             progress(done, name)
             if {"model": model, "stack": name, "layer": stack.layers - 1} not in table:

@@ -17,7 +17,7 @@ from experiments.compression.collections import EVERY, Collection, collections_o
 from experiments.compression.figure import plot, report
 from experiments.support.rows import Row, Table
 from rasa_theory import methods
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 
 COLUMNS = (
@@ -75,7 +75,7 @@ def compared(
 ) -> Iterator[Row]:
     """Yield the rows that are not in `done`, of all methods or of some."""
     position = itertools.count()
-    with Progress(sum(len(list(tasks(each, shares, draws))) for each in collections), "rows") as progress:
+    with ProgressBar(sum(len(list(tasks(each, shares, draws))) for each in collections), "rows") as progress:
         for collection in collections:
             sources = {("trained", 0): collection}
             for source, draw, share, method in tasks(collection, shares, draws):

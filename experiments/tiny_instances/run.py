@@ -14,7 +14,7 @@ from experiments.support.rows import Row, read_rows, write_rows
 from experiments.tiny_instances.branching import enclose
 from experiments.tiny_instances.descent import descend, descend_frames
 from experiments.tiny_instances.instances import INSTANCES, Instance
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.common import aligned
 
 KEY = ("layers", "b", "a", "rank", "k", "kind", "seed", "e_lora")
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / "tiny_instances.csv"
     stored, rows = read_rows(path), []
     pending = {instance: key(instance) for instance in INSTANCES}
-    with Progress(len(instances), "instances") as progress:
+    with ProgressBar(len(instances), "instances") as progress:
         for done, instance in enumerate(instances):
             row = pending.pop(instance)
             found = next((old for old in stored if is_stored(row, old)), None)

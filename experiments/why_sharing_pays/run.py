@@ -19,7 +19,7 @@ from experiments.why_sharing_pays import __doc__ as description
 from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
 from experiments.why_sharing_pays.stacks import KINDS, PLANS, SMOKE, Plan, cropped, second_task, updates, weights
 from rasa_theory import methods, null_models
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 from rasa_theory.problem import participation_ratio
 
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
             }
             work = units_of_model(chosen, plan, floors)
         tasks = list(work)
-        with Progress(len(tasks), "tasks") as progress:
+        with ProgressBar(len(tasks), "tasks") as progress:
             for done, (key, task) in enumerate(tasks):
                 progress(done, ", ".join(key))
                 if dict(zip(KEY, (*key, model), strict=True)) in table:

@@ -37,8 +37,7 @@ def exit_status(name: str, action: Callable[[Processes], int], on_no_memory: str
     try:
         with keeping_interrupts(), meeting() as processes:
             status = action(processes)
-            sys.stdout.flush()
-    except (InputError, ProcessLost, MemoryError, RuntimeError, BrokenPipeError, KeyboardInterrupt) as error:
+    except (InputError, ProcessLost, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         status = _status_of(error, _Speaker(name, processes), on_no_memory, on_loss)
     if status in (2, 130):
         processes.board.leave(status)
@@ -85,9 +84,6 @@ def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, on_lo
             return 2
         missing = processes.board.missing()  # takes up to 10 s, in which another process may speak
         return 2 if processes.board.has_spoken else speaker.say(f"{missing}{on_loss}")
-    if isinstance(error, BrokenPipeError):  # nobody reads on, as in `.. | head`; all files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if isinstance(error, KeyboardInterrupt):  # before anything was finished
         if processes.alone or processes.board.speaks():
             print("interrupted; nothing was finished", file=sys.stderr)

@@ -25,7 +25,7 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
@@ -214,7 +214,7 @@ def run(arguments: list[str], processes: Processes) -> int:
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
         if processes.first:
-            print(forecast(job, Path(args.out), processes.world_size), file=text)
+            print_line(forecast(job, Path(args.out), processes.world_size), text)
         return 0
     out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
     if out is None:
@@ -254,11 +254,11 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, args: arg
     ]
     table = ErrorTable(stacks, settings.rank, settings.k != 0, terminal_width())
     head = [f"Updates: {job.catalogue.source}", *table.head()]
-    progress: Progress | None = None
+    progress: ProgressBar | None = None
 
-    def bar(total: int, unit: str) -> Progress:
+    def bar(total: int, unit: str) -> ProgressBar:
         nonlocal progress
-        progress = Progress(total, unit, args.quiet or not processes.first)
+        progress = ProgressBar(total, unit, args.quiet or not processes.first)
         return progress
 
     def show(row: dict[str, Any]) -> None:
@@ -301,7 +301,7 @@ def _print(report: dict[str, Any], table: ErrorTable | None, out: Path, as_json:
     files = ", ".join(name if names[name] == 1 else f"{names[name]} {name}" for name in sorted(names))
     print_line("\n".join([*lines, *wrapped(f"Files: {out}/ ({files})")]), text)
     if as_json:
-        print(json.dumps(report, indent=1, allow_nan=False))
+        print_line(json.dumps(report, indent=1, allow_nan=False), sys.stdout)
 
 
 def _prefix(args: argparse.Namespace, base: BaseModel) -> str:

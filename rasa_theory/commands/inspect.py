@@ -24,7 +24,7 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import STORED
@@ -107,7 +107,7 @@ def run(arguments: list[str], processes: Processes) -> int:
     job = _job(args)
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
-        print(job.forecast(), file=text)
+        print_line(job.forecast(), text)
         return 0
     out = output_folder(args.out, flags.named_sources(args))
     folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
@@ -124,7 +124,7 @@ def run(arguments: list[str], processes: Processes) -> int:
         lines += ["", *wrapped(warning)]
     print_line("\n".join(lines), text)
     if args.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
+        print_line(json.dumps(report, indent=1, allow_nan=False), sys.stdout)
     return 0
 
 
@@ -163,7 +163,7 @@ def _inspected(
     ranks = job.settings.ranks
     table = EnergyTable(job.outline(), ranks, terminal_width())
     head = [f"Updates: {job.catalogue.source}", *table.head()]
-    progress = Progress(len(job.catalogue.stacks), "stacks", args.quiet)
+    progress = ProgressBar(len(job.catalogue.stacks), "stacks", args.quiet)
 
     def show(row: dict[str, Any]) -> None:
         if lines := table.rows(stack_row(row, ranks)):

@@ -10,15 +10,14 @@ import time
 from typing import IO, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
 _REFRESH_SECONDS = 0.2  # of a bar
 _LINE_SECONDS = 30.0  # between lines in a log file
 
 
-class Progress:
+class ProgressBar:
     """Progress of a run: a bar on a terminal, a line now and then in a log file, nothing with `quiet`.
 
     It is a context manager, and is called with the number of finished steps and the name of the one in hand.
@@ -66,9 +65,9 @@ class Progress:
             self._bar.start()
 
 
-def _bar(console: Console, unit: str) -> Bar:
+def _bar(console: Console, unit: str) -> Progress:
     """A bar that vanishes at its end. It is drawn when it is told to, without a thread of its own."""
-    return Bar(
+    return Progress(
         BarColumn(bar_width=10),
         TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit, markup=False),
         TimeElapsedColumn(),

@@ -23,7 +23,7 @@ from rasa_theory.commands.console import (
     say_left_out,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
 from rasa_theory.common import InputError, occupied, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     text = sys.stderr if args.json else sys.stdout
     if args.dry_run:
         if processes.first:
-            print(job.forecast(processes.world_size), file=text)
+            print_line(job.forecast(processes.world_size), text)
         return 0
 
     processes.from_first(lambda: catalogue.check_changed("there is nothing to reconstruct"))
@@ -214,7 +214,7 @@ def _study(
     table = StudyTable(names, settings.seeds, terminal_width(), args.verbose)
     head = [f"Updates: {results['source']}; rank budget {settings.rank}", *table.head()]
     tasks = len(stacks_left(job, state)) * sum(settings.tasks(k) for k in settings.ks)
-    with Progress(tasks, "tasks", args.quiet or not processes.first) as progress:
+    with ProgressBar(tasks, "tasks", args.quiet or not processes.first) as progress:
 
         def show(row: dict[str, Any], run: dict[str, Any]) -> None:
             if processes.first:
@@ -243,7 +243,7 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: 
         lines += wrapped(f"Next: {_next(args, out)}.") if not interrupted else []
         print_line("\n".join(lines), sys.stderr if args.json else sys.stdout)
     if args.json:
-        print(json.dumps(results, indent=1, allow_nan=False))
+        print_line(json.dumps(results, indent=1, allow_nan=False), sys.stdout)
 
 
 def _next(args: argparse.Namespace, out: Path | None) -> str:

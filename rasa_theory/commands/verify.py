@@ -20,7 +20,7 @@ from rasa_theory.bounds import CERTIFICATES
 from rasa_theory.commands.console import exit_status, naming_flags, output_folder, say_interrupted
 from rasa_theory.commands.flags import with_examples
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import Progress
+from rasa_theory.commands.progress import ProgressBar, print_line
 from rasa_theory.common import InputError, environment, keeping_interrupts, write_file
 from rasa_theory.distributed import Processes
 from rasa_theory.solvers import SolverOptions
@@ -49,6 +49,7 @@ from rasa_theory.verification import (
 
 _NAME = "rasa verify"
 _INSTANCES = 300
+_SAMPLE_SECONDS = 5.0  # of a dry run, at most, and the instance in hand
 
 
 def main(arguments: Sequence[str] | None = None, subject: Subject | None = None) -> int:
@@ -78,6 +79,7 @@ def flag_parser() -> Parser:
     add("--certificate", choices=CERTIFICATES, help="which lower bounds to spend time on (closed)")
     add("--jobs", type=int, metavar="N", help="number of processes (one per processor if that is worth it)")
     add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
+    add("--dry-run", action="store_true", default=None, help="say what would be tried, and how long it takes")
     add("--list", action="store_true", help="say what the families and laws are")
     add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
     add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
@@ -88,9 +90,9 @@ def flag_parser() -> Parser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags of the command. Raises InputError for flags that do not go with --replay."""
     args = flag_parser().parse_args(arguments)
-    for name in ("instances", "seed", "families", "jobs"):
+    for name in ("instances", "seed", "families", "jobs", "dry_run"):
         if args.replay is not None and getattr(args, name) is not None:
-            raise InputError(f"--replay tries one instance; --{name} does not go with it")
+            raise InputError(f"--replay tries one instance; --{name.replace('_', '-')} does not go with it")
     args.instances = _INSTANCES if args.instances is None else args.instances
     args.seed = 0 if args.seed is None else args.seed
     return args
@@ -99,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None, processes: Processes) -> int:
     if args.list:
         if processes.first:
-            print(describe())
+            print_line(describe(), sys.stdout)
         return 0
     flags = {"sweeps": args.sweeps, "certificate": args.certificate}
     chosen = {name: value for name, value in flags.items() if value is not None}
@@ -112,21 +114,24 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
         replay = load_replay(Path(args.replay), **chosen)
         settings = replay.settings
         instances = 1
-        out = None
         trials: Iterator[Trial] = (
             run_trial(one.instance, subject or Subject(), one.settings, one.laws) for one in [replay]
         )
     else:
         trials = _trials(args, settings, subject, processes)
         instances = args.instances
-        out = processes.from_first(lambda: output_folder(args.out))
 
+    if args.dry_run:
+        if processes.first:
+            print_line(_forecast(args, settings, processes), sys.stderr if args.json else sys.stdout)
+        return 0
+    out = None if args.replay is not None else processes.from_first(lambda: output_folder(args.out))
     tally = Tally()
     started = time.perf_counter()
     interrupted = False
     broken = False
     try:
-        with keeping_interrupts(), Progress(instances, "instances", args.quiet or not processes.first) as show:
+        with keeping_interrupts(), ProgressBar(instances, "instances", args.quiet or not processes.first) as show:
             show(0, "")
             for trial in trials:
                 file = _write_replay(trial, settings, out) if args.replay is None and processes.first else args.replay
@@ -166,16 +171,35 @@ def _trials(
     for name in ("instances", "jobs"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise InputError(f"--{name} must be at least 1, got {number}")
-    families = list(FAMILIES) if args.families is None else args.families.split(",")
-    for name in families:
-        if name not in FAMILIES:
-            raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
-    keys = instances_in_turn(families, args.instances, args.seed)
+    keys = instances_in_turn(_families(args), args.instances, args.seed)
     if not processes.alone:
         if args.jobs is not None:
             raise InputError("--jobs starts processes, as torchrun has; give one of the two")
         return shared_trials(keys, settings, processes)
     return trials(keys, settings, suitable_jobs(args.instances) if args.jobs is None else args.jobs, subject)
+
+
+def _families(args: argparse.Namespace) -> list[str]:
+    """The families of --families, all without it. Raises InputError for an unknown one."""
+    families = list(FAMILIES) if args.families is None else args.families.split(",")
+    for name in families:
+        if name not in FAMILIES:
+            raise InputError(f"--families: {name!r} is none of {', '.join(FAMILIES)}")
+    return families
+
+
+def _forecast(args: argparse.Namespace, settings: VerificationSettings, processes: Processes) -> str:
+    """What the run would try, and its seconds, by an instance of each family tried now, for some seconds at most."""
+    families, started, tried = _families(args), time.perf_counter(), 0
+    sample = trials(instances_in_turn(families, min(args.instances, len(families)), args.seed), settings, 1)
+    while time.perf_counter() - started < _SAMPLE_SECONDS and next(sample, None) is not None:
+        tried += 1
+    jobs = (args.jobs or suitable_jobs(args.instances)) if processes.alone else processes.world_size
+    seconds = (time.perf_counter() - started) / tried * args.instances / jobs
+    return (
+        f"Would try the laws on {args.instances} instances of {len(families)} families in {jobs} processes.\n"
+        f"It takes about {max(1, seconds):.0f} s here, by {tried} instances tried now."
+    )
 
 
 def _done(instance: Instance, tally: Tally) -> str:
@@ -205,12 +229,11 @@ def _write_replay(trial: Trial, settings: VerificationSettings, out: Path | None
 def _report(outcome: dict[str, Any], as_json: bool, out: Path | None, interrupted: bool) -> None:
     text = sys.stderr if as_json else sys.stdout
     encoded = json.dumps(outcome, indent=1, allow_nan=False)
-    if outcome["families"]:
-        print(table(outcome), file=text)
-    for line in verdict_lines(outcome, interrupted):
-        print(line, file=text)
+    lines = [table(outcome)] if outcome["families"] else []
+    lines += verdict_lines(outcome, interrupted)
     if out is not None:
         write_file(out / "verify.json", lambda file: file.write(f"{encoded}\n".encode()))
-        print(f"File: {out / 'verify.json'}", file=text)
+        lines.append(f"File: {out / 'verify.json'}")
+    print_line("\n".join(lines), text)
     if as_json:
-        print(encoded)
+        print_line(encoded, sys.stdout)

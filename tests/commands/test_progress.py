@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from rasa_theory.commands import progress as module
-from rasa_theory.commands.progress import Progress, print_line
+from rasa_theory.commands.progress import ProgressBar, print_line
 
 DOING = "model.layers.*.self_attn.q_proj.weight[1], k = 1: searching, step 2 of 5, lowest error 0.9951 e_lora"
 
@@ -37,7 +37,7 @@ def test_a_bar_fits_the_terminal_and_vanishes(
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
-    with Progress(44, "tasks", quiet=False) as show:
+    with ProgressBar(44, "tasks", quiet=False) as show:
         clock.append(1.0)
         show(12, DOING)
         drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).split("\r")[-1]
@@ -55,7 +55,7 @@ def test_the_time_left_follows_from_all_steps_however_long_they_are(
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
-    with Progress(44, "tasks", quiet=False) as show:
+    with ProgressBar(44, "tasks", quiet=False) as show:
         for done, second in enumerate((0.0, 50.0, 100.0, 170.0)):
             clock.append(second)
             show(done, "")
@@ -67,7 +67,7 @@ def test_lines_for_a_file_are_not_on_the_terminal(clock: list[float], monkeypatc
     screen, file = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    with Progress(2, "tasks", quiet=False) as show:
+    with ProgressBar(2, "tasks", quiet=False) as show:
         show.print("query  1  64.12 %", file)
         clock.append(1.0)
         show(1, "key")
@@ -82,7 +82,7 @@ def test_a_log_file_has_plain_lines_with_half_a_minute_between_them(
 ) -> None:
     if force:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    with Progress(44, "tasks", quiet=False) as show:
+    with ProgressBar(44, "tasks", quiet=False) as show:
         for second in range(100):
             clock.append(float(second))
             show(second // 10, f"stack {second}")
@@ -96,7 +96,7 @@ def test_a_log_file_has_plain_lines_with_half_a_minute_between_them(
 def test_quiet_says_nothing_but_prints_what_it_is_told_to(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress(2, "tasks", quiet=True) as show:
+    with ProgressBar(2, "tasks", quiet=True) as show:
         clock.append(1000.0)
         show(1, "key")
         show.print("a row", sys.stdout)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,25 @@ def test_bad_usage_is_one_sentence_and_exit_status_2(
     assert err.startswith("rasa verify: ")
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_a_dry_run_says_how_much_and_how_long_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--families", "thin,planted", "--instances", "1000", "--jobs", "4", "--out", str(tmp_path / "out")]
+    assert verify.main([*arguments, "--dry-run"]) == 0
+    what, seconds = capsys.readouterr().out.splitlines()
+    assert what == "Would try the laws on 1000 instances of 2 families in 4 processes."
+    assert re.fullmatch(r"It takes about \d+ s here, by [12] instances tried now\.", seconds)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_violation_counts_where_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `rasa verify | head -1`: the status stays, and the file is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        arguments = ["--families", "thin", "--instances", "1", "--quiet", "--out", str(tmp_path)]
+        assert verify.main(arguments, Subject(solve_rasa=fails)) == 1
+    assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"))["verdict"] == "violated"
