@@ -13,7 +13,7 @@ import json
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ DOCS = ROOT / "docs"
 NOTE = "<!-- Written by `python -m docs.generate`. Change the code that it reads, not this page. -->\n"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table. Bars in cells are escaped."""
-    lines = [head, ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    lines = [tuple(head), ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -82,7 +82,7 @@ def _flag(action: argparse.Action) -> str:
 
 def _prose(text: str) -> str:
     """Text of a help: lines that begin with a space are commands."""
-    lines = []
+    lines: list[str] = []
     for line in text.split("\n"):
         is_code = line.startswith(" ")
         if is_code != (bool(lines) and lines[-1].startswith("    ")):
