@@ -4,12 +4,13 @@
     python -m experiments.extract_scale --scratch DIR --layers 2
     python -m experiments.extract_scale --scratch DIR --rank 8 --k 0 1               # with a pool
     python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --layers 32 --kinds self_attn.q_proj
+    python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --effort quick --sweeps 6   # sooner, and higher
 
 Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
 matrices (`SHAPES`), or only `--kinds`. The base is zeros in sparse files. Every matrix of the tuned model has 32 terms
 with sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
 The command is `rasa_theory.extract --rank R --k K --compute float32 --memory 8GiB`. Its forecast (`--dry-run`) is
-printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
+printed first, and floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
 seconds of plain reading and of `rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -30,14 +32,15 @@ import torch
 
 from experiments.support.rows import append_rows
 from experiments.support.timing import measured
+from rasa_theory.solvers import EFFORTS, SolverOptions
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
 }  # fmt: skip
 COLUMNS = (
-    "layers", "kinds", "rank", "k", "gigabytes", "seconds", "seconds_per_gigabyte", "peak_mib", "threads", "torch",
-    "machine",
+    "layers", "kinds", "rank", "k", "effort", "sweeps", "error", "floor", "gigabytes", "seconds",
+    "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine",
 )  # fmt: skip
 
 
@@ -94,6 +97,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="KIND")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    parser.add_argument("--effort", choices=tuple(EFFORTS), default="default", help="of the search")
+    parser.add_argument("--sweeps", type=int, default=SolverOptions().max_sweeps, help="at most")
     parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
@@ -111,25 +116,31 @@ def main() -> None:
         for k in options.k:
             out = folder / f"adapter-{k}"
             full = [*command, "--k", str(k), "--out", str(out)]
+            full += ["--effort", options.effort, "--sweeps", str(options.sweeps)] if k > 0 else []
             forecast = subprocess.run([*full, "--dry-run"], check=True, capture_output=True, text=True).stdout
             print(*forecast.splitlines()[-3:], sep="\n", flush=True)
             seconds, peak = measured(full)
-            what = (options.layers, " ".join(options.kinds), options.rank, k)
-            cost = (size, seconds, seconds / size, peak)
-            machine = (torch.get_num_threads(), torch.__version__, platform.machine())
-            row = dict(zip(COLUMNS, (*what, *cost, *machine), strict=True))
-            print(row, flush=True)
+            stacks = json.loads((out / "report.json").read_text())["stacks"]
+            row = {
+                "layers": options.layers, "kinds": " ".join(options.kinds), "rank": options.rank, "k": k,
+                "effort": options.effort if k > 0 else None, "sweeps": options.sweeps if k > 0 else None,
+                "error": over_lora(stacks, "e_rasa"), "floor": over_lora(stacks, "lower_bound"), "gigabytes": size,
+                "seconds": seconds, "seconds_per_gigabyte": seconds / size, "peak_mib": peak,
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+            }  # fmt: skip
             append_rows(options.out, [row], COLUMNS)
-            for stack in json.loads((out / "report.json").read_text())["stacks"]:
-                print(f"{stack['kind']}: {floor_and_error(stack)}", flush=True)
+            print(row, flush=True)
+            for stack in stacks:
+                kind, name = stack["kind"], stack["lower_bound_name"]
+                error, floor = (over_lora([stack], key) for key in ("e_rasa", "lower_bound"))
+                print(f"{kind}: {floor:.5f} ({name}) .. {error:.5f} of e_lora", flush=True)
     finally:
         shutil.rmtree(folder)
 
 
-def floor_and_error(stack: dict[str, Any]) -> str:
-    """The floor and the error of a stack of a report, over e_lora."""
-    floor, error = (stack[name] / stack["e_lora"] for name in ("lower_bound", "e_rasa"))
-    return f"{floor:.5f} ({stack['lower_bound_name']}) .. {error:.5f} of e_lora"
+def over_lora(stacks: list[dict[str, Any]], key: str) -> float:
+    """A squared error of stacks of a report, summed, over their e_lora."""
+    return math.fsum(stack[key] for stack in stacks) / math.fsum(stack["e_lora"] for stack in stacks)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,27 @@ def at_size() -> str:
     return table(["float32, two cores", "way", "answer", "solver", "floor"], lines)
 
 
+def leading_and_exact() -> str:
+    """What an answer from leading directions costs beside a certified LoRA, and what it loses against SVDs."""
+    all_rows = rows("at_size.csv")
+    exact = {(row["layers"], row["n"]): row for row in all_rows if row["way"] == "exact"}
+    lines = []
+    for row in (row for row in all_rows if row["way"] == "leading"):
+        other = exact.get((row["layers"], row["n"]))
+        losses = ["", ""]
+        if other is not None:
+            losses = [f"{row['error'] - other['error']:+.1e}", f"{other['floor'] - row['floor']:+.1e}"]
+        lines.append([
+            f"{row['layers']} x {row['n']} x {row['n']}", "not run" if other is None else f"{other['seconds']:.0f} s",
+            f"{row['seconds']:.0f} s", f"{row['lora_seconds']:.2f} s", f"{row['over_lora']:.0f}", *losses,
+        ])  # fmt: skip
+    columns = [
+        "layers", "from SVDs", "leading", "certified LoRA", "leading / LoRA", "error, leading less exact",
+        "floor, exact less leading",
+    ]  # fmt: skip
+    return table(columns, lines)
+
+
 def gpu() -> str:
     """Stacks at the size of an 8B model's layers, from a start that is already there."""
     lines = []
@@ -155,6 +176,6 @@ def largest_error_of_the_model() -> str:
 
 
 BLOCKS = (
-    passes, sweep_cost, lora_speed, at_size, gpu, extraction, whole_models, extractors, busy_machine, scaling,
-    largest_error_of_the_model,
+    passes, sweep_cost, lora_speed, at_size, leading_and_exact, gpu, extraction, whole_models, extractors, busy_machine,
+    scaling, largest_error_of_the_model,
 )  # fmt: skip

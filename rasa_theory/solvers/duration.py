@@ -26,7 +26,7 @@ TIMES_LORA = 14
 TERMS = 64
 TERMS_POWER = 0.6
 """How `TIMES_LORA` rises with the number L r of terms, beyond `TERMS`: products with M then have more columns."""
-SEARCH_SECONDS = 5
+SEARCH_SECONDS = 7
 """The search on a small core, in seconds; it does not depend on the size of the layers."""
 OPERATIONS_PER_SECOND = 7e9
 """The sweeps on a large core: it has 3/2 L r rows and columns."""
