@@ -98,6 +98,7 @@ WORK: dict[str, Callable[[rt.LayerStack], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", WORK)
 def test_all_work_on_small_layers_is_on_one_thread(name: str) -> None:

@@ -117,6 +117,7 @@ def test_a_completed_division_is_the_same_thin_or_dense():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("certificate", ["dual", "two-sided"])
 @pytest.mark.parametrize("kind", ["decaying", "noise", "zero layer", "single precision"])
 def test_searched_floors_are_near_those_from_decompositions(certificate, kind):

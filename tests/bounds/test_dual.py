@@ -88,6 +88,7 @@ def test_it_gains_on_the_closed_form_and_one_iteration_is_valid(seed, k):
     assert values[1] >= lower_bound(stack, budget).value + 0.01 * e_lora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "cost"), [(24, 0.02), (36, 0.005)])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_looking_at_the_leading_directions_only_costs_little(seed, width, cost):

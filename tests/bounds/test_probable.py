@@ -87,6 +87,7 @@ def stack_of(kind, seed):
     return M
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**16), ranks=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]), power=st.integers(-90, 90))
 @fewer_examples(20)
@@ -107,6 +108,7 @@ def test_the_floor_of_a_zero_stack_is_zero():
     assert (bound.value, bound.name) == (0.0, "zero")
 
 
+@pytest.mark.slow
 def test_products_alone_are_asked_for(monkeypatch):
     """No decomposition of a matrix with as many rows or columns as a layer, and no Gram matrix of one."""
     b, a, r, k = 700, 660, 2, 1

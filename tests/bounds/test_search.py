@@ -18,6 +18,7 @@ from tests.helpers.strategies import best_error, nasty_stacks
 QUICK = FloorOptions(max_iterations=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("certificate", "before"), [("dual", "closed"), ("two-sided", "dual")])
 @given(problem=nasty_stacks())
 def test_the_floor_is_between_the_one_before_and_every_error(certificate, before, problem):

@@ -190,6 +190,7 @@ def test_the_floor_of_planted_factors_and_noise_is_below_the_noise(seed, size):
 MORE = [(0, 1), (1, 1), (1, 2), (0, 4), (1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "k"), [(0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
 def test_it_gains_on_one_side_and_one_iteration_is_valid(seed, k):
     stack, budget = LayerStack(decaying(3, 32, 32, seed)), RankBudget(4, k)

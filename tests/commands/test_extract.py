@@ -79,6 +79,7 @@ def test_dense_differences_give_the_tuned_weights_at_full_rank(llamas, tmp_path)
         assert torch.allclose(before[key] + load_file(tmp_path / file)[key], after[key], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_authors_layout_alone_gives_the_error_in_the_report(llamas, tmp_path):
     folder, tuned = llamas
     few = ("--modules", "*q_proj*", "--modules", "*down_proj*")

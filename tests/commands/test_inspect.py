@@ -296,6 +296,7 @@ def test_adapters_are_compared_over_tasks(tmp_path: Path, capsys: pytest.Capture
         assert [low for low, _ in module["energy"]] == pytest.approx(share, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_memory_limit_reads_the_same_from_the_files(pair: Path, tmp_path: Path) -> None:
     assert run(pair, tmp_path / "all") == 0
     assert run(pair, tmp_path / "limited", "--memory", "30KB") == 0

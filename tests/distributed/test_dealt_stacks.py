@@ -12,6 +12,7 @@ from tests.helpers.extraction import extracts, written
 from tests.helpers.processes import Pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -36,6 +37,7 @@ def test_stacks_dealt_over_processes_give_the_files_of_one(
     assert any("norm_squared" in row for row in alone["report"]["left_out"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [InputError("is bad"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_what_fails_in_one_process_leaves_finished_stacks_that_are_taken_up(
     pool: Pool, pair: list[str], tmp_path: Path, error: Exception

@@ -72,6 +72,7 @@ sys.exit(reconstruct.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
@@ -210,6 +211,7 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_goes_on(two_stac
     assert '"unfinished"' not in (out / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_bad_input_of_one_process_is_one_sentence_and_exit_status_2(tmp_path: Path) -> None:
     values = {f"layers.{i}.w": M for i, M in enumerate(decaying(4, 6, 5))}
     values["layers.3.w"][2, 1] = np.nan

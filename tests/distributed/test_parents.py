@@ -87,6 +87,7 @@ def test_a_process_of_torchrun_ends_with_it(tmp_path: Path) -> None:
     assert_all_end(run, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_any_other_process_outlives_its_parent(tmp_path: Path) -> None:
     """A command may be started by a shell that ends at once."""
     run = start(tmp_path, BRIEF + TORCHRUN.replace("work()", "work_briefly()"))

@@ -59,6 +59,7 @@ def check_same(pool: Pool, worlds: tuple[int, ...], *arguments: Any) -> None:
         assert np.allclose(other_errors, errors, rtol=1e-9, atol=1e-12 * facts[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [pytest.param("best", marks=pytest.mark.slow), *STARTS[1:]])
 def test_two_three_and_four_processes_give_the_errors_of_one(pool: Pool, start: str) -> None:
     """Seven layers: every share is uneven."""
@@ -71,6 +72,7 @@ def test_the_other_sweeps(pool: Pool, sweep: str) -> None:
     check_same(pool, (3,), decaying(5, 24, 20, 1), 3, 2, {"start": "lora", "sweep": sweep, "max_sweeps": 12})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["random", "lora"])
 def test_bases_that_grow_do_so_by_what_all_layers_show(pool: Pool, start: str) -> None:
     """Too large for bases of the whole space; at LoRA's optimum the directions are noise, and random ones are tried."""
@@ -85,6 +87,7 @@ def solved_by_products(processes: Processes, values: Any, rank: int, k: int) -> 
     return lora, allocation, found.error, rt.lower_bound(stack, budget, spectra="leading").value
 
 
+@pytest.mark.slow
 def test_leading_directions_are_those_of_one_process(pool: Pool) -> None:
     values = decaying(5, 110, 120, 1)
     (one,) = pool.run(1, solved_by_products, values, 2, 1)
@@ -94,6 +97,7 @@ def test_leading_directions_are_those_of_one_process(pool: Pool) -> None:
         assert np.allclose(answers[0], one, rtol=1e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_fewer_layers_than_processes(pool: Pool) -> None:
     """The last processes hold none."""
     check_same(pool, (4,), decaying(2, 24, 20, 1), 3, 1, {"start": "random", "max_sweeps": 2})

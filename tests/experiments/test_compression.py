@@ -98,6 +98,7 @@ def test_every_method_keeps_within_the_numbers_and_its_error_is_that_of_the_prod
         assert fit.error == pytest.approx(direct, rel=1e-6)  # the packages compute in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", approaches.TURNING)
 def test_in_bases_of_their_own_the_layers_are_smaller_and_nothing_else_changes(name: str) -> None:
     found = collection(3, 14, 13)

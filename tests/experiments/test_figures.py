@@ -387,6 +387,7 @@ def test_median_and_range_are_those_of_the_seeds(drawn: Any) -> None:
 # ------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_draws_what_has_data_and_says_what_has_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

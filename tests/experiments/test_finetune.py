@@ -244,6 +244,7 @@ def test_every_seed_has_its_updates_and_one_is_shipped(
         assert (np.abs(runs[1].read(kind).numpy() - delta.numpy()) <= half).all()
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_a_finished_one_trains_no_more(
     command: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def test_a_planted_pool_is_found_at_its_k_and_rounding_is_that_of_bfloat16() -> 
     assert 1e-7 < row["bfloat16"] * row["e_lora_share"] < 1e-3  # about (2^-9)^2 of ||M||^2
 
 
+@pytest.mark.slow
 def test_a_row_has_the_closed_forms_of_its_rank() -> None:
     M, r = decaying(2, 10, 12), 4
     rows = list(experiment.path(rt.LayerStack(M), r, [1, 2], QUICK))

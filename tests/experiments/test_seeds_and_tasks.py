@@ -52,6 +52,7 @@ def test_no_sharing_between_sets_is_found_where_only_layers_of_a_set_share() -> 
     assert max(served[f"by_loss_of_sets{j}"] for j in range(2 * L)) < 1.01
 
 
+@pytest.mark.slow
 def test_pairs_of_the_same_layer_share_what_was_planted_in_them_and_permuted_ones_do_not() -> None:
     layers = [dyads(2 * i, 2, i, layers=2).values for i in range(L)]  # two dyads of their own for each pair
     first, second = (rt.LayerStack(torch.stack([pair[n] for pair in layers]), "query") for n in range(2))
@@ -101,6 +102,7 @@ def test_overlap_by_distance() -> None:
         assert [found[item, str(d)] for d in range(1, L)] == pytest.approx([0.5, 0, 0], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_command_makes_every_row_and_takes_up_its_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--smoke", "--model", "synthetic", "--out", str(tmp_path)]
     experiment.main(words)

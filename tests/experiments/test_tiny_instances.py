@@ -100,6 +100,7 @@ def test_two_terms_of_2_x_2_slices_are_a_schur_form_with_one_angle(seed: int) ->
     assert found.high - found.low <= 1.01e-4
 
 
+@pytest.mark.slow
 def test_both_problems_enclose_optima_that_are_known() -> None:
     orthogonal_layers = np.zeros((2, 3, 3))
     orthogonal_layers[0, 0, 0], orthogonal_layers[1, 1:, 1:] = 1.0, np.diag([0.8, 0.5])
@@ -147,6 +148,7 @@ def test_descents_reach_planted_factors_and_respect_the_cap() -> None:
     assert found.errors.min() < found.capped < tighter.capped
 
 
+@pytest.mark.slow
 def test_frames_and_factors_descend_to_one_minimum() -> None:
     M = noise(2, 3, 3, 0).transpose(0, 2, 1)
     triangular = orthogonal(3, 3) @ np.triu(M) @ orthogonal(3, 4)
@@ -158,6 +160,7 @@ def test_frames_and_factors_descend_to_one_minimum() -> None:
     assert frames.min() <= factors <= 1.001 * frames.min()
 
 
+@pytest.mark.slow
 def test_descents_end_in_the_interval_that_boxes_prove() -> None:
     M = noise(2, 3, 3, 7)
     high = float(descend(M, 1, 1, 32, 200, seed=0).errors.min() * (M**2).sum())

@@ -57,6 +57,7 @@ def run_of(method: str, rank: int, k: int, rate: float = 1e-3, seed: int = 0, st
 # ---- the protocol
 
 
+@pytest.mark.slow
 def test_every_method_sees_the_same_batches_and_dropout_masks() -> None:
     losses = []
     for method, rank, k in METHODS:  # at the rate 0 every model stays what all of them are at the start
@@ -93,6 +94,7 @@ def test_what_was_collected_is_kept_whole_for_other_settings(tmp_path: Path, mon
     assert protocol.Data.collected(more, tmp_path) == data
 
 
+@pytest.mark.slow
 def test_sentences_of_docstrings_and_the_next_ones() -> None:
     first, second, last = "One sentence of six words stands.", "Then another with as many words.", "Too short."
     assert list(sentences.consecutive(f"{first}  {second}\n{last}\n\n{second}")) == [(first, second)]
@@ -129,6 +131,7 @@ def test_starts_from_data(rank: int, k: int) -> None:
     assert torch.equal(other.model.eval()(ids)[0], tiny().model.eval()(ids)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["gradient", "updates"])
 def test_factors_of_data_are_of_every_kind(start: str) -> None:
     factors = starts.factors_of_data(run_of("rasa", 2, 1, start=start), task(), CPU)
@@ -136,6 +139,7 @@ def test_factors_of_data_are_of_every_kind(start: str) -> None:
     assert all(float(f.update(0).norm()) > 0 for f in factors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "rank", "k"), METHODS[:3])
 def test_a_run_is_a_row(method: str, rank: int, k: int, tmp_path: Path) -> None:
     run = run_of(method, rank, k, rate=0.1)  # so that three steps move more than rounding does

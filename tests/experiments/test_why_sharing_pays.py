@@ -61,6 +61,7 @@ def test_overlaps_are_of_the_same_layer_after_two_tasks_and_of_two_layers_after_
         assert found[f"overlap_{item}", "rows"] == pytest.approx(right, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
     plan = Plan(rank=1, task_ks=(1,), sweeps=30)
     apart = items(run.over_tasks(alike(0, 3), alike(3, 3, 0.9), plan, figure.HOW[0]))

@@ -112,6 +112,7 @@ def test_auto_classes_load_the_folder(llamas: Any, tmp_path: Path) -> None:
         assert torch.allclose(logits(model), logits(tuned), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task"),
     [
@@ -144,6 +145,7 @@ def test_the_auto_class_of_a_task_wants_the_head_whole(kind: str, task: str, tmp
         assert torch.allclose(weights[name].double(), after[name], rtol=0, atol=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "gemma3-text"])
 def test_modules_saved_whole_make_the_tuned_model(family: str, tmp_path: Path) -> None:
     """Embeddings, also those that the output layer is tied to, the output layer and norms, beside LoRA of full rank."""
@@ -196,6 +198,7 @@ def test_the_difference_is_exact_and_the_approximation_is_called_dense(tmp_path:
             assert 0 < missed == pytest.approx(errors[name]["e_stored"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_narrow_matrix_is_taken_whole_beside_others(tmp_path: Path, capsys: Any) -> None:
     """A classifier with 2 labels at the default rank, in every format with factors."""
     config = transformers.BertConfig(
@@ -222,6 +225,7 @@ def test_stacks_are_excluded(llamas: Any, tmp_path: Path) -> None:
     assert reasons["lm_head.weight"] == "matches --exclude '*mlp*', 'lm_head*'"
 
 
+@pytest.mark.slow
 def test_the_best_lora_of_equal_size(llamas: Any, tmp_path: Path, capsys: Any) -> None:
     """RaSA(4, 1) of 3 layers is a LoRA of rank 6, and the best of rank 6 misses less: numpy says how much."""
     folder, tuned = llamas
@@ -236,6 +240,7 @@ def test_the_best_lora_of_equal_size(llamas: Any, tmp_path: Path, capsys: Any) -
     assert text in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mixing", "private"])
 def test_both_layouts_of_the_authors(llamas: Any, tmp_path: Path, layout: str) -> None:
     """Their forward: [B | B_S] diag(D) [A; A_S], with the keys of each fork."""

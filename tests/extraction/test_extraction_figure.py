@@ -48,6 +48,7 @@ def test_the_panels_show_the_report(llamas: Any, tmp_path: Path) -> None:
     assert whole.get_ydata()[1] == pytest.approx(sum(row["error_at_rank"]["1"] for row in rows.values()) / norm)
 
 
+@pytest.mark.slow
 def test_adapters_are_called_adapters_and_share_one_panel(llamas: Any, tmp_path: Path) -> None:
     folder, _ = llamas
     for name, rank in (("one", "3"), ("two", "4")):

@@ -40,6 +40,7 @@ def tail(M: torch.Tensor, rank: int) -> float:
     return float((sigma[..., rank:] ** 2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_peft_makes_of_the_file_what_the_report_says(family: str, tmp_path: Path) -> None:
     """At rank 4 every adapted matrix misses what the best of rank 4 misses, and at full rank nothing.
@@ -72,6 +73,7 @@ def test_peft_makes_of_the_file_what_the_report_says(family: str, tmp_path: Path
             assert norms[entry] == pytest.approx(missed, rel=1e-4), entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2-moe", "deepseek-v3"])
 def test_modules_beside_fused_experts_may_have_ranks_of_their_own(family: str, tmp_path: Path) -> None:
     """PEFT is told of a shared expert by its weight, and looks for the rank and alpha of that name."""

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [("--energy", "0.6"), ("--error", "0.4"), ("--parameters", "4000")])
 def test_ranks_are_chosen_layer_by_layer_and_peft_takes_them(llamas, tmp_path, target):
     folder, tuned = llamas
@@ -93,6 +94,7 @@ def test_large_layers_without_a_pool_go_without_full_spectra(llamas, tmp_path, m
         assert (y["entropy_rank"], y["rank_90"], y["rank_99"]) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_a_pool_from_leading_directions_is_as_good_and_its_floor_says_so(tmp_path, capsys):
     """Beside it: the memory of an SVD is not asked for."""
     values = synthetic_stack(3, (130, 120), "power:0.7", 0.3, 0).values.float()
@@ -131,6 +133,7 @@ def test_memory_for_svds_is_demanded_only_where_they_are_taken(tmp_path, monkeyp
     assert "twice what the work on one takes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_k_is_found(llamas, tmp_path):
     folder, _ = llamas
     more = ("--rank", "4", "--sweeps", "4", "--modules", "*self_attn.v*", "--format", "lora-exact-rasa")

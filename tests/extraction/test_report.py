@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "error"),
     [
@@ -135,6 +136,7 @@ def test_kinds_that_are_too_long_are_told_apart(llamas, tmp_path):
     assert extraction_table({**report, "stacks": report["stacks"][:1]}).splitlines()[2].startswith("q_proj ")
 
 
+@pytest.mark.slow
 def test_the_card_says_what_is_chosen_and_every_rank_that_is_written(llamas, tmp_path):
     folder, _ = llamas
     few = ("--modules", "*self_attn.v*", "--modules", "lm_head*", "--rank", "3", "--sweeps", "2")

@@ -59,6 +59,7 @@ def test_interrupted_it_goes_on_where_it_was(llamas, tmp_path, monkeypatch, caps
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_at_three_writes_the_next_run_gives_the_same_files(llamas, tmp_path, monkeypatch):
     """Before the row of the second stack, the adapter and the report are in their places."""
     folder, _ = llamas
@@ -111,6 +112,7 @@ def test_killed_before_any_file_is_in_its_place_nothing_is_lost(llamas, tmp_path
     assert n >= 1 + 2 * 4 + 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 def test_two_processes_do_not_share_a_folder_and_a_killed_one_keeps_none_out(llamas, tmp_path, capsys):
     folder, _ = llamas

@@ -389,6 +389,7 @@ def outcome(source: str, **options: Any) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_mutated_files_are_read_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng, outcomes = np.random.default_rng(0), {mutate.__name__: [0, 0] for mutate in MUTATIONS}
     sound = sound_files(tmp_path)

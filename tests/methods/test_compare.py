@@ -10,6 +10,7 @@ from tests.helpers import problems
 from tests.helpers.problems import noise
 
 
+@pytest.mark.slow
 def test_configurations_fit_and_are_the_largest():
     small = rt.LayerStack(problems.decaying(4, 12, 8))
     limit = methods.lora_parameters(4, (12, 8), 2)

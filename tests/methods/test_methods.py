@@ -86,6 +86,7 @@ def direct(M, found):
     return sum(float(((torch.as_tensor(m) - found.update(i)) ** 2).sum()) for i, m in enumerate(M))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_laws_of_all_methods(name, stack):
@@ -111,6 +112,7 @@ def test_every_method_has_its_examples():
     assert {example.method for example in FITS.values()} == set(methods.METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_formula_of_a_method_counts_what_its_fit_stores(name):
     example = FITS[name]
@@ -120,6 +122,7 @@ def test_the_formula_of_a_method_counts_what_its_fit_stores(name):
     assert method.parameters(4, (10, 8), **example.settings) == example.fit(other).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_scaling_the_stack_scales_the_error_by_its_square(name):
     M = STACKS["decaying"]
@@ -283,6 +286,7 @@ def test_with_orthogonal_layers_plain_cp_is_the_best_allocation():
     assert methods.fit_allocated(rt.LayerStack(M), budget.rank * len(M)).error == pytest.approx(optimum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("R", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_full_core_is_not_above_a_diagonal_one(stack, R):
@@ -319,6 +323,7 @@ def test_identical_layers_reach_the_floor_of_joint_bases():
         assert methods.fit_joint(s, R, "full").error == pytest.approx(methods.joint_floor(s, R))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("R", [6, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_the_floor_holds_for_more_columns_than_the_smaller_side(R):
     """A diagonal core of R > min(b, a) terms: all rows, and still not all columns if R < b."""
@@ -328,6 +333,7 @@ def test_the_floor_holds_for_more_columns_than_the_smaller_side(R):
     assert (found.floor > 0) == (R < 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", ["full", "diagonal"])
 def test_planted_joint_bases_are_found(core):
     U, V, C = noise(1, B, 4, 1)[0], noise(1, 4, A, 2)[0], noise(L, 4, 4, 3)
@@ -414,6 +420,7 @@ def test_mos_is_not_above_lora_of_its_private_terms():
         assert found.error >= methods.fit_lora(s, 6).error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("R", [pytest.param(5, marks=pytest.mark.slow), 7])
 def test_a_diagonal_core_is_not_above_the_leading_terms_of_all_layers(R):
     s = rt.LayerStack(problems.decaying(4, 16, 12))

@@ -203,6 +203,7 @@ def test_an_output_layer_is_a_pool_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(TINY["llama"].answer(again), TINY["llama"].answer(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 def test_files_of_a_compiled_model_have_the_names_of_the_plain_one(compiled: str, tmp_path: Path) -> None:
     base = toy()

@@ -44,6 +44,7 @@ def losses(run: Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     whole, again = llama(dropout=0.1), llama(dropout=0.1)
     first = trainer(whole, tmp_path / "whole")
@@ -71,6 +72,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
         assert torch.equal(parameters(model)[key], parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_trainer_changes_no_loss(reentrant: bool, tmp_path: Path) -> None:
     runs = []

@@ -55,6 +55,7 @@ def test_products_and_svds_never_form_a_matrix(monkeypatch: pytest.MonkeyPatch) 
     assert stack.data_passes == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 5])  # below and above that of the factors
 def test_solutions_and_floors_agree_with_the_dense_stack(rank: int) -> None:
     one, other = both()

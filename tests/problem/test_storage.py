@@ -182,6 +182,7 @@ def test_layers_of_unit_norm_on_disk(tmp_path: Path, values: np.ndarray) -> None
 # ---- kept as they are stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "dtype"),
     [(torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, "float64"), (torch.float32, "float64")],

@@ -66,6 +66,7 @@ def test_the_parts_and_the_floor_add_up() -> None:
     assert min(parts.allocation, parts.sharing, parts.unknown) >= 0
 
 
+@pytest.mark.slow
 def test_a_solution_that_is_there_is_not_solved_again_and_a_better_floor_leaves_less_unknown() -> None:
     stack, budget = rt.LayerStack(noise(3, 9, 8)), rt.RankBudget(2, 1)
     solution = rt.solve_rasa(stack, budget, rt.SolverOptions(max_sweeps=10, effort="quick"))

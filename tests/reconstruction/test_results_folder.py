@@ -64,6 +64,7 @@ def test_a_stack_that_lacks_factors_is_done_again_and_the_others_are_kept(tmp_pa
     assert {key.split("/")[0] for key in earlier.factors} == {"stack 0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files_before", range(5))
 def test_a_run_that_dies_between_its_files_loses_no_stack_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_before: int

@@ -57,6 +57,7 @@ def test_a_floor_above_the_answer_is_noticed():
     assert failed(floor=Bound(SOLUTION.error, "clipped")) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [2.0, -2.0, -1e6])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_drop_that_is_not_what_solving_d_gives_is_noticed(dtype, amount, monkeypatch):
@@ -108,6 +109,7 @@ def test_starts_that_promise_nothing_are_undecided_above_e_lora_and_any_other_is
     assert study.verdict({"one": True}, "best") == "holds"
 
 
+@pytest.mark.slow
 def test_a_searched_floor_is_told_as_a_floor_and_counted_as_a_task():
     told = []
     quick = SolverOptions(max_sweeps=5, effort="quick")

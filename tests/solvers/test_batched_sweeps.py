@@ -192,6 +192,7 @@ def test_runs_are_cut_and_joined_with_all_that_they_remember() -> None:
     assert torch.allclose(parted.multipliers.pool, plain.multipliers.pool[1:], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_layers_without_curvature_do_not_blow_up(seed: int) -> None:
     """A zero layer, and pool terms that become parallel: its Gram matrix is rounding alone, and indefinite."""
@@ -315,6 +316,7 @@ def constrained_minimum(K: np.ndarray, limits: np.ndarray, starts: int) -> float
     return min(run.fun for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.8, 1.5))])
 def test_where_the_bound_is_active_the_result_is_the_constrained_minimum(limit: float) -> None:
     """The infimum of this tensor is 0, with terms that grow for ever: within a limit the minimum is above it."""

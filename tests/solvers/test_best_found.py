@@ -35,6 +35,7 @@ def solved(M: np.ndarray, r: int, k: int, seed: int = 0) -> tuple[RasaSolution, 
     return solve_rasa(stack, RankBudget(r, k), SolverOptions(seed=seed)), solve_lora(stack, r).error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size", "reference"), REFERENCES)
 def test_as_low_as_a_plain_search(kind: str, size: object, reference: float) -> None:
     """Within a thousandth of e_lora, and inside the bound that the plain search kept."""

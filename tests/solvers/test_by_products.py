@@ -28,6 +28,7 @@ def test_private_terms_from_products_are_the_best_ones(monkeypatch):
     assert best * (1 - 1e-12) <= squared_error(stack, found) <= best + 1e-7 * stack.norm_squared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["allocation", "near-allocation", "lora", "common", "pencil", "greedy", "subspace"])
 def test_every_start_works_from_leading_directions(start):
     values = decaying(3, 120, 140, 1)

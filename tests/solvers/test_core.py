@@ -44,6 +44,7 @@ def largest(x):
     return float(x.abs().max()) if x.numel() else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("L", "b", "a", "r", "k"), NARROW)
 @pytest.mark.parametrize("start", [allocation_start, pytest.param(random_start, marks=pytest.mark.slow)])
 def test_the_error_from_the_core_is_the_residual_and_the_bases_are_sound(L, b, a, r, k, start):
@@ -178,6 +179,7 @@ def test_a_sweep_remembers_nothing_but_its_state():
     assert torch.equal(again.factors.mixing, expected.factors.mixing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4, 8))])
 def test_thirty_passes_are_worth_more_than_three_hundred_joint_sweeps(k):
     """On a crop of the bundled updates, from the same start: less than their error, within 30 passes of their 600.

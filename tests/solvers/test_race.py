@@ -96,6 +96,7 @@ def test_whatever_the_search_finds_the_error_is_at_most_that_of_allocation(searc
     assert solution.search == SUMMARY
 
 
+@pytest.mark.slow
 def test_the_lowest_results_descend_the_two_lowest_longer_and_the_lowest_to_its_end(
     search: type[FakeSearch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_moves_that_end_higher_are_not_kept(search: type[FakeSearch]) -> None:
     assert len(search.moved) == 1
 
 
+@pytest.mark.slow
 def test_the_run_that_moves_come_from_sweeps_on_as_long_as_their_result(search: type[FakeSearch]) -> None:
     search.found, search.moved = [good()], [poor(0)]
     told: list[Progress] = []

@@ -112,6 +112,7 @@ def test_the_history_never_rises_and_ends_at_the_measured_error(problem, sweep):
         assert solution.error == math.fsum(solution.layer_errors)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("seed", seeds(10, 40))
 def test_near_zero_error_rounding_is_not_taken_for_a_gradient(seed, sweep):
@@ -135,6 +136,7 @@ def test_rasa_is_between_the_floor_and_allocation_and_that_is_at_most_lora(probl
     assert not_above(e_alloc, e_lora, stack.rounding)
 
 
+@pytest.mark.slow
 @EVERY
 @given(problem=nasty_stacks())
 def test_the_path_is_nested(problem, sweep):
@@ -166,6 +168,7 @@ def test_lora_cannot_and_sharing_can():
     assert solution.error < allocation_bound(stack, problem.budget).value < solve_lora(stack, problem.budget.rank).error
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize(
     ("c", "dtype"),
@@ -183,6 +186,7 @@ def test_a_power_of_two_changes_no_digit_of_any_sweep(c, dtype, sweep):
     assert other.error == c**2 * one.error
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize(
     ("c", "dtype"), [(1e100, "float64"), (1e-100, "float64"), (1e15, "float32"), (1e-15, "float32")]
@@ -208,6 +212,7 @@ def test_float32_follows_float64(sweep):
         assert not_above(y, x, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 1, 6), (3, 6, 1), (3, 1, 1), (1, 1, 1)])
 @pytest.mark.parametrize("k", [0, 1])
 def test_rows_columns_and_numbers_are_exactly_rank_one(shape, k):
@@ -218,6 +223,7 @@ def test_rows_columns_and_numbers_are_exactly_rank_one(shape, k):
 # ---- known optima
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("seed", seeds(1, 3))
 @pytest.mark.parametrize("name", KNOWN)
@@ -242,6 +248,7 @@ def test_shared_bases_have_local_minima():
     assert min(excess) <= 1e-6 < 0.01 < max(excess)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", seeds(1, 4))
 @pytest.mark.parametrize(("L", "b", "a", "r", "k"), [(3, 9, 8, 2, 1), (4, 12, 10, 3, 1)])
 def test_planted_factors_are_found_again_from_nearby(L, b, a, r, k, seed):
@@ -360,6 +367,7 @@ def test_an_infimum_that_is_not_attained_is_named(sweep):
     assert solution.error <= reconstruction_error(stack, start)
 
 
+@pytest.mark.slow
 @BOTH
 def test_on_a_border_rank_tensor_the_error_falls_while_the_terms_grow(sweep):
     stack, errors, sizes = LayerStack(BORDER_RANK), [], []
@@ -392,6 +400,7 @@ def test_terms_stay_as_small_as_asked_and_the_price_is_small():
     assert all(run.error <= lowest + price * e_lora for run, price in zip(runs, (0.02, 0.005, 0.005), strict=True))
 
 
+@pytest.mark.slow
 def test_factors_in_half_precision_reproduce_the_error():
     """Rounding is independent: the error rises by about the unit roundoff squared times the squared norms of terms."""
     stack = LayerStack(load("minilm-code")[0][0].values[:, :96, :96])
@@ -497,6 +506,7 @@ def test_the_same_seed_gives_the_same_numbers(sweep):
     assert other.history[-1] != one.history[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sweep", "passes"), [("core", 2), ("joint", 2), ("paper", 4)])
 def test_passes_over_the_data(sweep, passes):
     """What a sweep costs where the error is far from zero; the paper's with its residual."""

@@ -393,6 +393,7 @@ def test_a_search_until_idle_ends() -> None:
     assert summary.moves_kept <= done / 2 + 1
 
 
+@pytest.mark.slow
 def test_a_thorough_search_ends_where_terms_meet_the_bound() -> None:
     """There the errors of sweeps rise and fall with the multipliers, for ever."""
     values = falling(3, 9, 7)
@@ -493,6 +494,7 @@ def test_moves_alone_start_from_what_is_given() -> None:
     assert summary.starts == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effort", ["quick", "default"])
 def test_the_bound_is_kept_where_sweeps_without_one_would_never_end(effort: str) -> None:
     """A crop of the bundled updates, on which terms grow and cancel: core sweeps go on inside the bound."""

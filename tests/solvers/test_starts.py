@@ -133,6 +133,7 @@ def test_a_pool_of_which_each_layer_uses_about_half(shape, seed):
 # ---- under noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "eta", "seed"),
     [*((s, eta, 0) for s in SMALL for eta in (1e-3, 0.1, 0.3)), (SMALL[1], 0.1, 7), (LARGER, 0.3, 6)],
@@ -161,6 +162,7 @@ def test_directions_near_the_noise_hardly_count(seed):
     assert error <= 1.25 * left_over(*SMALL[2]) * energy
 
 
+@pytest.mark.slow
 def test_a_miss_does_not_look_like_a_hit():
     """Both end; the certified floor tells them apart, by a factor."""
     shape = SMALL[0]
@@ -176,6 +178,7 @@ def test_a_miss_does_not_look_like_a_hit():
 # ---- other stacks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_shared_bases_reach_their_optimum(seed):
     problem = shared_bases(seed)
@@ -241,6 +244,7 @@ def test_a_path_over_k_goes_through(name):
     assert all(not_above(path[k + 1].error, path[k].error, stack.rounding) for k in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_bounds_holds_from_the_race(seed):
     for values, r, k in ((with_noise(seed, (4, 20, 18, 2, 2), 1.0)[0].values, 2, 2), (noise(4, 20, 18, seed), 3, 1)):
@@ -298,6 +302,7 @@ def test_common_finds_the_pools_spaces():
         assert float(torch.linalg.vector_norm(found - Q @ (Q.mT @ found))) <= 1e-10
 
 
+@pytest.mark.slow
 def test_the_recovery_experiment_on_a_small_shape():
     shape = (6, 40, 36, 3, 1)
     exact, noisy = (recovery.attempt(shape, noise, 0, "best", 100) for noise in (0.0, 0.01))

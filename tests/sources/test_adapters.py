@@ -290,6 +290,7 @@ def test_half_precision_is_computed_in_single_and_float64_is_exact(tmp_path: Pat
 # ---- the command
 
 
+@pytest.mark.slow
 def test_the_command_on_one_adapter_and_on_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dirs = [str(write(tmp_path / name, pairs(LAYERS, 9, 8, seed=i))) for i, name in enumerate(("one", "two"))]
     few = ["--rank", "1", "--sweeps", "3", "--seeds", "0", "--quiet", "--json", "--weight", "layer"]

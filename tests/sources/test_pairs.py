@@ -171,6 +171,7 @@ def test_every_matrix_is_in_a_stack_whatever_its_numbers(tmp_path: Path, name: s
 # ---- reconstruct on whole models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["whisper", "vit", "mamba", "clip"])
 def test_a_default_study_of_a_whole_model_runs(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Kinds that are narrower than the rank are left out with a sentence; convolutions and tokens as what they are."""
@@ -191,6 +192,7 @@ def test_a_default_study_of_a_whole_model_runs(tmp_path: Path, family: str, caps
 # ---- names of the model in adapters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "known"),
     [

@@ -528,6 +528,7 @@ def test_a_pair_of_conv1d_checkpoints(tmp_path: Path) -> None:
     assert not any(s.transposed for s in pair.stacks)
 
 
+@pytest.mark.slow
 def test_results_of_a_transposed_stack_are_those_of_the_transposed_matrices(tmp_path: Path) -> None:
     tensors = {f"h.{i}.c_attn.weight": matrix(7, 12, seed=i) for i in range(4)}
     path = save_checkpoint(tmp_path / "c", tensors, None)

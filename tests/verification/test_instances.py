@@ -15,6 +15,7 @@ from rasa_theory.verification import (
 from tests.helpers.subjects import run
 
 
+@pytest.mark.slow
 def test_an_instance_depends_on_seed_family_and_number_alone(capsys: pytest.CaptureFixture[str]) -> None:
     one, same, other = (draw_instance("planted", 3, seed).draw for seed in (5, 5, 6))
     assert torch.equal(one.values, same.values)
@@ -24,6 +25,7 @@ def test_an_instance_depends_on_seed_family_and_number_alone(capsys: pytest.Capt
     assert first["families"] == second["families"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(capsys: pytest.CaptureFixture[str]) -> None:
     """The same numbers, the instances in the same order."""
     arguments = ["--families", "thin,planted", "--instances", "6", "--seed", "7", "--out", "none", "--json", "--quiet"]

@@ -101,6 +101,7 @@ def honest(family: str) -> Trial:
     return run_trial(draw_instance(family, 0, seed=0), HONEST, FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "family", "broken"), BROKEN, ids=[f"{i}-{row[0]}" for i, row in enumerate(BROKEN)])
 def test_a_broken_law_is_noticed_and_an_honest_one_holds(law: str, family: str, broken: Subject) -> None:
     assert honest(family).outcomes[law].holds
@@ -124,6 +125,7 @@ def test_every_law_is_broken_above() -> None:
     assert {law for law, _, _ in BROKEN} | {"answer_above_optimum"} == set(LAWS)
 
 
+@pytest.mark.slow
 def test_every_law_holds_on_an_instance_of_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--instances", str(len(FAMILIES)), "--sweeps", "1", "--out", str(tmp_path)]
     status, found, err = run(arguments, capsys)

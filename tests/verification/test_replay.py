@@ -26,6 +26,7 @@ from tests.helpers.subjects import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "family", "broken"),
     [
@@ -111,6 +112,7 @@ def test_bad_replays_are_one_sentence_and_exit_status_2(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_damaged_files_and_those_of_another_kind_are_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
