@@ -48,13 +48,13 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
     for row in rows:
         if row["tuning"] and validation(row) > validation(best.get(row["name"])):
             best[row["name"]] = row
-    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    by_seed: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if not row["tuning"]:
             name, tuned = row["name"], best.get(row["name"], row)
             other = "" if rate(row) == rate(tuned) else f" at {rate(row):g}"
-            found[name + other][row["run"]["seed"]] = row
-    return dict(found)
+            by_seed[name + other][row["run"]["seed"]] = row
+    return dict(by_seed)
 
 
 def validation(row: Row | None) -> float:
@@ -219,13 +219,13 @@ def differences(runs: dict[str, dict[int, Row]]) -> list[Difference]:
 
 def plot_claims(machines: dict[str, dict[str, dict[int, Row]]]) -> Figure:
     """A forest plot of paired differences, mean and 95 % interval: test MRR on the left, drift on the right."""
-    found = [(machine, one) for machine, runs in machines.items() for one in differences(runs)]
+    all_pairs = [(machine, one) for machine, runs in machines.items() for one in differences(runs)]
     groups = {
-        "at the same rate": [pair for pair in found if pair[1].rate == pair[1].other_rate],
-        "at the best rate of each": [pair for pair in found if pair[1].rate != pair[1].other_rate],
+        "at the same rate": [pair for pair in all_pairs if pair[1].rate == pair[1].other_rate],
+        "at the best rate of each": [pair for pair in all_pairs if pair[1].rate != pair[1].other_rate],
     }
     title = "Does RaSA learn more or forget less?"
-    figure = style.new_figure(1.5 + 0.24 * len(found), title=title)
+    figure = style.new_figure(1.5 + 0.24 * len(all_pairs), title=title)
     axes = style.panels(figure, 1, 2, sharey=True)[0]
     y, ticks, color = 0.0, [], looks.METHODS["rasa"].color
     for (group, pairs), look in zip(groups.items(), ("o", "s"), strict=True):
@@ -300,7 +300,7 @@ def total_error(full: Row, errors: dict[str, dict[str, float]], which: str) -> f
 
 def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, float]]]:
     """By RaSA's budget and seed: what sharing gains in reconstruction of the full update, and in test MRR."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    gains: dict[str, list[tuple[float, float]]] = {}
     for name, of in runs.items():
         versus, budget = reference(name, runs), name.removeprefix("rasa(").removesuffix(")")
         if versus is None or not is_plain(name):
@@ -311,8 +311,8 @@ def predicted(runs: dict[str, dict[int, Row]]) -> dict[str, list[tuple[float, fl
                 rasa, lora = (total_error(runs["full"][seed], errors, which) for which in ("e_rasa", "e_lora"))
                 gain = 1 - rasa / lora
                 better = of[seed]["test_mrr"] - runs[versus][seed]["test_mrr"]
-                found.setdefault(name, []).append((gain, better))
-    return found
+                gains.setdefault(name, []).append((gain, better))
+    return gains
 
 
 STARTS = {

@@ -1,6 +1,6 @@
 """The gap between each certified floor and the best error of the solver, and the cost of each floor.
 
-    python -m experiments.floors                 # searches for floors take most of its hour on one core
+    python -m experiments.floors                 # 18 minutes on two cores, searches for floors for the most part
     python -m experiments.floors --solver-only   # solves anew beside the floors that the file has
     python -m experiments.floors --model mpnet --ks 1 --effort quick --seconds 120
 

@@ -13,7 +13,8 @@ def gallery() -> str:
     sections = []
     for experiment in EXPERIMENTS.values():
         for name, picture in experiment.pictures.items():
-            takes = f" It takes {experiment.takes}." if experiment.takes else ""
+            time = picture.takes or experiment.takes
+            takes = f" It takes {time}." if time else ""
             needs = f" It needs {experiment.needs}." if experiment.needs else ""
             sections += [
                 f"## {name}",

@@ -10,7 +10,7 @@ from experiments.support.rows import Row
 
 ITERATIONS = (10, 30, 60, 200)
 LIMITS = ["below LoRA by iteration 10", *map(str, ITERATIONS[1:])]
-"""Columns of the counts of attempts that are below LoRA within so many iterations."""
+"""Columns of the counts of attempts that are below LoRA within each of `LIMITS` iterations."""
 
 
 def crossed_by(attempts: Sequence[Row], iterations: int) -> int:

@@ -16,10 +16,10 @@ Block = Callable[[str], str]
 
 def names(text: str) -> list[str]:
     """The names of all blocks of a page, in order. Raises ValueError where a marker has no partner."""
-    found = [match["name"] for match in MARKED.finditer(text)]
-    if len(found) != len(OPENING.findall(text)) or any(OPENING.search(m["text"]) for m in MARKED.finditer(text)):
+    marked = [match["name"] for match in MARKED.finditer(text)]
+    if len(marked) != len(OPENING.findall(text)) or any(OPENING.search(m["text"]) for m in MARKED.finditer(text)):
         raise ValueError("every <!-- data: NAME --> needs an <!-- end -->, and no other marker in between")
-    return found
+    return marked
 
 
 def filled(text: str, block: Block) -> str:
