@@ -4,13 +4,13 @@
     python -m experiments.extract_scale --scratch DIR --layers 2
     python -m experiments.extract_scale --scratch DIR --rank 8 --k 0 1               # with a pool
     python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --layers 32 --kinds self_attn.q_proj
-    python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --effort quick --sweeps 6   # sooner, and higher
+    python -m experiments.extract_scale --scratch DIR --rank 8 --k 1 --effort quick --sweeps 6    # faster, larger error
 
 Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
 matrices (`SHAPES`), or only `--kinds`. The base is zeros in sparse files. Every matrix of the tuned model has 32 terms
 with sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
 The command is `rasa_theory.extract --rank R --k K --compute float32 --memory 8GiB`. Its forecast (`--dry-run`) is
-printed first, and floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
+printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
 seconds of plain reading and of `rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     parser.add_argument("--effort", choices=tuple(EFFORTS), default="default", help="of the search")
-    parser.add_argument("--sweeps", type=int, default=SolverOptions().max_sweeps, help="at most")
+    parser.add_argument("--sweeps", type=int, default=SolverOptions().max_sweeps, help="most sweeps of the solver")
     parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
@@ -124,13 +124,14 @@ def main() -> None:
             row = {
                 "layers": options.layers, "kinds": " ".join(options.kinds), "rank": options.rank, "k": k,
                 "effort": options.effort if k > 0 else None, "sweeps": options.sweeps if k > 0 else None,
-                "error": over_lora(stacks, "e_rasa"), "floor": over_lora(stacks, "lower_bound"), "gigabytes": size,
+                "error": over_lora(stacks, "e_rasa") if k > 0 else None,
+                "floor": over_lora(stacks, "lower_bound") if k > 0 else None, "gigabytes": size,
                 "seconds": seconds, "seconds_per_gigabyte": seconds / size, "peak_mib": peak,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
             }  # fmt: skip
             append_rows(options.out, [row], COLUMNS)
             print(row, flush=True)
-            for stack in stacks:
+            for stack in stacks if k > 0 else ():
                 kind, name = stack["kind"], stack["lower_bound_name"]
                 error, floor = (over_lora([stack], key) for key in ("e_rasa", "lower_bound"))
                 print(f"{kind}: {floor:.5f} ({name}) .. {error:.5f} of e_lora", flush=True)

@@ -10,7 +10,7 @@ from experiments.support.rows import Row
 
 ITERATIONS = (10, 30, 60, 200)
 LIMITS = ["below LoRA by iteration 10", *map(str, ITERATIONS[1:])]
-"""Columns of the counts of attempts that are below LoRA within each of `LIMITS` iterations."""
+"""Columns of the counts of attempts that are below LoRA within each of `ITERATIONS`."""
 
 
 def crossed_by(attempts: Sequence[Row], iterations: int) -> int:
@@ -18,7 +18,7 @@ def crossed_by(attempts: Sequence[Row], iterations: int) -> int:
 
 
 def counted(attempts: Sequence[Row]) -> list[str]:
-    """How many attempts are below LoRA within 10, 30, 60 and 200 iterations; empty cells where there are none."""
+    """How many attempts are below LoRA within each of `ITERATIONS`."""
     counts = [f"{crossed_by(attempts, n)} of {len(attempts)}" for n in ITERATIONS]
     return counts if attempts else [""] * len(counts)
 

@@ -96,13 +96,22 @@ def gpu() -> str:
 
 
 def extraction() -> str:
-    """Extraction from a pair of checkpoints in bfloat16, rank 16."""
+    """Extraction from a pair of checkpoints in bfloat16."""
     lines = []
     for row in rows("extract_scale.csv"):
-        cells = [f"{row['gigabytes']:.1f} GB", f"{row['seconds']:.0f} s", f"{row['seconds_per_gigabyte']:.0f} s"]
-        rank = row.get("rank") or 16
-        lines.append([f"{row['layers']}", str(rank), str(row["k"]), *cells, f"{row['peak_mib'] / 1024:.1f} GiB"])
-    return table(["layers", "rank", "k", "read", "seconds", "for each GB", "memory"], lines)
+        kinds = row["kinds"].split()
+        effort = f"{row['effort']}, {row['sweeps']}" if row["k"] > 0 else ""
+        interval = "" if not row["floor"] else f"{row['floor']:.4f} to {row['error']:.4f}"
+        lines.append([
+            f"{row['layers']}, " + (kinds[0].partition(".")[2] if len(kinds) == 1 else f"{len(kinds)} kinds"),
+            str(row["rank"]), str(row["k"]), effort, f"{row['gigabytes']:.1f} GB", rounded_time(row["seconds"]),
+            f"{row['seconds_per_gigabyte']:.0f} s", interval, f"{row['peak_mib'] / 1024:.1f} GiB",
+        ])  # fmt: skip
+    columns = [
+        "layers", "r", "k", "effort, sweeps at most", "read", "time", "for each GB",
+        "floor to error, over e_lora", "memory",
+    ]  # fmt: skip
+    return table(columns, lines)
 
 
 MODELS = {
@@ -117,23 +126,27 @@ def whole_models() -> str:
     """Forecast of an extraction from two whole models in bfloat16, r = 8.
 
     Without a pool the time is proportional to the bytes. With one the time per byte grows with the number of layers: a
-    line through the two measured stacks of 4096 x 4096. The least memory is what `check_memory` asks for.
+    line through the two measured extractions. The least memory is what `check_memory` asks for.
     """
-    (largest,) = [row for row in rows("extract_scale.csv") if row["layers"] == 27 and row["rank"] == 16]
-    few, many = (one(rows("at_size.csv"), layers=L, n=4096, way="leading") for L in (8, 32))
-    low, high = (row["seconds"] / (4e-9 * row["layers"] * row["n"] ** 2) for row in (few, many))
+    measured = rows("extract_scale.csv")
+    plain = one(measured, layers=27, rank=16, k=0)["seconds_per_gigabyte"]
+    few, many = (one(measured, layers=L, k=1, effort="default") for L in (2, 32))
+    quick = one(measured, layers=32, effort="quick")["seconds"] / many["seconds"]
+    low, high = few["seconds_per_gigabyte"], many["seconds_per_gigabyte"]
     lines = []
     for model, (L, width, narrow, wide) in MODELS.items():
         gigabytes = 4e-9 * L * width * (2 * width + 2 * narrow + 3 * wide)
         pooled = low + (high - low) * (L - few["layers"]) / (many["layers"] - few["layers"])
         memory = 64 * width * wide / 2**30
-        times = [rounded_time(gigabytes * rate) for rate in (largest["seconds_per_gigabyte"], pooled)]
+        times = [rounded_time(gigabytes * rate) for rate in (plain, pooled, quick * pooled)]
         lines.append([model, f"{gigabytes:.3g} GB", *times, f"{memory:.3g} GiB"])
-    return table(["model", "read", "k = 0", "k = 1", "least `--memory`"], lines)
+    return table(["model", "read", "k = 0", "k = 1", "k = 1, quick", "least `--memory`"], lines)
 
 
 def rounded_time(seconds: float) -> str:
-    """Seconds as days, hours or minutes, with about two digits."""
+    """Seconds as days, hours, minutes or seconds, with about two digits."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
     for unit, size in (("days", 86400), ("hours", 3600)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from rasa_theory.commands.progress import print_line
 from rasa_theory.common import (
     FailedElsewhere,
     InputError,
@@ -57,9 +58,9 @@ class _Speaker:
             _ignore_termination()  # torchrun ends the others once one has ended, which must not cut this short
         if processes.alone:
             if first_launched():  # processes that have not met fail alike, and only the first speaks
-                print(f"{self.name}: {sentence}", file=sys.stderr)
+                print_line(f"{self.name}: {sentence}", sys.stderr)
         elif processes.board.speaks():
-            print(f"\n{self.name}: {sentence}", file=sys.stderr)  # process 0 may be drawing a bar on this line
+            print_line(f"\n{self.name}: {sentence}", sys.stderr)  # process 0 may be drawing a bar on this line
         return 2
 
 
@@ -86,7 +87,7 @@ def _status_of(error: BaseException, speaker: _Speaker, on_no_memory: str, on_lo
         return 2 if processes.board.has_spoken else speaker.say(f"{missing}{on_loss}")
     if isinstance(error, KeyboardInterrupt):  # before anything was finished
         if processes.alone or processes.board.speaks():
-            print("interrupted; nothing was finished", file=sys.stderr)
+            print_line("interrupted; nothing was finished", sys.stderr)
         processes.board.tell_interrupted()
         return 130
     if isinstance(error, Exception) and lacks_memory(error):
@@ -128,7 +129,7 @@ def _is_same_folder(one: str, other: str) -> bool:
 def say_notes(notes: Sequence[str]) -> None:
     """Print the notes of a catalogue."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_line(f"note: {note}", sys.stderr)
 
 
 def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
@@ -139,16 +140,16 @@ def say_left_out(left_out: Sequence[LeftOut], file: str) -> None:
     axes_last = sorted(left_out, key=lambda one: one.kind is Exclusion.AXES)  # biases and norms
     groups = grouped(axes_last)
     for group in groups[:_SHOWN]:
-        print(f"left out: {group.label}: {group.reason}", file=sys.stderr)
+        print_line(f"left out: {group.label}: {group.reason}", sys.stderr)
     if others := sum(len(group.names) for group in groups[_SHOWN:]):
-        print(f"left out: {others} more, listed by --dry-run and in {file}", file=sys.stderr)
+        print_line(f"left out: {others} more, listed by --dry-run and in {file}", sys.stderr)
 
 
 def say_interrupted(done: int, total: int, unit: str, out: Path | None, goes_on: bool = True) -> None:
     """Say at an interruption how much is finished, whether the folder `out` keeps it, and how to go on."""
     kept = "; --out none keeps nothing" if out is None else f" and kept in {out}/" if done else ""
     again = "goes on from there" if goes_on and done and out is not None else "begins anew"
-    print(f"interrupted: {done} of {total} {unit} finished{kept}; the same command {again}", file=sys.stderr)
+    print_line(f"interrupted: {done} of {total} {unit} finished{kept}; the same command {again}", sys.stderr)
 
 
 def memory_size(text: str) -> int:

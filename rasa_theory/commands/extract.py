@@ -47,7 +47,6 @@ from rasa_theory.extraction import (
     job_of,
     remove_other_extraction,
     report_notes,
-    table_of_report,
 )
 from rasa_theory.formats import CONFIG_FILE, LAYOUTS, BaseModel, base_of, kohya_prefix
 from rasa_theory.problem import compute_dtype
@@ -225,10 +224,10 @@ def run(arguments: list[str], processes: Processes) -> int:
     with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
-        table: ErrorTable | None = None
+        table = _table(job)
         if folder is None:
-            report = _earlier_report(out) if processes.first else {}
-        elif (table := _extract(job, folder, processes, args)) is None:
+            report = _earlier_report(out, table, args.json) if processes.first else {}
+        elif not _extract(job, folder, processes, table, args):
             return 130
         else:
             about = {
@@ -242,17 +241,21 @@ def run(arguments: list[str], processes: Processes) -> int:
     return 0
 
 
-def _extract(job: Job, folder: ExtractionFolder, processes: Processes, args: argparse.Namespace) -> ErrorTable | None:
-    """Extract all stacks, with progress bars, and print every row of the table when its stack is finished.
-
-    Returns the table. If interrupted, says how to resume and returns None.
-    """
-    settings, text = job.settings, sys.stderr if args.json else sys.stdout
+def _table(job: Job) -> ErrorTable:
     stacks = [
         {"name": source.name, "kind": names.kind, "layers": source.layers, "shape": source.shape}
         for source, names in zip(job.catalogue.stacks, job.modules, strict=True)
     ]
-    table = ErrorTable(stacks, settings.rank, settings.k != 0, terminal_width())
+    return ErrorTable(stacks, job.settings.rank, job.settings.k != 0, terminal_width())
+
+
+def _extract(
+    job: Job, folder: ExtractionFolder, processes: Processes, table: ErrorTable, args: argparse.Namespace
+) -> bool:
+    """Extract all stacks, with progress bars, and print every row of the table when its stack is finished.
+
+    If interrupted, say how to resume and return False.
+    """
     head = [f"Updates: {job.catalogue.source}", *table.head()]
     progress: ProgressBar | None = None
 
@@ -262,44 +265,45 @@ def _extract(job: Job, folder: ExtractionFolder, processes: Processes, args: arg
         return progress
 
     def show(row: dict[str, Any]) -> None:
-        if progress is not None and settings.format != "diff" and (lines := table.rows(row)):
-            progress.print("\n".join([*head, *lines]), text)
+        if progress is not None and (lines := table.rows(row)):
+            progress.print("\n".join([*head, *lines]), sys.stderr if args.json else sys.stdout)
             head.clear()  # it comes with the first row: until then input may be refused
 
     try:
         with keeping_interrupts():
-            extract_all(job, folder, processes, bar, show)
+            extract_all(job, folder, processes, bar, None if job.settings.format == "diff" else show)
     except KeyboardInterrupt:
         processes.board.tell_interrupted()
         if processes.first:
-            say_interrupted(folder.finished_parts, len(stacks), "stacks", folder.out)
-        return None
-    return table
+            say_interrupted(folder.finished_parts, len(job.catalogue.stacks), "stacks", folder.out)
+        return False
+    return True
 
 
-def _earlier_report(out: Path) -> dict[str, Any]:
-    print(f"{out} is finished already; nothing is left to do", file=sys.stderr)
-    return read_run_json(out / "report.json")
+def _earlier_report(out: Path, table: ErrorTable, as_json: bool) -> dict[str, Any]:
+    """The report of a finished extraction, whose rows are printed."""
+    print_line(f"{out} is finished already; nothing is left to do", sys.stderr)
+    report = read_run_json(out / "report.json")
+    if not is_difference(report):
+        rows = [line for row in report["stacks"] for line in table.rows(row)]
+        lines = [f"Updates: {report['source']}", *table.head(), *rows]
+        print_line("\n".join(lines), sys.stderr if as_json else sys.stdout)
+    return report
 
 
-def _print(report: dict[str, Any], table: ErrorTable | None, out: Path, as_json: bool) -> None:
-    """Print what is not on the screen yet: all rows without `table`, sums, notes, and the names of the files.
+def _print(report: dict[str, Any], table: ErrorTable, out: Path, as_json: bool) -> None:
+    """Print what comes after the rows: sums, notes, and the names of the files; of format diff the table as well.
 
     With `as_json` it goes to standard error, beside the JSON.
     """
-    text = sys.stderr if as_json else sys.stdout
     if is_difference(report):
         lines = [f"Updates: {report['source']}", *difference_table(report), *report_notes(report)]
     else:
-        lines = []
-        if table is None:
-            table = table_of_report(report, terminal_width())
-            rows = [line for row in report["stacks"] for line in table.rows(row)]
-            lines += [f"Updates: {report['source']}", *table.head(), *rows]
-        lines += [*table.total(report), *report_notes(report, table.prefix)]
+        lines = [*table.total(report), *report_notes(report, table.prefix)]
     names = Counter(re.sub(r"-\d{5}\.", "-*.", path.name) for path in out.iterdir() if path.is_file())
     files = ", ".join(name if names[name] == 1 else f"{names[name]} {name}" for name in sorted(names))
-    print_line("\n".join([*lines, *wrapped(f"Files: {out}/ ({files})")]), text)
+    lines += wrapped(f"Files: {out}/ ({files})")
+    print_line("\n".join(lines), sys.stderr if as_json else sys.stdout)
     if as_json:
         print_line(json.dumps(report, indent=1, allow_nan=False), sys.stdout)
 

@@ -54,7 +54,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=done, description=doing, refresh=True)
         else:
             told = f": {doing}" if doing else ""
-            print(f"{now - self._started:.0f} s, {done} of {self._total} {self._unit}{told}", file=sys.stderr)
+            print_line(f"{now - self._started:.0f} s, {done} of {self._total} {self._unit}{told}", sys.stderr)
 
     def print(self, text: str, file: IO[str]) -> None:
         """Print lines to `file`, which may be the terminal that the bar is on."""

@@ -223,7 +223,7 @@ def _study(
 
         if results["stacks"] and folder is not None and processes.first:
             taken = f"{len(results['stacks'])} of {len(names)} stacks"
-            print(f"{taken} were finished before and are taken up from {folder.out}", file=sys.stderr)
+            print_line(f"{taken} were finished before and are taken up from {folder.out}", sys.stderr)
         for row in results["stacks"]:
             for run in row["runs"]:
                 show(row, run)

@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace, arguments: list[str], subject: Subject | None
         processes.board.tell_interrupted()
         interrupted = True
     except BrokenProcessPool:
-        print(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", file=sys.stderr)
+        print_line(f"{_NAME}: a process died, of lack of memory perhaps; try --jobs 1", sys.stderr)
         interrupted = broken = True
 
     run = Run(
@@ -190,15 +190,16 @@ def _families(args: argparse.Namespace) -> list[str]:
 
 def _forecast(args: argparse.Namespace, settings: VerificationSettings, processes: Processes) -> str:
     """What the run would try, and its seconds, by an instance of each family tried now, for some seconds at most."""
-    families, started, tried = _families(args), time.perf_counter(), 0
-    sample = trials(instances_in_turn(families, min(args.instances, len(families)), args.seed), settings, 1)
+    families = _families(args)[: args.instances]
+    started, tried = time.perf_counter(), 0
+    sample = trials(instances_in_turn(families, len(families), args.seed), settings, 1)
     while time.perf_counter() - started < _SAMPLE_SECONDS and next(sample, None) is not None:
         tried += 1
     jobs = (args.jobs or suitable_jobs(args.instances)) if processes.alone else processes.world_size
-    seconds = (time.perf_counter() - started) / tried * args.instances / jobs
+    seconds = (time.perf_counter() - started) / tried * args.instances / min(jobs, args.instances)
     return (
-        f"Would try the laws on {args.instances} instances of {len(families)} families in {jobs} processes.\n"
-        f"It takes about {max(1, seconds):.0f} s here, by {tried} instances tried now."
+        f"Would try the laws on instances: {args.instances}, of families: {len(families)}, in processes: {jobs}.\n"
+        f"It takes about {max(1, seconds):.0f} s here, by the first {tried} tried now."
     )
 
 
@@ -221,7 +222,7 @@ def _write_replay(trial: Trial, settings: VerificationSettings, out: Path | None
         output_folder(str(folder))
         write_file(path, lambda file: save_replay(Replay(instance, list(trial.failed), settings), file))
     except InputError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
+        print_line(f"{_NAME}: {error}", sys.stderr)
         return None
     return str(path)
 

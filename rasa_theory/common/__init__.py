@@ -7,10 +7,11 @@ from rasa_theory.common.files import identity, unfinished, writable_folder, writ
 from rasa_theory.common.interrupts import keeping_interrupts
 from rasa_theory.common.labels import shortened, unique_labels
 from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, occupied, plan_of, read_run_json, write_json
-from rasa_theory.common.tables import TextTable, aligned, csv_text, wrapped
+from rasa_theory.common.tables import WIDTH, TextTable, aligned, csv_text, wrapped
 from rasa_theory.common.version import __version__
 
 __all__ = [
+    "WIDTH",
     "DamagedFile",
     "FailedElsewhere",
     "InputError",

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from rasa_theory.common.labels import shortened
 
+WIDTH = 80
+"""Characters of a line where no terminal says otherwise."""
+
 
 class TextTable:
     """A table as plain text whose rows are made one by one, so that each can be printed as soon as it is known.
@@ -79,7 +82,7 @@ def aligned(
     return [*table.head(), *(line for row in body for line in table.row(row))]
 
 
-def wrapped(text: str, width: int = 80, first: str = "", later: str = "") -> list[str]:
+def wrapped(text: str, width: int = WIDTH, first: str = "", later: str = "") -> list[str]:
     """The text in lines of at most `width` characters, with these indents; names and paths stay whole."""
     return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False

@@ -13,7 +13,6 @@ from rasa_theory.extraction.report import (
     is_difference,
     model_card,
     report_notes,
-    table_of_report,
 )
 from rasa_theory.extraction.run import entered, extract_all, finish
 
@@ -42,5 +41,4 @@ __all__ = [
     "remove_other_extraction",
     "report_notes",
     "spectral_facts",
-    "table_of_report",
 ]

@@ -8,9 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rasa_theory.common import TextTable, shortened, unique_labels
+from rasa_theory.common import WIDTH, TextTable, shortened, unique_labels
 
-WIDTH = 80
 _OF_POOL = ("k", "gain", "limit")
 _RELATIVE, _SHARE, _PER_CENT = (len(text) for text in ("1.2e-05", "0.1234", "100.0"))
 
@@ -30,13 +29,12 @@ class ErrorTable:
         self, stacks: Sequence[Mapping[str, Any]], rank: int | None, has_pool: bool, width: int = WIDTH
     ) -> None:
         narrow = max(min(stack["shape"]) for stack in stacks)
-        ranks = len(f"1..{narrow}" if rank is None else str(rank))
         widths = {
             "L": max(len(str(stack["layers"])) for stack in stacks),
             "shape": max(len(shape_text(stack)) for stack in stacks),
             "rel": _RELATIVE,
-            "r": ranks,
-            "k": ranks,
+            "r": len(f"{narrow}..{narrow}" if rank is None else str(rank)),
+            "k": len(str(narrow if rank is None else rank)),
             "LoRA": _SHARE,
             "gain": _PER_CENT,
             "limit": _PER_CENT,

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import aligned, csv_text, wrapped
+from rasa_theory.common import WIDTH, aligned, csv_text, wrapped
 from rasa_theory.extraction.consumers import consumer_notes
 from rasa_theory.extraction.error_table import (
-    WIDTH,
     ErrorTable,
     kind_labels,
     ratio_text,
@@ -52,15 +51,10 @@ def extraction_table(report: dict[str, Any]) -> str:
     """The whole table of a report and its notes, 80 columns wide if names allow it."""
     if is_difference(report):
         return "\n".join([*difference_table(report), *report_notes(report)])
-    table = table_of_report(report)
+    settings = report["plan"]["settings"]
+    table = ErrorTable(report["stacks"], settings["rank"], settings["k"] != 0)
     rows = [line for row in report["stacks"] for line in table.rows(row)]
     return "\n".join([*table.head(), *rows, *table.total(report), *report_notes(report, table.prefix)])
-
-
-def table_of_report(report: dict[str, Any], width: int = WIDTH) -> ErrorTable:
-    """The table for the stacks of a report."""
-    settings = report["plan"]["settings"]
-    return ErrorTable(report["stacks"], settings["rank"], settings["k"] != 0, width)
 
 
 def is_difference(report: dict[str, Any]) -> bool:

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rasa_theory.common import TextTable, shortened
+from rasa_theory.common import WIDTH, TextTable, shortened
 from rasa_theory.inspection.kinds import Key, Row, key_of, kind_of, labels_of
 
-WIDTH = 80
 _RELATIVE, _STABLE, _PER_CENT = (len(text) for text in ("1.2e-05", "stable", "100"))
 _WHOLE = 1 - 1e-9  # a share from here on is printed as 100 %: the rest is rounding
 
@@ -55,8 +54,10 @@ class EnergyTable:
         key = key_of(row)
         self._rows[key].append(row)
         self._missing[key] -= 1
+        if self._missing[key]:
+            return []
         kind = kind_of(self._label_of[key], self._rows[key])
-        if self._missing[key] or not kind["norm_squared"]:
+        if not kind["norm_squared"]:
             return []
         return self._table.row(
             (

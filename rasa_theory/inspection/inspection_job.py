@@ -84,7 +84,7 @@ class InspectionJob:
 
 
 def measure_all(
-    job: InspectionJob, folder: InspectionFolder | None, show: Show, finished: Finished = lambda row: None
+    job: InspectionJob, folder: InspectionFolder | None, show: Show, finished: Finished | None = None
 ) -> list[Row]:
     """The rows of all stacks: those in the folder, and those that are measured now and written there.
 
@@ -100,7 +100,8 @@ def measure_all(
             if folder is not None:
                 folder.add_row(n, row)
         rows.append(row)
-        finished(row)
+        if finished is not None:
+            finished(row)
     return rows
 
 

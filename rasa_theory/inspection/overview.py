@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rasa_theory.common import aligned, csv_text, wrapped
+from rasa_theory.common import WIDTH, aligned, csv_text, wrapped
 from rasa_theory.formats import grouped
-from rasa_theory.inspection.energy_table import WIDTH, EnergyTable
+from rasa_theory.inspection.energy_table import EnergyTable
 from rasa_theory.inspection.kinds import kinds
 
 _GROUPS_SHOWN = 8

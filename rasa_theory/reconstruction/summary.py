@@ -10,13 +10,12 @@ import torch
 
 from rasa_theory import linalg
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import TextTable, csv_text, wrapped
+from rasa_theory.common import WIDTH, TextTable, csv_text, wrapped
 
 _NUMBERS = (
     "LoRA\nmisses", "RaSA\ngains", "by ranks\nalone", "certified\nlimit", "random starts\nbelow LoRA",
 )  # fmt: skip
 _WIDTHS = (8, 8, 8, 9)  # of those columns but the last
-_WIDTH = 80
 _SHOWN = 3
 _EXPLANATION = (
     "LoRA misses a share of ||M||^2; RaSA gains a share of that, the limit at most.",
@@ -36,7 +35,7 @@ class StudyTable:
     - verbose: a second line for each row says where its solution and its limit come from.
     """
 
-    def __init__(self, names: Sequence[str], seeds: int, width: int = _WIDTH, verbose: bool = False) -> None:
+    def __init__(self, names: Sequence[str], seeds: int, width: int = WIDTH, verbose: bool = False) -> None:
         self._width, self._verbose = width, verbose
         self._previous: str | None = None
         starts = len(f"{seeds} of {seeds} (10 to 60)")
@@ -58,7 +57,7 @@ class StudyTable:
         else:
             lines = self._table.row((name, *cells))
         if self._verbose:
-            lines += wrapped(_origin(run), min(self._width, _WIDTH), first="  ", later="  ")
+            lines += wrapped(_origin(run), min(self._width, WIDTH), first="  ", later="  ")
         return lines
 
 
@@ -72,7 +71,7 @@ def _without_names(width: int, starts: int) -> TextTable:
     return TextTable(head, (0, *_WIDTHS, starts - max(0, close.width - width)), {5}, gap=1)
 
 
-def table(results: dict[str, Any], width: int = _WIDTH, verbose: bool = False) -> str:
+def table(results: dict[str, Any], width: int = WIDTH, verbose: bool = False) -> str:
     """Return the whole table of a study, with what its words mean, for lines of `width` characters."""
     stacks = results["stacks"]
     seeds = max((len(run["attempts"]) for row in stacks for run in row["runs"]), default=0)
@@ -81,7 +80,7 @@ def table(results: dict[str, Any], width: int = _WIDTH, verbose: bool = False) -
     return "\n".join([*text.head(), *rows, *explanation_lines(results, width)])
 
 
-def explanation_lines(results: dict[str, Any], width: int = _WIDTH) -> list[str]:
+def explanation_lines(results: dict[str, Any], width: int = WIDTH) -> list[str]:
     """What the words of the table mean, and what its reader has to know of floors and searches."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
     sentences = list(_EXPLANATION)
@@ -92,7 +91,7 @@ def explanation_lines(results: dict[str, Any], width: int = _WIDTH) -> list[str]
         sentences.append(
             f"Only one start of the search came near the lowest on {_some(lonely)}; --effort thorough may find more."
         )
-    return [line for sentence in sentences for line in wrapped(sentence, min(width, _WIDTH))]
+    return [line for sentence in sentences for line in wrapped(sentence, min(width, WIDTH))]
 
 
 def _cells(stack: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:

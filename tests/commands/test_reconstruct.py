@@ -472,7 +472,7 @@ def test_a_stack_too_large_for_memory_is_one_sentence_and_exit_status_2(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight", ["layer", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weight", ["layer", "none"])
 def test_a_stack_larger_than_the_memory_gives_the_same_results(
     weight: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,17 +112,22 @@ def test_a_dry_run_says_how_much_and_how_long_and_writes_nothing(
     arguments = ["--families", "thin,planted", "--instances", "1000", "--jobs", "4", "--out", str(tmp_path / "out")]
     assert verify.main([*arguments, "--dry-run"]) == 0
     what, seconds = capsys.readouterr().out.splitlines()
-    assert what == "Would try the laws on 1000 instances of 2 families in 4 processes."
-    assert re.fullmatch(r"It takes about \d+ s here, by [12] instances tried now\.", seconds)
+    assert what == "Would try the laws on instances: 1000, of families: 2, in processes: 4."
+    assert re.fullmatch(r"It takes about \d+ s here, by the first [12] tried now\.", seconds)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_violation_counts_where_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `rasa verify | head -1`: the status stays, and the file is written."""
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")])
+def test_a_violation_counts_where_nobody_reads_on(
+    streams: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `rasa verify | head -1` and `rasa verify 2>&1 | head -1`: the status stays, and the file is written."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as nobody:
-        monkeypatch.setattr(sys, "stdout", nobody)
+        for stream in streams:
+            monkeypatch.setattr(sys, stream, nobody)
+        (tmp_path / "failures").write_text("a file in the place of the folder, which is said on stderr")
         arguments = ["--families", "thin", "--instances", "1", "--quiet", "--out", str(tmp_path)]
         assert verify.main(arguments, Subject(solve_rasa=fails)) == 1
     assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"))["verdict"] == "violated"

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from rasa_theory.commands.extract import main
-from rasa_theory.extraction import extraction_table, model_card
+from rasa_theory.extraction import ErrorTable, extraction_table, model_card
 from rasa_theory.extraction import run as extraction_run
 from tests.helpers.models import base_model, options, report_of, run
 
@@ -134,6 +134,15 @@ def test_kinds_that_are_too_long_are_told_apart(llamas, tmp_path):
     assert f"All kinds begin with {prefix!r}, which is not shown." in lines
     assert max(map(len, lines)) <= 80
     assert extraction_table({**report, "stacks": report["stacks"][:1]}).splitlines()[2].startswith("q_proj ")
+
+
+def test_ranges_of_ranks_stay_on_one_line():
+    """As 112..384 with --rank auto, whose width is not known when the first row is printed."""
+    module = {"rank_90": 300}
+    row = {"name": "q", "kind": "q", "layers": 2, "shape": [384, 384], "rank": None, "k": 0, "norm_squared": 2.0}
+    row |= {"e_lora": 1.0, "e_rasa": 1.0, "e_stored": 1.0, "modules": [module | {"rank": rank} for rank in (112, 384)]}
+    (line,) = ErrorTable([row], None, False).rows(row)
+    assert line.split() == ["q", "2", "384x384", "-", "112..384", "0.5000", "0.5000", "300"]
 
 
 @pytest.mark.slow
