@@ -90,8 +90,13 @@ def terminal_width() -> int:
 
 
 def print_line(text: str, file: IO[Any]) -> None:
-    """Print lines at once. Where nobody reads on, as in `.. | head`, they and all later ones are dropped."""
+    """Print lines at once. Where nobody reads on, as in `.. | head`, they and all later ones are dropped.
+
+    They are dropped too where the file cannot be written, since that must not end the run; standard error says so.
+    """
     try:
         print(text, file=file, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if not isinstance(error, BrokenPipeError) and file is not sys.stderr:
+            print_line(f"what is printed is lost ({error.strerror}); the run goes on", sys.stderr)

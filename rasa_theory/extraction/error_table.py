@@ -18,7 +18,7 @@ class ErrorTable:
     """The table of an extraction whose format has ranks, made row by row.
 
     Where names are too long for `width`, the components that all begin with are left out (`prefix`), and then their
-    beginnings. Lines are longer only where names would be alike otherwise.
+    beginnings. Lines are longer only where names would be alike otherwise, or the numbers alone are.
 
     - stacks: kind, name, layers and shape of all stacks, as in their rows.
     - rank: the rank budget r of a layer; None if layers differ in rank.

@@ -77,7 +77,8 @@ def difference_table(report: dict[str, Any]) -> list[str]:
 def report_notes(report: dict[str, Any], prefix: str = "") -> list[str]:
     """What the words of the table mean, sizes, and what the file leaves out; `prefix` is that of the table."""
     is_diff, changed = is_difference(report), [row for row in report["stacks"] if row["norm_squared"] > 0]
-    zero = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    labels = zip(kind_labels(report["stacks"]), report["stacks"], strict=True)
+    zero = [label for label, row in labels if row["norm_squared"] == 0]
     sentences = [
         *([f"All kinds begin with {prefix!r}, which is not shown."] if prefix else []),
         _DIFFERENCE if is_diff else _EXPLANATION,

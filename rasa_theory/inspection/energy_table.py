@@ -19,7 +19,7 @@ class EnergyTable:
     """The table of an inspection, made row by row: norms, the energy at several ranks, and what layers share.
 
     Where names are too long for `width`, they lose their beginnings; lines are longer only where names would be alike
-    otherwise.
+    otherwise, or the numbers alone are.
 
     - stacks: kind, name, layers and shape of all stacks, as in their rows.
     - ranks: the ranks that have columns.
@@ -81,7 +81,7 @@ def _stable(modules: Iterable[Row]) -> str:
     """The median of the stable ranks, each the geometric mean of its bounds."""
     ranks = [math.sqrt(math.prod(module["stable_rank"])) for module in modules if module["stable_rank"] is not None]
     median = statistics.median(ranks)
-    return f"{median:.3g}" if median < 1000 else f"{median:.0f}"
+    return f"{median:.3g}" if median < 999.5 else f"{median:.0f}"
 
 
 def _per_cent(share: float) -> str:

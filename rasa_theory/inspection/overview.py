@@ -33,13 +33,14 @@ def inspection_table(report: dict[str, Any], width: int = WIDTH) -> str:
 
 def inspection_notes(report: dict[str, Any]) -> list[str]:
     """What the words of the table mean, what is left out, and all modules at several ranks."""
-    changed = [kind for kind in kinds(report["stacks"]) if kind["norm_squared"] > 0]
+    groups = kinds(report["stacks"])
+    changed = [kind for kind in groups if kind["norm_squared"] > 0]
     if not changed:
         return ["No stack has changed.", *_left_out_lines(report)]
     width = max((high - low for kind in changed for low, high in kind["energy"]), default=0.0)
     directions = max(row["shared"]["rank"] for row in report["stacks"])
     truth = f"the truth is at most {100 * width:.2g} points above"
-    unchanged = [row["kind"] for row in report["stacks"] if row["norm_squared"] == 0]
+    unchanged = [kind["kind"] for kind in groups if kind["norm_squared"] == 0]
     return [
         *wrapped(_EXPLANATION.format(width=truth, directions=directions)),
         *(wrapped(f"Unchanged: {', '.join(unchanged)}.") if unchanged else []),
