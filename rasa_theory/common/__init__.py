@@ -5,7 +5,7 @@ from rasa_theory.common.environment import environment
 from rasa_theory.common.errors import DamagedFile, FailedElsewhere, InputError, NotFinite, ProcessLost, UnsoundFile
 from rasa_theory.common.files import identity, unfinished, writable_folder, write_file
 from rasa_theory.common.interrupts import keeping_interrupts
-from rasa_theory.common.labels import shortened, unique_labels
+from rasa_theory.common.labels import columns_of, shortened, unique_labels
 from rasa_theory.common.resume import PartsFolder, Plan, RunFolder, locked, occupied, plan_of, read_run_json, write_json
 from rasa_theory.common.tables import WIDTH, TextTable, aligned, csv_text, wrapped
 from rasa_theory.common.version import __version__
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "aligned",
     "at_least",
+    "columns_of",
     "csv_text",
     "environment",
     "fraction",

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
-from rasa_theory.common.labels import shortened
+from rasa_theory.common.labels import columns_of, shortened
 
 WIDTH = 80
 """Characters of a line where no terminal says otherwise."""
@@ -29,7 +29,7 @@ class TextTable:
         self, head: Sequence[str], widths: Sequence[int], left: Collection[int] | None = None, gap: int = 2
     ) -> None:
         self._head = head
-        names = [max(map(len, name.split("\n"))) for name in head]
+        names = [max(map(columns_of, name.split("\n"))) for name in head]
         self._widths = [max(pair) for pair in zip(names, widths, strict=True)]
         self._left = range(len(head)) if left is None else left
         self._gap = gap
@@ -75,10 +75,10 @@ def aligned(
     """
     columns = [list(column) for column in zip(*rows, strict=True)]
     if width is not None:
-        rest = sum(max(map(len, column)) for column in columns[1:])
+        rest = sum(max(map(columns_of, column)) for column in columns[1:])
         columns[0] = shortened(columns[0], width - rest - gap * (len(columns) - 1))
     head, *body = zip(*columns, strict=True)
-    table = TextTable(head, [max(map(len, column)) for column in columns], left, gap)
+    table = TextTable(head, [max(map(columns_of, column)) for column in columns], left, gap)
     return [*table.head(), *(line for row in body for line in table.row(row))]
 
 

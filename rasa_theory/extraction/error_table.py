@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rasa_theory.common import WIDTH, TextTable, shortened, unique_labels
+from rasa_theory.common import WIDTH, TextTable, columns_of, shortened, unique_labels
 
 _OF_POOL = ("k", "gain", "limit")
 _RELATIVE, _SHARE, _PER_CENT = (len(text) for text in ("1.2e-05", "0.1234", "100.0"))
@@ -45,10 +45,10 @@ class ErrorTable:
         numbers = [widths[name] for name in self._columns]
         room = width - TextTable(self._columns, numbers, gap=1).width - 1
         labels = kind_labels(stacks)
-        self.prefix = _common_prefix(labels) if max(map(len, labels)) > room else ""
+        self.prefix = _common_prefix(labels) if max(map(columns_of, labels)) > room else ""
         labels = shortened([label.removeprefix(self.prefix) for label in labels], room)
         self._label_of = dict(zip((stack["name"] for stack in stacks), labels, strict=True))
-        self._table = TextTable(("kind", *self._columns), (max(map(len, labels)), *numbers), {0}, gap=1)
+        self._table = TextTable(("kind", *self._columns), (max(map(columns_of, labels)), *numbers), {0}, gap=1)
 
     def head(self) -> list[str]:
         """The names of the columns, and a rule below."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rasa_theory.common import WIDTH, TextTable, shortened
+from rasa_theory.common import WIDTH, TextTable, columns_of, shortened
 from rasa_theory.inspection.kinds import Key, Row, key_of, kind_of, labels_of
 
 _RELATIVE, _STABLE, _PER_CENT = (len(text) for text in ("1.2e-05", "stable", "100"))
@@ -43,7 +43,7 @@ class EnergyTable:
         room = width - TextTable(list(columns), list(columns.values()), gap=1).width - 1
         labels = shortened(list(labels_of(layers).values()), room)
         self._label_of = dict(zip(layers, labels, strict=True))
-        self._table = TextTable(("kind", *columns), (max(map(len, labels)), *columns.values()), {0}, gap=1)
+        self._table = TextTable(("kind", *columns), (max(map(columns_of, labels)), *columns.values()), {0}, gap=1)
 
     def head(self) -> list[str]:
         """The names of the columns, and a rule below."""

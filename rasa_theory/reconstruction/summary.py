@@ -10,7 +10,7 @@ import torch
 
 from rasa_theory import linalg
 from rasa_theory.bounds import PROBABLE
-from rasa_theory.common import WIDTH, TextTable, csv_text, wrapped
+from rasa_theory.common import WIDTH, TextTable, columns_of, csv_text, wrapped
 
 _NUMBERS = (
     "LoRA\nmisses", "RaSA\ngains", "by ranks\nalone", "certified\nlimit", "random starts\nbelow LoRA",
@@ -39,7 +39,9 @@ class StudyTable:
         self._width, self._verbose = width, verbose
         self._previous: str | None = None
         starts = len(f"{seeds} of {seeds} (10 to 60)")
-        whole = TextTable(("stack", "k", *_NUMBERS), (max(map(len, names), default=0), 2, *_WIDTHS, starts), {0, 6})
+        whole = TextTable(
+            ("stack", "k", *_NUMBERS), (max(map(columns_of, names), default=0), 2, *_WIDTHS, starts), {0, 6}
+        )
         self._names_apart = whole.width > width
         self._table = _without_names(width, starts) if self._names_apart else whole
 
