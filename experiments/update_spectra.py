@@ -105,7 +105,7 @@ HEAT: tuple[tuple[str, str, Callable[[Row], float], str], ...] = (
 """The panels of the heat map: title, colour, value of a row, and its format. Full fine-tuning leaves nothing."""
 
 
-SHORT = {"attention_output": "attn. output"}
+SHORT = {"attention_output": "output"}
 """Names of kinds in the heat map, where they are shorter than their own."""
 
 
@@ -132,7 +132,8 @@ def plot_left(rows: Sequence[Row]) -> Figure:
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xticks(layers)
         ax.set_yticks(range(len(names)), [SHORT.get(name, name) for name in names])
-        style.name(ax, "layer" if ax is axes[-1] else "", model, title)
+        is_first = title == HEAT[0][0]
+        style.name(ax, "layer" if ax is axes[-1] else "", title=f"{model}: {title}" if is_first else title)
     return figure
 
 
