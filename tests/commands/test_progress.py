@@ -11,7 +11,7 @@ import pytest
 from rasa_theory.commands import progress as module
 from rasa_theory.commands.progress import ProgressBar, print_line
 
-DOING = "model.layers.*.self_attn.q_proj.weight[1], k = 1: searching, step 2 of 5, lowest error 0.9951 e_lora"
+DOING = "model.layers.*.self_attn.q_proj.weight[red], k = 1: searching, step 2 of 5, lowest error 0.9951 e_lora"
 
 
 class Terminal(io.StringIO):
@@ -43,7 +43,7 @@ def test_a_bar_fits_the_terminal_and_vanishes(
         drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).split("\r")[-1]
         assert "12 of 44 tasks" in drawn
         assert "model.layers.*.self_attn"[: max(columns - 70, 3)] in drawn
-        assert ("[1]" in drawn) == (columns == 200), "names are no markup"
+        assert ("[red]" in drawn) == (columns == 200), "names are no markup"
         assert max(map(len, drawn.splitlines())) <= columns
     assert screen.getvalue().endswith("\x1b[1A\x1b[2K"), "the line is erased"
 
