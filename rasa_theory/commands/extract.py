@@ -25,7 +25,7 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, RowPrinter, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, read_run_json, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import (
@@ -256,7 +256,7 @@ def _extract(
 
     If interrupted, say how to resume and return False.
     """
-    head = [f"Updates: {job.catalogue.source}", *table.head()]
+    printer = RowPrinter([f"Updates: {job.catalogue.source}", *table.head()], args.json)
     progress: ProgressBar | None = None
 
     def bar(total: int, unit: str) -> ProgressBar:
@@ -265,9 +265,8 @@ def _extract(
         return progress
 
     def show(row: dict[str, Any]) -> None:
-        if progress is not None and (lines := table.rows(row)):
-            progress.print("\n".join([*head, *lines]), sys.stderr if args.json else sys.stdout)
-            head.clear()  # it comes with the first row: until then input may be refused
+        if progress is not None:
+            printer.print(table.rows(row), progress)
 
     try:
         with keeping_interrupts():

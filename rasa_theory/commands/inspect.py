@@ -24,7 +24,7 @@ from rasa_theory.commands.console import (
     say_notes,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, RowPrinter, print_line, terminal_width
 from rasa_theory.common import InputError, environment, keeping_interrupts, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.extraction import STORED
@@ -162,13 +162,11 @@ def _inspected(
     """
     ranks = job.settings.ranks
     table = EnergyTable(job.outline(), ranks, terminal_width())
-    head = [f"Updates: {job.catalogue.source}", *table.head()]
+    printer = RowPrinter([f"Updates: {job.catalogue.source}", *table.head()], args.json)
     progress = ProgressBar(len(job.catalogue.stacks), "stacks", args.quiet)
 
     def show(row: dict[str, Any]) -> None:
-        if lines := table.rows(stack_row(row, ranks)):
-            progress.print("\n".join([*head, *lines]), sys.stderr if args.json else sys.stdout)
-            head.clear()  # it comes with the first row
+        printer.print(table.rows(stack_row(row, ranks)), progress)
 
     with folder or contextlib.nullcontext():
         try:

@@ -84,6 +84,23 @@ def _bar(console: Console, unit: str) -> Progress:
     )
 
 
+class RowPrinter:
+    """Prints the rows of a table as they are finished; `head` comes with the first, since input may be refused before.
+
+    Rows go to standard output, with `as_json` to standard error.
+    """
+
+    def __init__(self, head: list[str], as_json: bool) -> None:
+        self._head = head
+        self._file = sys.stderr if as_json else sys.stdout
+
+    def print(self, lines: list[str], progress: ProgressBar) -> None:
+        """Print the lines of a row, if there are any, beside the bar."""
+        if lines:
+            progress.print("\n".join([*self._head, *lines]), self._file)
+            self._head = []
+
+
 def terminal_width() -> int:
     """The number of columns of the terminal, 80 without one."""
     return shutil.get_terminal_size().columns

@@ -23,7 +23,7 @@ from rasa_theory.commands.console import (
     say_left_out,
 )
 from rasa_theory.commands.parser import Parser
-from rasa_theory.commands.progress import ProgressBar, print_line, terminal_width
+from rasa_theory.commands.progress import ProgressBar, RowPrinter, print_line, terminal_width
 from rasa_theory.common import InputError, occupied, wrapped
 from rasa_theory.distributed import Processes
 from rasa_theory.formats import Exclusion
@@ -213,13 +213,13 @@ def _study(
     names = [source.name for source in job.catalogue.stacks]
     table = StudyTable(names, settings.seeds, terminal_width(), args.verbose)
     head = [f"Updates: {results['source']}; rank budget {settings.rank}", *table.head()]
+    printer = RowPrinter(head, args.json)
     tasks = len(stacks_left(job, state)) * sum(settings.tasks(k) for k in settings.ks)
     with ProgressBar(tasks, "tasks", args.quiet or not processes.first) as progress:
 
         def show(row: dict[str, Any], run: dict[str, Any]) -> None:
             if processes.first:
-                progress.print("\n".join([*head, *table.rows(row, run)]), sys.stderr if args.json else sys.stdout)
-                head.clear()  # it comes with the first row: until then input may be refused
+                printer.print(table.rows(row, run), progress)
 
         if results["stacks"] and folder is not None and processes.first:
             taken = f"{len(results['stacks'])} of {len(names)} stacks"

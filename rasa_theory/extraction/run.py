@@ -102,13 +102,13 @@ def extract_all(
 
 def _teller(folder: ExtractionFolder, count: int, finished: Finished | None) -> Callable[[], None]:
     """A function that calls `finished` with the rows that are there by now, each once and in the order of stacks."""
-    told = 0
+    following = 0
 
     def tell() -> None:
-        nonlocal told
-        while finished is not None and told < count and (row := folder.row(told)) is not None:
+        nonlocal following
+        while finished is not None and following < count and (row := folder.row(following)) is not None:
             finished(row)
-            told += 1
+            following += 1
 
     return tell
 

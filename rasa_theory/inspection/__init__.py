@@ -5,7 +5,7 @@ from rasa_theory.inspection.inspect_settings import RANKS, InspectSettings, Rank
 from rasa_theory.inspection.inspection_folder import FILES, InspectionFolder, inspection_folder
 from rasa_theory.inspection.inspection_job import InspectionJob, left_out_rows, measure_all
 from rasa_theory.inspection.inspection_report import inspection_report, stack_row, warnings
-from rasa_theory.inspection.overview import inspection_csv, inspection_notes, inspection_table, recommendation_lines
+from rasa_theory.inspection.overview import inspection_csv, inspection_notes, recommendation_lines
 from rasa_theory.inspection.survey import inspect
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "inspection_folder",
     "inspection_notes",
     "inspection_report",
-    "inspection_table",
     "left_out_rows",
     "measure_all",
     "recommendation_lines",

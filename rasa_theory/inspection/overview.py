@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rasa_theory.common import WIDTH, aligned, csv_text, wrapped
+from rasa_theory.common import aligned, csv_text, wrapped
 from rasa_theory.formats import grouped
-from rasa_theory.inspection.energy_table import EnergyTable
 from rasa_theory.inspection.kinds import kinds
 
 _GROUPS_SHOWN = 8
@@ -22,13 +21,6 @@ _EXPLANATION = (
     "col, row: how much of their {directions} leading column and row directions two layers share on average, in per "
     "cent; 0 for unrelated layers, 100 for equal subspaces."
 )
-
-
-def inspection_table(report: dict[str, Any], width: int = WIDTH) -> str:
-    """The table with a line for each kind of module, and its notes with a table of all modules at several ranks."""
-    table = EnergyTable(report["stacks"], report["ranks"], width)
-    rows = [line for row in report["stacks"] for line in table.rows(row)]
-    return "\n".join([*(table.head() if rows else []), *rows, *inspection_notes(report)])
 
 
 def inspection_notes(report: dict[str, Any]) -> list[str]:

@@ -9,13 +9,20 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from rasa_theory.inspection import inspection_table, kinds, overview, recommendation_lines
+from rasa_theory.inspection import EnergyTable, inspection_notes, kinds, overview, recommendation_lines
 from rasa_theory.plotting import plot_inspection
 from rasa_theory.problem import energies
 
 
 def report_of(*stacks: rt.LayerStack, ranks: tuple[int, ...] = (1, 2, 4), **goal: Any) -> dict[str, Any]:
     return rt.inspect(stacks, ranks, **goal) | {"left_out": [], "warnings": []}
+
+
+def inspection_table(report: dict[str, Any]) -> str:
+    """The rows and the notes, as the command prints them."""
+    table = EnergyTable(report["stacks"], report["ranks"])
+    rows = [line for row in report["stacks"] for line in table.rows(row)]
+    return "\n".join([*(table.head() if rows else []), *rows, *inspection_notes(report)])
 
 
 def diagonal(*sigma: float) -> np.ndarray:
