@@ -9,9 +9,9 @@
 Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the attention and two of the three MLP
 matrices (`SHAPES`), or only `--kinds`. The base is zeros in sparse files. Every matrix of the tuned model has 32 terms
 with sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
-The command is `rasa_theory.extract --rank R --k K --compute float32 --memory 8GiB`. Its forecast (`--dry-run`) is
-printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`, the
-seconds of plain reading and of `rasa_theory.inspect --memory 8GiB` on the same pair are printed first.
+The command is `rasa_theory.extract --rank R --k K --compute float32 --memory MEMORY`. Its forecast (`--dry-run`)
+is printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`,
+the seconds of plain reading and of `rasa_theory.inspect --memory MEMORY` on the same pair are printed first.
 """
 
 from __future__ import annotations
@@ -99,12 +99,13 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     parser.add_argument("--effort", choices=tuple(EFFORTS), default="default", help="of the search")
     parser.add_argument("--sweeps", type=int, default=SolverOptions().max_sweeps, help="most sweeps of the solver")
+    parser.add_argument("--memory", default="8GiB", help="limit of the command (default: 8GiB)")
     parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
     folder = options.scratch
     size = write_pair(folder, options.layers, options.kinds) / 1e9
-    pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned", "--memory", "8GiB"]
+    pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned", "--memory", options.memory]
     command = [sys.executable, "-m", "rasa_theory.extract", *pair, "--rank", str(options.rank), "--compute", "float32"]
     try:
         if options.inspect:

@@ -224,7 +224,7 @@ def run(arguments: list[str], processes: Processes) -> int:
     with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
-        table = _table(job)
+        table = ErrorTable(job.outline(), job.settings.rank, job.settings.k != 0, terminal_width())
         if folder is None:
             report = _earlier_report(out, table, args.json) if processes.first else {}
         elif not _extract(job, folder, processes, table, args):
@@ -239,14 +239,6 @@ def run(arguments: list[str], processes: Processes) -> int:
     if processes.first:
         _print(report, table, out, args.json)
     return 0
-
-
-def _table(job: Job) -> ErrorTable:
-    stacks = [
-        {"name": source.name, "kind": names.kind, "layers": source.layers, "shape": source.shape}
-        for source, names in zip(job.catalogue.stacks, job.modules, strict=True)
-    ]
-    return ErrorTable(stacks, job.settings.rank, job.settings.k != 0, terminal_width())
 
 
 def _extract(

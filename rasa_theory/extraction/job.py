@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +71,13 @@ class Job:
                 for s, m in zip(self.catalogue.stacks, self.modules, strict=True)
             ],
         )
+
+    def outline(self) -> list[dict[str, Any]]:
+        """Kind, name, layers and shape of every stack, as in their rows."""
+        return [
+            {"name": source.name, "kind": names.kind, "layers": source.layers, "shape": source.shape}
+            for source, names in zip(self.catalogue.stacks, self.modules, strict=True)
+        ]
 
     @property
     def has_experts(self) -> bool:

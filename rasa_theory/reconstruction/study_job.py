@@ -80,23 +80,15 @@ class StudyJob:
         Those of another start or effort than the default are not known before.
         """
         settings, solver, stacks = self.settings, self.settings.solver, self.catalogue.stacks
-        large = [source for source in stacks if not settings.exact(source)]
-        small = [source for source in stacks if settings.exact(source)]
         ks = sum(k > 0 for k in settings.ks)
         lora, solving, least, most = 0.0, 0.0, 0.0, 0.0
-        for sources, exact in ((large, False), (small, True)):
-            if not sources:
+        for exact in (False, True):
+            if not (sources := [source for source in stacks if settings.exact(source) == exact]):
                 continue
-            if exact:
-                seconds = exact_lora_seconds(sources, settings.rank, self.dtype, self.device)
-                solving += ks * exact_solver_seconds(seconds, sources, settings.rank)
-            else:
-                entries = sum(source.layers * math.prod(source.shape) for source in sources)
-                seconds = lora_seconds(entries, settings.rank, self.dtype, self.device)
-                budgets = [RankBudget(settings.rank, k) for k in settings.ks if k > 0]
-                solving += sum(solver_seconds(seconds, sources, budget) for budget in budgets)
+            seconds, solver_part = self._exact_seconds(sources) if exact else self._leading_seconds(sources)
             shortest, longest = attempt_seconds(seconds, exact)
             lora += seconds
+            solving += solver_part
             least += ks * settings.seeds * shortest
             most += ks * settings.seeds * longest
         text = f"LoRA takes about {lora:.3g} s here, by a layer timed now, reading aside"
@@ -109,6 +101,18 @@ class StudyJob:
         if ks and settings.certificate != "closed":
             text += f"; floors of --certificate {settings.certificate} up to minutes for each stack and k"
         return [f"{text}."]
+
+    def _exact_seconds(self, sources: Sequence[StackSource]) -> tuple[float, float]:
+        """The seconds of LoRA, and of the solver with closed floors for all k, of stacks that are decomposed."""
+        lora = exact_lora_seconds(sources, self.settings.rank, self.dtype, self.device)
+        return lora, sum(k > 0 for k in self.settings.ks) * exact_solver_seconds(lora, sources, self.settings.rank)
+
+    def _leading_seconds(self, sources: Sequence[StackSource]) -> tuple[float, float]:
+        """The same of stacks that are only applied."""
+        entries = sum(source.layers * math.prod(source.shape) for source in sources)
+        lora = lora_seconds(entries, self.settings.rank, self.dtype, self.device)
+        budgets = [RankBudget(self.settings.rank, k) for k in self.settings.ks if k > 0]
+        return lora, sum(solver_seconds(lora, sources, budget) for budget in budgets)
 
     def _update_rank(self, source: StackSource) -> int:
         """The largest r - k + L k of all k, at most min(b, a)."""
