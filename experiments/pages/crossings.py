@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from experiments.pages.words import Line, first_model, kinds_of, model_table, rows, span, spelled, table
 from experiments.support.rows import Row
@@ -94,8 +95,8 @@ def pool_size() -> str:
     return table(["size of the pool / norm", *(spelled(s) for s in dict.fromkeys(row["stack"] for row in own))], lines)
 
 
-def real_attempts() -> list[Row]:
-    return first_model("iteration_count.csv", part="real")
+def real_attempts(**where: Any) -> list[Row]:
+    return first_model("iteration_count.csv", part="real", **where)
 
 
 def attempts() -> str:
@@ -110,6 +111,21 @@ def attempts_never() -> str:
     return str(len(real_attempts()) - crossed_by(real_attempts(), 200))
 
 
+def small_pool_attempts() -> list[Row]:
+    """Those of r = 8 and k = 1."""
+    return real_attempts(rank=8, k=1)
+
+
+def small_pool_by_10() -> str:
+    own = small_pool_attempts()
+    return f"{crossed_by(own, 10)} of {len(own)}"
+
+
+def small_pool_never() -> str:
+    own = small_pool_attempts()
+    return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
+
+
 def medians_half_common() -> str:
     """Range of the medians at k = 1 where half of the bases are common."""
     own = first_model("iteration_count.csv", part="synthetic", k=1, overlap=0.5)
@@ -119,5 +135,5 @@ def medians_half_common() -> str:
 
 BLOCKS = (
     crossings, crossings_by_rank, crossings_synthetic, crossings_layers, pool_size, attempts, attempts_by_10,
-    attempts_never, medians_half_common,
+    attempts_never, small_pool_by_10, small_pool_never, medians_half_common,
 )  # fmt: skip

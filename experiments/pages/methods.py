@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from experiments.pages.words import KINDS, Line, has, model_table, one, percent, rows, span, spelled, table
+from experiments.pages.words import KINDS, Line, first_model, has, model_table, one, percent, rows, span, spelled, table
 from experiments.support.rows import Row
 
 NAMES = {
@@ -93,6 +93,13 @@ def compression() -> str:
     return table(["energy lost at", *(f"{100 * size:g} %" for size in SIZES)], lines)
 
 
+def sizes_used() -> str:
+    """The share of the parameters that the largest terms, which are whole, have at each size."""
+    own = first_model("compression.csv", set="lora-2", layer="all", method="allocated")
+    used = (100 * one(own, source="trained", share=size, kind="query")["used"] for size in SIZES)
+    return ", ".join(f"{share:.3g}" for share in used) + " %"
+
+
 def lost_at() -> str:
     """The energy that the largest terms alone lose at the four sizes."""
     *most, last = (f"{100 * share:.0f}" for share in lost("allocated") if share is not None)
@@ -109,4 +116,4 @@ def kept_by_one_side() -> str:
     return f"{kept['trained']:.2f}, and {kept['random']:.2f} by chance"
 
 
-BLOCKS = (neighbours, localized, compression, lost_at, kept_by_one_side)
+BLOCKS = (neighbours, localized, compression, sizes_used, lost_at, kept_by_one_side)

@@ -64,15 +64,18 @@ def training_summary() -> str:
     """RaSA less LoRA of as many parameters, at rates of their own and at one rate."""
     lines = []
     for label, name, method, suffix in (
-        ("r = 2, each at its best rate", GPU, "rasa(2,1)", ""),
+        ("r = 2, both at 0.003, the best of each", GPU, "rasa(2,1)", ""),
         ("r = 2, both at 0.001", GPU, "rasa(2,1) at 0.001", "_at_equal_rate"),
-        ("r = 8, each at its best rate", GPU, "rasa(8,1)", ""),
         ("r = 8, both at 0.001, CPUs", CPU, "rasa(8,1)", "_at_equal_rate"),
+        ("r = 2, at 0.003 and 0.001, the best of each, CPUs", CPU, "rasa(2,1)", ""),
+        ("r = 8, at 0.003 and 0.001, the best of each", GPU, "rasa(8,1)", ""),
     ):
         row = one(rows(name), method=method)
-        cells = [plus_minus(row, f"{key}_minus_lora{suffix}") for key in ("test_mrr", "drift", "prose_mrr")]
-        lines.append([label, *cells])
-    return table(["RaSA(r, 1) minus LoRA(r)", "test MRR", "drift", "MRR on prose"], lines)
+        keys = ("test_mrr", "drift", "drift_at_equal_mrr", "prose_mrr")
+        cells = [plus_minus(row, f"{key}_minus_lora{suffix}") for key in keys]
+        lines.append([label, *("not reached" if "nan" in cell else cell for cell in cells)])
+    columns = ["RaSA(r, 1) minus LoRA(r)", "test MRR", "drift", "drift at equal validation MRR", "MRR on prose"]
+    return table(columns, lines)
 
 
 def data_starts() -> str:
@@ -121,6 +124,7 @@ def mrr_r8() -> str:
 
 
 def drift_r2() -> str:
+    """Both at 0.003, the best rate of each."""
     return difference("rasa(2,1)", "drift", 3)
 
 
@@ -134,6 +138,8 @@ def drift_r8_equal_rate() -> str:
 
 
 LLAMA_LAYERS = 32
+LLAMA_PARAMETERS = 8_030_261_248
+"""All parameters of Llama-3.1-8B."""
 LLAMA_SHAPES = (
     (4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336),
 )  # fmt: skip
@@ -143,10 +149,16 @@ LLAMA_SHAPES = (
 def extra_parameters() -> str:
     """The parameters that RaSA's mixing adds to those of LoRA, on all linear layers of Llama-3.1-8B."""
     lines = [
-        [f"r = {r}, k = {k}", f"{lora:,}", f"{mixing:,}", percent(mixing / lora, 3)]
+        [
+            f"r = {r}, k = {k}",
+            f"{lora:,}",
+            f"{mixing:,}",
+            percent(mixing / lora, 3),
+            percent(mixing / LLAMA_PARAMETERS, 4),
+        ]
         for r, k, lora, mixing in llama_parameters()
     ]
-    return table(["Llama-3.1-8B", "LoRA", "mixing", "more"], lines)
+    return table(["Llama-3.1-8B", "LoRA", "mixing", "of LoRA's", "of the model's"], lines)
 
 
 def llama_parameters() -> Iterable[tuple[int, int, int, int]]:
@@ -160,7 +172,11 @@ def extra_range() -> str:
     return percents((mixing / lora for _, _, lora, mixing in llama_parameters()), 3)
 
 
+def extra_range_of_model() -> str:
+    return percents((mixing / LLAMA_PARAMETERS for _, _, _, mixing in llama_parameters()), 4)
+
+
 BLOCKS = (
     training, training_summary, equal_rates, data_starts, trained_ranks, mrr_r2, mrr_r8, drift_r2, drift_r8,
-    drift_r8_equal_rate, extra_parameters, extra_range, ranks_used,
+    drift_r8_equal_rate, extra_parameters, extra_range, extra_range_of_model, ranks_used,
 )  # fmt: skip
