@@ -125,7 +125,9 @@ def extract_stack(
     return Extracted(tensors, row)
 
 
-def difference_of(stack: LayerStack, keys: Sequence[str], modules: ModuleNames, settings: ExtractSettings) -> Extracted:
+def difference_of(
+    stack: LayerStack, keys: Sequence[str], is_one_tensor: bool, modules: ModuleNames, settings: ExtractSettings
+) -> Extracted:
     """The updates themselves, by the keys of the tuned checkpoint: each layer of `stack`, or one tensor of all layers.
 
     No rank is chosen and nothing is solved: the row has the error of rounding to the dtype of the files alone.
@@ -144,7 +146,7 @@ def difference_of(stack: LayerStack, keys: Sequence[str], modules: ModuleNames, 
     ]
     if stack.norm_squared == 0:
         tensors = {}
-    elif len(keys) == 1 and stack.layers > 1:
+    elif is_one_tensor:
         tensors = {keys[0]: torch.stack(list(tensors.values()))}
     else:
         tensors = dict(zip(keys, tensors.values(), strict=True))

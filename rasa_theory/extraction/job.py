@@ -136,7 +136,7 @@ def module_names(source: StackSource, settings: ExtractSettings, over_tasks: boo
     prefix = "" if settings.format == "kohya" else settings.prefix
     if over_tasks:
         return ModuleNames(tuple(f"{task}/{prefix}{source.name}" for task in range(source.layers)))
-    if len(source.keys) == source.layers:
+    if source.has_named_layers:
         kernel = () if source.place is None else source.place.kernel
         return dataclasses.replace(ModuleNames.of(source.keys, source.transposed, prefix), kernel=kernel)
     (parameter,) = source.keys or (source.name,)
@@ -179,7 +179,7 @@ def nameable(
     left_out = list(catalogue.left_out)
     for source in catalogue.stacks:
         reason = None
-        if len(source.keys) != source.layers:
+        if not source.has_named_layers:
             reason = _unnameable(source.place, settings)
         elif strange := [key for key in source.keys if not key.endswith(".weight")]:
             reason = f"{strange[0]!r} is not the weight of a module, so no adapter can name it"

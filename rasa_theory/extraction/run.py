@@ -120,7 +120,8 @@ def _extracted(job: Job, n: int, ranks: Sequence[int] | None, folder: Extraction
     stack = source.load(job.dtype, job.device)
     with stack.suitable_threads():
         if settings.format == "diff":
-            extracted = difference_of(stack, [settings.prefix + key for key in source.keys], names, settings)
+            keys = [settings.prefix + key for key in source.keys]
+            extracted = difference_of(stack, keys, source.is_one_tensor, names, settings)
         else:
             extracted = extract_stack(stack, names, settings, ranks, _solver_progress(show, folder, source))
     return with_norms(extracted, job.catalogue.norms(source))

@@ -99,7 +99,8 @@ def place_by_name(name: str, shape: tuple[int, ...]) -> Place:
 
 def _of_three_axes(parts: list[str], shape: tuple[int, ...]) -> Place:
     by_shape = f"by its shape {shape}"
-    if parts[-1] == "weight" and shape[2] <= _LARGEST_KERNEL and shape[2] < shape[0]:
+    channels = shape[1] if shape[0] == 1 else shape[0]  # a convolution to one channel, as vocoders end with
+    if parts[-1] == "weight" and shape[2] <= _LARGEST_KERNEL and shape[2] < channels:
         return Place(Role.CONVOLUTION, by_shape)
     if shape[0] == 1 and parts[-1] != "weight":
         return Place(Role.PARAMETER, by_shape)

@@ -136,7 +136,7 @@ def layer_names(source: StackSource, tasks: bool) -> LayerNames:
     """The names of the layers of a stack: modules of the model, or of several adapters."""
     if tasks:
         return LayerNames(source.name, tuple(f"{task}/{source.name}" for task in range(source.layers)))
-    if len(source.keys) != source.layers:
+    if not source.has_named_layers:
         return LayerNames.numbered(source.name, source.layers)
     modules = ModuleNames.of(source.keys)
     return LayerNames(modules.kind, modules.names)

@@ -59,10 +59,19 @@ def convert_to_lora(
     whole = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors |= {key: value for key, value in whole.items() if not is_rasa_key(key)}
     fields = lora_config(
-        dict.fromkeys(modules, chosen), config.fan_in_fan_out, BaseModel(config.base_model_name_or_path)
+        dict.fromkeys(modules, chosen),
+        config.fan_in_fan_out,
+        BaseModel(config.base_model_name_or_path),
+        has_experts=_has_experts(model),
     )
     fields |= {"task_type": config.task_type, "modules_to_save": config.modules_to_save}
     return LoraConfig(**fields), {key: value.contiguous() for key, value in tensors.items()}
+
+
+def _has_experts(model: PeftModel) -> bool:
+    """Whether the model has fused experts, (experts, b, a) in one parameter, adapted or not."""
+    parameters = model.get_base_model().named_parameters()
+    return any(parameter.ndim == 3 and "experts" in name.split(".") for name, parameter in parameters)
 
 
 def save_as_lora(path: str | Path, model: PeftModel, adapter_name: str = "default", rank: int | None = None) -> Path:

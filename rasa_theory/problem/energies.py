@@ -131,7 +131,11 @@ def _gram_eigenpairs(M: Tensor, size: float) -> tuple[Tensor, Tensor]:
 
 
 def _of_product(B: Tensor, A: Tensor, n: int, directions: int) -> LayerEnergies:
-    """The energies of B A, from its SVD in the span of the factors (b, m), (m, a), m <= min(b, a)."""
+    """The energies of B A, from its SVD in the span of the factors (b, m), (m, a), m <= min(b, a).
+
+    At most m directions, also of a layer of zeros: all layers of a stack have equally many.
+    """
+    directions = min(directions, B.shape[1])
     sizes = _power_above(B), _power_above(A)
     if 0 in sizes:
         return _zero((B.shape[0], A.shape[1]), n, directions, B.device)

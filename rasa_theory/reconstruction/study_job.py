@@ -18,6 +18,7 @@ from rasa_theory.reconstruction.results_folder import ResultsFolder
 from rasa_theory.reconstruction.rows import new_results
 from rasa_theory.reconstruction.study_progress import Watch
 from rasa_theory.reconstruction.study_settings import StudySettings
+from rasa_theory.reconstruction.theorem import overall_verdict
 from rasa_theory.solvers import (
     EFFORT_TIMES,
     attempt_seconds,
@@ -178,28 +179,30 @@ def run_study(
     `finished` is called then, with the row of the stack and that of its k.
 
     An interruption is raised again, after all finished results are written. Their verdict is then "undecided" at best,
-    since a stack that was not studied could violate the theorem.
+    since a stack that was not studied could violate the theorem. An interruption of the last writing stops nothing.
     """
     output = folder if processes.first else None
-    sources = stacks_left(job, state)
-    points_left = len(sources) * len(job.settings.ks)
-    stacks = (source.load(job.dtype, job.device, processes, job.tf32) for source in sources)
+    stacks = (source.load(job.dtype, job.device, processes, job.tf32) for source in stacks_left(job, state))
     try:
         with keeping_interrupts():
             for _ in study_steps(stacks, job.settings, state, watch):
-                points_left -= 1
-                if points_left == 0:
-                    if processes.first:
-                        add_norms(job, state.results)
-                    state.results["plan"] = state.results.pop("unfinished")
                 if output is not None:
                     output.write(state)
                 row = state.results["stacks"][-1]
                 finished(row, row["runs"][-1])
+            if processes.first:
+                add_norms(job, state.results)
+            state.results["theorem_3_1"] = overall_verdict(state.results)
+            state.results["plan"] = state.results.pop("unfinished")
+            if output is not None:
+                output.write(state)
     except KeyboardInterrupt:
-        processes.board.tell_interrupted()
-        if state.results["theorem_3_1"] == "holds":
-            state.results["theorem_3_1"] = "undecided"
+        is_complete = "plan" in state.results
+        if not is_complete:
+            processes.board.tell_interrupted()
+            if state.results["theorem_3_1"] == "holds":
+                state.results["theorem_3_1"] = "undecided"
         if output is not None and state.results["stacks"]:
             output.write(state)
-        raise
+        if not is_complete:
+            raise

@@ -53,6 +53,7 @@ class StackSource:
             `keys` are names of parameters in the model; without ".weight" they are the modules. For `Role.EXPERTS` the
             one key is the parameter (experts, b, a), and layer i is expert i.
         stored: the dtype of the files in which a limit on memory leaves it; None if it is always in memory.
+        is_one_tensor: the stack is one tensor (L, b, a) of the file, also where L is 1.
     """
 
     name: str
@@ -63,6 +64,12 @@ class StackSource:
     transposed: bool = False
     place: Place | None = None
     stored: torch.dtype | None = None
+    is_one_tensor: bool = False
+
+    @property
+    def has_named_layers(self) -> bool:
+        """Whether every layer is a tensor of its own, with a name."""
+        return bool(self.keys) and not self.is_one_tensor
 
     def memory(self, dtype: torch.dtype, decomposed: bool = True, limit: int | None = None) -> int:
         """An estimate of the bytes of memory that work on it takes, if `limit` bytes are allowed (None: no limit).
@@ -348,4 +355,6 @@ def _stack_source(g: Group, holder: Holder, memory: int | None) -> StackSource:
             except InputError as error:
                 raise InputError(f"{holder.file_of(g.keys[0])}: {error}") from None
 
-    return StackSource(g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed, g.place, holder.stored(g))
+    return StackSource(
+        g.name, g.layers, g.shape, load, tuple(g.keys), g.transposed, g.place, holder.stored(g), g.is_one_tensor
+    )

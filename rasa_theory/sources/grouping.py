@@ -16,9 +16,9 @@ _NUMBER = re.compile(r"([0-9]+)")
 class Group(NamedTuple):
     """The tensors of one stack: `layers` matrices of `shape` (b, a).
 
-    `keys` has one key per layer, in order, or the one key of a tensor (L, b, a) that is the stack itself.
-    `transposed`: the model has each matrix as (a, b). `place`: what the tensors are in their model, None in a file of
-    updates.
+    `keys` has one key per layer, in order, or with `is_one_tensor` the one key of a tensor (L, b, a) that is the stack
+    itself, also where L is 1. `transposed`: the model has each matrix as (a, b). `place`: what the tensors are in their
+    model, None in a file of updates.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Group(NamedTuple):
     keys: list[str]
     transposed: bool = False
     place: Place | None = None
+    is_one_tensor: bool = False
 
     @property
     def in_model(self) -> tuple[int, int]:
@@ -78,7 +79,7 @@ def group(entries: Iterable[Entry], alone: bool = False) -> tuple[list[Group], l
             families.setdefault(parts[::2], []).append(_Member(parts, entry))
         else:
             L, b, a = entry.shape
-            groups.append(Group(entry.name, L, (b, a), [entry.name], entry.transposed, entry.place))
+            groups.append(Group(entry.name, L, (b, a), [entry.name], entry.transposed, entry.place, is_one_tensor=True))
     for members in families.values():
         stacks, single = _stacks(members)
         groups += stacks

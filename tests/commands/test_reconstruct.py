@@ -26,7 +26,7 @@ import rasa_theory as rt
 from rasa_theory.commands import extract, flags, inspect, reconstruct
 from rasa_theory.commands.console import memory_size
 from rasa_theory.common import write_file
-from rasa_theory.reconstruction import StudyProgress
+from rasa_theory.reconstruction import ResultsFolder, StudyProgress, study_job
 from rasa_theory.solvers import EFFORTS, STARTS
 
 study = importlib.import_module("rasa_theory.reconstruction.driver")
@@ -323,6 +323,52 @@ def test_interruption_keeps_what_was_finished(
     assert results["theorem_3_1"] == "undecided"
     assert err.endswith("interrupted: 0 of 1 stacks finished; the same command begins anew\n")
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+@pytest.mark.parametrize("violated", [False, True])
+def test_interrupted_after_the_last_stack_the_same_command_gives_the_verdict(
+    stack_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    violated: bool,
+) -> None:
+    words = ["--source", str(stack_file), "--rank", "2", "--k", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study_job, "add_norms", interrupted)
+        status, results, err = run(words, capsys)
+    assert (status, results["theorem_3_1"]) == (130, "undecided")
+    assert err.endswith("the same command goes on from there\n")
+    if violated:
+        results["stacks"][0]["runs"][0]["theorem_3_1"] = "violated"
+        (tmp_path / "out/results.json").write_text(json.dumps(results), encoding="utf-8")
+    status, again, _ = run(words, capsys)
+    assert (status, again["theorem_3_1"]) == ((1, "violated") if violated else (0, "holds"))
+    assert "plan" in again
+    assert "unfinished" not in again
+    assert again["stacks"] == results["stacks"]
+
+
+def test_interrupted_in_the_last_writing_all_is_written(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ResultsFolder.write
+
+    def interrupted(self: ResultsFolder, state: Any) -> None:
+        if "plan" in state.results:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        real(self, state)
+
+    monkeypatch.setattr(ResultsFolder, "write", interrupted)
+    words = ["--source", str(stack_file), "--rank", "2", "--k", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
+    status, results, _ = run(words, capsys)
+    assert (status, results["theorem_3_1"]) == (0, "holds")
+    assert json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8")) == results
 
 
 @pytest.mark.slow

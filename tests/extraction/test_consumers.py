@@ -198,6 +198,27 @@ def test_the_difference_is_exact_and_the_approximation_is_called_dense(tmp_path:
             assert 0 < missed == pytest.approx(errors[name]["e_stored"], rel=1e-4)
 
 
+def test_a_tensor_of_three_axes_is_no_layer_and_keeps_its_axes(tmp_path: Path, capsys: Any) -> None:
+    """Also where its first axis has length 1, and it is called a weight."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"h.0.q.weight": (24, 24), "h.1.q.weight": (24, 24), "one.weight": (1, 30, 40), "two.weight": (2, 30, 40)}
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        tensors = {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned"))
+    assert run(tmp_path, tmp_path / "diff", "--format", "diff") == 0
+    (file,) = (tmp_path / "diff").glob("*.safetensors")
+    assert {
+        key: torch.equal(tensor, after[key] - before[key]) for key, tensor in load_file(file).items()
+    } == dict.fromkeys(shapes, True)
+    assert run(tmp_path, tmp_path / "lora", "--rank", "2") == 0
+    left_out = {one["name"]: one["reason"] for one in report_of(tmp_path / "lora")["left_out"]}
+    assert left_out == dict.fromkeys(
+        ("one.weight", "two.weight"), "one tensor with three axes, whose layers are no modules"
+    )
+
+
 @pytest.mark.slow
 def test_a_narrow_matrix_is_taken_whole_beside_others(tmp_path: Path, capsys: Any) -> None:
     """A classifier with 2 labels at the default rank, in every format with factors."""

@@ -51,6 +51,8 @@ BY_NAME = {
     ("model.encoder.conv1.weight", (384, 80, 3)): Role.CONVOLUTION,
     ("backbone.layers.0.mixer.conv1d.weight", (32, 1, 4)): Role.CONVOLUTION,
     ("conv_in.weight", (320, 4, 3, 3)): Role.CONVOLUTION,
+    ("decoder.conv_post.weight", (1, 32, 7)): Role.CONVOLUTION,
+    ("q_proj.weight", (1, 32, 48)): Role.UNKNOWN,
     ("vit.embeddings.cls_token", (1, 1, 16)): Role.PARAMETER,
     ("model.layers.0.mlp.experts.gate_up_proj", (4, 24, 64)): Role.EXPERTS,
     ("model.layers.0.mlp.router.weight", (4, 24)): Role.ROUTER,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rasa_theory.peft import RasaConfig, convert_to_lora, factors, from_factors, save_as_lora
+from tests.helpers.families import FAMILIES
 from tests.helpers.tiny_models import TINY, tiny
 
 BUDGETS = [(4, 0), (4, 1), (4, 4)]
@@ -153,3 +154,24 @@ def test_two_adapters_and_their_weighted_sum(name: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(tiny(name, torch.float64), str(tmp_path / "sum"))
     assert torch.equal(answer(name, again), answer(name, model))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", ["deepseek-v3", "llama4"])
+def test_the_lora_of_a_shared_expert_beside_fused_ones_is_loaded_by_peft(family: str, tmp_path: Path) -> None:
+    """PEFT takes `gate_proj` and the like for projections of fused experts, also where they are modules."""
+    torch.manual_seed(0)
+    base = FAMILIES[family]()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    targets = r".*\.(shared_experts?\.(gate|up|down)_proj|self_attn\.o_proj)"
+    model = perturbed(get_peft_model(base, RasaConfig(r=2, k=1, target_modules=targets, seed=0)))
+    save_as_lora(tmp_path, model)
+    plain = FAMILIES[family]()
+    plain.load_state_dict(weights)
+    loaded = PeftModel.from_pretrained(plain, tmp_path).merge_and_unload().state_dict()
+    merged = model.merge_and_unload().state_dict()
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, weights[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {
+        "gate_proj", "up_proj", "down_proj", "o_proj",
+    }  # fmt: skip
+    assert all(torch.allclose(loaded[name], tensor, atol=1e-6) for name, tensor in merged.items())

@@ -117,6 +117,8 @@ def test_thin_factors_are_never_multiplied_out() -> None:
         assert (first.U.shape, first.V.shape) == ((view.shape[0], 4), (view.shape[1], 4))
         assert zero.norm_squared == 0
         assert not zero.high.any()
+        assert (zero.U.shape, zero.V.shape) == (first.U.shape, first.V.shape)
+        assert not zero.U.any()
 
 
 def test_a_layer_of_zeros_holds_nothing(searched: None) -> None:

@@ -106,7 +106,8 @@ def test_grouping_by_name(names: list[str], expected: dict[str, list[str]]) -> N
 
 def test_three_axes_are_a_stack_named_by_its_key() -> None:
     groups, left_out = group([Entry("layers.0.experts", (1, 3, 4), "bfloat16")])
-    assert (groups, left_out) == ([Group("layers.0.experts", 1, (3, 4), ["layers.0.experts"])], [])
+    expected = Group("layers.0.experts", 1, (3, 4), ["layers.0.experts"], is_one_tensor=True)
+    assert (groups, left_out) == ([expected], [])
 
 
 def test_unequal_shapes_form_separate_stacks() -> None:
