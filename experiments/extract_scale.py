@@ -10,8 +10,8 @@ Both checkpoints hold `--layers` layers of an 8B model in bfloat16 shards: the a
 matrices (`SHAPES`), or only `--kinds`. The base is zeros in sparse files. Every matrix of the tuned model has 32 terms
 with sigma_j = j^-0.7 and noise of a tenth of its norm; layers of equal shape differ in the order of their rows alone.
 The command is `rasa_theory.extract --rank R --k K --compute float32 --memory MEMORY`. Its forecast (`--dry-run`)
-is printed first, and with a pool floors and errors over e_lora at the end. Appends a row to `--out`. With `--inspect`,
-the seconds of plain reading and of `rasa_theory.inspect --memory MEMORY` on the same pair are printed first.
+is printed first, and with a pool floors and errors over e_lora at the end. Appends a row for each k to `--out`. With
+`--inspect`, the seconds of plain reading and of `rasa_theory.inspect --memory MEMORY` on the same pair come first.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import json
 import math
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ SHAPES = {
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
 }  # fmt: skip
 COLUMNS = (
-    "layers", "kinds", "rank", "k", "effort", "sweeps", "error", "floor", "gigabytes", "seconds",
+    "layers", "kinds", "rank", "k", "effort", "sweeps", "memory", "error", "floor", "gigabytes", "seconds",
     "seconds_per_gigabyte", "peak_mib", "threads", "torch", "machine",
 )  # fmt: skip
 
@@ -74,7 +74,7 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor | None], shapes: dic
 
 
 def write_pair(folder: Path, layers: int, kinds: list[str]) -> int:
-    """Write `base` and `tuned`, one shard per layer; returns the bytes of both."""
+    """Write `base` and `tuned` into the folder, one shard per layer; returns the bytes of both."""
     updates = {shape: update(shape) for shape in {SHAPES[kind] for kind in kinds}}
     for name in ("base", "tuned"):
         (folder / name).mkdir(parents=True)
@@ -92,7 +92,7 @@ def write_pair(folder: Path, layers: int, kinds: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True, help="a new folder for the pair")
+    parser.add_argument("--scratch", type=Path, required=True, help="the pair lies in a new folder there for a while")
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--kinds", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="KIND")
     parser.add_argument("--rank", type=int, default=16)
@@ -103,41 +103,45 @@ def main() -> None:
     parser.add_argument("--inspect", action="store_true", help="time plain reading and rasa_theory.inspect as well")
     parser.add_argument("--out", type=Path, default=Path("figures/extract_scale.csv"))
     options = parser.parse_args()
-    folder = options.scratch
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="extract-scale-", dir=options.scratch) as folder:
+        run(options, Path(folder))
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Write the pair into the folder, and time the commands on it."""
     size = write_pair(folder, options.layers, options.kinds) / 1e9
     pair = ["--base", f"{folder}/base", "--tuned", f"{folder}/tuned", "--memory", options.memory]
     command = [sys.executable, "-m", "rasa_theory.extract", *pair, "--rank", str(options.rank), "--compute", "float32"]
-    try:
-        if options.inspect:
-            files = [str(file) for file in sorted(folder.rglob("*.safetensors"))]
-            inspection = [sys.executable, "-m", "rasa_theory.inspect", *pair, "--out", f"{folder}/inspection"]
-            for name, words in (("reading", ["cat", *files]), ("inspect", inspection)):
-                seconds, peak = measured(words)
-                print(f"{name}: {seconds:.1f} s, {seconds / size:.2f} s per GB, {peak:.0f} MiB", flush=True)
-        for k in options.k:
-            out = folder / f"adapter-{k}"
-            full = [*command, "--k", str(k), "--out", str(out)]
-            full += ["--effort", options.effort, "--sweeps", str(options.sweeps)] if k > 0 else []
-            forecast = subprocess.run([*full, "--dry-run"], check=True, capture_output=True, text=True).stdout
-            print(*forecast.splitlines()[-3:], sep="\n", flush=True)
-            seconds, peak = measured(full)
-            stacks = json.loads((out / "report.json").read_text())["stacks"]
-            row = {
-                "layers": options.layers, "kinds": " ".join(options.kinds), "rank": options.rank, "k": k,
-                "effort": options.effort if k > 0 else None, "sweeps": options.sweeps if k > 0 else None,
-                "error": over_lora(stacks, "e_rasa") if k > 0 else None,
-                "floor": over_lora(stacks, "lower_bound") if k > 0 else None, "gigabytes": size,
-                "seconds": seconds, "seconds_per_gigabyte": seconds / size, "peak_mib": peak,
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
-            }  # fmt: skip
-            append_rows(options.out, [row], COLUMNS)
-            print(row, flush=True)
-            for stack in stacks if k > 0 else ():
-                kind, name = stack["kind"], stack["lower_bound_name"]
-                error, floor = (over_lora([stack], key) for key in ("e_rasa", "lower_bound"))
-                print(f"{kind}: {floor:.5f} ({name}) .. {error:.5f} of e_lora", flush=True)
-    finally:
-        shutil.rmtree(folder)
+    if options.inspect:
+        files = [str(file) for file in sorted(folder.rglob("*.safetensors"))]
+        inspection = [sys.executable, "-m", "rasa_theory.inspect", *pair, "--out", f"{folder}/inspection"]
+        for name, words in (("reading", ["cat", *files]), ("inspect", inspection)):
+            seconds, peak = measured(words)
+            print(f"{name}: {seconds:.1f} s, {seconds / size:.2f} s per GB, {peak:.0f} MiB", flush=True)
+    for k in options.k:
+        out = folder / f"adapter-{k}"
+        full = [*command, "--k", str(k), "--out", str(out)]
+        full += ["--effort", options.effort, "--sweeps", str(options.sweeps)] if k > 0 else []
+        forecast = subprocess.run([*full, "--dry-run"], check=True, capture_output=True, text=True).stdout
+        print(*forecast.splitlines()[-3:], sep="\n", flush=True)
+        seconds, peak = measured(full)
+        stacks = json.loads((out / "report.json").read_text())["stacks"]
+        row = {
+            "layers": options.layers, "kinds": " ".join(options.kinds), "rank": options.rank, "k": k,
+            "memory": options.memory,
+            "effort": options.effort if k > 0 else None, "sweeps": options.sweeps if k > 0 else None,
+            "error": over_lora(stacks, "e_rasa") if k > 0 else None,
+            "floor": over_lora(stacks, "lower_bound") if k > 0 else None, "gigabytes": size,
+            "seconds": seconds, "seconds_per_gigabyte": seconds / size, "peak_mib": peak,
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+        }  # fmt: skip
+        append_rows(options.out, [row], COLUMNS)
+        print(row, flush=True)
+        for stack in stacks if k > 0 else ():
+            kind, name = stack["kind"], stack["lower_bound_name"]
+            error, floor = (over_lora([stack], key) for key in ("e_rasa", "lower_bound"))
+            print(f"{kind}: {floor:.5f} ({name}) .. {error:.5f} of e_lora", flush=True)
 
 
 def over_lora(stacks: list[dict[str, Any]], key: str) -> float:

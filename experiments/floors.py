@@ -32,7 +32,7 @@ from experiments.support.rows import Row, Table, of_models, read_rows, write_row
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
 
-KEY = ("model", "stack", "r", "k")
+KEY = ("model", "stack", "r", "k", "effort")
 COLUMNS = (
     *KEY, "best_found", "allocation", "closed", "closed_name", "dual", "dual_seconds",
     "two_sided", "two_sided_seconds", "gap",
@@ -42,7 +42,7 @@ COLUMNS = (
 def row(
     stack: rt.LayerStack, budget: rt.RankBudget, best_found: float, search: rt.FloorOptions, say: Callable[[str], None]
 ) -> Row:
-    """One row of the table, without the model. `say` is called with the state of the search in hand.
+    """One row of the table, without the model and the effort. `say` is called with the state of the search in hand.
 
     The seconds of a floor are spent in its own search, in both orientations.
     """
@@ -67,7 +67,7 @@ def row(
         ratios["closed"], floors["closed"].name, ratios["dual"], dual_seconds,
         ratios["two-sided"], two_sided_seconds, best_found / e_lora - ratios["two-sided"],
     )  # fmt: skip
-    return dict(zip(COLUMNS[1:], values, strict=True))
+    return dict(zip((name for name in COLUMNS if name not in ("model", "effort")), values, strict=True))
 
 
 def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.SolverOptions) -> Iterator[Row]:
@@ -88,7 +88,8 @@ def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.So
                     raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {r}")
             solutions = rt.solve_path(stack, r, [row["k"] for row in own], solver)
             best = [solutions[row["k"]].error / e_lora for row in own]
-            yield from (row | {"best_found": x, "gap": x - row["two_sided"]} for row, x in zip(own, best, strict=True))
+            for row, x in zip(own, best, strict=True):
+                yield row | {"effort": solver.effort, "best_found": x, "gap": x - row["two_sided"]}
             done += len(own)
 
 
@@ -149,14 +150,15 @@ def main(arguments: list[str] | None = None) -> None:
         write_rows(file, COLUMNS, [*others, *own])
         style.save(plot(shown(read_rows(file))), options.out / "floors.png")
         return
-    missing = {name: [k for k in ks if {"model": model, "stack": name, "r": r, "k": k} not in table] for name in stacks}
+    point = {"model": model, "effort": options.effort}
+    missing = {name: [k for k in ks if point | {"stack": name, "r": r, "k": k} not in table] for name in stacks}
     done = 0
     with ProgressBar(sum(map(len, missing.values())), "rows") as progress:
         for name, own_ks in missing.items():
             progress(done, f"{name}, solving")
             for k, solution in rt.solve_path(stacks[name], r, own_ks, solver).items():
                 line = row(stacks[name], rt.RankBudget(r, k), solution.error, search, partial(progress, done))
-                table.add([{"model": model} | line])
+                table.add([point | line])
                 done += 1
                 progress.print(
                     f"{name:18} k = {k}  best found {line['best_found']:.5f}"

@@ -37,9 +37,9 @@ from experiments.support.timing import percents
 from rasa_theory import methods
 from rasa_theory.commands.progress import ProgressBar
 
-KEY = ("model", "stack", "r", "k")
+KEY = ("model", "stack", "r", "k", "effort")
 COLUMNS = (
-    *KEY, "layers", "b", "a", "effort", "e_lora_share", "allocation", "best_found", "floor", "floor_name",
+    *KEY, "layers", "b", "a", "e_lora_share", "allocation", "best_found", "floor", "floor_name",
     "mixing_drop", "allocated", "cancellation", "uncancelled", "bfloat16", "lora_bfloat16", "by_loss", "stop",
     "seconds",
 )  # fmt: skip
@@ -92,7 +92,10 @@ def measured(
         (stack, r)
         for r in ranks
         for stack in stacks.values()
-        if any({"model": model, "stack": stack.name, "r": r, "k": k} not in table for k in shared_ranks(r))
+        if any(
+            {"model": model, "stack": stack.name, "r": r, "k": k, "effort": options.effort} not in table
+            for k in shared_ranks(r)
+        )
     ]
     done = percents([weight(*task) for task in missing])
     with ProgressBar(100, "%") as progress:

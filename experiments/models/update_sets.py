@@ -106,6 +106,8 @@ def chosen_updates(parser: argparse.ArgumentParser, options: argparse.Namespace)
 def corner(
     stacks: dict[str, rt.LayerStack], layers: int = 3, size: int = 20, count: int = 1
 ) -> dict[str, rt.LayerStack]:
-    """Corners of the first `count` stacks, for runs that only show that the code works."""
-    chosen = list(stacks.items())[:count]
-    return {name: rt.LayerStack(stack.values[:layers, :size, :size], name) for name, stack in chosen}
+    """Corners of the first `count` stacks, named so, for runs that only show that the code works."""
+    return {
+        f"{name} (corner)": rt.LayerStack(stack.values[:layers, :size, :size], f"{name} (corner)")
+        for name, stack in list(stacks.items())[:count]
+    }

@@ -49,17 +49,18 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Row], columns: Sequence[str] = ()) -> None:
-    """Add rows to a CSV file of these columns, or to a `.jsonl` file; they are on disk when this returns.
+    """Add rows to a CSV file of these columns, or to a `.jsonl` file, all in one write; then they are in the file.
 
     A new CSV file begins with its header. The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab", buffering=0) as file:
         if path.suffix == ".jsonl":
-            file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-            return
-        text = _csv(columns, rows)
-        file.write(text if file.tell() == 0 else text.partition("\n")[2])
+            text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        else:
+            text = _csv(columns, rows)
+            text = text if file.tell() == 0 else text.partition("\n")[2]
+        file.write(text.encode())
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Row]) -> str:

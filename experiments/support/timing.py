@@ -42,8 +42,8 @@ def one_sweep(run: RasaDescent) -> None:
 
 def percents(loads: Sequence[float]) -> list[int]:
     """Percent of all work that is done before each task; `loads` is the work of the tasks, in any unit."""
-    before = itertools.accumulate(loads, initial=0.0)
-    return [round(100 * done / sum(loads)) for done, _ in zip(before, loads, strict=False)]
+    before, whole = itertools.accumulate(loads, initial=0.0), sum(loads) or 1.0
+    return [round(100 * done / whole) for done, _ in zip(before, loads, strict=False)]
 
 
 def measured(command: list[str]) -> tuple[float, float]:
