@@ -114,6 +114,8 @@ def print_line(text: str, file: IO[Any]) -> None:
     try:
         print(text, file=file, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
         if not isinstance(error, BrokenPipeError) and file is not sys.stderr:
             print_line(f"what is printed is lost ({error.strerror}); the run goes on", sys.stderr)

@@ -111,14 +111,26 @@ class PartsFolder(RunFolder):
     def __enter__(self) -> Self:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.parts / _LOCK, self._busy)
-        if not self.has_begun:
-            for stale in self.parts.iterdir():  # they belong to no recorded plan
-                if stale.name != _LOCK:
-                    stale.unlink()
-            write_json(self.parts / _MANIFEST, {"plan": self.plan}, end="")
+        try:
+            self._begin()
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
+    def _begin(self) -> None:
+        """Write the plan, where no run has begun."""
+        if self.has_begun:
+            return
+        for stale in self.parts.iterdir():  # they belong to no recorded plan
+            if stale.name != _LOCK:
+                stale.unlink()
+        write_json(self.parts / _MANIFEST, {"plan": self.plan}, end="")
+
     def __exit__(self, *raised: object) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 

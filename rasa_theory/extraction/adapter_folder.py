@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from rasa_theory.plotting import plot_extraction, style
 
 _PARTS = ".extract"  # lies in the folder of the adapter until all stacks are finished
 _REPORT = "report.json"
+_PART = 2**28  # bytes
 _DENSE_TENSORS = {"dense": "tuned - base, the best approximation", "diff": "tuned - base"}
 _OURS = re.compile(
     r"report\.(json|csv|png)|README\.md|lora\.safetensors|adapter_(model\.safetensors|config\.json)"
@@ -65,10 +67,20 @@ class ExtractionFolder(PartsFolder):
         write_file(self.tensors(n), lambda file: write_safetensors(extracted.tensors, file, {"format": "pt"}))
         self.add_row(n, extracted.row)
 
-    def add_tensors(self, n: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors that belong to no stack as part n, if there are any."""
-        if tensors:
-            write_file(self.tensors(n), lambda file: write_safetensors(tensors, file, {"format": "pt"}))
+    def add_tensors(self, n: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors that belong to no stack as parts n, n + 1, .., each of some `_PART` bytes or of one tensor."""
+        part: dict[str, Tensor] = {}
+
+        def write() -> None:
+            write_file(self.tensors(n), lambda file: write_safetensors(part, file, {"format": "pt"}))
+
+        for name, tensor in tensors:
+            if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > _PART:
+                write()
+                part, n = {}, n + 1
+            part[name] = tensor
+        if part:
+            write()
 
     def tensors(self, n: int) -> Path:
         """The file with the tensors of stack n. Dense updates lie in their final place at once."""
@@ -90,7 +102,7 @@ class ExtractionFolder(PartsFolder):
         """Write the adapter, or one for each task, with its configuration; for dense updates their index."""
         rows: Sequence[dict[str, Any]] = report["stacks"]
         settings = self.plan["settings"]
-        parts = [part for n in range(len(rows) + 1) if (part := self.tensors(n)).exists()]
+        parts = list(itertools.takewhile(Path.exists, map(self.tensors, itertools.count())))
         base = BaseModel(**settings["base"])
         ranks = {name: rank for row in rows for name, rank in row["ranks"].items()}
         transposed = any(row["transposed"] and not row["parameter"] for row in rows)

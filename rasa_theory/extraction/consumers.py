@@ -6,8 +6,8 @@ from typing import Any
 
 from rasa_theory.formats import not_loadable, task_heads
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes
-_VLLM_VOCABULARY = 258_048  # the largest vocabulary of an lm_head that vLLM adapts
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank: vllm/config/lora.py, as in vLLM 0.26
+_VLLM_VOCABULARY = 258_048  # the largest of an lm_head: vllm/lora/layers/logits_processor.py, the same version
 _SHOWN = 3
 
 

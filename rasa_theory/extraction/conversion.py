@@ -81,25 +81,11 @@ def extract_stack(
     lora_factors = lora.factors if ranks is None else _truncated(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, lora_factors)
     lora_size = sum(lora_ranks) * sum(stack.shape)
-
-    k = 0
-    rasa_errors = lora_errors
-    rasa_size = lora_size
-    floor = Bound(0.0, "none")
-    search = None
+    rasa = _Rasa(0, lora_errors, lora_size) if not has_pool else _solve_rasa(stack, settings, callback)
     written: LoraFactors | RasaFactors = lora_factors
     written_ranks = lora_ranks
-    if has_pool:
-        budget, solution = _solve_rasa(stack, settings, callback)
-        floor = lower_bound(stack, budget, settings.certificate, spectra=settings.solver.spectra)
-        k = budget.shared_rank
-        search = None if solution.search is None else dataclasses.asdict(solution.search)
-        rasa_errors = solution.layer_errors
-        rasa_size = solution.factors.parameters
-        if settings.is_pooled:
-            written = solution.factors
-            written_ranks = [budget.private_rank + budget.pool_rank(L)] * L
-
+    if rasa.factors is not None and settings.is_pooled:
+        written, written_ranks = rasa.factors, [budget.rank - rasa.k + L * rasa.k] * L
     tensors, stored_errors = _stored(stack, modules, written, written_ranks, settings)
     same_size = _of_equal_size(stack, settings, method, tensors, lora_ranks, math.fsum(lora_errors))
     facts = (
@@ -107,20 +93,20 @@ def extract_stack(
     )
     norms = stack.layer_norms_squared
     module_rows = [
-        _module_row(name, written_ranks[i], norms[i], lora_errors[i], rasa_errors[i], stored_errors[i]) | facts[i]
+        _module_row(name, written_ranks[i], norms[i], lora_errors[i], rasa.errors[i], stored_errors[i]) | facts[i]
         for i, name in enumerate(modules.names)
     ]
     stored_size = sum(tensor.numel() for tensor in tensors.values())
     row = _row(stack, modules, settings, module_rows) | {
         "rank": None if ranks is not None else budget.rank,
-        "k": k,
+        "k": rasa.k,
         "equal_size": same_size,
         "error_at_rank": _error_at_rank(stack, lora.factors, exact),
-        "parameters": {"lora": lora_size, "rasa": rasa_size, "stored": stored_size},
-        "lower_bound": floor.value,
-        "lower_bound_name": floor.name,
-        "lower_bound_failure": floor.failure,
-        "search": search,
+        "parameters": {"lora": lora_size, "rasa": rasa.parameters, "stored": stored_size},
+        "lower_bound": rasa.floor.value,
+        "lower_bound_name": rasa.floor.name,
+        "lower_bound_failure": rasa.floor.failure,
+        "search": rasa.search,
     }
     return Extracted(tensors, row)
 
@@ -212,9 +198,28 @@ def _truncated(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
     return LoraFactors(factors.B * is_leading[:, None], factors.A)
 
 
-def _solve_rasa(
-    stack: LayerStack, settings: ExtractSettings, callback: Callback | None
-) -> tuple[RankBudget, RasaSolution]:
+@dataclass(frozen=True)
+class _Rasa:
+    """RaSA's answer for a stack: k, squared errors by layer, parameters; floor, search and factors if it has a pool."""
+
+    k: int
+    errors: Sequence[float]
+    parameters: int
+    floor: Bound = Bound(0.0, "none")  # noqa: RUF009  (frozen)
+    search: dict[str, Any] | None = None
+    factors: RasaFactors | None = None
+
+
+def _solve_rasa(stack: LayerStack, settings: ExtractSettings, callback: Callback | None) -> _Rasa:
+    """RaSA(r, k) with its floor."""
+    budget, solution = _best_k(stack, settings, callback)
+    floor = lower_bound(stack, budget, settings.certificate, spectra=settings.solver.spectra)
+    search = None if solution.search is None else dataclasses.asdict(solution.search)
+    factors = solution.factors
+    return _Rasa(budget.shared_rank, solution.layer_errors, factors.parameters, floor, search, factors)
+
+
+def _best_k(stack: LayerStack, settings: ExtractSettings, callback: Callback | None) -> tuple[RankBudget, RasaSolution]:
     """RaSA(r, k) with its budget; for k auto the best of k = 1, 2, 4, .., r, the smallest of equal ones."""
     budget = settings.budget(stack.shape)
     rank = budget.rank

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from rasa_theory.extraction.extract_settings import DENSE, STORED, ExtractSettin
 from rasa_theory.extraction.job import Job, free_bytes
 from rasa_theory.formats import ModuleNames, grouped
 from rasa_theory.linalg import worth_it
-from rasa_theory.problem import LayerStack, RankBudget
-from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, solver_seconds, svd_cost
-from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line, synthetic_stack
+from rasa_theory.problem import RankBudget
+from rasa_theory.solvers import EFFORT_TIMES, exact_solver_seconds, sample_seconds, solver_seconds, svd_cost
+from rasa_theory.sources import StackSource, left_out_lines, memory_line, size_line
 
 _SAMPLE = 512  # side of the layer whose exact SVD is timed
 _LEADING_SAMPLE = 1280  # side of the layer whose leading part is timed: smaller ones have it from the exact SVD
@@ -101,17 +100,17 @@ def _reads(settings: ExtractSettings) -> str:
 Shape = tuple[int, int]
 
 
-def duration(job: Job, world_size: int = 1, sample_seconds: Callable[[Job, Shape], float] | None = None) -> str:
+def duration(job: Job, world_size: int = 1, seconds_of_sample: Callable[[Job, Shape], float] | None = None) -> str:
     """A sentence with the seconds that LoRA takes, extrapolated from one timed layer of each kind of work.
 
     The search for a leading part is extrapolated in proportion to b a, an exact SVD in proportion to b a min(b, a).
     Where singular values hardly fall, the search ends in an exact SVD. The time of the default solver follows from
     LoRA's by a measured rule. That of another start depends on the number of sweeps, which nobody knows before.
 
-    `sample_seconds` is the time of one layer of that shape (None: a layer is timed now).
+    `seconds_of_sample` is the time of one layer of that shape (None: a layer is timed now).
     """
     settings = job.settings
-    timed = sample_seconds or _sample_seconds
+    timed = seconds_of_sample or _seconds_of_sample
 
     def is_searched(s: StackSource) -> bool:
         rank = settings.rank
@@ -155,9 +154,8 @@ def _solver_time(settings: ExtractSettings, seconds: float) -> str:
     return f"; solver and floors {EFFORT_TIMES[settings.solver.effort]} {seconds:.0f} s more{each}"
 
 
-def _sample_seconds(job: Job, shape: Shape) -> float:
-    """The seconds of a LoRA of one layer of this shape, of singular values j^-0.7."""
-    values = synthetic_stack(1, shape, "power:0.7", 0.0, 0).values
+def _seconds_of_sample(job: Job, shape: Shape) -> float:
+    """The seconds of a LoRA of one layer of this shape."""
     settings = dataclasses.replace(
         job.settings,
         rank=min(job.settings.rank or 1, *shape),
@@ -166,9 +164,5 @@ def _sample_seconds(job: Job, shape: Shape) -> float:
         target=None,
         save_modules=False,
     )
-    seconds = []
-    for _ in range(2):  # libraries initialise in the first
-        started = time.perf_counter()
-        extract_stack(LayerStack(values, "sample", job.dtype, job.device), ModuleNames(("sample",)), settings)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    modules = ModuleNames(("sample",))
+    return sample_seconds(shape, job.dtype, job.device, lambda stack: extract_stack(stack, modules, settings))

@@ -249,11 +249,11 @@ def _write_whole(job: Job, folder: ExtractionFolder, norms: Mapping[str, Norms])
     if job.settings.format == "diff":
         changed = [key for key in job.rest if key in norms and norms[key].update > 0]
         prefix, dtype = job.settings.prefix, STORED[job.settings.dtype]
-        folder.add_tensors(n, {prefix + key: rounded(key, updates.read(key), dtype) for key in changed})
+        folder.add_tensors(n, ((prefix + key, rounded(key, updates.read(key), dtype)) for key in changed))
         return changed, []
     modules = changed_modules(job.whole, {name for name, one in norms.items() if one.update > 0})
-    tuned = {whole_key(module.name, part): updates.tuned(key) for module in modules for part, key in module.keys}
-    folder.add_tensors(n, {key: tensor for key, tensor in tuned.items() if tensor is not None})
+    tuned = ((whole_key(module.name, part), updates.tuned(key)) for module in modules for part, key in module.keys)
+    folder.add_tensors(n, ((key, tensor) for key, tensor in tuned if tensor is not None))
     changed = [name for module in modules for name in module.changes if name in norms and norms[name].update > 0]
     return list(dict.fromkeys(changed)), [module.name for module in modules]
 

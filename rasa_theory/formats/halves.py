@@ -20,13 +20,14 @@ from rasa_theory.problem import Part
 
 _KEY = "{}.log2_scale"
 _EXPONENT = re.compile(r"-?[0-9]{1,3}")
+_MOST = 999  # in absolute value, by _EXPONENT
 _TOP = 14  # half precision ends just below 2^16
 
 
 def write_halves(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write each tensor times a power of two, in half precision, whole or not at all.
 
-    Raises InputError if an entry is infinite or NaN, or the file cannot be written.
+    Raises InputError if an entry is infinite or NaN, all are below 1e-296, or the file cannot be written.
     """
     halves, metadata = {}, {}
     for name, tensor in tensors.items():
@@ -34,6 +35,8 @@ def write_halves(tensors: Mapping[str, Tensor], path: Path) -> None:
         if not math.isfinite(largest):
             raise InputError(f"{name}: an entry is infinite or NaN, which is no update of a trained model")
         s = _TOP - math.frexp(largest)[1]
+        if abs(s) > _MOST:
+            raise InputError(f"{name}: the largest entry is {largest:.3g}, which no scale of this format reaches")
         halves[name] = (tensor.detach().cpu().double() * 2.0**s).half()
         metadata[_KEY.format(name)] = str(s)
     write_file(path, lambda file: write_safetensors(halves, file, metadata))

@@ -294,7 +294,9 @@ def join_safetensors(
             file.seek(stored.offset)
             remaining = stored.size
             while remaining > 0:
-                remaining -= out.write(file.read(min(remaining, _COPIED)))
+                if not (block := file.read(min(remaining, _COPIED))):
+                    raise InputError(f"{part} was cut off while it was read; delete its folder to begin anew")
+                remaining -= out.write(block)
 
 
 class _HeaderToWrite:

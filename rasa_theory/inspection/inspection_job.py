@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from rasa_theory.formats import Exclusion, ModuleNames
 from rasa_theory.inspection.inspect_settings import InspectSettings
 from rasa_theory.inspection.inspection_folder import InspectionFolder
 from rasa_theory.inspection.measurement import LayerNames, Row, measure
-from rasa_theory.problem import LayerStack, check_memory
+from rasa_theory.problem import check_memory
+from rasa_theory.solvers import sample_seconds
 from rasa_theory.sources import (
     Catalogue,
     Norms,
@@ -23,7 +23,6 @@ from rasa_theory.sources import (
     left_out_lines,
     memory_line,
     size_line,
-    synthetic_stack,
 )
 
 Show = Callable[[int, str], None]
@@ -76,7 +75,7 @@ class InspectionJob:
         dtype, stacks = torch.float32, self.catalogue.stacks
         lines = [f"Source {self.catalogue.source}. Would inspect, up to rank {self.settings.rank}:"]
         lines += [size_line(source, dtype) for source in stacks] + left_out_lines(self.catalogue)
-        seconds = _sample_seconds(self) * sum(s.layers * math.prod(s.shape) for s in stacks) / math.prod(_SAMPLE)
+        seconds = _seconds_of_sample(self) * sum(s.layers * math.prod(s.shape) for s in stacks) / math.prod(_SAMPLE)
         lines.append(f"It takes about {max(1, seconds):.0f} s here, reading aside, by a layer timed now.")
         most = max(source.memory(dtype, decomposed=False, limit=self.memory) for source in stacks)
         lines.append(memory_line(most, 1, "", sum(source.stays_on_disk(self.memory) for source in stacks)))
@@ -142,12 +141,7 @@ def layer_names(source: StackSource, tasks: bool) -> LayerNames:
     return LayerNames(modules.kind, modules.names)
 
 
-def _sample_seconds(job: InspectionJob) -> float:
-    """The seconds of one layer of the sample's shape, with singular values j^-0.7."""
-    stack = LayerStack(synthetic_stack(1, _SAMPLE, "power:0.7", 0.0, 0).values, "sample", torch.float32, job.device)
-    seconds = []
-    for _ in range(2):  # libraries initialise in the first
-        started = time.perf_counter()
-        measure(stack, LayerNames.numbered("sample", 1), job.settings.rank, 0)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def _seconds_of_sample(job: InspectionJob) -> float:
+    """The seconds of one layer of the sample's shape."""
+    names = LayerNames.numbered("sample", 1)
+    return sample_seconds(_SAMPLE, torch.float32, job.device, lambda stack: measure(stack, names, job.settings.rank, 0))

@@ -17,6 +17,8 @@ from rasa_theory.inspection.measurement import Row
 
 Interval = tuple[float, float]
 
+_SUMS = 1e-12  # sums of squares over layers round by less
+
 
 @dataclass(frozen=True)
 class StackEnergies:
@@ -144,8 +146,8 @@ def _own_ranks(file: FileEnergies, goal: RankGoal, itemsize: int) -> list[list[i
     else:
         held = math.fsum(float((w**2).sum()) for w in worth)
         share = (1 - goal.most_error) * file.norm_squared / held
-        if share > 1:
+        if share > 1 + _SUMS:
             return None
-        target = RankTarget(energy=share)
+        target = RankTarget(energy=min(share, 1.0))
     ranks = allocate_ranks(worth, [sum(stack.shape) for stack in file.stacks], target)
     return ranks if any(map(any, ranks)) else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from rasa_theory import linalg
 from rasa_theory.bounds import common_space_floor
 from rasa_theory.common import at_least, one_of
+from rasa_theory.linalg import batched
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
 from rasa_theory.methods.method import EFFORT, Method, at_most, largest
@@ -102,7 +103,7 @@ class _Sides(NamedTuple):
 def _tucker(unit: LayerStack, R: int, seed: int) -> UnitFit:
     def leading(products: Tensor) -> Tensor:
         """The top R eigenvectors of sum_i X_i X_i^T, for products X_i (L, n, R): (n, R)."""
-        return linalg.leading_eigenpairs((products @ products.mT).sum(0), R)[1]
+        return linalg.leading_eigenpairs(batched.outer(products, products), R)[1]
 
     def sweep(sides: _Sides) -> _Sides:
         U = leading(right(unit, sides.V))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rasa_theory import linalg
 from rasa_theory.common import at_least, one_of
+from rasa_theory.linalg import batched
 from rasa_theory.methods.alternate import Steps, alternate
 from rasa_theory.methods.fit import Evidence, Fit, Settings, UnitFit, measured, residual
 from rasa_theory.methods.method import Method, at_most, largest
@@ -95,7 +96,7 @@ def _refit_pool(view: LayerStack, private: tuple[Tensor, Tensor], p: int) -> _St
     E = torch.stack([t.values.double() - B[t.layer] @ A[t.layer] for t in view.tiles(rows=b)])
     if p == 0:
         return _State(E.new_zeros(b, 0), B, A, E.new_zeros(len(E), 0, E.shape[2]))
-    S = linalg.leading_eigenpairs((E @ E.mT).sum(0), p)[1]
+    S = linalg.leading_eigenpairs(batched.outer(E, E), p)[1]
     return _State(S, B, A, S.mT @ E)
 
 

@@ -54,7 +54,8 @@ def spectral_ranks(spectrum: LayerStack | Tensor, shares: Sequence[float] = SHAR
         if not 0 < share <= 1:
             raise InputError(f"a share of the energy must be above 0 and at most 1, got {share}", "shares")
     sigma = _checked(spectrum.spectra.singular_values() if isinstance(spectrum, LayerStack) else spectrum)
-    unit = torch.ldexp(sigma, -torch.frexp(sigma[:, :1]).exponent)  # squares of 1e-200 and 1e200 leave the range
+    largest = sigma[:, :1]
+    unit = sigma / largest.where(largest > 0, 1.0)  # squares of 1e-200 and 1e200 leave the range
     ranks = [_layer_ranks(energy, shares) for energy in (unit**2).cpu()]
     stable, entropy = (torch.tensor([r[n] for r in ranks], dtype=torch.float64) for n in range(2))
     counts = torch.tensor([r[2] for r in ranks], dtype=torch.int64).reshape(len(ranks), len(shares))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rasa_theory.common import Plan, keeping_interrupts, plan_of
 from rasa_theory.distributed import Processes
@@ -131,8 +132,16 @@ def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None,
 
     Its results carry the plan, as `unfinished` until every stack is done. Process 0 reads the folder for all.
     """
-    earlier = processes.from_first(lambda: None if folder is None else folder.finished_stacks(job.settings.ks))
-    state: StudyState = earlier or StudyState(new_results(job.settings, job.catalogue.source), {})
+    factors: dict[str, Tensor] = {}  # only process 0 has them
+
+    def finished() -> dict[str, Any] | None:
+        earlier = None if folder is None else folder.finished_stacks(job.settings.ks)
+        if earlier is None:
+            return None
+        factors.update(earlier.factors)
+        return earlier.results
+
+    state = StudyState(processes.from_first(finished) or new_results(job.settings, job.catalogue.source), factors)
     plan = job.plan() if folder is None else folder.plan
     state.results |= {"command": list(command), "unfinished": plan, "theorem_3_1": "undecided"}
     state.results["left_out"] = [{"name": one.name, "reason": one.reason} for one in job.catalogue.left_out]

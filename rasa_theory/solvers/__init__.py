@@ -25,6 +25,7 @@ from rasa_theory.solvers.duration import (
     exact_lora_seconds,
     exact_solver_seconds,
     lora_seconds,
+    sample_seconds,
     solver_seconds,
     svd_cost,
 )
@@ -138,6 +139,7 @@ __all__ = [
     "random_start",
     "refitted",
     "resolve_mixing",
+    "sample_seconds",
     "scattered_start",
     "solve_lora",
     "solve_path",

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,14 +73,16 @@ def attempt_seconds(lora_seconds: float, exact: bool = False) -> tuple[float, fl
 
 def lora_seconds(entries: int, rank: int, dtype: torch.dtype, device: torch.device) -> float:
     """The seconds of LoRA on large layers of `entries` entries in all, by one layer of 1280 x 1280 timed now."""
-    return _timed((_SAMPLE, _SAMPLE), rank, "fast", dtype, device) * entries / _SAMPLE**2
+    lora = partial(solve_lora, rank=rank, method="fast")
+    return sample_seconds((_SAMPLE, _SAMPLE), dtype, device, lora) * entries / _SAMPLE**2
 
 
 def exact_lora_seconds(stacks: Sequence[Layered], rank: int, dtype: torch.dtype, device: torch.device) -> float:
     """The seconds of LoRA on stacks whose layers take exact SVDs, by one layer timed now, of at most 384 x 384."""
     b, a = max((stack.shape for stack in stacks), key=svd_cost)
     sample = (min(b, _EXACT_SAMPLE), min(a, _EXACT_SAMPLE))
-    seconds = _timed(sample, min(rank, *sample), "exact", dtype, device)
+    lora = partial(solve_lora, rank=min(rank, *sample), method="exact")
+    seconds = sample_seconds(sample, dtype, device, lora)
     return seconds * sum(stack.layers * svd_cost(stack.shape) for stack in stacks) / svd_cost(sample)
 
 
@@ -87,15 +91,17 @@ def svd_cost(shape: tuple[int, int]) -> int:
     return math.prod(shape) * min(shape)
 
 
-def _timed(shape: tuple[int, int], rank: int, spectra: str, dtype: torch.dtype, device: torch.device) -> float:
-    """The seconds of LoRA on one layer of this shape, with singular values that fall as those of updates."""
+def sample_seconds(
+    shape: tuple[int, int], dtype: torch.dtype | None, device: torch.device, work: Callable[[LayerStack], Any]
+) -> float:
+    """The seconds of some work on one layer of this shape, whose singular values fall as those of updates."""
     (b, a), sides = shape, min(shape)
     left, right = _orthogonal(b, sides, 0), _orthogonal(a, sides, 1)
     values = (left * torch.arange(1, sides + 1, dtype=torch.float64) ** _DECAY) @ right.T
     seconds = []
     for _ in range(2):  # libraries initialise in the first
         started = time.perf_counter()
-        solve_lora(LayerStack(values[None], "sample", dtype, device), rank, spectra)
+        work(LayerStack(values[None], "sample", dtype, device))
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

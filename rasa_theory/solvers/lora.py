@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rasa_theory import linalg
-from rasa_theory.common import InputError
+from rasa_theory.common import one_of
 from rasa_theory.linalg import lanczos
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, check_memory
 
@@ -63,8 +63,7 @@ def solve_lora(stack: LayerStack, rank: int, method: str = "auto", seed: int = 0
         InputError: `rank` is not in 1 .. min(b, a), the method is unknown, or the memory limit of the stack is too low.
     """
     RankBudget(rank, 0).check_fits(stack)
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     if method == "auto" and not stack.spectra.is_leading:
         stack = stack.with_spectra("auto", RankBudget(rank, 0))
     with stack.suitable_threads():

@@ -95,7 +95,7 @@ class Catalogue:
     Attributes:
         source: the description of the source.
         stacks: the stacks, not read yet.
-        left_out: the tensors that form no stack, as pairs (name, reason).
+        left_out: the tensors that form no stack, each with its reason.
         files: the files of the source.
         updates: the updates of all tensors by their names, including tensors left out; None where a source has no
             tensors beside its stacks.

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from rasa_theory.bounds import CERTIFICATES, Bound, allocation_bound, closed_floors, lower_bound
-from rasa_theory.common import InputError, at_least
+from rasa_theory.common import at_least, one_of
 from rasa_theory.problem import LayerStack, LoraFactors, RankBudget, RasaFactors, layer_residuals
 from rasa_theory.solvers import (
     Attempt,
@@ -62,8 +62,7 @@ class VerificationSettings:
 
     def __post_init__(self) -> None:
         at_least("sweeps", self.sweeps, 1)
-        if self.certificate not in CERTIFICATES:
-            raise InputError(f"certificate {self.certificate!r} is none of {', '.join(CERTIFICATES)}", "certificate")
+        one_of("certificate", self.certificate, CERTIFICATES)
 
 
 class MixingStep(NamedTuple):

@@ -158,7 +158,7 @@ def test_how_long_a_lora_takes_is_extrapolated_to_all_layers():
         stacks = [StackSource("q", 8, shape, None, ("h.0.q.weight",))]
         settings = ExtractSettings(rank, k, target=target, solver=SolverOptions(spectra=spectra))
         job = Job(Catalogue("s", stacks, []), [], settings, torch.float32, "cpu")
-        return duration(job, sample_seconds=lambda job, shape: 0.5)
+        return duration(job, seconds_of_sample=lambda job, shape: 0.5)
 
     assert said((512, 512), 4, 0) == "LoRA takes up to about 4 s here, reading aside, by a layer timed now."
     assert said((512, 512), None, 0, RankTarget(0.9)).startswith("LoRA takes up to about 8 s here")  # and the spectra

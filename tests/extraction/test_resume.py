@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rasa_theory import InputError
 from rasa_theory.common import resume
@@ -142,6 +144,28 @@ def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(resume.fcntl, "flock", lambda *rest: (_ for _ in ()).throw(OSError("no locks available")))
     with ExtractionFolder(tmp_path, plan) as place:
         assert place.compute_once("x", lambda: 1) == 1
+
+
+def test_a_folder_whose_plan_cannot_be_written_is_not_locked(tmp_path, monkeypatch):
+    def full(*rest, **more):
+        raise InputError("cannot write")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume, "write_json", full)
+        place = ExtractionFolder(tmp_path, {"settings": {}})
+        with pytest.raises(InputError, match="cannot write"), place:
+            pass
+    with ExtractionFolder(tmp_path, {"settings": {}}):
+        pass
+
+
+def test_tensors_beside_the_stacks_are_written_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_folder, "_PART", 1000)
+    sizes = {"a": 200, "b": 50, "c": 300, "d": 10, "e": 20}  # float32: 800, 200; 1200; 40, 80 bytes
+    with ExtractionFolder(tmp_path, {"settings": {"format": "diff"}}) as place:
+        place.add_tensors(3, ((name, torch.full((size,), 1.0)) for name, size in sizes.items()))
+        assert [list(load_file(place.tensors(n))) for n in (3, 4, 5)] == [["a", "b"], ["c"], ["d", "e"]]
+        assert not place.tensors(6).exists()
 
 
 def test_parts_of_no_known_plan_are_not_gone_on_with(tmp_path):

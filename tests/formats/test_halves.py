@@ -94,3 +94,9 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path, entry: float) -> None
     with pytest.raises(InputError, match="query: an entry is infinite or NaN"):
         write_halves({"query": torch.full((2, 3, 3), entry)}, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e305])
+def test_an_update_beyond_all_scales_is_refused(tmp_path: Path, size: float) -> None:
+    with pytest.raises(InputError, match=r"q: the largest entry is 1e.30\d, which no scale of this format reaches"):
+        write_halves({"q": torch.full((2, 3), size, dtype=torch.float64)}, tmp_path / "x.safetensors")

@@ -25,6 +25,16 @@ def test_joined_files_hold_the_same_tensors(tmp_path):
         join_safetensors([parts[0], parts[0]], out, {})
 
 
+def test_a_part_that_is_cut_off_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    part = tmp_path / "part.safetensors"
+    save_file({"t": torch.randn(300, 500)}, part)
+    header = read_header(part)
+    part.write_bytes(part.read_bytes()[:-1000])
+    monkeypatch.setattr("rasa_theory.formats.safetensors.read_header", lambda path: header)
+    with open(tmp_path / "all.safetensors", "wb") as out, pytest.raises(InputError, match="was cut off while"):
+        join_safetensors([part], out, {})
+
+
 def test_one_task_of_joined_files_loses_its_number(tmp_path):
     tensors = {f"{task}/h.0.q.weight": torch.full((2, 3), float(task)) for task in (0, 1, 11)}
     save_file(tensors, tmp_path / "part.safetensors")

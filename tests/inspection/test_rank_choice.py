@@ -94,6 +94,18 @@ def test_own_ranks_for_an_error_reach_it_with_fewer_parameters() -> None:
     assert found["own_ranks"]["parameters"] < found["one_rank"]["parameters"]
 
 
+def test_all_of_an_update_is_held_by_its_rank_whatever_sums_round() -> None:
+    generator = np.random.default_rng(0)
+    for n in range(20):
+        M = (
+            generator.standard_normal((3, 20, 4))
+            @ generator.standard_normal((3, 4, 16))
+            * 10.0 ** generator.uniform(-3, 3)
+        )
+        found = rt.inspect([rt.LayerStack(M, f"h.{n}")], (1, 16), error=0.0)["recommendation"]
+        assert set(found["own_ranks"]["ranks"].values()) == {4}
+
+
 def test_what_no_rank_reaches_is_said() -> None:
     stack = rt.LayerStack(np.eye(20)[None])
     found = rt.inspect([stack], (4,), error=0.5)["recommendation"]
