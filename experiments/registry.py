@@ -158,7 +158,7 @@ EXPERIMENTS = {
             "layers_left": Picture(
                 "updates.csv",
                 from_rows("update_spectra", "plot_left", *MODEL_NAMES.values()),
-                "effective ranks, what LoRA leaves and what RaSA takes off it, for every kind and layer",
+                "effective ranks, what LoRA leaves and what RaSA takes off it, for every kind and layer of two models",
             ),
         },
         takes="a minute",
@@ -189,7 +189,8 @@ EXPERIMENTS = {
             "pool_start": Picture(
                 "pool_start.csv",
                 from_rows("pool_start"),
-                "iterations to beat LoRA, and the final errors, against the size of the random pool",
+                "iterations to beat LoRA (small: starts, large: median of five), and final errors, against the size "
+                "of the random pool",
             )
         },
         takes="about 15 CPU minutes, extrapolated from a tenth of the run",
@@ -238,7 +239,10 @@ EXPERIMENTS = {
         ("recovery.csv",),
         {
             "recovery": Picture(
-                "recovery.csv", from_rows("recovery"), "seeds that recover planted factors, by shape and noise"
+                "recovery.csv",
+                from_rows("recovery"),
+                "seeds that recover planted factors, by shape and noise: of 20 seeds (three for the largest shape) "
+                "from the search, of three from a random pool",
             )
         },
         takes="37 minutes on two cores",
@@ -274,7 +278,7 @@ EXPERIMENTS = {
             "neighbours": Picture(
                 "neighbours.csv",
                 from_rows("neighbours"),
-                "RaSA beside thirteen other ways, at the parameters of LoRA of rank 8",
+                "RaSA beside thirteen other ways, at the parameters of LoRA of rank 8; a point is a kind of module",
             )
         },
         takes="36 minutes on one busy core",
@@ -286,7 +290,8 @@ EXPERIMENTS = {
             "compression": Picture(
                 "compression.csv",
                 from_rows("compression.figure"),
-                "trained LoRAs compressed together, or one by one: error against the share of their parameters",
+                "trained LoRAs compressed together, or one by one: error, mean of two kinds, against the parameters "
+                "allowed",
             )
         },
         "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
@@ -300,12 +305,13 @@ EXPERIMENTS = {
             "sharing_gain": Picture(
                 "why_sharing_pays.csv",
                 from_rows("why_sharing_pays.figure", "plot_gain"),
-                "the gain over LoRA, split into unequal ranks and sharing, by kind and k",
+                "the gain over LoRA, split into unequal ranks and sharing, by kind and k; black: the whole gain after "
+                "layers were turned apart, measured at k = 1 and 4",
             ),
             "pool_owners": Picture(
                 "why_sharing_pays.csv",
                 from_rows("why_sharing_pays.figure", "plot_owners"),
-                "layers that a term of the pool serves, on updates and on five controls",
+                "layers that a term of the pool serves, on updates and on five controls; a point is a term",
             ),
             "pool_scope": Picture(
                 "why_sharing_pays.csv",
@@ -327,7 +333,8 @@ EXPERIMENTS = {
             "iteration_count": Picture(
                 "iteration_count.csv",
                 from_rows("iteration_count"),
-                "first iteration below LoRA, by k, spectrum, overlap, pool at the start and number of layers",
+                "first iteration below LoRA, by k, spectrum, overlap, pool at the start and number of layers; a point "
+                "is a start, a bar the median of ten",
             )
         },
         takes="half an hour on two cores",
@@ -347,23 +354,25 @@ EXPERIMENTS = {
             "train_adapters": Picture(
                 "train_adapters.jsonl",
                 claims,
-                "learning and forgetting: paired differences between RaSA and LoRA at the same parameters",
+                "learning and forgetting: differences between RaSA and LoRA at the same parameters, paired by seed, "
+                "five seeds",
             ),
             "adapter_updates": Picture(
                 "train_adapters.jsonl",
                 from_runs("plot_updates"),
-                "ranks that training uses",
+                "entropy ranks of the trained updates, over layers, kinds and five seeds",
                 command=2,
             ),
             "adapter_gains": Picture(
                 "train_adapters.jsonl",
                 from_runs("plot_gains"),
-                "gain of RaSA over LoRA in training, against its gain in reconstruction",
+                "gain of RaSA over LoRA in training, against its gain in reconstruction; a point is a seed, of four",
             ),
             "adapter_starts": Picture(
                 "train_adapters_cpu.jsonl",
                 from_runs("plot_starts"),
-                "adapters that start from data beside random starts",
+                "adapters that start from data beside random starts: mean and 95 % interval of five seeds, each start "
+                "at its best rate; those from updates begin after 30 steps of full fine-tuning",
                 command=4,
                 takes="a part of the 6.7 CPU hours of all runs in the file",
             ),
