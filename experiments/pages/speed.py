@@ -126,19 +126,25 @@ def whole_models() -> str:
     """Forecast of an extraction from two whole models in bfloat16, r = 8.
 
     Without a pool the time is proportional to the bytes. With one the time per byte grows with the number of layers: a
-    line through the two measured extractions. The least memory is what `check_memory` asks for.
+    line through the two measured extractions. The quick effort has one measurement, and is taken to grow likewise. The
+    least memory is what `check_memory` asks for.
     """
     measured = rows("extract_scale.csv")
     plain = one(measured, layers=27, rank=16, k=0)["seconds_per_gigabyte"]
     few, many = (one(measured, layers=L, k=1, effort="default") for L in (2, 32))
-    quick = one(measured, layers=32, effort="quick")["seconds"] / many["seconds"]
+    quick = one(measured, layers=27, k=1, effort="quick")
     low, high = few["seconds_per_gigabyte"], many["seconds_per_gigabyte"]
+
+    def pooled(layers: int) -> float:
+        """Seconds for each GB."""
+        return low + (high - low) * (layers - few["layers"]) / (many["layers"] - few["layers"])
+
+    quick_share = quick["seconds_per_gigabyte"] / pooled(quick["layers"])
     lines = []
     for model, (L, width, narrow, wide) in MODELS.items():
         gigabytes = 4e-9 * L * width * (2 * width + 2 * narrow + 3 * wide)
-        pooled = low + (high - low) * (L - few["layers"]) / (many["layers"] - few["layers"])
         memory = 64 * width * wide / 2**30
-        times = [rounded_time(gigabytes * rate) for rate in (plain, pooled, quick * pooled)]
+        times = [rounded_time(gigabytes * rate) for rate in (plain, pooled(L), quick_share * pooled(L))]
         lines.append([model, f"{gigabytes:.3g} GB", *times, f"{memory:.3g} GiB"])
     return table(["model", "read", "k = 0", "k = 1", "k = 1, quick", "least `--memory`"], lines)
 
