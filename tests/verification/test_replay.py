@@ -94,7 +94,7 @@ GOOD: dict[str, Any] = {"values": np.ones((2, 4, 3)), "r": 2, "k": 1}
         ({"sweeps": 1.5}, "sweeps must be a whole number, got 1.5"),
         ({"optimum": -1.0}, "optimum must be a finite number, at least 0, got -1.0"),
         ({"optimum": math.nan}, "optimum must be a finite number, at least 0, got nan"),
-        ({"certificate": "best"}, "certificate 'best' is none of closed"),
+        ({"certificate": "best"}, "unknown certificate 'best'; known: closed"),
         ({"optimum": 0.0, "met_by": ["luck"]}, "met_by holds ['luck']"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"values": np.ones((2, 4, 3), object)}, "not a sound .npz file"),
