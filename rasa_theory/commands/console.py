@@ -164,6 +164,18 @@ def memory_size(text: str) -> int:
 # ---- files
 
 
+@contextlib.contextmanager
+def removed_if_empty(out: Path | None) -> Iterator[None]:
+    """Remove the folder of a run that ends in an error before anything was written."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something, or is no folder
+            if out is not None:
+                out.rmdir()
+        raise
+
+
 def output_folder(name: str, sources: Iterable[str | None] = ()) -> Path | None:
     """The folder of --out, made if need be; None for `none`.
 

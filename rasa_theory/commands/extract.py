@@ -21,6 +21,7 @@ from rasa_theory.commands.console import (
     exit_status,
     naming_flags,
     output_folder,
+    removed_if_empty,
     say_interrupted,
     say_notes,
 )
@@ -221,7 +222,7 @@ def run(arguments: list[str], processes: Processes) -> int:
     processes = processes.with_long_timeout()
     if args.overwrite:
         processes.from_first(lambda: remove_other_extraction(out, job.plan()))
-    with entered(out, job, processes) as folder:
+    with removed_if_empty(out if processes.first else None), entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
         table = ErrorTable(job.outline(), job.settings.rank, job.settings.k != 0, terminal_width())

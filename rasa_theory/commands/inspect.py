@@ -20,6 +20,7 @@ from rasa_theory.commands.console import (
     memory_size,
     naming_flags,
     output_folder,
+    removed_if_empty,
     say_interrupted,
     say_notes,
 )
@@ -110,9 +111,10 @@ def run(arguments: list[str], processes: Processes) -> int:
         print_line(job.forecast(), text)
         return 0
     out = output_folder(args.out, flags.named_sources(args))
-    folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
-    say_notes(job.catalogue.notes)
-    report = _inspected(job, folder, goal, args, arguments)
+    with removed_if_empty(out):
+        folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
+        say_notes(job.catalogue.notes)
+        report = _inspected(job, folder, goal, args, arguments)
     if report is None:
         return 130
     is_changed = any(row["norm_squared"] for row in report["stacks"])
@@ -179,6 +181,10 @@ def _inspected(
             out = None if folder is None else folder.out
             say_interrupted(done, len(job.catalogue.stacks), "stacks", out)
             return None
+        except InputError:
+            if folder is not None:
+                folder.abandon()
+            raise
         about = {
             "schema": 1, "command": ["rasa", "inspect", *arguments], "source": job.catalogue.source,
             "plan": job.plan(), "environment": environment(job.device, torch.float64),

@@ -16,6 +16,20 @@ class _Help(argparse.HelpFormatter):
         return "\n".join(line if line.startswith(" ") else wrap(line, width, indent) for line in text.split("\n"))
 
 
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviated flags, which raises InputError where argparse would end the process.
 
@@ -24,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
         self.add_argument("--version", action="version", version=f"rasa_theory {__version__}")
 
     def error(self, message: str) -> NoReturn:

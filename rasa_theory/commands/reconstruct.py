@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rasa_theory.commands.console import (
     exit_status,
     naming_flags,
     output_folder,
+    removed_if_empty,
     say_interrupted,
     say_left_out,
 )
@@ -158,7 +158,8 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     state = take_up(job, ["rasa", "reconstruct", *words], folder, processes)
     interrupted = False
     try:
-        _study(job, state, folder, processes, args)
+        with removed_if_empty(out if processes.first else None):
+            _study(job, state, folder, processes, args)
     except KeyboardInterrupt:
         interrupted = True
     if processes.first:
@@ -248,8 +249,9 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: 
 
 def _next(args: argparse.Namespace, out: Path | None) -> str:
     """What a reader of the table may want: a closer limit, the figure, the page."""
-    closer = dict(pairwise(CERTIFICATES)).get(args.certificate)
-    steps = [] if closer is None else [f"--certificate {closer} --out OTHER for a closer limit (up to minutes a row)"]
+    closest = CERTIFICATES[-1]
+    steps = [f"--certificate {closest} --out OTHER for a closer limit (minutes a row)"]
+    steps = [] if args.certificate == closest else steps
     steps += [] if out is None else ["the random starts in iterations.png"]
     return "; ".join([*steps, f"every word in {_PAGE}"])
 

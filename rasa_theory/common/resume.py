@@ -167,6 +167,11 @@ class PartsFolder(RunFolder):
             write_json(self.parts / name, {"kept": compute()}, end="")
         return self.cached(name)
 
+    def abandon(self) -> None:
+        """Remove the parts if none is finished, so that a run which fails at once leaves nothing."""
+        if self.finished_parts == 0:
+            self.clear()
+
     def clear(self) -> None:
         """Remove all parts."""
         shutil.rmtree(self.parts, ignore_errors=True)

@@ -157,11 +157,6 @@ class ExtractionFolder(PartsFolder):
         write_file(folder / WEIGHTS_FILE, lambda file: join_safetensors(parts, file, metadata, task, finish))
         write_json(folder / CONFIG_FILE, config, end="")
 
-    def abandon(self) -> None:
-        """Remove the parts if no stack is finished, so that a run which fails at once leaves nothing."""
-        if self.finished_parts == 0:
-            self.clear()
-
     def clear(self) -> None:
         """Remove the parts, and temporary files that a killed process has left."""
         super().clear()

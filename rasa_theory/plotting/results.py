@@ -38,8 +38,7 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
     title = f"Is RaSA below LoRA within {_CLAIMED} iterations?"
     figure = style.new_figure(1.1 + 1.5 * lines, style.WIDTH / 2 * max(columns, 2), title)
     axes = style.panels(figure, lines, columns)
-    for ax, (row, run) in zip(axes.flat, panels, strict=False):
-        _panel(ax, row, run)
+    shows_floor = [_panel(ax, row, run) for ax, (row, run) in zip(axes.flat, panels, strict=False)]
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_axis_off()
     if not panels:
@@ -49,12 +48,15 @@ def plot_iterations(results: dict[str, Any]) -> Figure:
         if len(panels) - columns <= n < len(panels):  # the lowest panel of its column
             style.name(ax, x="iteration")
     figure.supylabel("squared error / $e_{\\mathrm{LoRA}}$", fontsize=MEDIUM)
-    style.legend(figure, handles=_legend(), loc="outside lower left", ncols=2, columnspacing=1.0)
+    style.legend(figure, handles=_legend(any(shows_floor)), loc="outside lower left", ncols=2, columnspacing=1.0)
     return figure
 
 
-def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
-    """Draw the attempts of one run, in units of e_lora, with lines for the levels to compare with."""
+def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Draw the attempts of one run, in units of e_lora, with lines for the levels to compare with.
+
+    Returns whether the line of the floor is within the panel.
+    """
     from matplotlib.ticker import MaxNLocator
 
     unit = row["e_lora"]
@@ -81,7 +83,8 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
     last = [attempt["history"][-1] / unit for attempt in run["attempts"]]
     early = [attempt["history"][min(5, len(attempt["history"]) - 1)] / unit for attempt in run["attempts"]]
     low, high = min(allocation, best, *last, 1.0), max(1.0, *early)
-    if floor >= 2 * low - high:  # otherwise the curves would fill less than half of the panel
+    shows_floor = bool(floor >= 2 * low - high)  # otherwise the curves would fill less than half of the panel
+    if shows_floor:
         low = min(low, floor)
     else:
         style.note(ax, f"↓ floor {floor:.3f}", (0.98, 0.02), xycoords="axes fraction", color=PURPLE, ha="right")
@@ -94,6 +97,7 @@ def _panel(ax: Axes, row: dict[str, Any], run: dict[str, Any]) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     ax.set_title(_title(row, run), fontsize=style.SMALL, loc="right")
+    return shows_floor
 
 
 def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
@@ -105,14 +109,14 @@ def _title(row: dict[str, Any], run: dict[str, Any]) -> str:
     return f"{name}, k = {run['k']}\n{count}"
 
 
-def _legend() -> list[Line2D]:
+def _legend(shows_floor: bool) -> list[Line2D]:
     """One entry for each kind of line in `_panel`."""
     from matplotlib.lines import Line2D
 
-    return [
+    lines = [
         Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: below)"),
         Line2D([], [], color=INK, label="LoRA's optimum"),
-        Line2D([], [], color=GREEN, linestyle="--", label="allocation, no sharing"),
+        Line2D([], [], color=GREEN, linestyle="--", label="unequal ranks alone"),
         Line2D([], [], color=BLUE, linestyle="-.", label="RaSA, best found"),
-        Line2D([], [], color=PURPLE, linestyle=":", label="certified floor"),
     ]
+    return lines + [Line2D([], [], color=PURPLE, linestyle=":", label="certified floor")] * shows_floor

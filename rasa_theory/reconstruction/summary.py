@@ -11,6 +11,7 @@ import torch
 from rasa_theory import linalg
 from rasa_theory.bounds import PROBABLE
 from rasa_theory.common import WIDTH, TextTable, columns_of, csv_text, wrapped
+from rasa_theory.solvers import ITERATIONS
 
 _NUMBERS = (
     "LoRA\nmisses", "RaSA\ngains", "by ranks\nalone", "certified\nlimit", "random starts\nbelow LoRA",
@@ -18,7 +19,7 @@ _NUMBERS = (
 _WIDTHS = (8, 8, 8, 9)  # of those columns but the last
 _SHOWN = 3
 _EXPLANATION = (
-    "LoRA misses a share of ||M||^2; RaSA gains a share of that, the limit at most.",
+    "Misses: share of ||M||^2. Gains: share of LoRA's error, never above the limit.",
     "By ranks alone: unequal ranks, nothing shared. In brackets: iterations needed.",
 )
 """What the words of the table mean, in two lines."""
@@ -181,7 +182,7 @@ def _verdict(results: dict[str, Any], interrupted: bool) -> str:
     sentence = f"Theorem 3.1, e_rasa(k) <= e_lora: {results['theorem_3_1'].upper()}"
     sentence += f" ({len(runs)} {'pair' if len(runs) == 1 else 'pairs'} of stack and k, proved strict in {positive})"
     if counts:
-        sentence += f"; {below} of {len(counts)} random starts came below LoRA by themselves"
+        sentence += f"; {below} of {len(counts)} random starts came below LoRA within {ITERATIONS} iterations"
     return sentence + ("; interrupted, the rest was not run." if interrupted else ".")
 
 

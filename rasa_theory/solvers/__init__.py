@@ -7,7 +7,7 @@ one of `SWEEPS`, wrapped by `Guarded` and `BestSoFar`. Everything below `solve_r
 
 from rasa_theory.solvers import updates
 from rasa_theory.solvers.accuracy import cancellation, largest_excess, measurable, term_norms, term_size, unresolved
-from rasa_theory.solvers.attempts import Attempt, median_iterations, random_attempt
+from rasa_theory.solvers.attempts import ITERATIONS, Attempt, median_iterations, random_attempt
 from rasa_theory.solvers.descent import (
     BestSoFar,
     Descent,
@@ -74,6 +74,7 @@ __all__ = [
     "DIVERGED",
     "EFFORTS",
     "EFFORT_TIMES",
+    "ITERATIONS",
     "STARTS",
     "SWEEPS",
     "Attempt",

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import rasa_theory
 from rasa_theory.commands import main as rasa
@@ -168,3 +170,21 @@ def test_the_handler_of_an_interruption_is_put_back(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("words", ["inspect", "reconstruct --rank 2 --seeds 0", "extract --rank 2"])
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "with a file"])
+def test_bad_values_leave_no_empty_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, there: bool
+) -> None:
+    M = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0))
+    M[1, 2, 3] = torch.nan
+    save_file({f"h.{i}.q.weight": M[i].clone() for i in range(2)}, tmp_path / "x.safetensors")
+    out = tmp_path / "out"
+    if there:
+        (out / "kept").mkdir(parents=True)
+    assert rasa.main([*words.split(), "--source", str(tmp_path / "x.safetensors"), "--out", str(out)]) == 2
+    refused = "is there already" if there and words.startswith("extract") else "entry (2, 3) is nan"
+    assert refused in capsys.readouterr().err
+    assert out.exists() == there
+    assert [path.name for path in out.glob("*")] == ["kept"] * there

@@ -80,7 +80,7 @@ def test_the_list_and_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "sentence"),
     [
         (["--instances", "0"], "--instances must be at least 1, got 0"),
-        (["--instances", "many"], "argument --instances: invalid int value: 'many'"),
+        (["--instances", "many"], "argument --instances: 'many' is not a whole number"),
         (["--seed", "-1"], "seed must be at least 0, got -1 (--seed)"),
         (["--families", "gaussian,odd"], "--families: 'odd' is none of gaussian, decaying"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),

@@ -41,7 +41,7 @@ def results(*stacks: dict[str, Any]) -> dict[str, Any]:
 
 
 EXPLANATION = [
-    "LoRA misses a share of ||M||^2; RaSA gains a share of that, the limit at most.",
+    "Misses: share of ||M||^2. Gains: share of LoRA's error, never above the limit.",
     "By ranks alone: unequal ranks, nothing shared. In brackets: iterations needed.",
 ]
 
@@ -82,8 +82,8 @@ def test_a_narrow_terminal_draws_columns_together_and_folds_the_last() -> None:
         "query",
         "    1  64.12 %  0.255 %  0.143 %   3.824 % 3 of 5 (11 to",
         "                                           35)",
-        "LoRA misses a share of ||M||^2; RaSA gains a share of",
-        "that, the limit at most.",
+        "Misses: share of ||M||^2. Gains: share of LoRA's error,",
+        "never above the limit.",
         "By ranks alone: unequal ranks, nothing shared. In",
         "brackets: iterations needed.",
     ]
