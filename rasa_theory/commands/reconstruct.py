@@ -6,6 +6,7 @@ Exit status: 0 all well, 1 a checked law failed, 2 bad input or usage, 130 inter
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -153,20 +154,35 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
     if processes.first:
         say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
     folder = None if out is None else ResultsFolder(out, job.plan())
-    if folder is not None and not args.overwrite:
-        processes.from_first(lambda: _check_free(folder))
-    state = take_up(job, ["rasa", "reconstruct", *words], folder, processes)
+    with removed_if_empty(out if processes.first else None), contextlib.ExitStack() as locks:
+        if folder is not None:
+            processes.from_first(lambda: _enter(folder, locks, args.overwrite))
+        return _run_in(folder, job, words, processes, args)
+
+
+def _enter(folder: ResultsFolder, locks: contextlib.ExitStack, overwrite: bool) -> None:
+    """Lock the folder. Raises InputError if another run has locked it, or if it holds another reconstruction."""
+    locks.enter_context(folder)
+    if not overwrite and (conflict := folder.conflict()):
+        raise occupied(conflict)
+
+
+def _run_in(
+    folder: ResultsFolder | None, job: StudyJob, words: list[str], processes: Processes, args: argparse.Namespace
+) -> int:
+    """Run the study, or what is left of it, in this folder; return the exit status."""
+    state = take_up(job, ["rasa", "reconstruct", *words], folder, args.overwrite, processes)
     interrupted = False
     try:
-        with removed_if_empty(out if processes.first else None):
-            _study(job, state, folder, processes, args)
+        _study(job, state, folder, processes, args)
     except KeyboardInterrupt:
         interrupted = True
     if processes.first:
+        out = None if folder is None else folder.out
         _report(state.results, interrupted, out, args)
         if interrupted:
-            finished = [row for row in state.results["stacks"] if len(row["runs"]) == len(settings.ks)]
-            say_interrupted(len(finished), len(catalogue.stacks), "stacks", out)
+            finished = [row for row in state.results["stacks"] if len(row["runs"]) == len(job.settings.ks)]
+            say_interrupted(len(finished), len(job.catalogue.stacks), "stacks", out)
     return 130 if interrupted else 1 if state.results["theorem_3_1"] == "violated" else 0
 
 
@@ -187,12 +203,6 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         raise InputError("--memory goes with files; a synthetic stack is made in memory as a whole")
     with naming_flags(flags.NAMES):
         return synthetic_catalogue(args.layers, args.shape, args.spectrum, args.overlap, args.seed)
-
-
-def _check_free(folder: ResultsFolder) -> None:
-    """Raise InputError if the folder holds another reconstruction."""
-    if conflict := folder.conflict():
-        raise occupied(conflict)
 
 
 def _check_stacks(job: StudyJob) -> None:

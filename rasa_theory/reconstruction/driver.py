@@ -70,8 +70,8 @@ def study(
         Frobenius norms, summed over layers, in units of the input; with `weight` "layer", of the scaled layers.
 
     Raises:
-        InputError: a setting is out of range, r exceeds min(b, a) of a stack, there is no stack, or several processes
-            ask for a certificate that only one can search for.
+        InputError: a setting is out of range, r exceeds min(b, a) of a stack, there is no stack, two stacks have one
+            name, or several processes ask for a certificate that only one can search for.
     """
     settings = StudySettings(rank, tuple(ks), solver or SolverOptions(), certificate, seeds, weight)
     state = StudyState(new_results(settings), {})
@@ -85,10 +85,12 @@ def study_steps(
 ) -> Iterator[StudyState]:
     """Yield `state` after every (stack, k), with the new point added. An interruption leaves whole points only.
 
-    Raises InputError if there is no stack.
+    Raises InputError if there is no stack, or two of them have one name.
     """
     reporter = StudyReporter(settings, watch)
     for original in stacks:
+        if any(row["name"] == original.name for row in state.results["stacks"]):
+            raise InputError(f"two stacks are named {original.name!r}, and results are filed by name; rename one")
         stack, norms = normalised_layers(original) if settings.weight == "layer" else (original, None)
         state.results["environment"] = state.results["environment"] or environment(
             stack.device, stack.dtype, stack.sharding.processes.world_size

@@ -127,8 +127,12 @@ class StudyJob:
         return dataclasses.replace(source, layers=-(-source.layers // world_size))
 
 
-def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None, processes: Processes) -> StudyState:
+def take_up(
+    job: StudyJob, command: Sequence[str], folder: ResultsFolder | None, anew: bool, processes: Processes
+) -> StudyState:
     """The state to go on from: the finished stacks of an earlier run of the same plan, or nothing.
+
+    With `anew`, a study that is finished is not taken up, so that it is computed once more.
 
     Its results carry the plan, as `unfinished` until every stack is done. Process 0 reads the folder for all.
     """
@@ -136,7 +140,7 @@ def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None,
 
     def finished() -> dict[str, Any] | None:
         earlier = None if folder is None else folder.finished_stacks(job.settings.ks)
-        if earlier is None:
+        if earlier is None or (anew and "plan" in earlier.results):
             return None
         factors.update(earlier.factors)
         return earlier.results
@@ -144,6 +148,7 @@ def take_up(job: StudyJob, command: Sequence[str], folder: ResultsFolder | None,
     state = StudyState(processes.from_first(finished) or new_results(job.settings, job.catalogue.source), factors)
     plan = job.plan() if folder is None else folder.plan
     state.results |= {"command": list(command), "unfinished": plan, "theorem_3_1": "undecided"}
+    state.results.pop("plan", None)
     state.results["left_out"] = [{"name": one.name, "reason": one.reason} for one in job.catalogue.left_out]
     return state
 
@@ -201,16 +206,18 @@ def run_study(
                 finished(row, row["runs"][-1])
             if processes.first:
                 add_norms(job, state.results)
+            state.results["plan"] = state.results["unfinished"]
+            del state.results["unfinished"]
             state.results["theorem_3_1"] = overall_verdict(state.results)
-            state.results["plan"] = state.results.pop("unfinished")
             if output is not None:
                 output.write(state)
     except KeyboardInterrupt:
         is_complete = "plan" in state.results
-        if not is_complete:
+        if is_complete:  # only the last writing was interrupted, and is done here
+            state.results.pop("unfinished", None)
+            state.results["theorem_3_1"] = overall_verdict(state.results)
+        else:
             processes.board.tell_interrupted()
-            if state.results["theorem_3_1"] == "holds":
-                state.results["theorem_3_1"] = "undecided"
         if output is not None and state.results["stacks"]:
             output.write(state)
         if not is_complete:

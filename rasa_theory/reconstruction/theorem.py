@@ -52,6 +52,7 @@ def verdict(checks: dict[str, bool], start: str | RasaFactors) -> str:
 
 
 def overall_verdict(results: dict[str, Any]) -> str:
-    """Return the verdict on all runs: the worst one."""
+    """The verdict on all runs: the worst one. While stacks are left (`unfinished`), it is "undecided" at best."""
     verdicts = {run["theorem_3_1"] for row in results["stacks"] for run in row["runs"]}
+    verdicts |= {"undecided"} if "unfinished" in results else set()
     return next((v for v in ("violated", "undecided") if v in verdicts), "holds")

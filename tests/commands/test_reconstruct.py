@@ -695,6 +695,53 @@ def test_an_interrupted_run_of_other_settings_is_kept(
     assert capsys.readouterr().err.count("--overwrite") == 2
 
 
+def test_a_finished_study_is_taken_up_and_computed_anew_if_asked(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    command = [*short_run(stack_file, out), "--rank", "2"]
+    assert reconstruct.main(command) == 0
+    first = json.loads((out / "results.json").read_text())
+    capsys.readouterr()
+    solved = []
+    real = study.solve_lora
+    monkeypatch.setattr(study, "solve_lora", lambda *words: solved.append(1) or real(*words))
+    assert reconstruct.main(command) == 0
+    assert (json.loads((out / "results.json").read_text()), solved) == (first, [])
+    assert "1 of 1 stacks were finished before" in capsys.readouterr().err
+    assert reconstruct.main([*command, "--overwrite"]) == 0
+    assert solved == [1]
+
+
+def test_factors_of_another_run_are_not_taken_up(stack_file: Path, tmp_path: Path) -> None:
+    """A run of other settings that dies between its two files leaves its factors beside the results before."""
+    out, other = tmp_path / "results", tmp_path / "other"
+    assert reconstruct.main([*short_run(stack_file, out), "--rank", "3"]) == 0
+    assert reconstruct.main([*short_run(stack_file, other), "--rank", "2"]) == 0
+    (other / "factors.safetensors").replace(out / "factors.safetensors")
+    assert reconstruct.main([*short_run(stack_file, out), "--rank", "3"]) == 0
+    (key,) = (key for key in load_file(out / "factors.safetensors") if key.endswith("private_B"))
+    assert load_file(out / "factors.safetensors")[key].shape[2] == 2, "q = r - k"
+
+
+def test_two_runs_do_not_share_a_folder(
+    stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    real, status = study.solve_lora, []
+
+    def meanwhile(*words: Any) -> Any:
+        monkeypatch.undo()
+        status.append(reconstruct.main([*short_run(stack_file, out), "--rank", "3"]))
+        return real(*words)
+
+    monkeypatch.setattr(study, "solve_lora", meanwhile)
+    assert reconstruct.main([*short_run(stack_file, out), "--rank", "2"]) == 0
+    assert status == [2]
+    assert f"another process is reconstructing into {out}" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == sorted(ResultsFolder.FILES)
+
+
 def test_dry_run_only_says_what_would_run(stack_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "none-made"
     assert reconstruct.main(["--source", str(stack_file), "--rank", "2", "--dry-run", "--out", str(out)]) == 0

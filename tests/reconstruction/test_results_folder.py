@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rasa_theory as rt
-from rasa_theory.formats import read_tensors, safetensors_bytes
+from rasa_theory.formats import read_header, read_tensors, safetensors_bytes
 from rasa_theory.reconstruction import ResultsFolder, StudySettings, StudyState, new_results, study_steps
 from tests.helpers.problems import noise
 
@@ -58,7 +58,7 @@ def test_a_stack_that_lacks_factors_is_done_again_and_the_others_are_kept(tmp_pa
     finished_study(folder)
     path = tmp_path / "factors.safetensors"
     tensors = {key: tensor for key, tensor in read_tensors(path).items() if key != "stack 1/1/mixing"}
-    path.write_bytes(safetensors_bytes(tensors))
+    path.write_bytes(safetensors_bytes(tensors, read_header(path).metadata))
     earlier = folder.finished_stacks((0, 1))
     assert names(earlier) == ["stack 0"]
     assert {key.split("/")[0] for key in earlier.factors} == {"stack 0"}
