@@ -93,7 +93,7 @@ def row_of(stack: rt.LayerStack, fit: methods.Fit) -> Row:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """A row for each method, a point for each stack: error over LoRA's at the same parameters, r = 8."""
+    """A row for each method, a point for each stack: error over LoRA's at the same parameters, r = 8. Needs rows."""
     r = SHOWN if any(row["r"] == SHOWN for row in rows) else max(row["r"] for row in rows)
     own = [row for row in rows if row["r"] == r]
     lora = {row["stack"]: row["error"] for row in own if row["method"] == "lora"}

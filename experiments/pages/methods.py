@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from experiments.pages.words import KINDS, Line, first_model, has, model_table, one, percent, rows, span, spelled, table
 from experiments.support.rows import Row
+from rasa_theory.methods import METHODS
 
 NAMES = {
     "lora": "LoRA",
@@ -60,6 +61,10 @@ def neighbours() -> str:
 
     columns = ["error less LoRA's, %", "settings, query", *map(spelled, KINDS), "the number is"]
     return model_table(columns, rows("neighbours.csv"), lines)
+
+
+def number_of_methods() -> str:
+    return str(len(METHODS))
 
 
 SIZES = (0.03, 0.0776, 0.125, 0.5)
@@ -116,4 +121,4 @@ def kept_by_one_side() -> str:
     return f"{kept['trained']:.2f}, and {kept['random']:.2f} by chance"
 
 
-BLOCKS = (neighbours, localized, compression, sizes_used, lost_at, kept_by_one_side)
+BLOCKS = (neighbours, number_of_methods, localized, compression, sizes_used, lost_at, kept_by_one_side)

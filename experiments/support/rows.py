@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,17 +50,25 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Row], columns: Sequence[str] = ()) -> None:
-    """Add rows to a CSV file of these columns, or to a `.jsonl` file, all in one write; then they are in the file.
+    """Add rows to a CSV file of these columns, or to a `.jsonl` file; processes that share the file take turns.
 
-    A new CSV file begins with its header. The folder is made if it is missing.
+    A new CSV file begins with its header. A line that a killed process has left unfinished goes. The folder is made if
+    it is missing. Raises ValueError if a CSV file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        present = file.read()
+        whole = present[: present.rfind(b"\n") + 1]
+        file.truncate(len(whole))
         if path.suffix == ".jsonl":
             text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         else:
-            text = _csv(columns, rows)
-            text = text if file.tell() == 0 else text.partition("\n")[2]
+            header, _, lines = _csv(columns, rows).partition("\n")
+            if whole and (there := whole.decode().partition("\n")[0]) != header:
+                raise ValueError(f"{path} has the columns {there}, not {header}")
+            text = lines if whole else f"{header}\n{lines}"
         file.write(text.encode())
 
 

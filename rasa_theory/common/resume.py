@@ -103,7 +103,7 @@ class PartsFolder(RunFolder):
     """
 
     def __init__(self, out: Path, plan: Plan, parts: Path, last: Path, busy: str) -> None:
-        self.finished = last.exists()
+        self._last, self.finished = last, last.exists()
         super().__init__(out, plan, last if self.finished else parts / _MANIFEST, "plan")
         self.parts, self._busy = parts, busy
         self._lock: IO[bytes] | None = None
@@ -112,6 +112,8 @@ class PartsFolder(RunFolder):
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.parts / _LOCK, self._busy)
         try:
+            if self._last.exists() and not self.finished:
+                raise InputError(f"another process has finished {self._last}; the same command reads it")
             self._begin()
         except BaseException:
             self._unlock()

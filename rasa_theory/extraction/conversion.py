@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rasa_theory import linalg
 from rasa_theory.bounds import Bound, lower_bound
 from rasa_theory.common import InputError
 from rasa_theory.extraction.extract_settings import STORED, ExtractSettings
@@ -49,9 +50,9 @@ def extract_stack(
 ) -> Extracted:
     """Solve LoRA of rank r and RaSA(r, k) on one stack.
 
-    Matrices narrower than r are taken whole. A stack of zeros has ranks 0 and no tensors. A LoRA without RaSA of layers
-    larger than 1024 comes from the certified leading part, as all else does where `LayerStack.with_spectra` takes
-    leading directions. The full spectra are not reported then.
+    Matrices narrower than r are taken whole. A stack of zeros has ranks 0 and no tensors. With k = 0, layers of up to
+    1024 rows or columns take exact SVDs, and larger ones their certified leading parts. With a pool,
+    `LayerStack.with_spectra` decides. Without exact SVDs the full spectra are not reported.
 
     Arguments:
         stack: the L updates M_i (b, a).
@@ -71,7 +72,6 @@ def extract_stack(
     if stack.norm_squared == 0:
         return Extracted({}, _row(stack, modules, settings, [_module_row(name) for name in modules.names]))
     budget = settings.budget(stack.shape)
-    has_pool = settings.k is None or budget.shared_rank > 0
     lora_ranks = [budget.rank] * L if ranks is None else list(ranks)
     exact = settings.exact(stack)
     if settings.k != 0:
@@ -81,7 +81,8 @@ def extract_stack(
     lora_factors = lora.factors if ranks is None else _truncated(lora.factors, ranks)
     lora_errors = lora.layer_errors if ranks is None else squared_errors(stack, lora_factors)
     lora_size = sum(lora_ranks) * sum(stack.shape)
-    rasa = _Rasa(0, lora_errors, lora_size) if not has_pool else _solve_rasa(stack, settings, callback)
+    has_pool = budget.shared_rank > 0 if settings.k is not None else _gains_by_a_pool(stack, budget, lora.error)
+    rasa = _solve_rasa(stack, settings, callback) if has_pool else _Answer(0, lora_errors, lora_size)
     written: LoraFactors | RasaFactors = lora_factors
     written_ranks = lora_ranks
     if rasa.factors is not None and settings.is_pooled:
@@ -199,8 +200,11 @@ def _truncated(factors: LoraFactors, ranks: Sequence[int]) -> LoraFactors:
 
 
 @dataclass(frozen=True)
-class _Rasa:
-    """RaSA's answer for a stack: k, squared errors by layer, parameters; floor, search and factors if it has a pool."""
+class _Answer:
+    """RaSA's answer for a stack, or LoRA's with k = 0: squared errors by layer, parameters.
+
+    Floor, search and factors are those of RaSA.
+    """
 
     k: int
     errors: Sequence[float]
@@ -210,23 +214,29 @@ class _Rasa:
     factors: RasaFactors | None = None
 
 
-def _solve_rasa(stack: LayerStack, settings: ExtractSettings, callback: Callback | None) -> _Rasa:
+def _gains_by_a_pool(stack: LayerStack, budget: RankBudget, e_lora: float) -> bool:
+    """Whether k auto has anything to gain: not where LoRA takes matrices whole, or is exact up to rounding."""
+    return budget.rank < min(stack.shape) and not linalg.not_above(e_lora, 0.0, stack.rounding)
+
+
+def _solve_rasa(stack: LayerStack, settings: ExtractSettings, callback: Callback | None) -> _Answer:
     """RaSA(r, k) with its floor."""
     budget, solution = _best_k(stack, settings, callback)
     floor = lower_bound(stack, budget, settings.certificate, spectra=settings.solver.spectra)
     search = None if solution.search is None else dataclasses.asdict(solution.search)
     factors = solution.factors
-    return _Rasa(budget.shared_rank, solution.layer_errors, factors.parameters, floor, search, factors)
+    return _Answer(budget.shared_rank, solution.layer_errors, factors.parameters, floor, search, factors)
 
 
 def _best_k(stack: LayerStack, settings: ExtractSettings, callback: Callback | None) -> tuple[RankBudget, RasaSolution]:
-    """RaSA(r, k) with its budget; for k auto the best of k = 1, 2, 4, .., r, the smallest of equal ones."""
+    """RaSA(r, k) with its budget; for k auto the best of 1, 2, 4, .., r, the smallest of those equal up to rounding."""
     budget = settings.budget(stack.shape)
     rank = budget.rank
     if settings.k is not None:
         return budget, solve_rasa(stack, budget, settings.solver, callback)
     path = solve_path(stack, rank, {*(2**n for n in range(rank.bit_length())), rank}, settings.solver, callback)
-    k = min(path, key=lambda k: path[k].error)
+    least = min(solution.error for solution in path.values())
+    k = min(k for k, solution in path.items() if linalg.not_above(solution.error, least, stack.rounding))
     return RankBudget(rank, k), path[k]
 
 

@@ -1,6 +1,7 @@
 """Ranks by layer, the best k, and the settings that decide between exact and leading SVDs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,3 +164,20 @@ def test_a_stack_that_has_not_changed_is_not_decomposed():
     assert extracted.row["ranks"] == {}
     assert extracted.row["e_rasa"] == extracted.row["e_stored"] == 0
     assert stack.data_passes == 0
+
+
+@pytest.mark.parametrize(("rank", "shape", "r"), [(4, (24, 4), 8), (3, (24, 20), 4)], ids=["taken whole", "exact"])
+def test_k_auto_takes_no_pool_where_lora_misses_nothing(
+    tmp_path: Path, rank: int, shape: tuple[int, int], r: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = shape
+    factors = [
+        [torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((b, rank), (rank, a))]
+        for _ in range(5)
+    ]
+    save_file({f"h.{i}.q.weight": B @ A for i, (B, A) in enumerate(factors)}, tmp_path / "x.safetensors")
+    words = ["--source", str(tmp_path / "x.safetensors"), "--rank", str(r), "--k", "auto"]
+    assert main([*words, "--format", "lora-exact-rasa", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    (row,) = report_of(tmp_path / "out")["stacks"]
+    assert (row["k"], row["rank"], row["lower_bound_name"]) == (0, min(r, a), "none")
