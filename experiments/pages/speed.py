@@ -137,7 +137,7 @@ def whole_models() -> str:
 
     def pooled(layers: int) -> float:
         """Seconds for each GB."""
-        return low + (high - low) * (layers - few["layers"]) / (many["layers"] - few["layers"])
+        return float(low + (high - low) * (layers - few["layers"]) / (many["layers"] - few["layers"]))
 
     quick_share = quick["seconds_per_gigabyte"] / pooled(quick["layers"])
     lines = []

@@ -165,13 +165,15 @@ def memory_size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def removed_if_empty(out: Path | None) -> Iterator[None]:
-    """Remove the folder of a run that ends in an error before anything was written."""
+def leaving_no_empty_folder(name: str) -> Iterator[None]:
+    """Remove the folder of --out if it is new, and the run ends in an error before anything was written there."""
+    out = Path(name)
+    is_new = not out.exists()
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # it holds something, or is no folder
-            if out is not None:
+            if is_new:
                 out.rmdir()
         raise
 

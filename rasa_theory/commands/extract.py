@@ -19,9 +19,9 @@ from rasa_theory.bounds import RankTarget
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
     exit_status,
+    leaving_no_empty_folder,
     naming_flags,
     output_folder,
-    removed_if_empty,
     say_interrupted,
     say_notes,
 )
@@ -216,13 +216,19 @@ def run(arguments: list[str], processes: Processes) -> int:
         if processes.first:
             print_line(forecast(job, Path(args.out), processes.world_size), text)
         return 0
+    with leaving_no_empty_folder(args.out):
+        return _run_in(job, processes, arguments, args)
+
+
+def _run_in(job: Job, processes: Processes, arguments: list[str], args: argparse.Namespace) -> int:
+    """Extract into the folder of --out; return the exit status."""
     out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
     if out is None:
         raise InputError("--out none writes no adapter; name a folder")
     processes = processes.with_long_timeout()
     if args.overwrite:
         processes.from_first(lambda: remove_other_extraction(out, job.plan()))
-    with removed_if_empty(out if processes.first else None), entered(out, job, processes) as folder:
+    with entered(out, job, processes) as folder:
         if processes.first:
             say_notes(job.catalogue.notes)
         table = ErrorTable(job.outline(), job.settings.rank, job.settings.k != 0, terminal_width())

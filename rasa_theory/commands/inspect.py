@@ -17,10 +17,10 @@ import torch
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
     exit_status,
+    leaving_no_empty_folder,
     memory_size,
     naming_flags,
     output_folder,
-    removed_if_empty,
     say_interrupted,
     say_notes,
 )
@@ -110,8 +110,8 @@ def run(arguments: list[str], processes: Processes) -> int:
     if args.dry_run:
         print_line(job.forecast(), text)
         return 0
-    out = output_folder(args.out, flags.named_sources(args))
-    with removed_if_empty(out):
+    with leaving_no_empty_folder(args.out):
+        out = output_folder(args.out, flags.named_sources(args))
         folder = None if out is None else inspection_folder(out, job.plan(), args.overwrite)
         say_notes(job.catalogue.notes)
         report = _inspected(job, folder, goal, args, arguments)

@@ -17,9 +17,9 @@ from rasa_theory.bounds import CERTIFICATES, check_certificate
 from rasa_theory.commands import flags
 from rasa_theory.commands.console import (
     exit_status,
+    leaving_no_empty_folder,
     naming_flags,
     output_folder,
-    removed_if_empty,
     say_interrupted,
     say_left_out,
 )
@@ -150,11 +150,11 @@ def _run(args: argparse.Namespace, words: list[str], processes: Processes) -> in
         return 0
 
     processes.from_first(lambda: catalogue.check_changed("there is nothing to reconstruct"))
-    out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
     if processes.first:
         say_left_out([one for one in catalogue.left_out if one.kind is not Exclusion.UNSELECTED], "results.json")
-    folder = None if out is None else ResultsFolder(out, job.plan())
-    with removed_if_empty(out if processes.first else None), contextlib.ExitStack() as locks:
+    with leaving_no_empty_folder(args.out), contextlib.ExitStack() as locks:
+        out = processes.from_first(lambda: output_folder(args.out, flags.named_sources(args)))
+        folder = None if out is None else ResultsFolder(out, job.plan())
         if folder is not None:
             processes.from_first(lambda: _enter(folder, locks, args.overwrite))
         return _run_in(folder, job, words, processes, args)
@@ -259,10 +259,11 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: 
 
 def _next(args: argparse.Namespace, out: Path | None) -> str:
     """What a reader of the table may want: a closer limit, the figure, the page."""
+    starts = out is not None and args.seeds > 0
     closest = CERTIFICATES[-1]
     steps = [f"--certificate {closest} --out OTHER for a closer limit (minutes a row)"]
     steps = [] if args.certificate == closest else steps
-    steps += [] if out is None else ["the random starts in iterations.png"]
+    steps += ["the random starts in iterations.png"] if starts else []
     return "; ".join([*steps, f"every word in {_PAGE}"])
 
 

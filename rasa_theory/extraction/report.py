@@ -86,6 +86,7 @@ def report_notes(report: dict[str, Any], prefix: str = "") -> list[str]:
         *([PROBABLE] if any(row.get("lower_bound_failure") for row in changed) else []),
         *_sizes(report, is_diff),
         *([] if is_diff else _equal_size(report)),
+        *_of_base(report, is_diff),
         *consumer_notes(report),
         *([f"Unchanged, and not written: {', '.join(zero)}."] if zero else []),
         *_whole(report),
@@ -93,6 +94,13 @@ def report_notes(report: dict[str, Any], prefix: str = "") -> list[str]:
         *_unknown(report),
     ]
     return [*(line for sentence in sentences for line in wrapped(sentence)), *_warning(report)]
+
+
+def _of_base(report: dict[str, Any], is_diff: bool) -> list[str]:
+    """The sentence on the model that a pair's adapter belongs to."""
+    if is_diff or not report["source"].endswith(f"minus {report['base']}"):
+        return []
+    return [f"It belongs to {report['base']}; the numbers here would be the same if base and tuned were swapped."]
 
 
 def _has_pool(rows: Sequence[dict[str, Any]]) -> bool:
@@ -206,7 +214,7 @@ def model_card(report: dict[str, Any]) -> str:
     load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
     use = f"\n```python\n{load}\n```\n" if peft else ""
     share = (total["e_stored"] or 0.0) / total["norm_squared"] if total["norm_squared"] else 0.0
-    modules = sum(row["layers"] for row in report["stacks"])
+    modules = sum(module["norm_squared"] > 0 for row in report["stacks"] for module in row["modules"])
     lost = len(report["left_out"])
     left_out = f" {lost} tensors or stacks of the source are left out, see `report.json`." if lost else ""
     return f"""---

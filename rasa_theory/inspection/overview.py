@@ -118,7 +118,8 @@ def recommendation_lines(report: dict[str, Any]) -> list[str]:
         lines.append("Ranks of their own for the modules do not reach it within these ranks either.")
     else:
         ranks = sorted(own["ranks"].values())
-        lines.append(f"With a rank of its own for every module, {ranks[0]} to {ranks[-1]}: {_costs(own)}")
+        how = "extract --rank auto --ranks own, for PEFT alone"
+        lines.append(f"With a rank of its own for every module, {ranks[0]} to {ranks[-1]} ({how}): {_costs(own)}")
     return [line for text in lines for line in wrapped(text)]
 
 
@@ -133,8 +134,8 @@ def _minimal(one: dict[str, Any]) -> str:
 def _costs(choice: dict[str, Any]) -> str:
     low, high = _outwards(choice["error"])
     return (
-        f"The best LoRA misses {low} to {high} of ||M||^2 and takes {choice['parameters']:,} parameters "
-        f"({megabytes(choice['bytes'])} MB)."
+        f"The best LoRA misses {low} to {high} of ||M||^2, {math.sqrt(choice['error'][1]):.2g} of ||M||, and takes "
+        f"{choice['parameters']:,} parameters ({megabytes(choice['bytes'])} MB)."
     )
 
 

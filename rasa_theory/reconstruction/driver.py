@@ -98,7 +98,10 @@ def study_steps(
         stack = stack.with_spectra(settings.solver.spectra, RankBudget(settings.rank, 0))
         with stack.suitable_threads():
             lora = solve_lora(stack, settings.rank, "exact")
-            row = stack_row(stack, lora)
+            next_rank = settings.rank + 1
+            row = stack_row(
+                stack, lora, solve_lora(stack, next_rank, "exact").error if next_rank <= min(stack.shape) else 0.0
+            )
         reporter.begin_stack(stack.name, lora.error)
         passes_before = stack.data_passes
         path = iterate_path(stack, settings.rank, settings.ks, settings.solver, reporter.solving)

@@ -31,8 +31,8 @@ def new_results(settings: StudySettings, source: str = "", command: Sequence[str
     }
 
 
-def stack_row(stack: LayerStack, lora: LoraSolution) -> dict[str, Any]:
-    """The row of a stack, still without its runs, one for each k."""
+def stack_row(stack: LayerStack, lora: LoraSolution, e_lora_next: float) -> dict[str, Any]:
+    """The row of a stack, still without its runs, one for each k; `e_lora_next` is LoRA's error at rank r + 1."""
     return {
         "name": stack.name,
         "layers": stack.layers,
@@ -41,6 +41,7 @@ def stack_row(stack: LayerStack, lora: LoraSolution) -> dict[str, Any]:
         "layer_norms_squared": stack.layer_norms_squared,
         "e_lora": lora.error,
         "e_lora_interval": list(lora.interval),
+        "e_lora_next": e_lora_next,
         "runs": [],
     }
 

@@ -65,7 +65,7 @@ class StudyJob:
         lines = [f"Source {catalogue.source}, on {self.device} in {dtype}. Would solve:"]
         ks = ", ".join(str(k) for k in settings.ks)
         lines += [
-            size_line(source, self.dtype, f", update rank up to {self._update_rank(source)}")
+            size_line(source, self.dtype, f", RaSA's updates of rank up to {self._update_rank(source)}")
             for source in catalogue.stacks
         ]
         lines.append(f"r = {settings.rank}, k = {ks}; {settings.seeds} random attempts for each stack and k.")

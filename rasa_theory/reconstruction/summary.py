@@ -23,6 +23,7 @@ _EXPLANATION = (
     "By ranks alone: unequal ranks, nothing shared. In brackets: iterations needed.",
 )
 """What the words of the table mean, in two lines."""
+_EXPLANATION_WITHOUT_STARTS = (_EXPLANATION[0], "By ranks alone: unequal ranks, nothing shared.")
 
 
 class StudyTable:
@@ -86,7 +87,8 @@ def table(results: dict[str, Any], width: int = WIDTH, verbose: bool = False) ->
 def explanation_lines(results: dict[str, Any], width: int = WIDTH) -> list[str]:
     """What the words of the table mean, and what its reader has to know of floors and searches."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
-    sentences = list(_EXPLANATION)
+    sentences = list(_EXPLANATION) if any(run["attempts"] for _, run in runs) else _EXPLANATION_WITHOUT_STARTS
+    sentences = [*sentences, *_next_rank(results)]
     if any(run.get("lower_bound_failure") for _, run in runs):  # files of earlier versions do not say it
         sentences.append(PROBABLE)
     lonely = [_point(row, run) for row, run in runs if run["search"] is not None and run["search"]["near_best"] == 1]
@@ -95,6 +97,16 @@ def explanation_lines(results: dict[str, Any], width: int = WIDTH) -> list[str]:
             f"Only one start of the search came near the lowest on {_some(lonely)}; --effort thorough may find more."
         )
     return [line for sentence in sentences for line in wrapped(sentence, min(width, WIDTH))]
+
+
+def _next_rank(results: dict[str, Any]) -> list[str]:
+    """The sentence on what one more rank gains, to compare with; none without pools, or in files that do not say it."""
+    rows = [row for row in results["stacks"] if row["e_lora"] > 0 and any(run["k"] > 0 for run in row["runs"])]
+    if not rows or any("e_lora_next" not in row for row in rows):
+        return []
+    gains = [100 * (1 - row["e_lora_next"] / row["e_lora"]) for row in rows]
+    low, high = f"{min(gains):.1f}", f"{max(gains):.1f}"
+    return [f"One more rank: LoRA of rank {results['rank'] + 1} gains {low if low == high else f'{low} to {high}'} %."]
 
 
 def _cells(stack: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
@@ -112,7 +124,7 @@ def _per_cent(share: float, up: bool = False) -> str:
     digits = 3 if abs(share) < 0.1 else 2
     scale = 10**digits
     value = math.ceil(100 * share * scale - 1e-6) / scale if up else 100 * share  # but not for the sake of rounding
-    return f"{value:.{digits}f} %"
+    return f"{value if round(value, digits) else 0:.{digits}f} %"
 
 
 def _below(counts: Sequence[int | None]) -> str:

@@ -181,7 +181,7 @@ def test_where_only_an_embedding_has_changed_it_is_named(tmp_path, capsys):
     pair = ["--base", str(tmp_path / "base.safetensors"), "--tuned", str(tmp_path / "tuned.safetensors"), "--rank", "2"]
     assert main([*pair, "--k", "0", "--quiet", "--out", str(tmp_path / "out")]) == 2
     assert "every update is zero, there is nothing to extract; only 'wte.weight' has changed" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
