@@ -80,18 +80,19 @@ def flag_parser() -> Parser:
     )
     flags.add_sources(
         parser,
-        source="instead of the two: a checkpoint that holds updates, tuned minus base",
+        source="instead of the two: a file of updates, tuned minus base, or one LoRA adapter",
         adapters="instead: LoRA adapters of one base, for PEFT, compressed together: one stack per module, over the "
         "adapters; an adapter of each goes into a folder of its own",
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("ranks and files").add_argument
     add("--exclude", action="append", default=[], metavar="GLOB", help="leave these stacks out; repeatable")
     add(
         "--rank",
         type=_number_or_auto,
         default=16,
         metavar="R",
-        help="rank budget r of a layer, or auto; a matrix with fewer rows or columns is taken whole (%(default)s)",
+        help="rank budget r of a layer, or auto; a matrix with fewer rows or columns is taken whole "
+        "(default: %(default)s)",
     )
     add("--energy", type=float, metavar="E", help="with --rank auto: keep this share of the squared norm")
     add("--error", type=float, metavar="E", help="with --rank auto: miss at most this share of the squared norm")
@@ -110,20 +111,21 @@ def flag_parser() -> Parser:
         default="lora",
         help="lora: the best LoRA of rank r, for PEFT; lora-exact-rasa: the RaSA solution as a LoRA of rank "
         "r - k + L k, for PEFT; rasa: a layout of its authors' forks of PEFT; kohya: the best LoRA in one file, for "
-        "ComfyUI and diffusers; dense: the same as dense updates; diff: tuned minus base, of all tensors (%(default)s)",
+        "ComfyUI and diffusers; dense: the same as dense updates; diff: tuned minus base, of all tensors "
+        "(default: %(default)s)",
     )
     add(
         "--ranks",
         choices=RANKS,
         default=RANKS[0],
         help="one: all factors padded with zeros to the largest rank, which every consumer reads right; own: the "
-        "smallest file, with ranks in patterns, for PEFT alone (%(default)s)",
+        "smallest file, with ranks in patterns, for PEFT alone (default: %(default)s)",
     )
     add(
         "--layout",
         choices=LAYOUTS,
         default=LAYOUTS[0],
-        help="of format rasa: mixing is the layout of zwhe99/RaSA, private that of zwhe99/peft (%(default)s)",
+        help="of format rasa: mixing is the layout of zwhe99/RaSA, private that of zwhe99/peft (default: %(default)s)",
     )
     add(
         "--save-modules",
@@ -132,8 +134,13 @@ def flag_parser() -> Parser:
     )
     add("--out", required=True, metavar="DIR", help="folder of the adapter")
     add("--overwrite", action="store_true", help="replace what another extraction has left in the folder")
-    add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the files (%(default)s)")
-    add("--compute", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
+    add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the files (default: %(default)s)")
+    add(
+        "--compute",
+        choices=("float64", "float32"),
+        default="float64",
+        help="dtype of the computation (default: %(default)s)",
+    )
     add(
         "--prefix",
         metavar="P",
@@ -141,7 +148,7 @@ def flag_parser() -> Parser:
         "(lora_unet_, or lora_te_ for a text encoder)",
     )
     add("--base-name", metavar="NAME", help="base_model_name_or_path in the adapter (what --base says)")
-    flags.add_solver(parser)
+    flags.add_solver(parser, "solver and floors, with --k")
     flags.add_running(parser)
     return parser
 

@@ -36,10 +36,8 @@ EXAMPLES = {
         "an instance that failed, once more": "--replay rasa-verify/failures/FILE.npz",
     },
     "extract": {
-        "the best LoRA of a fine-tuned model, for PEFT": (
-            "--base BASE_DIR --tuned TUNED_DIR --rank 16 --k 0 --out adapter"
-        ),
-        "the same with a shared rank, after a look at sizes and memory": (
+        "the best LoRA of a fine-tuned model, for PEFT": ("--base BASE_DIR --tuned TUNED_DIR --rank 16 --out adapter"),
+        "sizes, memory and time of the same with a shared rank, before anything is computed": (
             "--base BASE_DIR --tuned TUNED_DIR --rank 16 --k 1 --format lora-exact-rasa --out adapter --dry-run"
         ),
         "ranks layer by layer, to miss at most 10 % of the squared norm": (
@@ -54,7 +52,7 @@ EXAMPLES = {
         "the least rank that misses at most a tenth of the squared norm": (
             "--base BASE_DIR --tuned TUNED_DIR --error 0.1"
         ),
-        "the best ranks for a file of 100 MB, after a look at sizes and time": (
+        "sizes and time of a search for the best ranks of a file of 100 MB": (
             "--base BASE_DIR --tuned TUNED_DIR --size 100MB --dry-run"
         ),
     },
@@ -71,7 +69,7 @@ def with_examples(text: str, command: str) -> str:
 
 def add_sources(parser: argparse.ArgumentParser, source: str, adapters: str) -> None:
     """Add --base, --tuned, --source, --adapters and --modules; `source` and `adapters` are the help of those two."""
-    add = parser.add_argument
+    add = parser.add_argument_group("updates").add_argument
     add(
         "--base",
         metavar="P",
@@ -123,50 +121,60 @@ def open_catalogue(
     )
 
 
-def add_solver(parser: argparse.ArgumentParser) -> None:
-    """Add --start, --effort, --max-cancellation, --certificate, --sweeps, --rtol, --spectra and --seed."""
-    add, options = parser.add_argument, SolverOptions
+def add_solver(parser: argparse.ArgumentParser, group: str = "solver and floors") -> None:
+    """Add a group of this title.
+
+    It has --start, --effort, --max-cancellation, --certificate, --sweeps, --rtol, --spectra and --seed.
+    """
+    add, options = parser.add_argument_group(group).add_argument, SolverOptions
     add(
         "--start",
         choices=("best", *STARTS),
         default="best",
-        help="where the solver starts (%(default)s: a search with many starts of all kinds)",
+        metavar="NAME",
+        help="where the solver starts (default: %(default)s, a search with many starts of all kinds): %(choices)s",
     )
     add(
         "--effort",
         choices=EFFORTS,
-        help=f"how long the search of --start best takes ({options.effort}); quick: a few seconds for each stack and "
-        "k; thorough: until nothing has changed for as long as it took to get there, for a number to publish",
+        help=f"how long the search of --start best takes (default: {options.effort}); quick: a few seconds for each "
+        "stack and k; thorough: until nothing has changed for as long as it took to get there, for a number to publish",
     )
     add(
         "--max-cancellation",
         type=float,
         default=options.max_cancellation,
         metavar="C",
-        help="the bound on terms: none exceeds C >= 1 times the norm of its layer (%(default)s); inf: no bound",
+        help="the bound on terms: none exceeds C >= 1 times the norm of its layer (default: %(default)s); inf: none",
     )
     add(
         "--certificate",
         choices=CERTIFICATES,
         default="closed",
-        help="floors up to this kind: dual and two-sided take up to minutes per stack and k (%(default)s)",
+        help="floors up to this kind: dual and two-sided take up to minutes per stack and k (default: %(default)s)",
     )
-    add("--sweeps", type=int, default=options.max_sweeps, metavar="N", help="maximum number of sweeps (%(default)s)")
+    add(
+        "--sweeps",
+        type=int,
+        default=options.max_sweeps,
+        metavar="N",
+        help="maximum number of sweeps (default: %(default)s)",
+    )
     add(
         "--rtol",
         type=float,
         default=options.rtol,
         metavar="X",
-        help="stop when a sweep gains less than this share (%(default)s)",
+        help="stop when a sweep gains less than this share (default: %(default)s)",
     )
     add(
         "--spectra",
         choices=SPECTRA,
         default=options.spectra,
         help="leading: all from products with M, for large layers; floors then hold but for a probability of 1e-10; "
-        "exact: from SVDs; auto: exact below some 768 rows or columns, or where ranks are large (%(default)s)",
+        "exact: from SVDs; auto: exact below 768 rows or columns, or where ranks are large (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, metavar="S", help="seed of everything random (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of everything random (default: %(default)s)")
 
 
 def solver_options(args: argparse.Namespace) -> SolverOptions:
@@ -191,7 +199,7 @@ def solver_options(args: argparse.Namespace) -> SolverOptions:
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Add --device, --memory, --json, --quiet and --dry-run."""
-    add = parser.add_argument
+    add = parser.add_argument_group("the run").add_argument
     add("--device", default="auto", help="auto (cuda, else cpu), cpu, cuda:1, ..")
     add(
         "--memory",

@@ -87,8 +87,18 @@ def flag_parser() -> Parser:
     add("--error", type=float, metavar="E", help="recommend ranks that miss at most this share of the squared norm")
     add("--energy", type=float, metavar="E", help="recommend ranks that hold at least this share of the squared norm")
     add("--size", type=memory_size, metavar="SIZE", help="recommend ranks whose parameters take at most this, as 80MB")
-    add("--dtype", choices=tuple(STORED), default="float32", help="dtype of the adapter, for sizes (%(default)s)")
-    add("--out", default="rasa-inspect", metavar="DIR", help="folder of the files (%(default)s); none writes nothing")
+    add(
+        "--dtype",
+        choices=tuple(STORED),
+        default="float32",
+        help="dtype of the adapter, for sizes (default: %(default)s)",
+    )
+    add(
+        "--out",
+        default="rasa-inspect",
+        metavar="DIR",
+        help="folder of the files (default: %(default)s); none writes nothing",
+    )
     add("--overwrite", action="store_true", help="replace what another inspection has left in the folder")
     flags.add_running(parser)
     return parser

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any, NoReturn
 
 from rasa_theory.common import InputError, __version__
 
 
 class _Help(argparse.HelpFormatter):
-    """A formatter that wraps text, except lines that begin with a space: they are commands to copy."""
+    """A formatter that wraps text, but no names with hyphens, and no lines that begin with a space: commands."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         wrap = super()._fill_text

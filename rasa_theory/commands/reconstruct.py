@@ -82,7 +82,7 @@ def flag_parser() -> Parser:
         adapters="instead: PEFT LoRA adapters of one base; one stack per module, over the adapters",
     )
     add = parser.add_argument
-    add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (%(default)s)")
+    add("--rank", type=int, default=8, metavar="R", help="rank budget r of a layer (default: %(default)s)")
     add(
         "--k",
         type=flags.whole_numbers,
@@ -92,15 +92,29 @@ def flag_parser() -> Parser:
     )
     add("--weight", choices=WEIGHTS, default="none", help="layer: scale every layer's update to unit norm first")
     flags.add_solver(parser)
-    add("--seeds", type=int, default=5, metavar="N", help="random attempts at the iteration count (%(default)s)")
-    add("--dtype", choices=("float64", "float32"), default="float64", help="dtype of the computation (%(default)s)")
+    add(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="random attempts at the iteration count (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="dtype of the computation (default: %(default)s)",
+    )
     add(
         "--tf32",
         action="store_true",
         help="float32 products may round to TF32 on CUDA, final errors do not; does nothing on the CPU",
     )
     add(
-        "--out", default="rasa-results", metavar="DIR", help="folder for the results (%(default)s); none writes nothing"
+        "--out",
+        default="rasa-results",
+        metavar="DIR",
+        help="folder for the results (default: %(default)s); none writes nothing",
     )
     add("--overwrite", action="store_true", help="replace what another reconstruction has left in the folder")
     add("--verbose", action="store_true", help="say of every row where the solver started and why it stopped")

@@ -81,7 +81,12 @@ def flag_parser() -> Parser:
     add("--replay", metavar="FILE", help="try the laws again that failed on the instance in this .npz file")
     add("--dry-run", action="store_true", default=None, help="say what would be tried, and how long it takes")
     add("--list", action="store_true", help="say what the families and laws are")
-    add("--out", default="rasa-verify", metavar="DIR", help="folder for the files (%(default)s); none writes nothing")
+    add(
+        "--out",
+        default="rasa-verify",
+        metavar="DIR",
+        help="folder for the files (default: %(default)s); none writes nothing",
+    )
     add("--json", action="store_true", help="print the tally as JSON, everything else on standard error")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
