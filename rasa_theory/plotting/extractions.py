@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _TALLEST = 40  # rows of the heat map that have a name each; of more, every second or third has one
 _POINTS = 30  # single matrices that are shown, the worst of them
 _CURVES = len(COLOURS)  # kinds with a curve of their own
+_TICKS = 6  # at most, of ranks
 
 
 def plot_extraction(report: dict[str, Any]) -> Figure:
@@ -41,12 +42,13 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
     heights = {
         "map": 1.0 + LINE * min(len(many), 2 * _TALLEST) if many else 0.0,
         "points": 1.0 + LINE * min(len(single), _POINTS) if single else 0.0,
-        "curves": 3.0 if curves else 0.0,
+        "curves": 2.4 if curves else 0.0,
     }
+    legend = 0.3 + LINE * min(len(curves) + 1, _CURVES) if curves else 0.0
     shown = {name: height for name, height in heights.items() if height > 0}
     title = "How large are the updates?" if settings["format"] == "diff" else "What does the adapter miss?"
     figure = style.new_figure(
-        max(sum(shown.values()) + 0.2, 2.0), width_beside([row["label"] for row in rows]), title=title
+        max(sum(shown.values()) + legend + 0.2, 2.0), width_beside([row["label"] for row in rows]), title=title
     )
     if not shown:
         return figure
@@ -59,6 +61,8 @@ def plot_extraction(report: dict[str, Any]) -> Figure:
         _points(panel_of["points"], single, value)
     if curves:
         _curves(panel_of["curves"], curves)
+        lines = panel_of["curves"].get_legend_handles_labels()[0]
+        style.legend(figure, handles=lines, loc="outside lower left")
     return figure
 
 
@@ -113,8 +117,8 @@ def _curves(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ax.axhline(0.0, color=GREY, linewidth=0.8)
     ax.set_xscale("symlog", base=2, linthresh=1)
     ticks = sorted({int(rank) for row in rows for rank in row["error_at_rank"] if int(rank) & (int(rank) - 1) == 0})
+    ticks = ticks[:: -(-len(ticks) // _TICKS)]
     ax.set_xticks(ticks, [str(rank) for rank in ticks], minor=False)
     ax.set_xlim(left=0)
     ax.set_ylim(-0.02, 1.02)
     style.name(ax, x="rank of the best LoRA", y="missed share")
-    style.legend(ax, loc="best")

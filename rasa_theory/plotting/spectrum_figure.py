@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rasa_theory.common import shortened
 from rasa_theory.plotting import style
 from rasa_theory.plotting.heat_map import LINE, LONGEST, heat_map, width_beside
-from rasa_theory.plotting.style import BLUE, INK, ORANGE
+from rasa_theory.plotting.style import BLUE, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,9 +89,8 @@ def _curve(ax: Axes, report: dict[str, Any]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(report["ranks"], [str(rank) for rank in report["ranks"]], rotation=90)
     ax.set_ylim(0, 1.05 * max(high))
-    style.name(ax, x="rank of every module", y=r"missed share of $\|M\|^2$", title="all modules together")
     found = (report["recommendation"] or {}).get("one_rank")
+    title = "all modules together" if found is None else f"all modules; recommended: {found['rank']}"
+    style.name(ax, x="rank of every module", y=r"missed share of $\|M\|^2$", title=title)
     if found is not None:
         ax.axvline(found["rank"], color=ORANGE, linestyle="--")
-        style.note(ax, f"recommended: {found['rank']}", (found["rank"], 1.02 * max(high)), xytext=(-2, 0),
-                   textcoords="offset points", color=INK, ha="right", va="top", rotation=90)  # fmt: skip
