@@ -172,12 +172,12 @@ def _target(args: argparse.Namespace) -> RankTarget | None:
     targets = [flag for flag in ("energy", "error", "parameters") if getattr(args, flag) is not None]
     if args.rank is not None:
         if targets:
-            raise InputError(f"--{targets[0]} goes with --rank auto, and nothing else")
+            raise InputError(f"--{targets[0]} goes with --rank auto alone; give that, or leave it out")
         return None
     if len(targets) != 1:
         raise InputError("--rank auto needs exactly one of --energy, --error and --parameters")
     if args.error is not None and not 0 <= args.error < 1:
-        raise InputError(f"--error must be at least 0 and below 1, got {args.error}")
+        raise InputError(f"--error is a share, at least 0 and below 1, as 0.3 for 30 %; got {args.error}")
     with naming_flags(flags.NAMES):
         return RankTarget(1 - args.error if args.error is not None else args.energy, args.parameters)
 

@@ -66,7 +66,7 @@ class ExtractSettings:
         if self.target is not None:
             if self.rank is not None or self.k != 0:
                 raise InputError(
-                    "rank is auto, so that layers differ in rank, and a pool needs equal ones: k must be 0",
+                    "rank auto gives layers different ranks, and a pool needs equal ones: give a number, or k = 0",
                     "rank",
                 )
         elif self.rank is None:

@@ -170,7 +170,9 @@ class Catalogue:
         selected = [s for s in self.stacks if _matches(s.name, globs)]
         if not selected:
             names = ", ".join(repr(s.name) for s in self.stacks)
-            raise InputError(f"{self.source}: no stack matches --modules {patterns}; there are {names}")
+            part = next((glob for glob in globs if any(glob in s.name for s in self.stacks)), None)
+            hint = f"; '*{part}*' matches names with {part!r} in them" if part else ""
+            raise InputError(f"{self.source}: no stack matches --modules {patterns}; there are {names}{hint}")
         return self._only(selected, f"does not match --modules {patterns}")
 
     def without(self, globs: Sequence[str]) -> Catalogue:

@@ -138,5 +138,6 @@ def _refuse_adapters(models: Sequence[Path]) -> None:
             MLX_WEIGHTS,
         }:
             raise InputError(
-                f"{path} is the folder of an adapter, not a model; give it alone as --source, or several as --adapters"
+                f"{path} is the folder of an adapter, not a model; merge it into its base first, or give it alone as "
+                "--source, or several as --adapters"
             )

@@ -112,8 +112,8 @@ def open_pair(
 def _as_on_disk(path: Path) -> str:
     """The sentence that names are those of the disk, with the reason."""
     return (
-        f"Modules are named as on the disk, which may not be their names in the model, for {why_unknown(path)}; "
-        "what a tensor is was decided by its name and shape."
+        f"Modules are named as on the disk, and tensors taken for what their names and shapes say, since "
+        f"{why_unknown(path)}. The model may name them otherwise."
     )
 
 

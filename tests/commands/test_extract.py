@@ -230,7 +230,7 @@ def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
         (["--rank", "auto"], "--rank auto needs exactly one of --energy, --error and --parameters"),
         (["--energy", "0.9"], "--energy goes with --rank auto"),
         (["--rank", "auto", "--energy", "2"], "energy must be above 0 and at most 1, got 2.0"),
-        (["--rank", "auto", "--energy", "0.9", "--k", "1"], "k must be 0"),
+        (["--rank", "auto", "--energy", "0.9", "--k", "1"], "a pool needs equal ones"),
         (["--rank", "auto", "--parameters", "9"], "the target leaves every layer rank 0"),
         (["--format", "rasa", "--k", "auto"], "k cannot be auto for format rasa"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
@@ -268,7 +268,8 @@ def test_an_adapter_is_no_half_of_a_pair_and_all_missing_paths_are_named(llamas,
     for pair in ((base, adapter), (adapter, base), (adapter, adapter)):
         assert main(["--base", pair[0], "--tuned", pair[1], "--out", str(tmp_path / "out")]) == 2
         assert (
-            f"{adapter} is the folder of an adapter, not a model; give it alone as --source" in capsys.readouterr().err
+            f"{adapter} is the folder of an adapter, not a model; merge it into its base first, or give"
+            in capsys.readouterr().err
         )
     shutil.copy(tmp_path / "adapter" / "adapter_config.json", tmp_path)
     save_file({f"layers.{i}.q.weight": torch.ones(4, 3) for i in range(2)}, tmp_path / "model.safetensors")

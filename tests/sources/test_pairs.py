@@ -295,10 +295,10 @@ def test_the_note_on_names_is_about_the_configuration_that_there_is(tmp_path: Pa
     file = tmp_path / side / "config.json"
     file.write_text('{"model_type": "mine"}')
     (note,) = open_source(**paths).notes
-    assert f"transformers cannot build the model of {file};" in note
+    assert f"transformers cannot build the model of {file}." in note
     file.unlink()
     (note,) = open_source(**paths).notes
-    assert "has no config.json;" in note
+    assert "has no config.json." in note
 
 
 # ---- the Hub
