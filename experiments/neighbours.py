@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         for done, row in enumerate(compared(stacks, ranks, table, model, options.methods), 1):
             table.add([row])
             progress(done, f"after {row['stack']}, r = {row['r']}, {row['method']}")
-    style.save(plot(of_models(table.rows, FIRST_MODEL)), options.out / "neighbours.png")
+    if shown := of_models(table.rows, FIRST_MODEL):
+        style.save(plot(shown), options.out / "neighbours.png")
     rows = of_models(table.rows, model)
     for r in ranks:
         print(f"\nr = {r}: error / ||M||^2 at LoRA's parameters")
