@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rasa_theory as rt
-from rasa_theory.peft import factors, from_factors
+from rasa_theory.peft import factors
 from tests.helpers.tiny_models import TINY, VOCABULARY, tiny
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/train.md"
@@ -55,7 +55,8 @@ def test_the_page_starts_from_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                if name.endswith(("q_proj.weight", "up_proj.weight"))}  # fmt: skip
     save_file(updates, tmp_path / "updates.safetensors")
     monkeypatch.chdir(tmp_path)
-    names = {"rt": rt, "from_factors": from_factors, "base": base}
+    base.save_pretrained("base")
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "BASE": "base"}  # from the example before
     exec(compile(blocks()[1], str(GUIDE), "exec"), names)
     result = {pool: one.layers for pool, one in factors(names["model"]).items()}
     assert result == {"self_attn.q_proj": 3, "mlp.up_proj": 3}

@@ -119,7 +119,7 @@ def test_damaged_files_and_those_of_another_kind_are_one_sentence(
     np.save(tmp_path / "array.npy", GOOD["values"])
     np.savez_compressed(tmp_path / "whole.npz", **GOOD)
     whole = (tmp_path / "whole.npz").read_bytes()
-    for n in range(0, len(whole), 7):
+    for n in range(0, len(whole), 17):
         (tmp_path / f"{n}.npz").write_bytes(whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :])
     unsound = 0
     for path in tmp_path.iterdir():
@@ -129,7 +129,7 @@ def test_damaged_files_and_those_of_another_kind_are_one_sentence(
             unsound += 1
             assert err.startswith(f"rasa verify: {path}: ")
             assert err.count("\n") == 1
-    assert unsound > 10
+    assert unsound > 5
 
 
 def test_where_no_law_applies_nothing_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
