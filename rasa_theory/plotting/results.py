@@ -116,7 +116,7 @@ def _legend(shows_floor: bool) -> list[Line2D]:
     lines = [
         Line2D([], [], color=ORANGE, marker="o", markeredgecolor=INK, label="random starts (dot: below)"),
         Line2D([], [], color=INK, label="LoRA's optimum"),
-        Line2D([], [], color=GREEN, linestyle="--", label="unequal ranks alone"),
+        Line2D([], [], color=GREEN, linestyle="--", label="unequal ranks"),
         Line2D([], [], color=BLUE, linestyle="-.", label="RaSA, best found"),
     ]
     return lines + [Line2D([], [], color=PURPLE, linestyle=":", label="certified floor")] * shows_floor
