@@ -112,7 +112,7 @@ def attempts_never() -> str:
 
 
 def small_pool_attempts() -> list[Row]:
-    """Those of r = 8 and k = 1."""
+    """The attempts on the bundled updates at r = 8 and k = 1."""
     return real_attempts(rank=8, k=1)
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments import adapter_claims as claims
 from experiments.pages.training import methods_of, titled
-from experiments.pages.words import FIGURES, percents, rows, table
+from experiments.pages.words import FIGURES, percents, rows, signed, table
 from experiments.support.rows import Row
 
 Seeds = dict[int, Row]
@@ -35,10 +35,6 @@ def test_mrr(row: Row) -> float:
 def early_loss(row: Row) -> float:
     losses = row["losses"][: claims.SMOOTH]
     return float(sum(losses) / len(losses))
-
-
-def signed(interval: tuple[float, float], digits: int = 4) -> str:
-    return f"{interval[0]:+.{digits}f} ± {interval[1]:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,14 @@ def percents(shares: Iterable[float], digits: int = 2) -> str:
     return span((100 * share for share in shares), f".{digits}f", " %")
 
 
+def signed(interval: tuple[float, float], digits: int = 4) -> str:
+    """A mean difference with half its interval, such as `-0.0006 ± 0.0077`."""
+    return f"{interval[0]:+.{digits}f} ± {interval[1]:.{digits}f}"
+
+
 def plus_minus(row: Row, key: str, digits: int = 4) -> str:
-    """A mean difference with its interval, such as `-0.0006 ± 0.0077`."""
-    return f"{row[key]:+.{digits}f} ± {row[f'{key}_interval']:.{digits}f}"
+    """The same from a row with both."""
+    return signed((row[key], row[f"{key}_interval"]), digits)
 
 
 def one(all_rows: Iterable[Row], **where: Any) -> Row:

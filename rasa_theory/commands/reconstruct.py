@@ -273,11 +273,11 @@ def _report(results: dict[str, Any], interrupted: bool, out: Path | None, args: 
 
 def _next(args: argparse.Namespace, out: Path | None) -> str:
     """What a reader of the table may want: a closer limit, the figure, the page."""
-    starts = out is not None and args.seeds > 0
-    closest = CERTIFICATES[-1]
-    steps = [f"--certificate {closest} --out OTHER for a closer limit (minutes a row)"]
-    steps = [] if args.certificate == closest else steps
-    steps += ["the random starts in iterations.png"] if starts else []
+    closest, steps = CERTIFICATES[-1], []
+    if args.certificate != closest:
+        steps.append(f"--certificate {closest} --out OTHER for a closer limit (minutes a row)")
+    if out is not None and args.seeds > 0:
+        steps.append("the random starts in iterations.png")
     return "; ".join([*steps, f"every word in {_PAGE}"])
 
 

@@ -57,6 +57,15 @@ class RunFolder:
     def __init__(self, out: Path, plan: Plan, record: Path, key: str) -> None:
         self.out, self.plan = out, plan
         self._record, self._key = record, key
+        self._lock: IO[bytes] | None = None
+
+    def _lock_by(self, file: Path, busy: str) -> None:
+        """Lock the folder by a file in it. Raises InputError, with the sentence `busy`, if another run has done so."""
+        self._lock = locked(file, busy)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def recorded(self) -> dict[str, Any] | None:
         """The content of the record, None if there is none. Raises InputError if it cannot be read."""
@@ -106,11 +115,10 @@ class PartsFolder(RunFolder):
         self._last, self.finished = last, last.exists()
         super().__init__(out, plan, last if self.finished else parts / _MANIFEST, "plan")
         self.parts, self._busy = parts, busy
-        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.parts / _LOCK, self._busy)
+        self._lock_by(self.parts / _LOCK, self._busy)
         try:
             if self._last.exists() and not self.finished:
                 raise InputError(f"another process has finished {self._last}; the same command reads it")
@@ -131,10 +139,6 @@ class PartsFolder(RunFolder):
 
     def __exit__(self, *raised: object) -> None:
         self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     @property
     def has_begun(self) -> bool:

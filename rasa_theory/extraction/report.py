@@ -98,7 +98,7 @@ def report_notes(report: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _of_base(report: dict[str, Any], is_diff: bool) -> list[str]:
     """The sentence on the model that a pair's adapter belongs to."""
-    if is_diff or not report["source"].endswith(f"minus {report['base']}"):
+    if is_diff or "base_norm_squared" not in report:  # the updates do not come from a pair
         return []
     return [f"It belongs to {report['base']}; the numbers here would be the same if base and tuned were swapped."]
 

@@ -99,9 +99,8 @@ def study_steps(
         with stack.suitable_threads():
             lora = solve_lora(stack, settings.rank, "exact")
             next_rank = settings.rank + 1
-            row = stack_row(
-                stack, lora, solve_lora(stack, next_rank, "exact").error if next_rank <= min(stack.shape) else 0.0
-            )
+            e_lora_next = solve_lora(stack, next_rank, "exact").error if next_rank <= min(stack.shape) else 0.0
+            row = stack_row(stack, lora, e_lora_next)
         reporter.begin_stack(stack.name, lora.error)
         passes_before = stack.data_passes
         path = iterate_path(stack, settings.rank, settings.ks, settings.solver, reporter.solving)

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from rasa_theory.common import InputError, Plan, RunFolder, locked, write_file, write_json
+from rasa_theory.common import InputError, Plan, RunFolder, write_file, write_json
 from rasa_theory.formats import read_header, read_tensors, safetensors_bytes
 from rasa_theory.plotting import plot_iterations, style
 from rasa_theory.reconstruction.driver import StudyState
@@ -30,17 +30,15 @@ class ResultsFolder(RunFolder):
 
     def __init__(self, out: Path, plan: Plan) -> None:
         super().__init__(out, plan, out / "results.json", "unfinished")
-        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         busy = f"another process is reconstructing into {self.out}; wait for it, or name another folder"
-        self._lock = locked(self.out / _LOCK, busy)
+        self._lock_by(self.out / _LOCK, busy)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._lock is not None:
-            (self.out / _LOCK).unlink(missing_ok=True)
-            self._lock.close()
+        (self.out / _LOCK).unlink(missing_ok=True)
+        self._unlock()
 
     def conflict(self) -> str | None:
         """What speaks against writing here, as the beginning of a sentence: another study; None if nothing does.

@@ -87,8 +87,8 @@ def table(results: dict[str, Any], width: int = WIDTH, verbose: bool = False) ->
 def explanation_lines(results: dict[str, Any], width: int = WIDTH) -> list[str]:
     """What the words of the table mean, and what its reader has to know of floors and searches."""
     runs = [(row, run) for row in results["stacks"] for run in row["runs"]]
-    sentences = list(_EXPLANATION) if any(run["attempts"] for _, run in runs) else _EXPLANATION_WITHOUT_STARTS
-    sentences = [*sentences, *_next_rank(results)]
+    words = _EXPLANATION if any(run["attempts"] for _, run in runs) else _EXPLANATION_WITHOUT_STARTS
+    sentences = [*words, *_next_rank(results)]
     if any(run.get("lower_bound_failure") for _, run in runs):  # files of earlier versions do not say it
         sentences.append(PROBABLE)
     lonely = [_point(row, run) for row, run in runs if run["search"] is not None and run["search"]["near_best"] == 1]

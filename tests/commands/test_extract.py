@@ -184,6 +184,18 @@ def test_where_only_an_embedding_has_changed_it_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_model_of_a_pair_is_named_and_of_updates_there_is_none(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "tuned"):
+        weights = {f"h.{i}.q.weight": torch.randn(9, 8, generator=generator) for i in range(2)}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    pair = ["--base", str(tmp_path / "base.safetensors"), "--tuned", str(tmp_path / "tuned.safetensors")]
+    source = ["--source", str(tmp_path / "tuned.safetensors")]
+    for n, (words, said) in enumerate((([*pair, "--base-name", "org/model"], True), (source, False))):
+        assert main([*words, "--rank", "2", "--quiet", "--out", str(tmp_path / str(n))]) == 0
+        assert ("It belongs to org/model; the numbers" in " ".join(capsys.readouterr().out.split())) == said
+
+
 @pytest.mark.slow
 def test_adapters_of_one_base_are_compressed_together(llamas, tmp_path):
     """Two of rank 6 become two of rank 2 - 1 + 2 that share a pool per module; PEFT loads each by itself."""
