@@ -46,6 +46,7 @@ from rasa_theory.plotting import style
 from rasa_theory.solvers import median_iterations, random_attempt, random_start
 from rasa_theory.sources import synthetic_stack
 
+PARTS = ("real", "synthetic", "pool", "layers", "apart")
 ITERATIONS = 200
 SEEDS = 10
 
@@ -292,6 +293,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the table (all)")
+    parser.add_argument("--ks", nargs="+", type=int, help="shared ranks k (all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--figure", action="store_true", help="draw the table, run nothing")
@@ -300,7 +303,11 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(args.out / "iteration_count.csv", COLUMNS, tuple(Case.__dataclass_fields__))
     if not args.figure:
         kinds = tuple(chosen_updates(parser, args))
-        selected = list(cases(1 if args.smoke else args.seeds, args.model, kinds))
+        selected = [
+            case
+            for case in cases(1 if args.smoke else args.seeds, args.model, kinds)
+            if case.part in args.parts and (args.ks is None or case.k in args.ks)
+        ]
         if args.smoke:
             small = [case for case in selected if case.rank == 8 and case.layers <= 6]
             selected = [*small[:1], *small[1::7]]
