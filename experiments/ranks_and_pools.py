@@ -1,6 +1,6 @@
 """e_rasa / e_lora over ranks r and shared ranks k: where the gain flattens, and what k = r/8 has that others have not.
 
-    python -m experiments.ranks_and_pools                       # 20 minutes on one core
+    python -m experiments.ranks_and_pools                       # an hour on one core
     python -m experiments.ranks_and_pools --model synthetic
     python -m experiments.ranks_and_pools --model mpnet --ranks 8 16 4
 
@@ -8,6 +8,7 @@ The paper finds that training is best at k = r/8. This is the same question for 
 k = 1, 2, r/8, r/4, r/2, r. All k of a stack and r are solved as one path, with the same effort. Written to --out, path
 by path, so that an interrupted run goes on:
 
+    ranks_and_pools.png    the gain over LoRA against k, and what of it is left in bfloat16
     ranks_and_pools.csv    one row per model, stack, r and k. Errors are squared and in units of e_lora:
       allocation, best_found, floor    the split of the gain (`rt.gain`), with closed floors; `floors.csv` has higher
                                        ones of some rows
@@ -23,12 +24,15 @@ by path, so that an interrupted run goes on:
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
@@ -36,6 +40,7 @@ from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
 from rasa_theory import methods
 from rasa_theory.commands.progress import ProgressBar
+from rasa_theory.plotting import style
 
 KEY = ("model", "stack", "r", "k", "effort")
 COLUMNS = (
@@ -124,6 +129,66 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{row['model']:18}{row['stack']:20}{row['r']:>4}{row['k']:>4}{numbers}"
 
 
+def gain(row: Row) -> float:
+    """How far the best error found lies below LoRA's, in units of e_lora."""
+    return float(1 - row["best_found"])
+
+
+def rounded_gain(row: Row) -> float:
+    """The same after the factors of both were rounded to bfloat16."""
+    return float(row["lora_bfloat16"] - row["bfloat16"])
+
+
+def of_every_rank(rows: Sequence[Row]) -> list[Row]:
+    """The rows of those stacks of one model that were measured at all its ranks."""
+    ranks: dict[str, set[int]] = {}
+    for row in rows:
+        ranks.setdefault(row["stack"], set()).add(row["r"])
+    most = set().union(*ranks.values())
+    return [row for row in rows if ranks[row["stack"]] == most]
+
+
+def mean_over_stacks(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[tuple[int, int], float]:
+    """The mean of a value over the stacks of one model that have all its ranks, by r and k."""
+    groups: dict[tuple[int, int], list[float]] = {}
+    for row in of_every_rank(rows):
+        groups.setdefault((row["r"], row["k"]), []).append(value(row))
+    return {point: statistics.fmean(own) for point, own in sorted(groups.items())}
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """A panel for each model: the gain against k, a line for each r, and dashed what is left of it in bfloat16."""
+    present = {row["model"] for row in rows}
+    models = [model for model in MODEL_NAMES.values() if model in present]
+    figure = style.new_figure(0.9 + 1.7 * len(models), title="What does a larger pool gain over LoRA?")
+    axes = style.panels(figure, len(models), sharex=True)[:, 0]
+    looks = dict(zip(sorted(RANKS), zip(style.COLOURS, style.MARKERS, strict=False), strict=False))
+    for ax, model in zip(axes, models, strict=True):
+        own = of_every_rank([row for row in rows if row["model"] == model])
+        for value, line in ((gain, "-"), (rounded_gain, "--")):
+            for (r, k), mean in (means := mean_over_stacks(own, value)).items():
+                colour, marker = looks[r]
+                fill = colour if 8 * k == r else style.WHITE
+                ax.plot(k, 100 * mean, marker, color=colour, ms=5 if 8 * k == r else 3, mfc=fill, zorder=3)
+            for r in sorted({r for r, _ in means}):
+                points = [(k, 100 * mean) for (rank, k), mean in means.items() if rank == r]
+                ax.plot(*zip(*points, strict=True), line, color=looks[r][0], lw=1)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ks := sorted({row["k"] for row in rows}), [str(k) for k in ks])
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.margins(y=0.08)
+        ax.set_ylim(bottom=0)
+        style.grid(ax)
+        title = f"{model}, mean of {len({row['stack'] for row in own})} kinds"
+        style.name(ax, "k" if ax is axes[-1] else "", "gain, % of $e_{\\mathrm{LoRA}}$", title)
+    first, ranks = axes[0], sorted({row["r"] for row in rows})
+    handles = [*(first.plot([], [], looks[r][1] + "-", color=looks[r][0], ms=3, mfc=style.WHITE)[0] for r in ranks),
+               *first.plot([], [], "--", color=style.INK), *first.plot([], [], "o", color=style.INK)]  # fmt: skip
+    labels = [*(f"r = {r}" for r in ranks), "in bfloat16", "k = r / 8"]
+    style.legend_above(first, 3, handles=handles, labels=labels, bbox_to_anchor=(-0.1, 1.15))
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
@@ -142,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
         solver = rt.SolverOptions(start="allocation", max_sweeps=3)
     measured(MODEL_NAMES[options.model], stacks, ranks, solver, table)
     print(*report(table.rows), sep="\n")
+    style.save(plot(table.rows), options.out / "ranks_and_pools.png")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ MPNET = (
     "-m experiments.neighbours --model mpnet --kinds query attention_output --ranks 8",
     "-m experiments.floors --model mpnet --kinds query attention_output --ks 1 8 --effort quick --seconds 120",
     "-m experiments.why_sharing_pays --model mpnet --kinds query attention_output",
-    "-m experiments.iteration_count --model mpnet --kinds query attention_output --seeds 2 --jobs 1",
+    "-m experiments.iteration_count --model mpnet --kinds query attention_output --parts real --ks 1 --jobs 1",
     "-m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 16 4 32",
     "-m experiments.iteration_count --model mpnet --kinds query attention_output --jobs 1",
     "-m experiments.why_sharing_pays --model mpnet",
@@ -165,11 +165,17 @@ EXPERIMENTS = {
     ),
     "ranks_and_pools": Experiment(
         (
-            "-m experiments.ranks_and_pools --out {out}",
-            "-m experiments.ranks_and_pools --model synthetic --out {out}",
+            "-m experiments.ranks_and_pools --kinds query attention_output --ranks 8 16 4 --out {out}",
+            "-m experiments.ranks_and_pools --model mpnet --ranks 8 --out {out}",
         ),
         ("ranks_and_pools.csv",),
-        {},
+        {
+            "ranks_and_pools": Picture(
+                "ranks_and_pools.csv",
+                from_rows("ranks_and_pools", "plot", *MODEL_NAMES.values()),
+                "the gain over LoRA against k, for each r, and what of it is left in bfloat16, on two models",
+            )
+        },
     ),
     "seeds_and_tasks": Experiment(
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.pages import crossings, methods, reconstruction, sharing, speed, training, training_runs
+from experiments.pages import crossings, methods, ranks, reconstruction, sets, sharing, speed, training, training_runs
 from experiments.registry import EXPERIMENTS
 
 
@@ -29,8 +29,8 @@ def gallery() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *reconstruction.BLOCKS, *crossings.BLOCKS, *sharing.BLOCKS, *methods.BLOCKS, *training.BLOCKS,
-        *training_runs.BLOCKS, *speed.BLOCKS, gallery,
+        *reconstruction.BLOCKS, *crossings.BLOCKS, *sharing.BLOCKS, *sets.BLOCKS, *ranks.BLOCKS, *methods.BLOCKS,
+        *training.BLOCKS, *training_runs.BLOCKS, *speed.BLOCKS, gallery,
     )
 }  # fmt: skip
 

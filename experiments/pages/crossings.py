@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.pages.words import Line, first_model, kinds_of, model_table, rows, span, spelled, table
+from experiments.pages.words import Line, first_model, kinds_of, model_table, rows, second_model, span, spelled, table
 from experiments.support.rows import Row
 
 ITERATIONS = (10, 30, 60, 200)
@@ -48,11 +48,13 @@ def crossings_by_rank() -> str:
     """All attempts on the bundled updates, by rank."""
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        for rank in sorted({row["rank"] for row in own}):
+        ranks = sorted({row["rank"] for row in own})
+        for rank in ranks:
             of_rank = [row for row in own if row["rank"] == rank]
             ks = ", ".join(map(str, sorted({row["k"] for row in of_rank})))
             yield [str(rank), ks, *counted(of_rank)]
-        yield ["all", "", *counted(own)]
+        if len(ranks) > 1:
+            yield ["all", "", *counted(own)]
 
     real = [row for row in rows("iteration_count.csv") if row["part"] == "real"]
     return model_table(["r", "k", *LIMITS], real, lines)
@@ -72,14 +74,16 @@ def crossings_synthetic() -> str:
 
 def crossings_layers() -> str:
     """The first layers of the bundled stacks, and made ones, by their number."""
-    own = first_model("iteration_count.csv", part="layers")
-    lines = []
-    for stack in dict.fromkeys(row["stack"] for row in own):
-        for layers in sorted({row["layers"] for row in own if row["stack"] == stack}):
-            group = [row for row in own if row["stack"] == stack and row["layers"] == layers]
-            name = "made, half common" if stack.startswith("power:") else spelled(stack)
-            lines.append([name, str(layers), median(group), *counted(group)])
-    return table(["", "layers", "median", *LIMITS], lines)
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for stack in dict.fromkeys(row["stack"] for row in own):
+            for layers in sorted({row["layers"] for row in own if row["stack"] == stack}):
+                group = [row for row in own if row["stack"] == stack and row["layers"] == layers]
+                name = "made, half common" if stack.startswith("power:") else spelled(stack)
+                yield [name, str(layers), median(group), *counted(group)]
+
+    own = [row for row in rows("iteration_count.csv") if row["part"] == "layers"]
+    return model_table(["", "layers", "median", *LIMITS], own, lines)
 
 
 def pool_size() -> str:
@@ -126,6 +130,16 @@ def small_pool_never() -> str:
     return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
 
 
+def mpnet_by_10() -> str:
+    own = second_model("iteration_count.csv", part="real", rank=8, k=1)
+    return f"{crossed_by(own, 10)} of {len(own)}"
+
+
+def mpnet_never() -> str:
+    own = second_model("iteration_count.csv", part="real", rank=8, k=1)
+    return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
+
+
 def medians_half_common() -> str:
     """Range of the medians at k = 1 where half of the bases are common."""
     own = first_model("iteration_count.csv", part="synthetic", k=1, overlap=0.5)
@@ -135,5 +149,5 @@ def medians_half_common() -> str:
 
 BLOCKS = (
     crossings, crossings_by_rank, crossings_synthetic, crossings_layers, pool_size, attempts, attempts_by_10,
-    attempts_never, small_pool_by_10, small_pool_never, medians_half_common,
+    attempts_never, small_pool_by_10, small_pool_never, mpnet_by_10, mpnet_never, medians_half_common,
 )  # fmt: skip

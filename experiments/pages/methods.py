@@ -30,17 +30,19 @@ NAMES = {
 
 def localized() -> str:
     """Block LoRA's error over LoRA's at equal parameters, r = 8, by source, grid and kind of ranks."""
-    own = [row for row in rows("localized.csv") if row["r"] == 8]
-    lines = []
-    for source, label in (("updates", "bundled updates"), ("turned apart", "same spectra, random bases"),
-                          ("local", "made: 4 x 4 unrelated blocks")):  # fmt: skip
-        cells = [
-            span((r["ratio"] for r in own if has(r, {"source": source, "side": side, "ranks": ranks})), ".2f")
-            for ranks in ("equal", "allocated")
-            for side in (2, 4)
-        ]
-        lines.append([label, *cells])
-    return table(["", "2 x 2 blocks", "4 x 4 blocks", "2 x 2, ranks allocated", "4 x 4, ranks allocated"], lines)
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for source, label in (("updates", "bundled updates"), ("turned apart", "same spectra, random bases"),
+                              ("local", "made: 4 x 4 unrelated blocks")):  # fmt: skip
+            cells = [
+                span((r["ratio"] for r in own if has(r, {"source": source, "side": side, "ranks": ranks})), ".2f")
+                for ranks in ("equal", "allocated")
+                for side in (2, 4)
+            ]
+            yield [label, *cells]
+
+    columns = ["", "2 x 2 blocks", "4 x 4 blocks", "2 x 2, ranks allocated", "4 x 4, ranks allocated"]
+    return model_table(columns, [row for row in rows("localized.csv") if row["r"] == 8], lines)
 
 
 def neighbours() -> str:
@@ -50,14 +52,15 @@ def neighbours() -> str:
         own = [row for row in own if row["r"] == 8]
         lora = {row["stack"]: row["error"] for row in own if row["method"] == "lora"}
         excess = {
-            name: [100 * (one(own, method=name, stack=kind)["error"] / lora[kind] - 1) for kind in KINDS]
+            name: {kind: 100 * (one(own, method=name, stack=kind)["error"] / lora[kind] - 1) for kind in lora}
             for name in dict.fromkeys(row["method"] for row in own)
         }
-        for name in sorted(excess, key=lambda name: statistics.fmean(excess[name])):
+        for name in sorted(excess, key=lambda name: statistics.fmean(excess[name].values())):
             first = one(own, method=name, stack=KINDS[0])
             evidence = {"closed form": "minimum", "of factors": "as computed"}.get(first["evidence"], "best found")
             settings = first["settings"].replace("_", " ").replace("=", " ")
-            yield [NAMES[name], settings, *(f"{cell:+.1f}" for cell in excess[name]), evidence]
+            cells = [f"{excess[name][kind]:+.1f}" if kind in lora else "" for kind in KINDS]
+            yield [NAMES[name], settings, *cells, evidence]
 
     columns = ["error less LoRA's, %", "settings, query", *map(spelled, KINDS), "the number is"]
     return model_table(columns, rows("neighbours.csv"), lines)

@@ -18,6 +18,7 @@ from experiments.pages.words import (
     percents,
     record,
     rows,
+    second_model,
     span,
     spelled,
     table,
@@ -151,6 +152,10 @@ def updates() -> str:
     return model_table(columns, rows("updates.csv"), lines)
 
 
+def entropy_ranks_mpnet() -> str:
+    return span(row["entropy_rank"] for row in second_model("updates.csv"))
+
+
 def fine_tuning() -> str:
     """Retrieval before and after the run that made the bundled updates."""
     run = record("rasa_theory/data/minilm_code.json")
@@ -176,5 +181,5 @@ def recovery() -> str:
 
 BLOCKS = (
     summary, floors, first_command, gain_k1, limit_k1, gain_rank_9, gain_in_ranks, limit_in_ranks, gain_k8, limit_k8,
-    allocation_k1, allocation_k8, floor_seconds, updates, fine_tuning, recovery,
+    allocation_k1, allocation_k8, floor_seconds, updates, entropy_ranks_mpnet, fine_tuning, recovery,
 )  # fmt: skip

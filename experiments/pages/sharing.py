@@ -10,11 +10,14 @@ from experiments.pages.words import (
     KINDS,
     Line,
     first_model,
+    has,
+    kinds_of,
     model_table,
     one,
     percent,
     percents,
     rows,
+    second_model,
     span,
     spelled,
     table,
@@ -57,7 +60,7 @@ def gain_parts() -> str:
             yield [
                 spelled(stack), str(k), percent(1 - allocation), percent(allocation - best),
                 percent((1 - allocation) / (1 - best), 0), percent(apart[0] - apart[1]) if apart else "",
-                percent(best - floor, 1),
+                percent(best - floor, 1) if cells["updates", stack, k, "floor_name"] == "two-sided" else "",
             ]  # fmt: skip
 
     columns = [
@@ -74,36 +77,69 @@ def gain_parts() -> str:
 
 def owners() -> str:
     """How many of six layers a pool term serves at k = 1, by what layers lose without it and by its weights."""
-    lines = []
-    for source, label in (
-        ("updates", "bundled updates"), ("second task", "updates of a second task"), (APART, "layers turned apart"),
-        ("weights", "pretrained weights"), ("hidden dyads", "updates with three dyads hidden in each kind"),
-        ("shared bases", "layers with common bases"),
-    ):  # fmt: skip
-        loss, weight = (values(item, part="pool", source=source, k=1) for item in ("by_loss", "by_weight"))
-        above = f"{sum(ratio > 2 for ratio in loss)} of {len(loss)}"
-        lines.append([label, f"{statistics.median(loss):.2f}", above, f"{statistics.median(weight):.2f}"])
-    return table(["k = 1", "median by loss", "terms above 2", "median by weight"], lines)
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for source, label in (
+            ("updates", "bundled updates"), ("second task", "updates of a second task"), (APART, "layers turned apart"),
+            ("weights", "pretrained weights"), ("hidden dyads", "updates with three dyads hidden in each kind"),
+            ("shared bases", "layers with common bases"),
+        ):  # fmt: skip
+            of_source = [row for row in own if has(row, {"part": "pool", "source": source, "k": 1})]
+            loss, weight = ([r["value"] for r in of_source if r["item"] == item] for item in ("by_loss", "by_weight"))
+            if loss:
+                above = f"{sum(ratio > 2 for ratio in loss)} of {len(loss)}"
+                yield [label, f"{statistics.median(loss):.2f}", above, f"{statistics.median(weight):.2f}"]
+
+    columns = ["k = 1", "median by loss", "terms above 2", "median by weight"]
+    return model_table(columns, rows("why_sharing_pays.csv"), lines)
 
 
 def median_owners() -> str:
     return f"{statistics.median(values('by_loss', part='pool', source='updates', k=1)):.2f}"
 
 
+def median_owners_mpnet() -> str:
+    own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1, item="by_loss")
+    return f"{statistics.median(row['value'] for row in own):.2f}"
+
+
+def allocation_mpnet() -> str:
+    """The share of mpnet's gain at k = 1 that unequal ranks explain, over its kinds."""
+    own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1)
+    cells = {(row["stack"], row["item"]): row["value"] for row in own}
+    kinds = dict.fromkeys(stack for stack, _ in cells)
+    return percents(((1 - cells[kind, "allocation"]) / (1 - cells[kind, "best_found"]) for kind in kinds), 0)
+
+
+def allocation_mpnet_k8() -> str:
+    """The same at k = r = 8."""
+    own = second_model("ranks_and_pools.csv", r=8, k=8)
+    return percents(((1 - row["allocation"]) / (1 - row["best_found"]) for row in own), 0)
+
+
+def gain_mpnet() -> str:
+    """mpnet's gain at r = 8 and k = 1, over its kinds."""
+    own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1, item="best_found")
+    return percents(1 - row["value"] for row in own)
+
+
 def sides() -> str:
     """The largest eigenvalue of the mean projector on each side, of updates and weights."""
-    lines = []
-    for kind in KINDS:
-        stream, other = STREAM[kind], "columns" if STREAM[kind] == "rows" else "rows"
-        cells = [
-            value(f"projector_{side}", part="side", source=source, stack=kind, index=0)
-            for source in ("updates", "weights")
-            for side in (stream, other)
-        ]
-        unrelated = value("unrelated_rows", part="side", source="updates", stack=kind)
-        lines.append([spelled(kind), *(f"{cell:.2f}" for cell in cells), f"{unrelated:.2f}"])
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for kind in kinds_of(own):
+            stream, other = STREAM[kind], "columns" if STREAM[kind] == "rows" else "rows"
+            of_kind = {(r["source"], r["item"], r["index"]): r["value"] for r in own if r["stack"] == kind}
+            cells = [
+                of_kind.get((source, f"projector_{side}", 0))
+                for source in ("updates", "weights")
+                for side in (stream, other)
+            ]
+            unrelated = of_kind["updates", "unrelated_rows", None]
+            yield [spelled(kind), *("" if cell is None else f"{cell:.2f}" for cell in (*cells, unrelated))]
+
     columns = ["", "updates, stream side", "other side", "weights, stream side", "other side", "unrelated, at most"]
-    return table(columns, lines)
+    return model_table(columns, [row for row in rows("why_sharing_pays.csv") if row["part"] == "side"], lines)
 
 
 def update_ranks() -> str:
@@ -173,36 +209,7 @@ def weighted(kind: str, k: int) -> tuple[float, float]:
     return share * allocation, share * sharing
 
 
-def pooled_tasks() -> str:
-    """One pool over the layers of two tasks, twelve of a kind, at k = 1."""
-    lines = []
-    for kind in KINDS:
-        where = {"part": "tasks", "stack": kind, "k": 1}
-        _, sharing = parts(source="as they are", **where)
-        _, apart = parts(source=APART, **where)
-        terms = values("by_loss_of_tasks", source="as they are", **where)
-        layers = statistics.median(values("by_loss", source="as they are", **where))
-        both = f"{sum(ratio > 1.5 for ratio in terms)} of {len(terms)}"
-        lines.append([spelled(kind), percent(sharing), percent(apart), f"{layers:.2f}", both])
-    return table(["k = 1", "sharing", "turned apart", "layers a term serves", "terms that serve both tasks"], lines)
-
-
-def task_overlaps() -> str:
-    """How much the eight leading singular vectors of two tasks, and of two layers of one task, share."""
-    lines = []
-    for kind in KINDS:
-        cells = []
-        for side in ("columns", "rows"):
-            where = {"part": "tasks", "stack": kind, "index": side}
-            layers = [value(f"overlap_layers_{task}", **where) for task in ("first", "second")]
-            cells += [percent(value("overlap_tasks", **where), 0), percents(layers, 0)]
-        lines.append([spelled(kind), *cells])
-    chance = percent(value("overlap_chance", part="tasks", stack="query", index="rows"), 0)
-    columns = ["left: two tasks", "left: two layers", "right: two tasks", "right: two layers"]
-    return table([f"chance: {chance}", *columns], lines)
-
-
 BLOCKS = (
-    gain_parts, owners, median_owners, sides, update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds,
-    pooled_tasks, task_overlaps,
+    gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, allocation_mpnet_k8, gain_mpnet, sides,
+    update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.models.update_sets import FIRST_MODEL
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES
 from experiments.support.rows import Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,16 +37,21 @@ def first_model(name: str, **where: Any) -> list[Row]:
     return [row for row in by_model(rows(name))[FIRST_MODEL] if has(row, where)]
 
 
+def second_model(name: str, **where: Any) -> list[Row]:
+    """The rows of mpnet, the larger model, whose columns have the given values."""
+    return [row for row in by_model(rows(name)).get(MODEL_NAMES["mpnet"], []) if has(row, where)]
+
+
 def has(row: Row, where: dict[str, Any]) -> bool:
     return all(row[key] == value for key, value in where.items())
 
 
 def by_model(all_rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each model, in the order of the file. Rows without a model are of the first one."""
-    groups: dict[str, list[Row]] = {}
+    """The rows of each model, the smaller model first. Rows without a model are of the first one."""
+    groups: dict[str, list[Row]] = {model: [] for model in MODEL_NAMES.values()}
     for row in all_rows:
         groups.setdefault(row.get("model") or FIRST_MODEL, []).append(row)
-    return groups
+    return {model: own for model, own in groups.items() if own}
 
 
 def model_table(columns: Sequence[str], all_rows: Iterable[Row], lines: Callable[[list[Row]], Iterable[Line]]) -> str:
@@ -76,7 +81,7 @@ def spelled(stack: str) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"  # + 0.0 makes -0 plain 0
 
 
 def span(values: Iterable[float], form: str = ".0f", unit: str = "") -> str:

@@ -13,7 +13,7 @@ from experiments.pages import crossings, fill, training, words
 from experiments.pages.__main__ import main
 from experiments.pages.__main__ import pages as all_pages
 from experiments.pages.blocks import BLOCKS, block
-from experiments.support.rows import read_rows, write_rows
+from experiments.support.rows import of_models, read_rows, write_rows
 
 PAGE = "The gain is <!-- data: gain -->1 %<!-- end -->.\n\n<!-- data: rows -->\n\nold\n\n<!-- end -->\n"
 TEXTS = {"gain": "2 %", "rows": "| a |\n| --- |\n| 1 |"}
@@ -103,7 +103,8 @@ def test_a_stale_page_is_named_and_mended(tmp_path: Path, capsys: pytest.Capture
     assert main(["--check", "--root", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "docs/page.md: stale\n"
     assert main(["--root", str(tmp_path)]) == 0
-    real = [row for row in read_rows(words.FIGURES / "iteration_count.csv") if row["part"] == "real"]
+    rows = of_models(read_rows(words.FIGURES / "iteration_count.csv"), words.FIRST_MODEL)
+    real = [row for row in rows if row["part"] == "real"]
     assert page.read_text(encoding="utf-8") == f"Of <!-- data: attempts -->{len(real)}<!-- end --> attempts.\n"
     assert main(["--check", "--root", str(tmp_path)]) == 0
 
@@ -157,6 +158,53 @@ def test_a_second_model_gets_a_column_and_rows_of_its_own(figures: Path) -> None
         [words.FIRST_MODEL, "query", "1.00 %", "0 of 1"], ["mpnet", "query", "4.00 %", "1 of 1"],
     ]  # fmt: skip
     assert block("gain_k1") == "1.00 %", "a number in a sentence is of the first model"
+
+
+def test_the_grid_of_ranks_has_gains_before_and_after_rounding(figures: Path) -> None:
+    common = {"model": "m", "stack": "query", "r": 8, "lora_bfloat16": 1.01, "allocation": 0.98, "floor": 0.75}
+    points = [
+        common
+        | {"k": 1, "best_found": 0.96, "bfloat16": 0.98, "uncancelled": 0.97, "by_loss": 1.25, "cancellation": 2},
+        common | {"k": 8, "best_found": 0.92, "bfloat16": 0.99, "by_loss": 2.0, "cancellation": 3.5},
+    ]
+    write_rows(figures / "ranks_and_pools.csv", tuple(points[0]), points)
+    assert cells(block("gains_by_rank")) == [["r", "k = 1", "k = 8"], ["8", "4.00 %", "8.00 %"]]
+    assert cells(block("rounded_gains_by_rank"))[1] == ["8", "3.00 %", "2.00 %"]
+    assert cells(block("best_in_bfloat16"))[1] == ["8", "8", "1", "3.5"]
+    assert cells(block("at_eighth"))[1] == ["8", "1", "50 %", "50 %", "25 %", "75 %", "1.25", "25.0 %"]
+
+
+def test_what_sets_share_is_beside_its_controls(figures: Path) -> None:
+    columns = ("model", "part", "relation", "how", "stack", "item", "index", "value")
+    pools = {
+        ("pool", "seed", "as they are"): 0.96,
+        ("pool", "seed", "one set turned"): 0.98,
+        ("pool", "seed", "a pool each"): 0.985,
+        ("pool", "none", "a pool each"): 0.97,
+        ("pair", "seed", "same layer"): 0.95,
+        ("pair", "seed", "other layer"): 0.989,
+        ("depth", "groups of 3", "neighbours"): 0.94,
+        ("depth", "groups of 3", "distant"): 0.98,
+    }
+    own = [
+        dict(zip(columns, ("m", *key, "query", item, None, value), strict=True))
+        for key, best in pools.items()
+        for item, value in (("allocation", 0.99), ("best_found", best))
+    ]
+    own += [
+        dict(zip(columns, ("m", "pool", "seed", "as they are", "query", "by_loss_of_sets", j, served), strict=True))
+        for j, served in enumerate((1.4, 1.6, 2.0))
+    ]
+    own += [
+        dict(zip(columns, ("m", "overlap", "seed", None, "query", item, index, value), strict=True))
+        for item in ("cosine", "columns", "rows")
+        for index, value in (("same layer", 0.5), ("other layer", 0.02))
+    ]
+    write_rows(figures / "seeds_and_tasks.csv", columns, own)
+    assert cells(block("pooled_sets"))[1:] == [["two seeds", "query", "3.00 %", "1.00 %", "0.50 %", "", "2 of 3"]]
+    assert cells(block("pooled_pairs"))[1:] == [["two seeds", "query", "4.00 %", "0.10 %"]]
+    assert cells(block("pooled_groups"))[1:] == [["query", "3", "5.00 %", "1.00 %", "2.00 %"]]
+    assert cells(block("overlaps_of_sets"))[1:] == [["two seeds", "query", "50 %", "2 %", "50 %", "2 %", "50 %", "2 %"]]
 
 
 def test_a_missing_file_is_named(figures: Path) -> None:

@@ -47,11 +47,21 @@ def test_a_row_has_the_closed_forms_of_its_rank() -> None:
     assert "uncancelled" not in rows[1]  # k = 2 is neither 1 nor r/8
 
 
+def test_gains_are_means_over_kinds_and_rounding_counts_for_both() -> None:
+    row = {"stack": "query", "r": 8, "k": 1, "best_found": 0.9, "bfloat16": 0.97, "lora_bfloat16": 1.01}
+    rows = [row, row | {"stack": "key", "best_found": 0.8}, row | {"k": 2}]
+    assert experiment.mean_over_stacks(rows, experiment.gain) == pytest.approx({(8, 1): 0.15, (8, 2): 0.1})
+    other_rank = row | {"r": 4, "best_found": 0.7}
+    assert experiment.mean_over_stacks([*rows, other_rank], experiment.gain)[8, 1] == pytest.approx(0.1), "query alone"
+    assert experiment.rounded_gain(row) == pytest.approx(0.04)
+
+
 def test_the_command_takes_up_its_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--smoke", "--out", str(tmp_path)]
     experiment.main(words)
     file = tmp_path / "ranks_and_pools.csv"
     assert [row["k"] for row in read_rows(file)] == [1, 2, 4, 8]
+    assert file.with_suffix(".png").exists()
     text = file.read_bytes()
     experiment.main(words)
     assert file.read_bytes() == text
