@@ -3,6 +3,7 @@
     python -m experiments.iteration_count --jobs 2                 an interrupted run goes on from the last row
     python -m experiments.iteration_count --jobs 2 --model synthetic
     python -m experiments.iteration_count --jobs 2 --model mpnet   L = 3, 6, 12 of its layers
+    python -m experiments.iteration_count --jobs 2 --model mpnet --parts real --ks 1       a part of them
     python -m experiments.iteration_count --figure                 the figure alone, from the table
     python -m experiments.iteration_count --smoke
 
@@ -293,8 +294,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the table (all)")
-    parser.add_argument("--ks", nargs="+", type=int, help="shared ranks k (all)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="run these parts alone, see above (all)"
+    )
+    parser.add_argument("--ks", nargs="+", type=int, help="run these shared ranks alone (all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--figure", action="store_true", help="draw the table, run nothing")
@@ -311,6 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.smoke:
             small = [case for case in selected if case.rank == 8 and case.layers <= 6]
             selected = [*small[:1], *small[1::7]]
+        if not selected:
+            parser.error(f"--model {args.model} has none of these --parts and --ks")
         perform([case for case in selected if asdict(case) not in table], table, args.jobs, args.runs)
     style.save(plot(of_models(table.rows, FIRST_MODEL)), args.out / "iteration_count.png")
     for line in summary(table.rows, ("model", "part", "stack", "layers", "rank", "k", "overlap", "pool", "size")):

@@ -1,14 +1,14 @@
-"""e_rasa / e_lora over ranks r and shared ranks k: where the gain flattens, and what k = r/8 has that others have not.
+"""e_rasa / e_lora over ranks r and shared ranks k: how the gain grows, and what of it k = r/8 has.
 
-    python -m experiments.ranks_and_pools                       # an hour on one core
+    python -m experiments.ranks_and_pools --kinds query attention_output --ranks 4 8 16       # half an hour on one core
     python -m experiments.ranks_and_pools --model synthetic
-    python -m experiments.ranks_and_pools --model mpnet --ranks 8 16 4
+    python -m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 8       # a quarter
 
 The paper finds that training is best at k = r/8. This is the same question for reconstruction: r = 4, 8, 16, 32 and
 k = 1, 2, r/8, r/4, r/2, r. All k of a stack and r are solved as one path, with the same effort. Written to --out, path
 by path, so that an interrupted run goes on:
 
-    ranks_and_pools.png    the gain over LoRA against k, and what of it is left in bfloat16
+    ranks_and_pools.png    the gain over LoRA against k, and what of it is left in bfloat16, means of two kinds
     ranks_and_pools.csv    one row per model, stack, r and k. Errors are squared and in units of e_lora:
       allocation, best_found, floor    the split of the gain (`rt.gain`), with closed floors; `floors.csv` has higher
                                        ones of some rows
@@ -24,8 +24,10 @@ by path, so that an interrupted run goes on:
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +52,8 @@ COLUMNS = (
 )  # fmt: skip
 RANKS = (8, 16, 4, 32)
 """The ranks, those of which most is known first."""
+SHOWN_KINDS, SHOWN_EFFORT = ("query", "attention_output"), "quick"
+"""What the figure and the pages are of: both models have these kinds."""
 
 
 def shared_ranks(r: int) -> list[int]:
@@ -139,52 +143,59 @@ def rounded_gain(row: Row) -> float:
     return float(row["lora_bfloat16"] - row["bfloat16"])
 
 
-def of_every_rank(rows: Sequence[Row]) -> list[Row]:
-    """The rows of those stacks of one model that were measured at all its ranks."""
-    ranks: dict[str, set[int]] = {}
-    for row in rows:
-        ranks.setdefault(row["stack"], set()).add(row["r"])
-    most = set().union(*ranks.values())
-    return [row for row in rows if ranks[row["stack"]] == most]
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """The rows of `SHOWN_KINDS` and `SHOWN_EFFORT`, at those r and k of a model that all these kinds have.
+
+    Raises ValueError if a point stands there twice.
+    """
+    own = [row for row in rows if row["stack"] in SHOWN_KINDS and row["effort"] == SHOWN_EFFORT]
+    kinds = Counter((row["model"], row["r"], row["k"]) for row in own)
+    if len({tuple(row[key] for key in KEY) for row in own}) < len(own):
+        raise ValueError("a stack has two rows of the same r and k")
+    return [row for row in own if kinds[row["model"], row["r"], row["k"]] == len(SHOWN_KINDS)]
 
 
-def mean_over_stacks(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[tuple[int, int], float]:
-    """The mean of a value over the stacks of one model that have all its ranks, by r and k."""
+def mean_over_kinds(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[tuple[int, int], float]:
+    """The mean of a value over the kinds of one model, by r and k."""
     groups: dict[tuple[int, int], list[float]] = {}
-    for row in of_every_rank(rows):
+    for row in rows:
         groups.setdefault((row["r"], row["k"]), []).append(value(row))
     return {point: statistics.fmean(own) for point, own in sorted(groups.items())}
 
 
 def plot(rows: Sequence[Row]) -> Figure:
     """A panel for each model: the gain against k, a line for each r, and dashed what is left of it in bfloat16."""
+    rows = shown(rows)
     present = {row["model"] for row in rows}
     models = [model for model in MODEL_NAMES.values() if model in present]
     figure = style.new_figure(0.9 + 1.7 * len(models), title="What does a larger pool gain over LoRA?")
-    axes = style.panels(figure, len(models), sharex=True)[:, 0]
-    looks = dict(zip(sorted(RANKS), zip(style.COLOURS, style.MARKERS, strict=False), strict=False))
+    axes = style.panels(figure, len(models), sharex=True, sharey=True)[:, 0]
+    ranks, ks = sorted({row["r"] for row in rows}), sorted({row["k"] for row in rows})
+    looks = dict(zip(ranks, itertools.cycle(zip(style.COLOURS, style.MARKERS, strict=True)), strict=False))
     for ax, model in zip(axes, models, strict=True):
-        own = of_every_rank([row for row in rows if row["model"] == model])
+        own = [row for row in rows if row["model"] == model]
         for value, line in ((gain, "-"), (rounded_gain, "--")):
-            for (r, k), mean in (means := mean_over_stacks(own, value)).items():
+            means = mean_over_kinds(own, value)
+            for (r, k), mean in means.items():
                 colour, marker = looks[r]
-                fill = colour if 8 * k == r else style.WHITE
-                ax.plot(k, 100 * mean, marker, color=colour, ms=5 if 8 * k == r else 3, mfc=fill, zorder=3)
-            for r in sorted({r for r, _ in means}):
+                is_eighth = 8 * k == r
+                fill = colour if is_eighth else style.WHITE
+                ax.plot(k, 100 * mean, marker, color=colour, ms=5 if is_eighth else 3, mfc=fill, zorder=3)
+            for r in ranks:
                 points = [(k, 100 * mean) for (rank, k), mean in means.items() if rank == r]
-                ax.plot(*zip(*points, strict=True), line, color=looks[r][0], lw=1)
+                if points:
+                    ax.plot(*zip(*points, strict=True), line, color=looks[r][0], lw=1)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(ks := sorted({row["k"] for row in rows}), [str(k) for k in ks])
+        ax.set_xticks(ks, [str(k) for k in ks])
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.margins(y=0.08)
         ax.set_ylim(bottom=0)
         style.grid(ax)
-        title = f"{model}, mean of {len({row['stack'] for row in own})} kinds"
-        style.name(ax, "k" if ax is axes[-1] else "", "gain, % of $e_{\\mathrm{LoRA}}$", title)
-    first, ranks = axes[0], sorted({row["r"] for row in rows})
+        style.name(ax, "k" if ax is axes[-1] else "", "gain, % of $e_{\\mathrm{LoRA}}$", model)
+    first = axes[0]
     handles = [*(first.plot([], [], looks[r][1] + "-", color=looks[r][0], ms=3, mfc=style.WHITE)[0] for r in ranks),
                *first.plot([], [], "--", color=style.INK), *first.plot([], [], "o", color=style.INK)]  # fmt: skip
-    labels = [*(f"r = {r}" for r in ranks), "in bfloat16", "k = r / 8"]
+    labels = [*(f"r = {r}" for r in ranks), "in bfloat16", "filled: k = r / 8"]
     style.legend_above(first, 3, handles=handles, labels=labels, bbox_to_anchor=(-0.1, 1.15))
     return figure
 
@@ -207,7 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
         solver = rt.SolverOptions(start="allocation", max_sweeps=3)
     measured(MODEL_NAMES[options.model], stacks, ranks, solver, table)
     print(*report(table.rows), sep="\n")
-    style.save(plot(table.rows), options.out / "ranks_and_pools.png")
+    if shown(table.rows):
+        style.save(plot(table.rows), options.out / "ranks_and_pools.png")
 
 
 if __name__ == "__main__":

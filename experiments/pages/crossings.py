@@ -79,10 +79,11 @@ def crossings_layers() -> str:
         for stack in dict.fromkeys(row["stack"] for row in own):
             for layers in sorted({row["layers"] for row in own if row["stack"] == stack}):
                 group = [row for row in own if row["stack"] == stack and row["layers"] == layers]
-                name = "made, half common" if stack.startswith("power:") else spelled(stack)
+                name = "half of the bases common" if stack.startswith("power:") else spelled(stack)
                 yield [name, str(layers), median(group), *counted(group)]
 
     own = [row for row in rows("iteration_count.csv") if row["part"] == "layers"]
+    own = [row | {"model": "synthetic"} if row["stack"].startswith("power:") else row for row in own]
     return model_table(["", "layers", "median", *LIMITS], own, lines)
 
 
@@ -120,24 +121,36 @@ def small_pool_attempts() -> list[Row]:
     return real_attempts(rank=8, k=1)
 
 
-def small_pool_by_10() -> str:
-    own = small_pool_attempts()
+def by_10(own: list[Row]) -> str:
     return f"{crossed_by(own, 10)} of {len(own)}"
+
+
+def never(own: list[Row]) -> str:
+    return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
+
+
+def small_pool_by_10() -> str:
+    """Attempts on MiniLM at r = 8 and k = 1 that are below LoRA by iteration 10."""
+    return by_10(small_pool_attempts())
 
 
 def small_pool_never() -> str:
-    own = small_pool_attempts()
-    return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
+    """Those that are still above LoRA after 200."""
+    return never(small_pool_attempts())
 
 
 def mpnet_by_10() -> str:
-    own = second_model("iteration_count.csv", part="real", rank=8, k=1)
-    return f"{crossed_by(own, 10)} of {len(own)}"
+    """Attempts on mpnet at r = 8 and k = 1 that are below LoRA by iteration 10."""
+    return by_10(mpnet_attempts())
 
 
 def mpnet_never() -> str:
-    own = second_model("iteration_count.csv", part="real", rank=8, k=1)
-    return f"{len(own) - crossed_by(own, 200)} of {len(own)}"
+    """Those that are still above LoRA after 200."""
+    return never(mpnet_attempts())
+
+
+def mpnet_attempts() -> list[Row]:
+    return second_model("iteration_count.csv", part="real", rank=8, k=1)
 
 
 def medians_half_common() -> str:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 
-from experiments.pages.words import Line, model_table, percent, percents, rows, span
-from experiments.ranks_and_pools import gain, mean_over_stacks, of_every_rank, rounded_gain
+from experiments.models.update_sets import MODEL_NAMES
+from experiments.pages.words import Line, allocation_share, model_table, percent, percents, rows, span
+from experiments.ranks_and_pools import SHOWN_KINDS, gain, mean_over_kinds, rounded_gain, shown
 from experiments.support.rows import Row
 
 FILE = "ranks_and_pools.csv"
 
 
+def points() -> list[Row]:
+    """The rows of both kinds that the page is of. Raises ValueError if there are none."""
+    if not (own := shown(rows(FILE))):
+        raise ValueError(f"figures/{FILE} has no r and k with rows of {' and '.join(SHOWN_KINDS)}")
+    return own
+
+
 def grid(value: Callable[[Row], float]) -> str:
-    """The mean of a value over kinds: a line for each model and r, a column for each k."""
-    columns = sorted({row["k"] for row in rows(FILE)})
+    """The mean of a value over two kinds: a line for each model and r, a column for each k."""
+    ks = sorted({row["k"] for row in points()})
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        means = mean_over_stacks(own, value)
+        means = mean_over_kinds(own, value)
         for rank in sorted({r for r, _ in means}):
-            yield [str(rank), *(percent(means[rank, k]) if (rank, k) in means else "" for k in columns)]
+            yield [str(rank), *(percent(means[rank, k]) if (rank, k) in means else "" for k in ks)]
 
-    return model_table(["r", *(f"k = {k}" for k in columns)], rows(FILE), lines)
+    return model_table(["r", *(f"k = {k}" for k in ks)], points(), lines)
 
 
 def gains_by_rank() -> str:
-    """The gain over LoRA."""
+    """The gain over LoRA, mean of two kinds."""
     return grid(gain)
 
 
 def rounded_gains_by_rank() -> str:
-    """The gain that is left when the factors of both are rounded to bfloat16."""
+    """The gain that is left when the factors of both are rounded to bfloat16, mean of two kinds."""
     return grid(rounded_gain)
 
 
@@ -38,13 +45,12 @@ def at_eighth() -> str:
     """What k = r/8 has of the gain at k = r, how much of it is unequal ranks, and what it is without cancellation."""
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        for rank in sorted({row["r"] for row in own if row["r"] >= 8}):
-            of_rank = [row for row in of_every_rank(own) if row["r"] == rank]
-            whole = {row["stack"]: row for row in of_rank if row["k"] == rank}
-            eighth = [row for row in of_rank if 8 * row["k"] == rank]
+        for rank in sorted({row["r"] for row in own if row["r"] % 8 == 0}):
+            whole = {row["stack"]: row for row in own if row["r"] == row["k"] == rank}
+            eighth = [row for row in own if row["r"] == 8 * row["k"] == rank]
             yield [
                 str(rank), str(rank // 8), percents((gain(row) / gain(whole[row["stack"]]) for row in eighth), 0),
-                *(percents(map(allocation_share, point), 0) for point in (eighth, whole.values())),
+                *(percents(map(allocation_share, group), 0) for group in (eighth, whole.values())),
                 percents(((1 - row["uncancelled"]) / gain(row) for row in eighth), 0),
                 span((row["by_loss"] for row in eighth), ".2f"), percents((1 - row["floor"] for row in eighth), 1),
             ]  # fmt: skip
@@ -53,27 +59,45 @@ def at_eighth() -> str:
         "r", "k = r/8", "of the gain at k = r", "unequal ranks, of the gain", "the same, k = r",
         "gain without cancellation", "layers a term serves", "certified: at most",
     ]  # fmt: skip
-    return model_table(columns, rows(FILE), lines)
-
-
-def allocation_share(row: Row) -> float:
-    """The share of the gain that unequal ranks explain."""
-    return float((1 - row["allocation"]) / gain(row))
+    return model_table(columns, points(), lines)
 
 
 def best_in_bfloat16() -> str:
-    """For each model and r the k of the largest mean gain after rounding, and the largest before it."""
+    """For each model and r the k of the largest mean gain, before and after rounding, and the cancellation at k = r."""
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        exact, rounded = (mean_over_stacks(own, value) for value in (gain, rounded_gain))
+        exact, rounded = (mean_over_kinds(own, value) for value in (gain, rounded_gain))
+        cancellation = mean_over_kinds(own, lambda row: float(row["cancellation"]))
         for rank in sorted({r for r, _ in exact}):
             best = [max((k for r, k in means if r == rank), key=lambda k: means[rank, k]) for means in (exact, rounded)]
-            median = statistics.median(
-                row["cancellation"] for row in of_every_rank(own) if row["r"] == rank and row["k"] == rank
-            )
-            yield [str(rank), *map(str, best), f"{median:.1f}"]
+            yield [str(rank), *map(str, best), f"{cancellation[rank, rank]:.1f}"]
 
-    return model_table(["r", "best k", "best k in bfloat16", "cancellation at k = r"], rows(FILE), lines)
+    return model_table(["r", "best k", "best k in bfloat16", "cancellation at k = r"], points(), lines)
 
 
-BLOCKS = (gains_by_rank, rounded_gains_by_rank, at_eighth, best_in_bfloat16)
+def sharing_at_8(model: str) -> str:
+    """What sharing takes off at r = k = 8, in per cent of e_lora, over the two kinds of a model."""
+    own = [row for row in points() if row["model"] == model and row["r"] == row["k"] == 8]
+    return percents(row["allocation"] - row["best_found"] for row in own)
+
+
+def sharing_k8() -> str:
+    """Sharing at r = k = 8 on query and attention output of MiniLM."""
+    return sharing_at_8(MODEL_NAMES["minilm"])
+
+
+def sharing_k8_mpnet() -> str:
+    """Sharing at r = k = 8 on query and attention output of mpnet."""
+    return sharing_at_8(MODEL_NAMES["mpnet"])
+
+
+def allocation_k8_mpnet() -> str:
+    """The share of mpnet's gain at r = k = 8 that unequal ranks explain, over its two kinds."""
+    own = [row for row in points() if row["model"] == MODEL_NAMES["mpnet"] and row["r"] == row["k"] == 8]
+    return percents(map(allocation_share, own), 0)
+
+
+BLOCKS = (
+    gains_by_rank, rounded_gains_by_rank, at_eighth, best_in_bfloat16, sharing_k8, sharing_k8_mpnet,
+    allocation_k8_mpnet,
+)  # fmt: skip

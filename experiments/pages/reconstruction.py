@@ -10,6 +10,7 @@ import rasa_theory as rt
 from experiments.pages.crossings import LIMITS, counted
 from experiments.pages.words import (
     Line,
+    allocation_share,
     first_model,
     has,
     kinds_of,
@@ -32,20 +33,16 @@ def summary() -> str:
     solved = [row for row in rows("floors.csv") if row["k"] == 1]
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        for row in (row for row in own if "best_found" in row):
-            yield [
-                spelled(row["stack"]), percent(1 - row["best_found"]), percent(1 - row["two_sided"]),
-                percent(allocation_share(row), 0),
-                *counted([a for a in own if "iterations" in a and a["stack"] == row["stack"]]),
+        for kind in kinds_of(own):
+            of_kind = [row for row in own if row["stack"] == kind]
+            floor = next((row for row in of_kind if "best_found" in row), None)
+            gains = ["", "", ""] if floor is None else [
+                percent(1 - floor["best_found"]), percent(1 - floor["two_sided"]), percent(allocation_share(floor), 0)
             ]  # fmt: skip
+            yield [spelled(kind), *gains, *counted([row for row in of_kind if "iterations" in row])]
 
     columns = ["r = 8, k = 1", "gain over LoRA", "at most", "unequal ranks, of the gain", *LIMITS]
     return model_table(columns, [*solved, *attempts], lines)
-
-
-def allocation_share(row: Row) -> float:
-    """The share of the gain over LoRA that unequal allocation of ranks explains."""
-    return float((1 - row["allocation"]) / (1 - row["best_found"]))
 
 
 def floors() -> str:
@@ -153,6 +150,7 @@ def updates() -> str:
 
 
 def entropy_ranks_mpnet() -> str:
+    """Entropy ranks over all layers and four kinds of mpnet."""
     return span(row["entropy_rank"] for row in second_model("updates.csv"))
 
 

@@ -95,7 +95,12 @@ def relations_and_kinds(own: list[Row], part: str) -> list[tuple[str, str]]:
 
 def sharing(own: list[Row], **where: str) -> str:
     """What sharing takes off, in per cent of e_lora; empty where it was not measured."""
-    values = {row["item"]: row["value"] for row in own if has(row, where)}
+    found = [
+        (row["item"], row["value"]) for row in own if has(row, where) and row["item"] in ("allocation", "best_found")
+    ]
+    values = dict(found)
+    if len(values) < len(found):
+        raise ValueError(f"two results with {where}")
     return percent(values["allocation"] - values["best_found"]) if values else ""
 
 

@@ -76,7 +76,7 @@ def gain_parts() -> str:
 
 
 def owners() -> str:
-    """How many of six layers a pool term serves at k = 1, by what layers lose without it and by its weights."""
+    """How many layers a pool term serves at k = 1, by what layers lose without it and by its weights."""
 
     def lines(own: list[Row]) -> Iterable[Line]:
         for source, label in (
@@ -99,6 +99,7 @@ def median_owners() -> str:
 
 
 def median_owners_mpnet() -> str:
+    """The median over mpnet's pool terms at k = 1 of the number of layers that they serve."""
     own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1, item="by_loss")
     return f"{statistics.median(row['value'] for row in own):.2f}"
 
@@ -109,12 +110,6 @@ def allocation_mpnet() -> str:
     cells = {(row["stack"], row["item"]): row["value"] for row in own}
     kinds = dict.fromkeys(stack for stack, _ in cells)
     return percents(((1 - cells[kind, "allocation"]) / (1 - cells[kind, "best_found"]) for kind in kinds), 0)
-
-
-def allocation_mpnet_k8() -> str:
-    """The same at k = r = 8."""
-    own = second_model("ranks_and_pools.csv", r=8, k=8)
-    return percents(((1 - row["allocation"]) / (1 - row["best_found"]) for row in own), 0)
 
 
 def gain_mpnet() -> str:
@@ -210,6 +205,6 @@ def weighted(kind: str, k: int) -> tuple[float, float]:
 
 
 BLOCKS = (
-    gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, allocation_mpnet_k8, gain_mpnet, sides,
+    gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, gain_mpnet, sides,
     update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds,
 )  # fmt: skip

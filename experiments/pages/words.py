@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,14 +33,26 @@ def record(path: str) -> Any:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
+def of_model(model: str, name: str, **where: Any) -> list[Row]:
+    """The rows of a model whose columns have the given values. Raises ValueError if there are none."""
+    if not (own := [row for row in by_model(rows(name)).get(model, []) if has(row, where)]):
+        raise ValueError(f"figures/{name} has no rows of {model} with {where}")
+    return own
+
+
 def first_model(name: str, **where: Any) -> list[Row]:
-    """The rows of the first model whose columns have the given values."""
-    return [row for row in by_model(rows(name))[FIRST_MODEL] if has(row, where)]
+    """The same for the first model."""
+    return of_model(FIRST_MODEL, name, **where)
 
 
 def second_model(name: str, **where: Any) -> list[Row]:
-    """The rows of mpnet, the larger model, whose columns have the given values."""
-    return [row for row in by_model(rows(name)).get(MODEL_NAMES["mpnet"], []) if has(row, where)]
+    """The same for mpnet, the larger model."""
+    return of_model(MODEL_NAMES["mpnet"], name, **where)
+
+
+def allocation_share(row: Row) -> float:
+    """The share of the gain over LoRA that unequal allocation of ranks explains."""
+    return float((1 - row["allocation"]) / (1 - row["best_found"]))
 
 
 def has(row: Row, where: dict[str, Any]) -> bool:
@@ -81,13 +94,13 @@ def spelled(stack: str) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"  # + 0.0 makes -0 plain 0
+    return percents([share], digits)
 
 
 def span(values: Iterable[float], form: str = ".0f", unit: str = "") -> str:
     """The least and the largest of some values, such as `56 to 89 %`; one number where both look the same."""
     numbers = list(values)
-    low, high = f"{min(numbers):{form}}", f"{max(numbers):{form}}"
+    low, high = (re.sub(r"^-(?=[0.]*$)", "", f"{number:{form}}") for number in (min(numbers), max(numbers)))  # no -0
     return (low if low == high else f"{low} to {high}") + unit
 
 

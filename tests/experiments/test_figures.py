@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 import rasa_theory as rt
-from experiments import adapter_claims, figures, floors, iteration_count, neighbours, ranks_and_pools, registry
+from experiments import adapter_claims, figures, floors, iteration_count, neighbours, registry
 from experiments.best_found.compare import excess
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES
 from experiments.support.rows import of_models, read_rows, write_rows
@@ -283,16 +283,14 @@ def expected_heights(name: str, path: Path) -> list[float]:
     if name == "layers_left":
         return []  # its numbers are texts: see `test_the_heat_map_says_every_number`
     if name == "ranks_and_pools":
-        by_model: dict[str, list[Any]] = {}
+        gains: dict[tuple[Any, ...], list[float]] = {}
         for row in read_rows(path):
-            by_model.setdefault(row["model"], []).append(row)
-        values = (ranks_and_pools.gain, ranks_and_pools.rounded_gain)
-        return [
-            100 * mean
-            for own in by_model.values()
-            for value in values
-            for mean in ranks_and_pools.mean_over_stacks(own, value).values()
-        ]
+            if row["stack"] in ("query", "attention_output"):
+                point = row["model"], row["r"], row["k"]
+                gains.setdefault((*point, "exact"), []).append(1 - row["best_found"])
+                gains.setdefault((*point, "rounded"), []).append(row["lora_bfloat16"] - row["bfloat16"])
+        assert {len(pair) for pair in gains.values()} == {2}
+        return [100 * statistics.fmean(pair) for pair in gains.values()]
     rows = of_models(read_rows(path), FIRST_MODEL)
     if name == "updates":
         return [

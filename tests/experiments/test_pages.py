@@ -142,7 +142,7 @@ def test_the_summary_has_gain_limit_share_and_crossings(figures: Path) -> None:
     counts = [attempt("attention_output", n) for n in (10, 11, 60, 61, None)]
     others = [attempt("attention_output", 1, rank=4), attempt("attention_output", 1, part="pool"), attempt("query", 1)]
     write_rows(figures / "iteration_count.csv", ("part", "stack", "rank", "k", "iterations"), counts + others)
-    assert cells(block("summary"))[1:] == [
+    assert cells(block("summary"))[2:] == [
         ["attention output", "1.00 %", "5.00 %", "80 %", "1 of 5", "2 of 5", "3 of 5", "4 of 5"]
     ]
 
@@ -161,17 +161,94 @@ def test_a_second_model_gets_a_column_and_rows_of_its_own(figures: Path) -> None
 
 
 def test_the_grid_of_ranks_has_gains_before_and_after_rounding(figures: Path) -> None:
-    common = {"model": "m", "stack": "query", "r": 8, "lora_bfloat16": 1.01, "allocation": 0.98, "floor": 0.75}
+    common = {"r": 8, "effort": "quick", "lora_bfloat16": 1.01, "allocation": 0.98, "floor": 0.75}
     points = [
         common
         | {"k": 1, "best_found": 0.96, "bfloat16": 0.98, "uncancelled": 0.97, "by_loss": 1.25, "cancellation": 2},
         common | {"k": 8, "best_found": 0.92, "bfloat16": 0.99, "by_loss": 2.0, "cancellation": 3.5},
     ]
-    write_rows(figures / "ranks_and_pools.csv", tuple(points[0]), points)
-    assert cells(block("gains_by_rank")) == [["r", "k = 1", "k = 8"], ["8", "4.00 %", "8.00 %"]]
-    assert cells(block("rounded_gains_by_rank"))[1] == ["8", "3.00 %", "2.00 %"]
-    assert cells(block("best_in_bfloat16"))[1] == ["8", "8", "1", "3.5"]
-    assert cells(block("at_eighth"))[1] == ["8", "1", "50 %", "50 %", "25 %", "75 %", "1.25", "25.0 %"]
+    with_kinds = [
+        point | {"model": model, "stack": stack}
+        for model in (words.FIRST_MODEL, "all-mpnet-base-v2")
+        for stack in ("query", "attention_output")
+        for point in points
+    ]
+    file = figures / "ranks_and_pools.csv"
+    write_rows(file, tuple(with_kinds[0]), with_kinds)
+    header, first, _ = cells(block("gains_by_rank"))
+    assert (header, first) == (["model", "r", "k = 1", "k = 8"], [words.FIRST_MODEL, "8", "4.00 %", "8.00 %"])
+    assert cells(block("rounded_gains_by_rank"))[2] == ["all-mpnet-base-v2", "8", "3.00 %", "2.00 %"]
+    assert cells(block("best_in_bfloat16"))[1][1:] == ["8", "8", "1", "3.5"]
+    assert cells(block("at_eighth"))[1][1:] == ["8", "1", "50 %", "50 %", "25 %", "75 %", "1.25", "25.0 %"]
+    assert (block("sharing_k8"), block("sharing_k8_mpnet"), block("allocation_k8_mpnet")) == (
+        "6.00 %",
+        "6.00 %",
+        "25 %",
+    )
+    write_rows(file, tuple(with_kinds[0]), with_kinds[:1])
+    words.rows.cache_clear()
+    with pytest.raises(ValueError, match="no r and k with rows of query and attention_output"):
+        block("at_eighth")
+
+
+def test_numbers_of_the_second_model_are_its_own_and_none_is_invented(figures: Path) -> None:
+    model = {"model": "all-mpnet-base-v2"}
+    counts = [attempt("query", n, **model) for n in (9, 10, 11, None)]
+    file, columns = figures / "iteration_count.csv", ("model", "part", "stack", "rank", "k", "layers", "iterations")
+    write_rows(file, columns, [*counts, attempt("query", 1), attempt("query", 1, k=2, **model)])
+    assert (block("mpnet_by_10"), block("mpnet_never")) == ("2 of 4", "1 of 4")
+    pool = {"part": "pool", "source": "updates", "stack": "query", "k": 1} | model
+    values = [("allocation", 0.97), ("best_found", 0.96), ("by_loss", 1.0), ("by_loss", 3.0), ("by_weight", 1.0)]
+    own = [pool | {"item": item, "value": value} for item, value in values]
+    write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
+    assert (block("gain_mpnet"), block("allocation_mpnet"), block("median_owners_mpnet")) == ("4.00 %", "75 %", "2.00")
+    assert cells(block("owners"))[1:] == [["bundled updates", "2.00", "1 of 2", "1.00"]]
+    write_rows(file, columns, [attempt("query", 1)])
+    words.rows.cache_clear()
+    with pytest.raises(ValueError, match=r"iteration_count\.csv has no rows of all-mpnet-base-v2 with"):
+        block("mpnet_by_10")
+
+
+def test_synthetic_rows_are_of_no_model(figures: Path) -> None:
+    made = attempt("power:0.7", 2, part="layers", layers=12)
+    real = [attempt("query", 5, part="layers", layers=3, model=model) for model in ("", "all-mpnet-base-v2")]
+    columns = ("model", "part", "stack", "rank", "k", "layers", "iterations")
+    write_rows(figures / "iteration_count.csv", columns, [made, *real])
+    assert [line[:3] for line in cells(block("crossings_layers"))[1:]] == [
+        [words.FIRST_MODEL, "query", "3"], ["all-mpnet-base-v2", "query", "3"],
+        ["synthetic", "half of the bases common", "12"],
+    ]  # fmt: skip
+
+
+def test_a_kind_without_a_floor_keeps_its_attempts(figures: Path) -> None:
+    write_rows(figures / "floors.csv", ("model", "stack", "k", "best_found", "allocation", "two_sided"),
+               [floor_row("query", 0.99, model="")])  # fmt: skip
+    write_rows(figures / "iteration_count.csv", ("model", "part", "stack", "rank", "k", "iterations"),
+               [attempt("query", 5, model="mpnet")])  # fmt: skip
+    assert cells(block("summary"))[1:] == [
+        [words.FIRST_MODEL, "query", "1.00 %", "5.00 %", "80 %", "", "", "", ""],
+        ["mpnet", "query", "", "", "", *["1 of 1"] * 4],
+    ]
+
+
+def test_methods_are_compared_on_the_kinds_that_a_model_has(figures: Path) -> None:
+    rows = [
+        {"model": model, "stack": stack, "r": 8, "method": method, "settings": "rank=8", "error": error,
+         "evidence": "closed form"}
+        for model, kinds in ((words.FIRST_MODEL, words.KINDS), ("mpnet", ("query",)))
+        for stack in kinds
+        for method, error in (("lora", 0.5), ("allocated", 0.49))
+    ]  # fmt: skip
+    write_rows(figures / "neighbours.csv", tuple(rows[0]), rows)
+    assert cells(block("neighbours"))[3][3:] == ["-2.0", "", "", "", "minimum"]
+
+
+@pytest.mark.parametrize("value", [-1e-9, 0.0, 1e-9])
+def test_zero_has_no_sign(value: float) -> None:
+    assert (words.percent(value, 0), words.percents([value, value], 2), words.span([value], ".1f")) == (
+        "0 %", "0.00 %", "0.0",
+    )  # fmt: skip
+    assert words.percents([-0.02, 0.01]) == "-2.00 to 1.00 %"
 
 
 def test_what_sets_share_is_beside_its_controls(figures: Path) -> None:

@@ -47,13 +47,30 @@ def test_a_row_has_the_closed_forms_of_its_rank() -> None:
     assert "uncancelled" not in rows[1]  # k = 2 is neither 1 nor r/8
 
 
+ROW = {
+    "model": "synthetic", "stack": "query", "r": 8, "k": 1, "effort": "quick",
+    "best_found": 0.9, "bfloat16": 0.97, "lora_bfloat16": 1.01,
+}  # fmt: skip
+OTHER = ROW | {"stack": "attention_output", "best_found": 0.8}
+
+
 def test_gains_are_means_over_kinds_and_rounding_counts_for_both() -> None:
-    row = {"stack": "query", "r": 8, "k": 1, "best_found": 0.9, "bfloat16": 0.97, "lora_bfloat16": 1.01}
-    rows = [row, row | {"stack": "key", "best_found": 0.8}, row | {"k": 2}]
-    assert experiment.mean_over_stacks(rows, experiment.gain) == pytest.approx({(8, 1): 0.15, (8, 2): 0.1})
-    other_rank = row | {"r": 4, "best_found": 0.7}
-    assert experiment.mean_over_stacks([*rows, other_rank], experiment.gain)[8, 1] == pytest.approx(0.1), "query alone"
-    assert experiment.rounded_gain(row) == pytest.approx(0.04)
+    rows = [ROW, OTHER, ROW | {"k": 2}]
+    assert experiment.mean_over_kinds(rows, experiment.gain) == pytest.approx({(8, 1): 0.15, (8, 2): 0.1})
+    assert experiment.rounded_gain(ROW) == pytest.approx(0.04)
+
+
+def test_points_that_one_kind_lacks_other_kinds_and_other_efforts_are_not_shown() -> None:
+    others = [ROW | {"r": 16}, ROW | {"stack": "key"}, ROW | {"effort": "default"}, OTHER | {"effort": "default"}]
+    assert experiment.shown([ROW, *others, OTHER]) == [ROW, OTHER]
+    assert experiment.shown([ROW]) == []
+    with pytest.raises(ValueError, match="two rows of the same r and k"):
+        experiment.shown([ROW, OTHER, ROW | {"best_found": 0.7}])
+
+
+def test_every_rank_has_a_look_of_its_own() -> None:
+    (ax,) = experiment.plot([row | {"r": r} for row in (ROW, OTHER) for r in (2, 8, 12)]).axes
+    assert len({line.get_color() for line in ax.get_lines() if line.get_linestyle() == "-"}) == 3
 
 
 def test_the_command_takes_up_its_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +78,6 @@ def test_the_command_takes_up_its_work(tmp_path: Path, capsys: pytest.CaptureFix
     experiment.main(words)
     file = tmp_path / "ranks_and_pools.csv"
     assert [row["k"] for row in read_rows(file)] == [1, 2, 4, 8]
-    assert file.with_suffix(".png").exists()
     text = file.read_bytes()
     experiment.main(words)
     assert file.read_bytes() == text
