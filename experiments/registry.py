@@ -123,7 +123,7 @@ MPNET = (
     "-m experiments.seeds_and_tasks --model mpnet --kinds query attention_output",
     "-m experiments.localized --model mpnet --seeds 1",
     "-m experiments.neighbours --model mpnet --kinds query attention_output --ranks 8",
-    "-m experiments.floors --model mpnet --kinds query attention_output --ks 1 8 --effort quick --seconds 120",
+    "-m experiments.floors --model mpnet --kinds query attention_output --ks 1 --effort quick --seconds 60",
     "-m experiments.why_sharing_pays --model mpnet --kinds query attention_output",
     "-m experiments.iteration_count --model mpnet --kinds query attention_output --parts real --ks 1 --jobs 1",
     "-m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 16 4 32",
@@ -183,7 +183,6 @@ EXPERIMENTS = {
         (
             "-m experiments.finetune --seeds 1 --out rasa-finetune",
             "-m experiments.seeds_and_tasks --out {out}",
-            "-m experiments.seeds_and_tasks --model synthetic --out {out}",
         ),
         ("seeds_and_tasks.csv",),
         {},

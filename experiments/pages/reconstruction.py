@@ -15,6 +15,8 @@ from experiments.pages.words import (
     has,
     kinds_of,
     model_table,
+    of_model,
+    one,
     percent,
     percents,
     record,
@@ -28,21 +30,33 @@ from experiments.support.rows import Row
 
 
 def summary() -> str:
-    """Gain, its limit, the share of allocation and the crossings at r = 8, k = 1, for every kind."""
+    """Gain, its limit, the share of allocation and the crossings at r = 8, k = 1, for every kind.
+
+    A kind without a two-sided floor has the closed one of `why_sharing_pays`.
+    """
     attempts = [row for row in rows("iteration_count.csv") if has(row, {"part": "real", "rank": 8, "k": 1})]
     solved = [row for row in rows("floors.csv") if row["k"] == 1]
 
     def lines(own: list[Row]) -> Iterable[Line]:
         for kind in kinds_of(own):
             of_kind = [row for row in own if row["stack"] == kind]
-            floor = next((row for row in of_kind if "best_found" in row), None)
-            gains = ["", "", ""] if floor is None else [
-                percent(1 - floor["best_found"]), percent(1 - floor["two_sided"]), percent(allocation_share(floor), 0)
-            ]  # fmt: skip
+            found = next((row for row in of_kind if "best_found" in row), None)
+            if found is not None:
+                limit = percent(1 - found["two_sided"])
+            else:
+                found = solved_for_sharing(of_kind[0]["model"], kind)
+                limit = f"{percent(1 - found['floor'])} (closed)"
+            gains = [percent(1 - found["best_found"]), limit, percent(allocation_share(found), 0)]
             yield [spelled(kind), *gains, *counted([row for row in of_kind if "iterations" in row])]
 
     columns = ["r = 8, k = 1", "gain over LoRA", "at most", "unequal ranks, of the gain", *LIMITS]
     return model_table(columns, [*solved, *attempts], lines)
+
+
+def solved_for_sharing(model: str, kind: str) -> dict[str, float]:
+    """Allocation, best error and floor of a kind at k = 1, in units of e_lora, from `why_sharing_pays`."""
+    own = of_model(model, "why_sharing_pays.csv", part="pool", source="updates", stack=kind, k=1)
+    return {item: one(own, item=item)["value"] for item in ("allocation", "best_found", "floor")}
 
 
 def floors() -> str:

@@ -140,9 +140,9 @@ def test_the_summary_has_gain_limit_share_and_crossings(figures: Path) -> None:
     write_rows(figures / "floors.csv", ("stack", "k", "best_found", "allocation", "two_sided"),
                [floor_row("attention_output", 0.99), floor_row("attention_output", 0.5, k=2)])  # fmt: skip
     counts = [attempt("attention_output", n) for n in (10, 11, 60, 61, None)]
-    others = [attempt("attention_output", 1, rank=4), attempt("attention_output", 1, part="pool"), attempt("query", 1)]
+    others = [attempt("attention_output", 1, rank=4), attempt("attention_output", 1, part="pool")]
     write_rows(figures / "iteration_count.csv", ("part", "stack", "rank", "k", "iterations"), counts + others)
-    assert cells(block("summary"))[2:] == [
+    assert cells(block("summary"))[1:] == [
         ["attention output", "1.00 %", "5.00 %", "80 %", "1 of 5", "2 of 5", "3 of 5", "4 of 5"]
     ]
 
@@ -220,14 +220,19 @@ def test_synthetic_rows_are_of_no_model(figures: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_kind_without_a_floor_keeps_its_attempts(figures: Path) -> None:
+def test_a_kind_without_a_two_sided_floor_has_the_closed_one(figures: Path) -> None:
     write_rows(figures / "floors.csv", ("model", "stack", "k", "best_found", "allocation", "two_sided"),
                [floor_row("query", 0.99, model="")])  # fmt: skip
     write_rows(figures / "iteration_count.csv", ("model", "part", "stack", "rank", "k", "iterations"),
                [attempt("query", 5, model="mpnet")])  # fmt: skip
+    pool = {"model": "mpnet", "part": "pool", "source": "updates", "stack": "query", "k": 1}
+    own = [
+        pool | {"item": i, "value": value} for i, value in (("allocation", 0.97), ("best_found", 0.96), ("floor", 0.9))
+    ]
+    write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
     assert cells(block("summary"))[1:] == [
         [words.FIRST_MODEL, "query", "1.00 %", "5.00 %", "80 %", "", "", "", ""],
-        ["mpnet", "query", "", "", "", *["1 of 1"] * 4],
+        ["mpnet", "query", "4.00 %", "10.00 % (closed)", "75 %", *["1 of 1"] * 4],
     ]
 
 
