@@ -174,10 +174,10 @@ EXPERIMENTS = {
                 "ranks_and_pools.csv",
                 from_rows("ranks_and_pools", "plot", *MODEL_NAMES.values()),
                 "the gain over LoRA against k, for each r, and what of it is left in bfloat16, mean of two kinds, "
-                "on two models (mpnet's data by the same command with --model mpnet --ranks 8)",
+                "on two models; with --model mpnet --ranks 8 the command makes mpnet's data",
             )
         },
-        takes="half an hour on one core for MiniLM, a quarter for mpnet",
+        takes="half an hour on one core for MiniLM, and a quarter of an hour for mpnet",
     ),
     "seeds_and_tasks": Experiment(
         (

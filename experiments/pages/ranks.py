@@ -75,26 +75,29 @@ def best_in_bfloat16() -> str:
     return model_table(["r", "best k", "best k in bfloat16", "cancellation at k = r"], points(), lines)
 
 
-def sharing_at_8(model: str) -> str:
-    """What sharing takes off at r = k = 8, in per cent of e_lora, over the two kinds of a model."""
-    own = [row for row in points() if row["model"] == model and row["r"] == row["k"] == 8]
+def at_8(word: str) -> list[Row]:
+    """The rows of a model at r = k = 8."""
+    return [row for row in points() if row["model"] == MODEL_NAMES[word] and row["r"] == row["k"] == 8]
+
+
+def sharing(own: list[Row]) -> str:
+    """What sharing takes off, in per cent of e_lora."""
     return percents(row["allocation"] - row["best_found"] for row in own)
 
 
 def sharing_k8() -> str:
     """Sharing at r = k = 8 on query and attention output of MiniLM."""
-    return sharing_at_8(MODEL_NAMES["minilm"])
+    return sharing(at_8("minilm"))
 
 
 def sharing_k8_mpnet() -> str:
     """Sharing at r = k = 8 on query and attention output of mpnet."""
-    return sharing_at_8(MODEL_NAMES["mpnet"])
+    return sharing(at_8("mpnet"))
 
 
 def allocation_k8_mpnet() -> str:
     """The share of mpnet's gain at r = k = 8 that unequal ranks explain, over its two kinds."""
-    own = [row for row in points() if row["model"] == MODEL_NAMES["mpnet"] and row["r"] == row["k"] == 8]
-    return percents(map(allocation_share, own), 0)
+    return percents(map(allocation_share, at_8("mpnet")), 0)
 
 
 BLOCKS = (

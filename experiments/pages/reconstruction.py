@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import rasa_theory as rt
 from experiments.pages.crossings import LIMITS, counted
+from experiments.pages.sharing import results_at_1
 from experiments.pages.words import (
     Line,
     allocation_share,
@@ -15,8 +16,6 @@ from experiments.pages.words import (
     has,
     kinds_of,
     model_table,
-    of_model,
-    one,
     percent,
     percents,
     record,
@@ -40,23 +39,17 @@ def summary() -> str:
     def lines(own: list[Row]) -> Iterable[Line]:
         for kind in kinds_of(own):
             of_kind = [row for row in own if row["stack"] == kind]
-            found = next((row for row in of_kind if "best_found" in row), None)
-            if found is not None:
-                limit = percent(1 - found["two_sided"])
+            result = next((row for row in of_kind if "best_found" in row), None)
+            if result is not None:
+                limit = percent(1 - result["two_sided"])
             else:
-                found = solved_for_sharing(of_kind[0]["model"], kind)
-                limit = f"{percent(1 - found['floor'])} (closed)"
-            gains = [percent(1 - found["best_found"]), limit, percent(allocation_share(found), 0)]
+                result = results_at_1(of_kind[0]["model"])[kind]
+                limit = f"{percent(1 - result['floor'])} (closed)"
+            gains = [percent(1 - result["best_found"]), limit, percent(allocation_share(result), 0)]
             yield [spelled(kind), *gains, *counted([row for row in of_kind if "iterations" in row])]
 
     columns = ["r = 8, k = 1", "gain over LoRA", "at most", "unequal ranks, of the gain", *LIMITS]
     return model_table(columns, [*solved, *attempts], lines)
-
-
-def solved_for_sharing(model: str, kind: str) -> dict[str, float]:
-    """Allocation, best error and floor of a kind at k = 1, in units of e_lora, from `why_sharing_pays`."""
-    own = of_model(model, "why_sharing_pays.csv", part="pool", source="updates", stack=kind, k=1)
-    return {item: one(own, item=item)["value"] for item in ("allocation", "best_found", "floor")}
 
 
 def floors() -> str:

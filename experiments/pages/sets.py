@@ -95,13 +95,10 @@ def relations_and_kinds(own: list[Row], part: str) -> list[tuple[str, str]]:
 
 def sharing(own: list[Row], **where: str) -> str:
     """What sharing takes off, in per cent of e_lora; empty where it was not measured."""
-    found = [
-        (row["item"], row["value"]) for row in own if has(row, where) and row["item"] in ("allocation", "best_found")
-    ]
-    values = dict(found)
-    if len(values) < len(found):
-        raise ValueError(f"two results with {where}")
-    return percent(values["allocation"] - values["best_found"]) if values else ""
+    unit = [row for row in own if has(row, where)]
+    if not unit:
+        return ""
+    return percent(one(unit, item="allocation")["value"] - one(unit, item="best_found")["value"])
 
 
 BLOCKS = (pooled_sets, pooled_pairs, pooled_groups, overlaps_of_sets)

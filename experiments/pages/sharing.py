@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.models.update_sets import MODEL_NAMES
 from experiments.pages.words import (
     KINDS,
     Line,
+    allocation_share,
     first_model,
     has,
     kinds_of,
     model_table,
+    of_model,
     one,
     percent,
     percents,
@@ -104,18 +107,21 @@ def median_owners_mpnet() -> str:
     return f"{statistics.median(row['value'] for row in own):.2f}"
 
 
+def results_at_1(model: str) -> dict[str, Row]:
+    """For each kind of a model allocation, best error and floor at r = 8 and k = 1, in units of e_lora."""
+    own = of_model(model, "why_sharing_pays.csv", part="pool", source="updates", k=1)
+    items = ("allocation", "best_found", "floor")
+    return {kind: {item: one(own, stack=kind, item=item)["value"] for item in items} for kind in kinds_of(own)}
+
+
 def allocation_mpnet() -> str:
     """The share of mpnet's gain at k = 1 that unequal ranks explain, over its kinds."""
-    own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1)
-    cells = {(row["stack"], row["item"]): row["value"] for row in own}
-    kinds = dict.fromkeys(stack for stack, _ in cells)
-    return percents(((1 - cells[kind, "allocation"]) / (1 - cells[kind, "best_found"]) for kind in kinds), 0)
+    return percents(map(allocation_share, results_at_1(MODEL_NAMES["mpnet"]).values()), 0)
 
 
 def gain_mpnet() -> str:
     """mpnet's gain at r = 8 and k = 1, over its kinds."""
-    own = second_model("why_sharing_pays.csv", part="pool", source="updates", k=1, item="best_found")
-    return percents(1 - row["value"] for row in own)
+    return percents(1 - row["best_found"] for row in results_at_1(MODEL_NAMES["mpnet"]).values())
 
 
 def sides() -> str:

@@ -198,7 +198,8 @@ def test_numbers_of_the_second_model_are_its_own_and_none_is_invented(figures: P
     write_rows(file, columns, [*counts, attempt("query", 1), attempt("query", 1, k=2, **model)])
     assert (block("mpnet_by_10"), block("mpnet_never")) == ("2 of 4", "1 of 4")
     pool = {"part": "pool", "source": "updates", "stack": "query", "k": 1} | model
-    values = [("allocation", 0.97), ("best_found", 0.96), ("by_loss", 1.0), ("by_loss", 3.0), ("by_weight", 1.0)]
+    errors = [("allocation", 0.97), ("best_found", 0.96), ("floor", 0.9)]
+    values = [*errors, ("by_loss", 1.0), ("by_loss", 3.0), ("by_weight", 1.0)]
     own = [pool | {"item": item, "value": value} for item, value in values]
     write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
     assert (block("gain_mpnet"), block("allocation_mpnet"), block("median_owners_mpnet")) == ("4.00 %", "75 %", "2.00")
@@ -210,10 +211,10 @@ def test_numbers_of_the_second_model_are_its_own_and_none_is_invented(figures: P
 
 
 def test_synthetic_rows_are_of_no_model(figures: Path) -> None:
-    made = attempt("power:0.7", 2, part="layers", layers=12)
+    synthetic = attempt("power:0.7", 2, part="layers", layers=12)
     real = [attempt("query", 5, part="layers", layers=3, model=model) for model in ("", "all-mpnet-base-v2")]
     columns = ("model", "part", "stack", "rank", "k", "layers", "iterations")
-    write_rows(figures / "iteration_count.csv", columns, [made, *real])
+    write_rows(figures / "iteration_count.csv", columns, [synthetic, *real])
     assert [line[:3] for line in cells(block("crossings_layers"))[1:]] == [
         [words.FIRST_MODEL, "query", "3"], ["all-mpnet-base-v2", "query", "3"],
         ["synthetic", "half of the bases common", "12"],
