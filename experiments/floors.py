@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models, read_rows, write_rows
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
@@ -124,6 +125,7 @@ def plot(rows: list[Row]) -> Figure:
     return figure
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, RUNS, add_model_flags, chosen_updates, updates_of
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.distributed import end_with_parent
@@ -290,6 +291,7 @@ def _within(iterations: int | None) -> str:
     return "never in 200" if iterations is None else "within 10" if iterations <= 10 else "later"
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

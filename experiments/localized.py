@@ -28,6 +28,7 @@ import torch
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory import methods
 from rasa_theory.commands.progress import ProgressBar
@@ -86,6 +87,7 @@ def report(rows: list[Row]) -> Iterator[str]:
         yield f"{source:14}{side:>4} x {side}{r:>4}{ranks:>11}{numbers}"
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

@@ -38,6 +38,7 @@ from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
 from rasa_theory import methods
@@ -200,6 +201,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

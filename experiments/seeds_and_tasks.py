@@ -38,6 +38,7 @@ import torch
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner, updates_of
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
 from experiments.why_sharing_pays.run import groups_served, leading, overlap
@@ -233,6 +234,7 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates, corner, run_file
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
@@ -137,6 +138,7 @@ def plot_left(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, ("minilm", "mpnet"))

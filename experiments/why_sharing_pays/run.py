@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Table, of_models, read_rows
 from experiments.why_sharing_pays import __doc__ as description
 from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
@@ -232,6 +233,7 @@ def two_sided_floors(path: Path, model: str) -> dict[tuple[str, int], float]:
     return {(row["stack"], row["k"]): row["two_sided"] for row in rows if row["r"] == 8}
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)

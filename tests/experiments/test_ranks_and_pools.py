@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import rasa_theory as rt
+from experiments import floors, neighbours, seeds_and_tasks, update_spectra
 from experiments import ranks_and_pools as experiment
 from experiments.support.rows import read_rows
 from rasa_theory.sources import planted_stack
@@ -92,3 +94,25 @@ def test_missing_updates_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         "the updates of minilm have no 'gate'; there are: query, key, value, attention_output"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "sentence"),
+    [
+        (experiment, ["--ranks", "0"], "rank must be at least 1, got 0"),
+        (experiment, ["--ranks", "500"], "rank 500 exceeds min(b, a) = 384 of stack 'query'"),
+        (experiment, ["--effort", "fast"], "unknown effort 'fast'"),
+        (update_spectra, ["--effort", "fast"], "unknown effort 'fast'"),
+        (floors, ["--rank", "0"], "rank must be at least 1, got 0"),
+        (seeds_and_tasks, ["--effort", "fast"], "unknown effort 'fast'"),
+        (neighbours, ["--ranks", "0"], "parameters must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_a_sentence(
+    command: Any, words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--kinds", "query", "--out", str(tmp_path), *words])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
