@@ -305,6 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figure", action="store_true", help="draw the table, run nothing")
     parser.add_argument("--smoke", action="store_true", help="a few attempts of each part")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     table = Table(args.out / "iteration_count.csv", COLUMNS, tuple(Case.__dataclass_fields__))
     if not args.figure:
         kinds = tuple(chosen_updates(parser, args))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from experiments import floors, neighbours, seeds_and_tasks, update_spectra
+from experiments import floors, iteration_count, neighbours, seeds_and_tasks, update_spectra
 from experiments import ranks_and_pools as experiment
 from experiments.support.rows import read_rows
 from rasa_theory.sources import planted_stack
@@ -102,6 +102,8 @@ def test_missing_updates_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         (experiment, ["--ranks", "0"], "rank must be at least 1, got 0"),
         (experiment, ["--ranks", "500"], "rank 500 exceeds min(b, a) = 384 of stack 'query'"),
         (experiment, ["--effort", "fast"], "unknown effort 'fast'"),
+        (iteration_count, ["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (iteration_count, ["--ks", "99"], "none of these --parts and --ks"),
         (update_spectra, ["--effort", "fast"], "unknown effort 'fast'"),
         (floors, ["--rank", "0"], "rank must be at least 1, got 0"),
         (seeds_and_tasks, ["--effort", "fast"], "unknown effort 'fast'"),
