@@ -71,12 +71,22 @@ def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None
 def unresolved(stack: LayerStack, factors: RasaFactors) -> float:
     """How far from an exact fit sweeps may end by rounding, in units of norm.
 
-    They take no step along b^T E_i a below `residual_noise`. For each of the q + R terms these are b + a numbers.
+    They take no step along b^T E_i a below `residual_noise`. For each of the q + R terms these are b + a numbers. What
+    they leave is hidden where the pool's unit columns nearly agree: E_i is up to 1/sigma times B^T E_i, sigma being
+    the least singular value of these columns, or of the rows, whichever tell more.
     """
     terms = factors.private_B.shape[2] + factors.shared_B.shape[1]
     size = torch.tensor([term_size(stack, factors)], dtype=torch.float64)
     noise = float(residual_noise(size, factors.to(torch.float64))) * stack.eps / torch.finfo(torch.float64).eps
-    return math.sqrt(terms * sum(stack.shape)) * noise
+    sigma = max(_least_singular_value(factors.shared_B.mT), _least_singular_value(factors.shared_A))
+    return math.sqrt(terms * sum(stack.shape)) * noise / sigma
+
+
+def _least_singular_value(vectors: Tensor) -> float:
+    """The least singular value above rounding of the rows of `vectors` (R, n) at unit length; 1 without any."""
+    values = torch.linalg.svdvals(torch.nn.functional.normalize(vectors.to(torch.float64), dim=1)).tolist()
+    threshold = max(vectors.shape) * torch.finfo(vectors.dtype).eps * sum(values)
+    return min((value for value in values if value > threshold), default=1.0)
 
 
 def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:

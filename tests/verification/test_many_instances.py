@@ -7,6 +7,14 @@ import json
 import pytest
 
 from rasa_theory.commands import verify
+from rasa_theory.verification import VerificationSettings, draw_instance, run_trial
+from tests.helpers.subjects import HONEST
+
+
+@pytest.mark.parametrize("number", [1, 105, 125])
+def test_an_exact_fit_by_nearly_dependent_pool_columns_counts_as_reached(number: int) -> None:
+    law, instance = "answer_meets_optimum", draw_instance("equal", number, seed=0)
+    assert run_trial(instance, HONEST, VerificationSettings(), [law]).outcomes[law].holds
 
 
 @pytest.mark.slow
