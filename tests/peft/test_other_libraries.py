@@ -48,6 +48,7 @@ def quantised_by_bitsandbytes(bits: int, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.filterwarnings("ignore")
 def test_a_base_quantised_by_bitsandbytes_trains_merges_and_reloads(bits: int, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
     model = get_peft_model(quantised_by_bitsandbytes(bits, tmp_path / "base"),
                            RasaConfig(r=4, k=1, target_modules=["q_proj", "v_proj"], seed=0)).train()  # fmt: skip
     assert {p.dtype for p in parameters(model).values()} == {torch.float32}
@@ -72,6 +73,11 @@ def test_a_base_quantised_by_bitsandbytes_trains_merges_and_reloads(bits: int, t
     assert not layer.merged
     if bits == 4:
         again.eval()(input_ids=IDS)
+        for name, layer in layers(again).items():
+            state = layer.get_base_layer().weight.quant_state
+            if functional.has_avx512bf16():
+                assert state.packing_format_for_cpu, name
+            state.packing_format_for_cpu = True  # other processors never pack
         with pytest.raises(rt.InputError, match="has packed the 4-bit weights for the CPU"):
             again.merge_adapter()
 
