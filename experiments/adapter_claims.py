@@ -31,6 +31,7 @@ from scipy import stats
 import rasa_theory as rt
 from experiments.support import looks
 from experiments.support.rows import Row, read_rows, write_rows
+from experiments.train_adapters.protocol import best_rate
 from rasa_theory.plotting import style
 
 SMOOTH = 20  # steps
@@ -44,22 +45,22 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
     rows = read_rows(path)
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
-    best: dict[str, Row] = {}
+    trials: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["tuning"] and validation(row) > validation(best.get(row["name"])):
-            best[row["name"]] = row
+        if row["tuning"]:
+            trials[row["name"]].append(row)
+    best = {name: best_rate(of) for name, of in trials.items()}
     by_seed: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if not row["tuning"]:
-            name, tuned = row["name"], best.get(row["name"], row)
-            other = "" if rate(row) == rate(tuned) else f" at {rate(row):g}"
-            by_seed[name + other][row["run"]["seed"]] = row
+            other = "" if rate(row) == best.get(row["name"], rate(row)) else f" at {rate(row):g}"
+            by_seed[row["name"] + other][row["run"]["seed"]] = row
     return dict(by_seed)
 
 
-def validation(row: Row | None) -> float:
-    """MRR at the end; -1 for no row."""
-    return -1.0 if row is None else float(row["looks"][-1]["validation_mrr"])
+def validation(row: Row) -> float:
+    """MRR at the end."""
+    return float(row["looks"][-1]["validation_mrr"])
 
 
 def rate(row: Row) -> float:

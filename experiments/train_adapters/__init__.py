@@ -7,6 +7,8 @@
         --out figures/train_adapters_cpu.jsonl                                    starts from data
     python -m experiments.train_adapters --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3 \\
         --out figures/train_adapters_cpu.jsonl
+    python -m experiments.train_adapters --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --tuning-seeds 2 \\
+        --rates 6e-4 1e-3 1.8e-3 3e-3 5.5e-3 1e-2 --out figures/train_adapters_cpu.jsonl
     python -m experiments.train_adapters --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
         --keep experiments/trained --out figures/train_adapters_prose.jsonl       adapters of a second task
     python -m experiments.train_adapters --smoke                      three steps of each method, for function only
@@ -17,9 +19,9 @@ Runs on a GPU and on CPUs draw other dropout masks, so that all runs of one file
 The task is the one of the bundled updates (`experiments.finetune`): to find Python functions by their
 docstrings, InfoNCE over a batch. Training, validation and test pairs come from disjoint modules. The methods are full
 fine-tuning, LoRA of rank r, RaSA (r, k), and LoRA of rank q + R, the largest rank of RaSA's updates. All linear layers
-of the encoder are adapted; adapters are `rasa_theory.peft`, LoRA is its k = 0. Each method first takes one run at
-every learning rate of one grid; the rate with the best validation MRR is used for the seeds. Runs of one seed see the
-same batches and the same dropout masks. Every finished run is a line of --out, and is not run again.
+of the encoder are adapted; adapters are `rasa_theory.peft`, LoRA is its k = 0. Each method first takes one run, or
+several, at every learning rate of one grid; the rate with the best validation MRR is used for the seeds. Runs of one
+seed see the same batches and the same dropout masks. Every finished run is a line of --out, and is not run again.
 
 Forgetting is measured on prose from Python's language reference and from the descriptions and licences of installed
 packages: the model has to find, for a sentence, the one that follows it. Drift is one minus the mean cosine between the

@@ -6,12 +6,14 @@ import hashlib
 import importlib.metadata
 import platform
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.models.data import Pair, Split, cached, pairs_of, split_by_module
 from experiments.models.sentences import consecutive
+from experiments.support.rows import Row
 
 PROSE_PACKAGES = ("numpy", "scipy", "torch", "transformers", "matplotlib", "safetensors", "tqdm")
 
@@ -93,6 +95,19 @@ class Task:
 
     settings: Settings
     data: Data
+
+
+def best_rate(trials: Iterable[Row]) -> float:
+    """The learning rate of the highest mean validation MRR over tuning seeds; the first of equal ones.
+
+    Of rates with fewer seeds than others the means would be compared with more noise: they do not count.
+    """
+    scores: dict[float, list[float]] = defaultdict(list)
+    for row in trials:
+        scores[float(row["run"]["learning_rate"])].append(float(row["looks"][-1]["validation_mrr"]))
+    seeds = max(map(len, scores.values()))
+    means = {rate: sum(of) / seeds for rate, of in scores.items() if len(of) == seeds}
+    return max(means, key=means.__getitem__)
 
 
 def _some(pairs: Sequence[tuple[str, str]], number: int) -> list[tuple[str, str]]:

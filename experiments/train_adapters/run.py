@@ -21,7 +21,7 @@ from experiments.models.data import TASKS
 from experiments.models.encoder import Encoder, machine
 from experiments.support.rows import Row, append_rows, read_rows
 from experiments.train_adapters import __doc__ as description
-from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Settings, Task
+from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Settings, Task, best_rate
 from experiments.train_adapters.starts import adapted, factors_of_data, kinds, start_from, updates
 from experiments.train_adapters.training import look, retrieval, train
 from rasa_theory.distributed import end_with_parent
@@ -31,6 +31,7 @@ from rasa_theory.problem import compute_device
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100
+"""The first of the seeds that rates are chosen on."""
 BUDGETS = ((2, 1), (8, 1), (8, 4))
 """Budgets of the reconstructions of full updates."""
 
@@ -176,14 +177,9 @@ def _execute(arguments: tuple[Run, Task, str, bool, Path | None]) -> dict[str, A
     return execute(*arguments)
 
 
-def chosen_rate(run: Run, rows: Runs, rates: Sequence[float] = GRID) -> float:
-    """The learning rate with the best validation MRR."""
-
-    def validation(rate: float) -> float:
-        row = rows.find(replace(run, learning_rate=rate, seed=TUNING_SEED), True)
-        return -1.0 if row is None else float(row["looks"][-1]["validation_mrr"])
-
-    return max(rates, key=validation)
+def trials(run: Run, rates: Sequence[float], seeds: int) -> list[Run]:
+    """Return the runs that choose the learning rate of a method."""
+    return [replace(run, learning_rate=rate, seed=TUNING_SEED + n) for rate in rates for n in range(seeds)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -192,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method at its learning rate")
     parser.add_argument("--data-starts", action="store_true", help="the starts from data, in place of the methods")
     parser.add_argument("--rates", type=float, nargs="+", default=GRID, help="learning rates to choose from")
+    parser.add_argument("--tuning-seeds", type=int, default=1, help="runs at each of these rates; their mean decides")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods alone, such as 'rasa(2,1)'")
     parser.add_argument("--at-rate", type=float, help="run the seeds at this rate, and tune nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
@@ -218,11 +215,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Runs(args.out, settings)
     compared = named(methods(args.rank, args.data_starts), args.only)
     at_rate = rates[0] if args.smoke else args.at_rate
+    chosen = {run.name: at_rate for run in compared}
     if at_rate is None:
-        trials = [replace(run, learning_rate=rate, seed=TUNING_SEED) for run in compared for rate in rates_of(run)]
-        perform(trials, True, rows, task, device, args.jobs, None)
+        tried = {run.name: trials(run, rates_of(run), args.tuning_seeds) for run in compared}
+        perform([trial for of in tried.values() for trial in of], True, rows, task, device, args.jobs, None)
+        chosen = {name: best_rate(filter(None, (rows.find(trial, True) for trial in of))) for name, of in tried.items()}
     final = [
-        replace(run, learning_rate=at_rate or chosen_rate(run, rows, rates_of(run)), seed=seed)
+        replace(run, learning_rate=chosen[run.name], seed=seed)
         for seed in range(1 if args.smoke else args.seeds)
         for run in compared
     ]

@@ -189,12 +189,25 @@ def test_finished_runs_are_found_again_and_not_run(tmp_path: Path, monkeypatch: 
                       "looks": [{"validation_mrr": score + shift}]})  # fmt: skip
     again = experiment.Runs(tmp_path / "rows.jsonl", SETTINGS)
     assert again.rows == rows.rows
-    assert experiment.chosen_rate(base, again) == 1e-3
-    trials = [replace(base, learning_rate=rate, seed=experiment.TUNING_SEED) for rate in experiment.GRID]
+    trials = experiment.trials(base, experiment.GRID, 1)
+    assert experiment.best_rate(again.find(trial, True) for trial in trials) == 1e-3
     monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda _: pytest.fail("a finished run is run again"))
     experiment.perform(trials, True, again, task(), "cpu", 1, None)
     assert again.find(trials[0], False) is None
     assert experiment.Runs(tmp_path / "rows.jsonl", replace(SETTINGS, steps=4)).rows == []
+
+
+def trial(rate: float, seed: int, mrr: float) -> dict[str, Any]:
+    return {"run": asdict(run_of("lora", 2, 0, rate=rate, seed=seed)), "looks": [{"validation_mrr": mrr}]}
+
+
+def test_the_rate_is_chosen_by_the_mean_over_tuning_seeds_where_there_are_several() -> None:
+    lucky, steady = [trial(1e-3, 100, 0.9), trial(1e-3, 101, 0.1)], [trial(3e-3, 100, 0.6), trial(3e-3, 101, 0.6)]
+    assert experiment.best_rate(lucky[:1] + steady[:1]) == 1e-3
+    assert experiment.best_rate(lucky + steady) == 3e-3
+    assert experiment.best_rate([trial(1e-2, 100, 0.99), *lucky, *steady]) == 3e-3  # one seed tells less than two
+    found = [(run.learning_rate, run.seed) for run in experiment.trials(run_of("lora", 2, 0), (1e-3, 3e-3), 2)]
+    assert found == [(1e-3, 100), (1e-3, 101), (3e-3, 100), (3e-3, 101)]
 
 
 def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
