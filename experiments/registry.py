@@ -117,24 +117,8 @@ class Experiment:
         return " ".join(["python", *words[: out - 1], *words[out + 1 :]])
 
 
-MPNET = (
-    "-m experiments.update_spectra --model mpnet",
-    "-m experiments.ranks_and_pools --model mpnet --ranks 8",
-    "-m experiments.seeds_and_tasks --model mpnet --kinds query attention_output",
-    "-m experiments.localized --model mpnet --seeds 1",
-    "-m experiments.neighbours --model mpnet --kinds query attention_output --ranks 8",
-    "-m experiments.floors --model mpnet --kinds query attention_output --ks 1 --effort quick --seconds 60",
-    "-m experiments.why_sharing_pays --model mpnet --kinds query attention_output",
-    "-m experiments.iteration_count --model mpnet --kinds query attention_output --parts real --ks 1 --jobs 1",
-    "-m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 16 4 32",
-    "-m experiments.iteration_count --model mpnet --kinds query attention_output --jobs 1",
-    "-m experiments.why_sharing_pays --model mpnet",
-)
-"""The commands of the second model, the most telling first, on one thread. They need the runs of
-
-    python -m experiments.finetune --model mpnet --seeds 0 1
-    python -m experiments.finetune --model mpnet --task prose --seeds 0 --out rasa-finetune
-"""
+MPNET = "--model mpnet --kinds query attention_output"
+"""The second model, and the kinds of modules whose updates are bundled."""
 ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
 STARTS = "-m experiments.train_adapters --device cpu --out {out}/train_adapters_cpu.jsonl"
 EXPERIMENTS = {
@@ -151,7 +135,7 @@ EXPERIMENTS = {
         takes="two minutes on two idle cores",
     ),
     "update_spectra": Experiment(
-        ("-m experiments.update_spectra --out {out}",),
+        ("-m experiments.update_spectra --out {out}", "-m experiments.update_spectra --model mpnet --out {out}"),
         ("updates.csv",),
         {
             "updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates"),
@@ -166,7 +150,7 @@ EXPERIMENTS = {
     "ranks_and_pools": Experiment(
         (
             "-m experiments.ranks_and_pools --kinds query attention_output --ranks 8 16 4 --out {out}",
-            "-m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 8 --out {out}",
+            f"-m experiments.ranks_and_pools {MPNET} --ranks 8 --out {{out}}",
         ),
         ("ranks_and_pools.csv",),
         {
@@ -183,6 +167,7 @@ EXPERIMENTS = {
         (
             "-m experiments.finetune --seeds 1 --out rasa-finetune",
             "-m experiments.seeds_and_tasks --out {out}",
+            f"-m experiments.seeds_and_tasks {MPNET} --out {{out}}",
         ),
         ("seeds_and_tasks.csv",),
         {},
@@ -279,7 +264,7 @@ EXPERIMENTS = {
         takes="several minutes on two idle cores",
     ),
     "neighbours": Experiment(
-        ("-m experiments.neighbours --out {out}",),
+        ("-m experiments.neighbours --out {out}", f"-m experiments.neighbours {MPNET} --ranks 8 --out {{out}}"),
         ("neighbours.csv",),
         {
             "neighbours": Picture(
@@ -306,7 +291,7 @@ EXPERIMENTS = {
         takes="37 CPU minutes",
     ),
     "why_sharing_pays": Experiment(
-        ("-m experiments.why_sharing_pays --out {out}",),
+        ("-m experiments.why_sharing_pays --out {out}", f"-m experiments.why_sharing_pays {MPNET} --out {{out}}"),
         ("why_sharing_pays.csv",),
         {
             "sharing_gain": Picture(
@@ -334,6 +319,8 @@ EXPERIMENTS = {
         (
             "-m experiments.iteration_count --jobs 2 --out {out}",
             "-m experiments.iteration_count --jobs 2 --model synthetic --out {out}",
+            f"-m experiments.iteration_count {MPNET} --parts real --ks 1 --jobs 1 --out {{out}}",
+            f"-m experiments.iteration_count {MPNET} --parts layers --seeds 7 --jobs 1 --out {{out}}",
         ),
         ("iteration_count.csv",),
         {
