@@ -202,7 +202,5 @@ def summary(table: Results) -> Iterator[str]:
                         f"  unknown {gains[2]:6.3f} %{terms}"
                     )
     for row in table.rows:
-        if row["item"].startswith("overlap"):
-            yield f"{row['stack']:17} {row['item']} {row['index']} {float(row['value']):.4f}"
         if row["item"] == "one_sided":
             yield f"{row['source']:28} {row['stack']:17} one-sided {row['index']:18} {float(row['value']):.4f} e_lora"

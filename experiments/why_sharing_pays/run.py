@@ -135,17 +135,6 @@ def groups_served(factors: rt.RasaFactors, groups: int) -> list[float]:
     return served
 
 
-def overlaps(first: rt.LayerStack, second: rt.LayerStack, plan: Plan) -> Iterator[Item]:
-    """||U_i^T U'_j||_F^2 / r of leading singular vectors: 1 for the same subspace, r / b for unrelated ones."""
-    pairs = list(itertools.combinations(range(first.layers), 2))
-    for side in ("columns", "rows"):
-        U, W = (leading(stack, side, plan.rank) for stack in (first, second))
-        yield "", "overlap_chance", side, plan.rank / U.shape[1]
-        yield "", "overlap_tasks", side, overlap(U, W)
-        for name, X in (("first", U), ("second", W)):
-            yield "", f"overlap_layers_{name}", side, overlap(X[[i for i, _ in pairs]], X[[j for _, j in pairs]])
-
-
 def leading(stack: rt.LayerStack, side: str, rank: int) -> Tensor:
     """Leading left (columns) or right (rows) singular vectors of every layer, (L, n, r)."""
     svd = stack.spectra.svd()
@@ -197,7 +186,6 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[tuple[Ke
         for name, stack in stacks.items():
             yield ("pool", source, name), partial(split_gain, stack, plan, plan.control_ks, {})
     for name, stack in tuned.items():
-        yield ("tasks", "overlap", name), partial(overlaps, stack, other[name], plan)
         for how in (HOW[0], HOW[2]):
             yield ("tasks", how, name), partial(over_tasks, stack, other[name], plan, how)
     for layers, bases in itertools.product(plan.depths, null_models.BASES):

@@ -46,21 +46,6 @@ def test_overlap_is_one_of_a_space_and_itself_and_of_others_the_mean_of_squared_
     assert run.overlap(first, second) == pytest.approx(sum(each) / 3)
 
 
-def test_overlaps_are_of_the_same_layer_after_two_tasks_and_of_two_layers_after_one() -> None:
-    """First task: columns all apart, rows all the same. Second: the columns of the first, rows of their own."""
-    U, V = torch.as_tensor(orthogonal(B, 1)), torch.as_tensor(orthogonal(A, 2))
-    columns = torch.stack([U[:, 2 * i : 2 * i + 2] for i in range(L)])
-    rows = torch.stack([V[:, 2 * i : 2 * i + 2] for i in range(L)])
-    sizes = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    first = stack(columns * sizes @ V[:, -2:].mT)
-    second = stack(columns * sizes @ rows.mT)
-    found = {(item, side): value for _, item, side, value in run.overlaps(first, second, PLAN)}
-    expected = {"chance": (2 / B, 2 / A), "tasks": (1, 0), "layers_first": (0, 1), "layers_second": (0, 0)}
-    for item, (left, right) in expected.items():
-        assert found[f"overlap_{item}", "columns"] == pytest.approx(left, abs=1e-12)
-        assert found[f"overlap_{item}", "rows"] == pytest.approx(right, abs=1e-12)
-
-
 @pytest.mark.slow
 def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
     plan = Plan(rank=1, task_ks=(1,), sweeps=30)
