@@ -35,13 +35,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import rasa_theory as rt
 from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_updates, corner, updates_of
 from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
-from experiments.why_sharing_pays.run import groups_served, leading, overlap
+from experiments.why_sharing_pays.run import groups_served
 from rasa_theory import null_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.common import InputError
@@ -130,6 +131,17 @@ def overlaps_by_distance(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
         yield "cosine", str(distance), cosine(stack, stack, indices)
         for side in ("columns", "rows"):
             yield side, str(distance), overlap_of(stack, stack, side, indices, plan.rank)
+
+
+def leading(stack: rt.LayerStack, side: str, rank: int) -> Tensor:
+    """Leading left (columns) or right (rows) singular vectors of every layer, (L, n, r)."""
+    svd = stack.spectra.svd()
+    return (svd.U if side == "columns" else svd.Vh.mT)[:, :, :rank]
+
+
+def overlap(U: Tensor, W: Tensor) -> float:
+    """Mean over i of ||U_i^T W_i||_F^2 / r, for orthonormal columns (n, b, r), (n, b, r)."""
+    return float((U.mT @ W).square().sum((1, 2)).mean()) / U.shape[2]
 
 
 def cosine(first: rt.LayerStack, second: rt.LayerStack, indices: Sequence[tuple[int, int]]) -> float:

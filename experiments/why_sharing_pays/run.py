@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import rasa_theory as rt
 from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates
@@ -133,17 +132,6 @@ def groups_served(factors: rt.RasaFactors, groups: int) -> list[float]:
     losses = rt.pool_participation(factors).losses
     served: list[float] = participation_ratio(losses.reshape(groups, -1, losses.shape[1]).sum(1)).tolist()
     return served
-
-
-def leading(stack: rt.LayerStack, side: str, rank: int) -> Tensor:
-    """Leading left (columns) or right (rows) singular vectors of every layer, (L, n, r)."""
-    svd = stack.spectra.svd()
-    return (svd.U if side == "columns" else svd.Vh.mT)[:, :, :rank]
-
-
-def overlap(U: Tensor, W: Tensor) -> float:
-    """Mean over i of ||U_i^T W_i||_F^2 / r, for orthonormal columns (n, b, r), (n, b, r)."""
-    return float((U.mT @ W).square().sum((1, 2)).mean()) / U.shape[2]
 
 
 def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:

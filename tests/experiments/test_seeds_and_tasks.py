@@ -80,6 +80,18 @@ def test_groups_hold_every_layer_once(layers: int, size: int) -> None:
     assert size in experiment.sizes(layers)
 
 
+def test_overlap_is_one_of_a_space_and_itself_and_of_others_the_mean_of_squared_cosines() -> None:
+    U = torch.as_tensor(orthogonal(9, 1))[:, :6]
+    turn = torch.as_tensor(orthogonal(2, 3))
+    cosine = 0.6
+    tilted = torch.stack([U[:, 0], cosine * U[:, 1] + 0.8 * U[:, 2]], 1)
+    first = torch.stack([U[:, :2]] * 3)
+    second = torch.stack([U[:, :2] @ turn, U[:, 2:4], tilted])
+    each = [experiment.overlap(first[i : i + 1], second[i : i + 1]) for i in range(3)]
+    assert each == pytest.approx([1, 0, (1 + cosine**2) / 2])
+    assert experiment.overlap(first, second) == pytest.approx(sum(each) / 3)
+
+
 def test_overlaps_are_of_the_same_layer_and_of_permuted_ones() -> None:
     """Each layer has two directions of its own, the same in both sets; the second set has the other sign."""
     U, V = torch.as_tensor(orthogonal(B, 1)), torch.as_tensor(orthogonal(A, 2))

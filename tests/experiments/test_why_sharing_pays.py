@@ -34,18 +34,6 @@ def items(rows: Iterable[run.Item]) -> dict[str, list[float | str]]:
     return values
 
 
-def test_overlap_is_one_of_a_space_and_itself_and_of_others_the_mean_of_squared_cosines() -> None:
-    U = torch.as_tensor(orthogonal(9, 1))[:, :6]
-    turn = torch.as_tensor(orthogonal(2, 3))
-    cosine = 0.6
-    tilted = torch.stack([U[:, 0], cosine * U[:, 1] + 0.8 * U[:, 2]], 1)
-    first = torch.stack([U[:, :2]] * 3)
-    second = torch.stack([U[:, :2] @ turn, U[:, 2:4], tilted])
-    each = [run.overlap(first[i : i + 1], second[i : i + 1]) for i in range(3)]
-    assert each == pytest.approx([1, 0, (1 + cosine**2) / 2])
-    assert run.overlap(first, second) == pytest.approx(sum(each) / 3)
-
-
 @pytest.mark.slow
 def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
     plan = Plan(rank=1, task_ks=(1,), sweeps=30)
