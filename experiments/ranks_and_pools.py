@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -129,7 +130,7 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         uncancelled = None if row["uncancelled"] is None else 1 - row["uncancelled"]
         parts = (1 - row["allocation"], row["allocation"] - row["best_found"], row["best_found"] - row["floor"])
-        columns = zip((*parts, uncancelled, 1 - row["bfloat16"]), (12, 10, 10, 13, 10), strict=True)
+        columns = zip((*parts, uncancelled, rounded_gain(row)), (12, 10, 10, 13, 10), strict=True)
         numbers = "".join(f"{'' if x is None else f'{100 * x:.3f} %':>{width}}" for x, width in columns)
         yield f"{row['model']:18}{row['stack']:20}{row['r']:>4}{row['k']:>4}{numbers}"
 
@@ -164,6 +165,16 @@ def mean_over_kinds(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[
     return {point: statistics.fmean(own) for point, own in sorted(groups.items())}
 
 
+def draw_means(ax: Axes, means: dict[tuple[int, int], float], look: tuple[str, str], line: str) -> None:
+    """Draw the means of one model and r, by (r, k), in per cent: a line, and markers, that of k = r/8 filled."""
+    colour, marker = look
+    ax.plot([k for _, k in means], [100 * mean for mean in means.values()], line, color=colour, lw=1)
+    for (r, k), mean in means.items():
+        is_eighth = 8 * k == r
+        fill = colour if is_eighth else style.WHITE
+        ax.plot(k, 100 * mean, marker, color=colour, ms=5 if is_eighth else 3, mfc=fill, zorder=3)
+
+
 def plot(rows: Sequence[Row]) -> Figure:
     """A panel for each model: the gain against k, a line for each r, and dashed what is left of it in bfloat16."""
     rows = shown(rows)
@@ -174,18 +185,10 @@ def plot(rows: Sequence[Row]) -> Figure:
     ranks, ks = sorted({row["r"] for row in rows}), sorted({row["k"] for row in rows})
     looks = dict(zip(ranks, itertools.cycle(zip(style.COLOURS, style.MARKERS, strict=True)), strict=False))
     for ax, model in zip(axes, models, strict=True):
-        own = [row for row in rows if row["model"] == model]
-        for value, line in ((gain, "-"), (rounded_gain, "--")):
-            means = mean_over_kinds(own, value)
-            for (r, k), mean in means.items():
-                colour, marker = looks[r]
-                is_eighth = 8 * k == r
-                fill = colour if is_eighth else style.WHITE
-                ax.plot(k, 100 * mean, marker, color=colour, ms=5 if is_eighth else 3, mfc=fill, zorder=3)
-            for r in ranks:
-                points = [(k, 100 * mean) for (rank, k), mean in means.items() if rank == r]
-                if points:
-                    ax.plot(*zip(*points, strict=True), line, color=looks[r][0], lw=1)
+        for r, look in looks.items():
+            own = [row for row in rows if (row["model"], row["r"]) == (model, r)]
+            for value, line in ((gain, "-"), (rounded_gain, "--")):
+                draw_means(ax, mean_over_kinds(own, value), look, line)
         ax.set_xscale("log", base=2)
         ax.set_xticks(ks, [str(k) for k in ks])
         ax.yaxis.set_major_locator(MaxNLocator(4))
