@@ -161,14 +161,25 @@ def entropy_ranks_mpnet() -> str:
     return span(row["entropy_rank"] for row in second_model("updates.csv"))
 
 
+TRAINED = (
+    "rasa_theory/data/minilm_code.json", "rasa_theory/data/mpnet_code.json",
+    "experiments/trained/minilm_prose.json", "experiments/trained/mpnet_prose.json",
+)  # fmt: skip
+"""What is known of the runs of `experiments.finetune`."""
+
+
 def fine_tuning() -> str:
-    """Retrieval before and after the run that made the bundled updates."""
-    run = record("rasa_theory/data/minilm_code.json")
-    lines = [["before", f"{run['before']['mrr']:.3f}", f"{run['before']['recall_at_1']:.3f}"]]
-    for one_run in run["runs"]:
-        after = one_run["after"]
-        lines.append([f"after, seed {one_run['seed']}", f"{after['mrr']:.3f}", f"{after['recall_at_1']:.3f}"])
-    return table(["600 pairs of unseen modules", "mean reciprocal rank", "recall at 1"], lines)
+    """Retrieval before and after the runs of full fine-tuning: both models, both tasks, all seeds."""
+    lines = []
+    for file in TRAINED:
+        about = record(file)
+        task = "prose" if about["task"].startswith("sentence") else "code"
+        states = {"before": about["before"]} | {f"after, seed {run['seed']}": run["after"] for run in about["runs"]}
+        lines += [
+            [about["model"], task, state, f"{found['mrr']:.3f}", f"{found['recall_at_1']:.3f}"]
+            for state, found in states.items()
+        ]
+    return table(["600 pairs of unseen modules", "task", "", "mean reciprocal rank", "recall at 1"], lines)
 
 
 def recovery() -> str:
