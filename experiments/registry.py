@@ -341,6 +341,7 @@ EXPERIMENTS = {
             STARTS + " --rank 2",
             STARTS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
             STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3",
+            STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --tuning-seeds 2 --rates 5e-4 1e-3 2e-3 4e-3 8e-3",
             "-m experiments.adapter_claims --rows {out}/train_adapters.jsonl --out {out}",
         ),
         ("train_adapters.jsonl", "train_adapters.csv", "train_adapters_cpu.jsonl", "train_adapters_cpu.csv"),

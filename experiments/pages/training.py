@@ -63,19 +63,36 @@ def equal_rates() -> str:
 def training_summary() -> str:
     """RaSA less LoRA of as many parameters, at rates of their own and at one rate."""
     lines = []
-    for label, name, method, suffix in (
-        ("r = 2, both at 0.003, the best of each", GPU, "rasa(2,1)", ""),
-        ("r = 2, both at 0.001", GPU, "rasa(2,1) at 0.001", "_at_equal_rate"),
-        ("r = 8, both at 0.001, CPUs", CPU, "rasa(8,1)", "_at_equal_rate"),
-        ("r = 2, at 0.003 and 0.001, the best of each, CPUs", CPU, "rasa(2,1)", ""),
-        ("r = 8, at 0.003 and 0.001, the best of each", GPU, "rasa(8,1)", ""),
+    for name, method, suffix in (
+        (GPU, "rasa(2,1)", ""),
+        (GPU, "rasa(2,1) at 0.001", "_at_equal_rate"),
+        (CPU, "rasa(8,1)", "_at_equal_rate"),
+        (CPU, "rasa(8,1)", ""),
+        (CPU, "rasa(2,1)", ""),
+        (GPU, "rasa(8,1)", ""),
     ):
         row = one(rows(name), method=method)
         keys = ("test_mrr", "drift", "drift_at_equal_mrr", "prose_mrr")
         cells = [plus_minus(row, f"{key}_minus_lora{suffix}") for key in keys]
+        label = f"r = {lora_rank(method)}, {compared_rates(name, row, suffix)}{', CPUs' if name == CPU else ''}"
         lines.append([label, *("not reached" if "nan" in cell else cell for cell in cells)])
     columns = ["RaSA(r, 1) minus LoRA(r)", "test MRR", "drift", "drift at equal validation MRR", "MRR on prose"]
     return table(columns, lines)
+
+
+def lora_rank(method: str) -> str:
+    """r of `rasa(r,k)`."""
+    return method.removeprefix("rasa(").partition(",")[0]
+
+
+def compared_rates(name: str, row: Row, suffix: str) -> str:
+    """The learning rates of RaSA and of LoRA, in a row that compares them at one rate or at the best of each."""
+    lora = one(rows(name), method=f"lora({lora_rank(row['method'])})")
+    both = f"both at {row['rate']:g}"
+    if suffix:
+        return both
+    rates = both if lora["rate"] == row["rate"] else f"at {row['rate']:g} and {lora['rate']:g}"
+    return f"{rates}, the best of each"
 
 
 def data_starts() -> str:
@@ -132,9 +149,26 @@ def drift_r8() -> str:
     return difference("rasa(8,1)", "drift", 3)
 
 
+def on_cpu_r8(key: str, digits: int) -> str:
+    """RaSA(8, 1) minus LoRA(8) on CPUs."""
+    return plus_minus(one(rows(CPU), method="rasa(8,1)"), key, digits)
+
+
 def drift_r8_equal_rate() -> str:
-    row = one(rows(CPU), method="rasa(8,1)")
-    return plus_minus(row, "drift_minus_lora_at_equal_rate", 3)
+    return on_cpu_r8("drift_minus_lora_at_equal_rate", 3)
+
+
+def drift_r8_finer() -> str:
+    """Each at its best rate of the finer grid."""
+    return on_cpu_r8("drift_minus_lora", 3)
+
+
+def mrr_r8_equal_rate() -> str:
+    return on_cpu_r8("test_mrr_minus_lora_at_equal_rate", 4)
+
+
+def mrr_r8_finer() -> str:
+    return on_cpu_r8("test_mrr_minus_lora", 4)
 
 
 LLAMA_LAYERS = 32
@@ -178,5 +212,6 @@ def extra_range_of_model() -> str:
 
 BLOCKS = (
     training, training_summary, equal_rates, data_starts, trained_ranks, mrr_r2, mrr_r8, drift_r2, drift_r8,
-    drift_r8_equal_rate, extra_parameters, extra_range, extra_range_of_model, ranks_used,
+    drift_r8_equal_rate, drift_r8_finer, mrr_r8_equal_rate, mrr_r8_finer, extra_parameters, extra_range,
+    extra_range_of_model, ranks_used,
 )  # fmt: skip
