@@ -71,22 +71,27 @@ def measurable(stack: LayerStack, factors: RasaFactors, eps: float | None = None
 def unresolved(stack: LayerStack, factors: RasaFactors) -> float:
     """How far from an exact fit sweeps may end by rounding, in units of norm.
 
-    They take no step along b^T E_i a below `residual_noise`. For each of the q + R terms these are b + a numbers. What
-    they leave is hidden where the pool's unit columns nearly agree: E_i is up to 1/sigma times B^T E_i, sigma being
-    the least singular value of these columns, or of the rows, whichever tell more.
+    They take no step along b^T E_i a below `residual_noise`. For each of the q + R terms these are b + a numbers. Where
+    columns of the pool are nearly dependent, a residual in their span exceeds these numbers by up to 1/sigma. Here
+    sigma is the smallest singular value of the unit columns, or of the unit rows if it is larger.
     """
     terms = factors.private_B.shape[2] + factors.shared_B.shape[1]
     size = torch.tensor([term_size(stack, factors)], dtype=torch.float64)
     noise = float(residual_noise(size, factors.to(torch.float64))) * stack.eps / torch.finfo(torch.float64).eps
-    sigma = max(_least_singular_value(factors.shared_B.mT), _least_singular_value(factors.shared_A))
+    sigma = max(_smallest_singular_value(side, stack.eps) for side in (factors.shared_B.mT, factors.shared_A))
     return math.sqrt(terms * sum(stack.shape)) * noise / sigma
 
 
-def _least_singular_value(vectors: Tensor) -> float:
-    """The least singular value above rounding of the rows of `vectors` (R, n) at unit length; 1 without any."""
-    values = torch.linalg.svdvals(torch.nn.functional.normalize(vectors.to(torch.float64), dim=1)).tolist()
-    threshold = max(vectors.shape) * torch.finfo(vectors.dtype).eps * sum(values)
-    return min((value for value in values if value > threshold), default=1.0)
+def _smallest_singular_value(vectors: Tensor, eps: float) -> float:
+    """The smallest singular value of the rows of `vectors` (R, n), made unit vectors: at most 1.
+
+    Below sqrt(eps) of the largest the rows count as dependent: a fit through such a direction would have terms that
+    cancel to nothing, and an allowance for it would pass everything.
+    """
+    norms = torch.linalg.vector_norm(vectors.to(torch.float64), dim=1, keepdim=True)
+    values: list[float] = torch.linalg.svdvals(vectors / torch.where(norms > 0, norms, 1)).tolist()
+    threshold = math.sqrt(eps) * max(values, default=0.0)
+    return min([1.0, *(value for value in values if value > threshold)])
 
 
 def trusted_error(unit: LayerStack, factors: RasaFactors, error: float) -> float:

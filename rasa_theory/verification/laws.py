@@ -220,7 +220,9 @@ def _answer_meets_optimum(e: Evidence) -> Margin:
     if "allocation" not in e.known.met_by and not ended:
         return None
     optimum, rtol = e.known.e_rasa, SolverOptions().rtol
-    rounding = measurable(e.stack, e.answer.factors) + unresolved(e.stack, e.answer.factors)
+    rounding = measurable(e.stack, e.answer.factors)
+    if optimum <= rounding**2:
+        rounding += unresolved(e.stack, e.answer.factors)
     tolerance = _squared(optimum, rounding) + rtol * optimum
     return _in_units(e.answer.error - optimum, tolerance)
 

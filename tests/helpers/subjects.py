@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 import rasa_theory as rt
 from rasa_theory.commands import verify
@@ -42,6 +43,13 @@ def worse_than_lora(stack: Any, budget: Any, options: Any, solution: rt.RasaSolu
 
 def only_lora(stack: Any, budget: Any, options: Any, solution: Any) -> dict[str, Any]:
     return at_factors(stack, rt.RasaFactors.from_lora(rt.solve_lora(stack, budget.rank).factors, budget))
+
+
+def nearly_dependent(stack: Any, budget: Any, options: Any, solution: Any) -> dict[str, Any]:
+    """Only LoRA, on equal layers: the pool's columns are equal but for relative noise of 1e-13."""
+    factors = rt.RasaFactors.from_lora(rt.solve_lora(stack, budget.rank).factors, budget)
+    noise = torch.randn(factors.shared_B.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return at_factors(stack, dataclasses.replace(factors, shared_B=factors.shared_B * (1 + 1e-13 * noise)))
 
 
 def rising(start: str, sweep: str) -> Subject:

@@ -1,4 +1,4 @@
-"""How much the terms of factors cancel, and what rounding hides of an exact fit, against the definitions."""
+"""How much the terms of factors cancel, and how far rounding keeps sweeps from an exact fit, by the definitions."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 
 from rasa_theory import LayerStack
 from rasa_theory.solvers import cancellation, unresolved
-from tests.helpers.problems import noise, random_factors
+from tests.helpers.problems import noise, orthogonal, random_factors
 
 
 @pytest.mark.parametrize(("private", "mixing"), [(100.0, 1.0), (1.0, 100.0)])
@@ -23,25 +23,36 @@ def test_cancellation_is_the_largest_norm_of_a_private_or_a_pool_term_over_that_
     assert cancellation(stack, f) == pytest.approx(max(terms), rel=1e-12)
 
 
-COSINES = {"orthogonal": 0.0, "nearly equal": 0.9998, "equal": 1.0}
-
-
 def unit_columns(n, cosine):
     columns = torch.eye(n, 3, dtype=torch.float64)
     columns[:2, 1] = torch.tensor([cosine, np.sqrt(1 - cosine**2)])
-    return columns  # singular values sqrt(1 + cosine), 1, sqrt(1 - cosine)
+    return torch.as_tensor(orthogonal(n, 5)) @ columns  # singular values sqrt(1 + cosine), 1, sqrt(1 - cosine)
+
+
+def with_pool(B, A):
+    f = random_factors(3, 7, 6, 3, 1)
+    mixing = torch.ones(3, B.shape[1], dtype=torch.float64)
+    return dataclasses.replace(f, shared_B=B, shared_A=A.mT.contiguous(), mixing=mixing)
 
 
 @pytest.mark.parametrize(("of_B", "of_A", "sigma"), [
-    ("nearly equal", "nearly equal", np.sqrt(1 - 0.9998)), ("equal", "equal", 1.0),
-    ("orthogonal", "nearly equal", 1.0), ("nearly equal", "orthogonal", 1.0),
+    (0.9998, 0.9998, np.sqrt(1 - 0.9998)), (1 - 1e-10, 1 - 1e-10, np.sqrt(1e-10)), (1.0, 1.0, 1.0),
+    (0.0, 0.9998, 1.0), (0.9998, 0.0, 1.0), (0.9998, 1 - 1e-10, np.sqrt(1 - 0.9998)),
 ])  # fmt: skip
-def test_an_exact_fit_is_less_resolved_by_one_over_the_least_singular_value_of_unit_columns_or_rows(of_B, of_A, sigma):
-    stack, f = LayerStack(noise(3, 7, 6)), random_factors(3, 7, 6, 3, 1)
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_an_exact_fit_is_less_resolved_by_one_over_the_smallest_singular_value_of_unit_columns(of_B, of_A, sigma, size):
+    stack, lengths = LayerStack(noise(3, 7, 6)), torch.tensor([100.0, 1.0, 0.01], dtype=torch.float64) * size
+    plain = with_pool(unit_columns(7, 0.0), unit_columns(6, 0.0))
+    given = with_pool(unit_columns(7, of_B) * lengths, unit_columns(6, of_A) / lengths)
+    assert unresolved(stack, given) == pytest.approx(unresolved(stack, plain) / sigma, rel=1e-5)
 
-    def with_pool(of_B, of_A):
-        B, A = 100 * unit_columns(7, COSINES[of_B]), unit_columns(6, COSINES[of_A]).mT / 100
-        return dataclasses.replace(f, shared_B=B, shared_A=A)
 
-    resolved = unresolved(stack, with_pool("orthogonal", "orthogonal"))
-    assert unresolved(stack, with_pool(of_B, of_A)) == pytest.approx(resolved / sigma, rel=1e-9)
+@pytest.mark.parametrize("B", [torch.zeros(7, 0), torch.zeros(7, 2), torch.ones(7, 9), torch.eye(7).repeat(1, 2)])
+def test_empty_zero_equal_and_wide_pools_hide_nothing(B):
+    pool = with_pool(B.double(), torch.zeros(6, B.shape[1], dtype=torch.float64))
+    terms = pool.private_B.shape[2] + B.shape[1]
+    one_term = with_pool(torch.zeros(7, 1, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.float64))
+    stack = LayerStack(noise(3, 7, 6))
+    assert unresolved(stack, pool) == pytest.approx(
+        unresolved(stack, one_term) * np.sqrt(terms / (terms - B.shape[1] + 1))
+    )

@@ -8,13 +8,21 @@ import pytest
 
 from rasa_theory.commands import verify
 from rasa_theory.verification import VerificationSettings, draw_instance, run_trial
-from tests.helpers.subjects import HONEST
+from tests.helpers.subjects import HONEST, nearly_dependent, solver
+
+LAW = "answer_meets_optimum"
 
 
 @pytest.mark.parametrize("number", [1, 105, 125])
 def test_an_exact_fit_by_nearly_dependent_pool_columns_counts_as_reached(number: int) -> None:
-    law, instance = "answer_meets_optimum", draw_instance("equal", number, seed=0)
-    assert run_trial(instance, HONEST, VerificationSettings(), [law]).outcomes[law].holds
+    instance = draw_instance("equal", number, seed=0)
+    assert run_trial(instance, HONEST, VerificationSettings(), [LAW]).outcomes[LAW].holds
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_the_allowance_for_nearly_dependent_columns_does_not_let_lora_pass(number: int) -> None:
+    instance = draw_instance("equal", number, seed=0)
+    assert not run_trial(instance, solver(nearly_dependent), VerificationSettings(), [LAW]).outcomes[LAW].holds
 
 
 @pytest.mark.slow
