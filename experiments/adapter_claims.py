@@ -49,7 +49,12 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
     for row in rows:
         if row["tuning"]:
             trials[row["name"]].append(row)
-    best = {name: best_rate(of) for name, of in trials.items()}
+    best = {}
+    for name, tried in trials.items():
+        try:
+            best[name] = best_rate(tried)
+        except ValueError as error:
+            raise SystemExit(f"{path}: {name}: {error}") from None
     by_seed: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if not row["tuning"]:
@@ -223,7 +228,7 @@ def plot_claims(machines: dict[str, dict[str, dict[int, Row]]]) -> Figure:
     all_pairs = [(machine, one) for machine, runs in machines.items() for one in differences(runs)]
     groups = {
         "at the same rate": [pair for pair in all_pairs if pair[1].rate == pair[1].other_rate],
-        "at the best rate of each": [pair for pair in all_pairs if pair[1].rate != pair[1].other_rate],
+        "as chosen: RaSA / LoRA": [pair for pair in all_pairs if pair[1].rate != pair[1].other_rate],
     }
     title = "Does RaSA learn more or forget less?"
     figure = style.new_figure(1.5 + 0.24 * len(all_pairs), title=title)

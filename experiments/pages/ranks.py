@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from experiments.models.update_sets import MODEL_NAMES
-from experiments.pages.words import Line, allocation_share, model_table, percent, percents, rows, span
+from experiments.pages.words import (
+    Line,
+    allocation_share,
+    model_table,
+    of_model,
+    percent,
+    percents,
+    rows,
+    span,
+    spelled,
+    table,
+)
 from experiments.ranks_and_pools import SHOWN_KINDS, gain, mean_over_kinds, rounded_gain, shown
 from experiments.support.rows import Row
 
@@ -100,7 +111,27 @@ def allocation_k8_mpnet() -> str:
     return percents(map(allocation_share, at_8("mpnet")), 0)
 
 
+def synthetic_layers() -> str:
+    """The gain on synthetic stacks at r = 8, its parts, and the layers that a pool term serves."""
+    own = of_model(MODEL_NAMES["synthetic"], FILE, r=8)
+    lines = [
+        [spelled(row["stack"]), str(row["k"]), percent(gain(row)), percent(allocation_share(row), 0),
+         percent(row["allocation"] - row["best_found"]), f"{row['by_loss']:.2f}", percent(1 - row["floor"])]
+        for row in own
+    ]  # fmt: skip
+    columns = [
+        "bases",
+        "k",
+        "gain over LoRA",
+        "unequal ranks, of the gain",
+        "sharing",
+        "layers a term serves",
+        "certified: at most",
+    ]
+    return table(columns, lines)
+
+
 BLOCKS = (
     gains_by_rank, rounded_gains_by_rank, at_eighth, best_in_bfloat16, sharing_k8, sharing_k8_mpnet,
-    allocation_k8_mpnet,
+    allocation_k8_mpnet, synthetic_layers,
 )  # fmt: skip

@@ -86,13 +86,13 @@ def lora_rank(method: str) -> str:
 
 
 def compared_rates(name: str, row: Row, suffix: str) -> str:
-    """The learning rates of RaSA and of LoRA, in a row that compares them at one rate or at the best of each."""
+    """The learning rates of RaSA and of LoRA, in a row that compares them at one rate or as validation chose them."""
     lora = one(rows(name), method=f"lora({lora_rank(row['method'])})")
     both = f"both at {row['rate']:g}"
     if suffix:
         return both
-    rates = both if lora["rate"] == row["rate"] else f"at {row['rate']:g} and {lora['rate']:g}"
-    return f"{rates}, the best of each"
+    rates = both if lora["rate"] == row["rate"] else f"RaSA at {row['rate']:g}, LoRA at {lora['rate']:g}"
+    return f"{rates}, as chosen"
 
 
 def data_starts() -> str:

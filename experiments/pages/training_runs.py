@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -141,26 +142,28 @@ def starts_from_data() -> str:
     return table(columns, lines)
 
 
+def trials_of(file: str) -> dict[str, list[Row]]:
+    """The runs that chose learning rates, by method."""
+    tried: dict[str, list[Row]] = {}
+    for row in rows(file):
+        if row["tuning"]:
+            tried.setdefault(row["name"], []).append(row)
+    return tried
+
+
 def tuned_rates() -> str:
     """The rates that were tried on the GPU, by method; the best of them is marked."""
-    tried: dict[str, dict[float, float]] = {}
-    for row in rows("train_adapters.jsonl"):
-        if row["tuning"]:
-            tried.setdefault(row["name"], {})[claims.rate(row)] = claims.validation(row)
+    tried = trials_of("train_adapters.jsonl")
     lines = []
     for method in gpu_runs():
-        best = max(tried[method], key=tried[method].__getitem__)
-        cells = [f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in sorted(tried[method])]
-        lines.append([titled(method), ", ".join(cells)])
+        best, rates = best_rate(tried[method]), sorted(map(claims.rate, tried[method]))
+        lines.append([titled(method), ", ".join(f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in rates)])
     return table(["", "rates tried, one seed each; best in bold"], lines)
 
 
 def finer_rates() -> str:
     """Validation MRR at r = 8 on CPUs: a line for each rate, the mean of all tuning seeds; the best one is marked."""
-    tried: dict[str, list[Row]] = {}
-    for row in rows("train_adapters_cpu.jsonl"):
-        if row["tuning"] and row["run"]["rank"] == 8:
-            tried.setdefault(row["name"], []).append(row)
+    tried = {name: own for name, own in trials_of("train_adapters_cpu.jsonl").items() if own[0]["run"]["rank"] == 8}
     best = {name: best_rate(trials) for name, trials in tried.items()}
     lines = []
     for rate in sorted({claims.rate(row) for trials in tried.values() for row in trials}):
@@ -172,6 +175,24 @@ def finer_rates() -> str:
             cells.append(f"{mark}{statistics.fmean(scores):.4f}{mark} ({each})" if scores else "")
         lines.append([f"{rate:g}", *cells])
     return table(["rate", *map(titled, tried)], lines)
+
+
+def higher_rate_of_lora(value: Callable[[Row], float], digits: int = 4) -> str:
+    """LoRA(8) on CPUs at the rate that validation chose, minus the same at 0.001, paired by seed."""
+    runs = runs_of("train_adapters_cpu.jsonl")
+    return signed(claims.paired(runs["lora(8)"], runs["lora(8) at 0.001"], value), digits)
+
+
+def lora_rate_validation() -> str:
+    return higher_rate_of_lora(claims.validation)
+
+
+def lora_rate_mrr() -> str:
+    return higher_rate_of_lora(test_mrr)
+
+
+def lora_rate_drift() -> str:
+    return higher_rate_of_lora(lambda row: claims.drift(row["looks"][-1]), 3)
 
 
 def full_gain_8_1() -> str:
@@ -187,4 +208,5 @@ def full_gains_all() -> str:
 BLOCKS = (
     table_of_pairs, pairs_that_differ, chance_pairs, smallest_p, prose_change, prose_before, validation_change,
     more_parameters, fewer_shared, starts_from_data, tuned_rates, finer_rates, full_gain_8_1, full_gains_all,
+    lora_rate_validation, lora_rate_mrr, lora_rate_drift,
 )  # fmt: skip

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,16 +99,18 @@ class Task:
 
 
 def best_rate(trials: Iterable[Row]) -> float:
-    """The learning rate of the highest mean validation MRR over tuning seeds; the first of equal ones.
+    """The learning rate of the highest mean validation MRR over tuning seeds, the lowest of equal ones.
 
-    Of rates with fewer seeds than others the means would be compared with more noise: they do not count.
+    Raises ValueError if rates were tried with different numbers of seeds, so that their means are not comparable.
     """
     scores: dict[float, list[float]] = defaultdict(list)
     for row in trials:
         scores[float(row["run"]["learning_rate"])].append(float(row["looks"][-1]["validation_mrr"]))
-    seeds = max(map(len, scores.values()))
-    means = {rate: sum(of) / seeds for rate, of in scores.items() if len(of) == seeds}
-    return max(means, key=means.__getitem__)
+    counts = {len(values) for values in scores.values()}
+    if len(counts) != 1:
+        numbers = " and ".join(map(str, sorted(counts))) or "no"
+        raise ValueError(f"rates were tried with {numbers} tuning seeds: finish these runs, or take the others out")
+    return max(sorted(scores), key=lambda rate: statistics.fmean(scores[rate]))
 
 
 def _some(pairs: Sequence[tuple[str, str]], number: int) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import time
@@ -145,6 +146,13 @@ class Runs:
     def find(self, run: Run, tuning: bool) -> Row | None:
         return next((row for row in self.rows if row["run"] == asdict(run) and row["tuning"] == tuning), None)
 
+    def found(self, runs: Sequence[Run], tuning: bool) -> list[Row]:
+        """The rows of finished runs. Raises LookupError if one of them is missing."""
+        rows = [self.find(run, tuning) for run in runs]
+        if None in rows:
+            raise LookupError(f"{self.path} has no row of {runs[rows.index(None)]}")
+        return [row for row in rows if row is not None]
+
     def add(self, row: Row) -> None:
         self.rows.append(row)
         append_rows(self.path, [row])
@@ -188,7 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method at its learning rate")
     parser.add_argument("--data-starts", action="store_true", help="the starts from data, in place of the methods")
     parser.add_argument("--rates", type=float, nargs="+", default=GRID, help="learning rates to choose from")
-    parser.add_argument("--tuning-seeds", type=int, default=1, help="runs at each of these rates; their mean decides")
+    parser.add_argument(
+        "--tuning-seeds", type=int, default=1, help="tuning runs at each rate; the best mean validation MRR wins"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods alone, such as 'rasa(2,1)'")
     parser.add_argument("--at-rate", type=float, help="run the seeds at this rate, and tune nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
@@ -202,6 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if missing := [name for name in PROSE_PACKAGES if importlib.util.find_spec(name) is None]:
         parser.error(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e '.[finetune]'")
+    if args.tuning_seeds < 1:
+        parser.error(f"--tuning-seeds must be at least 1, not {args.tuning_seeds}")
     settings, rates = Settings(task=args.task, bfloat16=not args.float32), args.rates
     if args.smoke:
         settings = replace(settings, steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8,
@@ -218,8 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {run.name: at_rate for run in compared}
     if at_rate is None:
         tried = {run.name: trials(run, rates_of(run), args.tuning_seeds) for run in compared}
-        perform([trial for of in tried.values() for trial in of], True, rows, task, device, args.jobs, None)
-        chosen = {name: best_rate(filter(None, (rows.find(trial, True) for trial in of))) for name, of in tried.items()}
+        perform(list(itertools.chain(*tried.values())), True, rows, task, device, args.jobs, None)
+        chosen = {name: best_rate(rows.found(runs, True)) for name, runs in tried.items()}
     final = [
         replace(run, learning_rate=chosen[run.name], seed=seed)
         for seed in range(1 if args.smoke else args.seeds)

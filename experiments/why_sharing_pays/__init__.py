@@ -15,7 +15,7 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       width      independent bases, six layers with the 80 leading singular values of query, at growing width
       one-sided  the same stacks as depth by pools that share one side alone, at the parameters of RaSA of k = 1
       kinds      one pool over query, key, value and attention output
-      tasks      one pool over the layers of both tasks; `experiments.seeds_and_tasks` says more of them
+      tasks      one pool over the layers of both tasks; see `experiments.seeds_and_tasks` for their overlaps
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     sharing_gain.png, pool_owners.png, pool_scope.png
 

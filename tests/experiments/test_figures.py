@@ -25,7 +25,8 @@ from matplotlib.text import Text
 import rasa_theory as rt
 from experiments import adapter_claims, figures, floors, iteration_count, neighbours, registry
 from experiments.best_found.compare import excess
-from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES
+from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, OVERLAPS
+from experiments.pages import words
 from experiments.support.rows import of_models, read_rows, write_rows
 from rasa_theory.plotting import style
 from tests.experiments.test_train_adapters import row as adapter_row
@@ -55,18 +56,54 @@ def test_commands_are_modules_and_make_the_data_of_the_pictures() -> None:
             assert 0 <= picture.command < len(experiment.commands)
 
 
-def test_the_commands_of_an_experiment_make_the_rows_of_every_model_in_its_data() -> None:
+def flag(command: list[str], name: str, default: list[str]) -> list[str]:
+    """The words after a flag, up to the next one."""
+    if name not in command:
+        return default
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), command[command.index(name) + 1 :]))
+
+
+STACKS_OF = {"minilm": list(words.KINDS), "mpnet": list(words.KINDS), "synthetic": list(OVERLAPS)}
+"""The stacks of a model that a command takes without --kinds. Of mpnet it needs the runs for that."""
+
+
+def test_the_commands_of_an_experiment_make_the_rows_of_every_model_and_kind_in_its_data() -> None:
     """Else the data that `--from-scratch` makes would lack those that are published."""
     seen = set()
     for experiment in figures.EXPERIMENTS.values():
-        commands = [shlex.split(command) for command in experiment.commands]
-        made = {MODEL_NAMES[one[one.index("--model") + 1] if "--model" in one else "minilm"] for one in commands}
+        made = set()
+        for command in map(shlex.split, experiment.commands):
+            (model,) = flag(command, "--model", ["minilm"])
+            made |= {(MODEL_NAMES[model], kind) for kind in flag(command, "--kinds", STACKS_OF[model])}
         for file in experiment.data:
             rows = read_rows(FIGURES / file) if isinstance(file, str) and file.endswith(".csv") else []
-            models = {row["model"] for row in rows if row.get("model")}
-            assert models <= made, file
-            seen |= models
-    assert len(seen) > 1
+            stacks = {(row["model"], row["stack"]) for row in rows if row.get("model") and row.get("stack")}
+            known = {one for one in stacks if one[1] in {*words.KINDS, *OVERLAPS}}
+            assert known <= made, file
+            seen |= known
+    assert {model for model, _ in seen} == set(MODEL_NAMES.values())
+
+
+@pytest.mark.parametrize("file", ["train_adapters.jsonl", "train_adapters_cpu.jsonl"])
+def test_runs_at_another_rate_than_the_chosen_one_have_a_command(file: str) -> None:
+    made = set()
+    for command in map(shlex.split, figures.EXPERIMENTS["train_adapters"].commands):
+        if f"{{out}}/{file}" in command:
+            made |= {f"{name} at {float(rate):g}" for rate in flag(command, "--at-rate", [])
+                     for name in flag(command, "--only", [])}  # fmt: skip
+    assert {name for name in adapter_claims.read(FIGURES / file) if " at " in name} <= made
+
+
+def test_from_scratch_leaves_out_no_experiment_unless_pictures_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(figures, "perform", lambda name, *given: done.append(name) or True)
+    figures.main(["--from-scratch", "--figures", str(tmp_path)])
+    assert done == [name for name, experiment in figures.EXPERIMENTS.items() if experiment.can_run()]
+    done.clear()
+    figures.main(["recovery", "--from-scratch", "--figures", str(tmp_path)])
+    assert done == ["recovery"]
 
 
 def test_every_file_is_of_an_experiment_or_described_beside_the_data() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from experiments.pages import crossings, fill, training, words
+from experiments.pages import crossings, fill, training, training_runs, words
 from experiments.pages.__main__ import main
 from experiments.pages.__main__ import pages as all_pages
 from experiments.pages.blocks import BLOCKS, block
-from experiments.support.rows import of_models, read_rows, write_rows
+from experiments.support.rows import append_rows, of_models, read_rows, write_rows
 
 PAGE = "The gain is <!-- data: gain -->1 %<!-- end -->.\n\n<!-- data: rows -->\n\nold\n\n<!-- end -->\n"
 TEXTS = {"gain": "2 %", "rows": "| a |\n| --- |\n| 1 |"}
@@ -189,6 +189,55 @@ def test_the_grid_of_ranks_has_gains_before_and_after_rounding(figures: Path) ->
     words.rows.cache_clear()
     with pytest.raises(ValueError, match="no r and k with rows of query and attention_output"):
         block("at_eighth")
+
+
+def test_synthetic_stacks_have_a_table_of_their_own(figures: Path) -> None:
+    row = {"model": "synthetic", "stack": "half common bases", "k": 1, "allocation": 0.99, "best_found": 0.96,
+           "floor": 0.9, "by_loss": 2.5}  # fmt: skip
+    write_rows(
+        figures / "ranks_and_pools.csv", ("r", *row), [row | {"r": 8}, row | {"r": 4}, row | {"r": 8, "model": "m"}]
+    )
+    assert cells(block("synthetic_layers"))[1:] == [
+        ["half common bases", "1", "4.00 %", "25 %", "3.00 %", "2.50", "10.00 %"]
+    ]
+
+
+def trained(name: str, rank: int, rate: float, seed: int, mrr: float, tuning: bool) -> dict[str, Any]:
+    return {"name": name, "run": {"rank": rank, "learning_rate": rate, "seed": seed}, "tuning": tuning,
+            "settings": {}, "looks": [{"validation_mrr": mrr, "drift": {"prose": mrr / 10}}], "test_mrr": mrr / 2,
+            "losses": [1.0]}  # fmt: skip
+
+
+def test_rates_of_two_tuning_seeds_stand_with_their_mean_and_the_best_is_marked(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_runs, "FIGURES", figures)
+    trials = [("lora(8)", 1e-3, (0.5, 0.6)), ("lora(8)", 2e-3, (0.4, 0.8)), ("rasa(8,1)", 1e-3, (0.5, 0.5))]
+    own = [trained(name, 8, rate, 100 + n, mrr, True) for name, rate, both in trials for n, mrr in enumerate(both)]
+    own += [trained("lora(2)", 2, 1e-3, 100, 0.5, True)]
+    own += [trained("lora(8)", 8, rate, seed, 0.5 + 100 * rate + 0.1 * seed, False) for rate in (1e-3, 2e-3)
+            for seed in (0, 1)]  # fmt: skip
+    append_rows(figures / "train_adapters_cpu.jsonl", own)
+    training_runs.runs_of.cache_clear()
+    assert cells(block("finer_rates")) == [
+        ["rate", "LoRA(8)", "RaSA(8, 1)"],
+        ["0.001", "0.5500 (0.5000, 0.6000)", "**0.5000** (0.5000, 0.5000)"],
+        ["0.002", "**0.6000** (0.4000, 0.8000)", ""],
+    ]
+    assert block("lora_rate_validation") == "+0.1000 ± 0.0000"
+    assert (block("lora_rate_mrr"), block("lora_rate_drift")) == ("+0.0500 ± 0.0000", "+0.010 ± 0.000")
+    training_runs.runs_of.cache_clear()
+
+
+def test_rates_that_are_compared_are_those_of_the_data(figures: Path) -> None:
+    rates = {"rasa(8,1)": 1e-3, "lora(8)": 2e-3, "rasa(2,1)": 3e-3, "lora(2)": 3e-3}
+    write_rows(figures / "train_adapters.csv", ("method", "rate"), [{"method": m, "rate": r} for m, r in rates.items()])
+    ours = {row["method"]: row for row in words.rows("train_adapters.csv")}
+    compared = [
+        training.compared_rates("train_adapters.csv", ours[name], suffix)
+        for name, suffix in (("rasa(8,1)", ""), ("rasa(8,1)", "_at_equal_rate"), ("rasa(2,1)", ""))
+    ]
+    assert compared == ["RaSA at 0.001, LoRA at 0.002, as chosen", "both at 0.001", "both at 0.003, as chosen"]
 
 
 def test_numbers_of_the_second_model_are_its_own_and_none_is_invented(figures: Path) -> None:

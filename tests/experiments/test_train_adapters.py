@@ -201,13 +201,36 @@ def trial(rate: float, seed: int, mrr: float) -> dict[str, Any]:
     return {"run": asdict(run_of("lora", 2, 0, rate=rate, seed=seed)), "looks": [{"validation_mrr": mrr}]}
 
 
-def test_the_rate_is_chosen_by_the_mean_over_tuning_seeds_where_there_are_several() -> None:
+def test_the_rate_is_chosen_by_the_mean_over_tuning_seeds() -> None:
     lucky, steady = [trial(1e-3, 100, 0.9), trial(1e-3, 101, 0.1)], [trial(3e-3, 100, 0.6), trial(3e-3, 101, 0.6)]
     assert experiment.best_rate(lucky[:1] + steady[:1]) == 1e-3
     assert experiment.best_rate(lucky + steady) == 3e-3
-    assert experiment.best_rate([trial(1e-2, 100, 0.99), *lucky, *steady]) == 3e-3  # one seed tells less than two
+    assert experiment.best_rate([trial(3e-3, 100, 0.5), trial(1e-3, 100, 0.5)]) == 1e-3
+    for trials, seeds in ((lucky + steady[:1], "1 and 2"), ([], "no")):
+        with pytest.raises(ValueError, match=f"tried with {seeds} tuning seeds"):
+            experiment.best_rate(trials)
     found = [(run.learning_rate, run.seed) for run in experiment.trials(run_of("lora", 2, 0), (1e-3, 3e-3), 2)]
     assert found == [(1e-3, 100), (1e-3, 101), (3e-3, 100), (3e-3, 101)]
+
+
+def test_the_seeds_run_at_the_rate_that_the_tuning_seeds_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[protocol.Run, bool]] = []
+
+    def perform(runs: list[protocol.Run], tuning: bool, rows: experiment.Runs, *given: object) -> None:
+        done.extend((run, tuning) for run in runs)
+        for run in runs:
+            score = 0.9 if (run.learning_rate, run.seed) == (1e-3, 100) else 0.6 if run.learning_rate == 3e-3 else 0.1
+            rows.add({"run": asdict(run), "tuning": tuning, "settings": asdict(protocol.Settings()),
+                      "looks": [{"validation_mrr": score}]})  # fmt: skip
+
+    monkeypatch.setattr(experiment, "perform", perform)
+    monkeypatch.setattr(experiment.Data, "collected", lambda settings, folder: None)
+    options = ["--only", "lora(2)", "--rates", "1e-3", "3e-3", "--seeds", "2", "--device", "cpu"]
+    experiment.main([*options, "--tuning-seeds", "2", "--out", str(tmp_path / "rows.jsonl")])
+    final = [(run.learning_rate, run.seed) for run, tuning in done if not tuning]
+    assert (len(done), final) == (6, [(3e-3, 0), (3e-3, 1)])
+    with pytest.raises(SystemExit, match="2"):
+        experiment.main([*options, "--tuning-seeds", "0", "--out", str(tmp_path / "rows.jsonl")])
 
 
 def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
