@@ -2,7 +2,7 @@
 
     python -m experiments.ranks_and_pools --kinds query attention_output --ranks 4 8 16       # half an hour on one core
     python -m experiments.ranks_and_pools --model synthetic
-    python -m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 8       # a quarter
+    python -m experiments.ranks_and_pools --model mpnet --kinds query attention_output --ranks 4 8 16   # three quarters
 
 The paper finds that training is best at k = r/8. This is the same question for reconstruction: r = 4, 8, 16, 32 and
 k = 1, 2, r/8, r/4, r/2, r. All k of a stack and r are solved as one path, with the same effort. Written to --out, path
