@@ -67,6 +67,7 @@ def training_summary() -> str:
         (GPU, "rasa(2,1)", ""),
         (GPU, "rasa(2,1) at 0.001", "_at_equal_rate"),
         (CPU, "rasa(8,1)", "_at_equal_rate"),
+        (CPU, "rasa(8,1) at 0.002", "_at_equal_rate"),
         (CPU, "rasa(8,1)", ""),
         (CPU, "rasa(2,1)", ""),
         (GPU, "rasa(8,1)", ""),

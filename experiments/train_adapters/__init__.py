@@ -9,6 +9,8 @@
         --out figures/train_adapters_cpu.jsonl
     python -m experiments.train_adapters --device cpu --rank 8 --only 'rasa(8,1)' 'lora(8)' --tuning-seeds 2 \\
         --rates 5e-4 1e-3 2e-3 4e-3 8e-3 --out figures/train_adapters_cpu.jsonl
+    python -m experiments.train_adapters --device cpu --rank 8 --only 'rasa(8,1)' --at-rate 2e-3 \\
+        --out figures/train_adapters_cpu.jsonl
     python -m experiments.train_adapters --float32 --task prose --rank 8 --only 'lora(8)' --rates 3e-4 1e-3 3e-3 \\
         --keep experiments/trained --out figures/train_adapters_prose.jsonl       adapters of a second task
     python -m experiments.train_adapters --smoke                      three steps of each method, for function only
