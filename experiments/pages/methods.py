@@ -74,9 +74,9 @@ SIZES = (0.03, 0.0776, 0.125, 0.5)
 """Shares of the LoRAs' own parameters that are claimed to be enough."""
 
 
-def lost(method: str, source: str = "trained") -> list[float | None]:
-    """The energy that five seeds of LoRA(2) lose at each size, mean over kinds; None where a kind has no room."""
-    own = [row for row in rows("compression.csv") if has(row, {"set": "lora-2", "layer": "all"})]
+def lost(method: str, source: str = "trained", adapters: str = "lora-2") -> list[float | None]:
+    """The energy that five seeds lose at each size, mean over kinds; None where a kind has no room."""
+    own = [row for row in rows("compression.csv") if has(row, {"set": adapters, "layer": "all"})]
     means = []
     for size in SIZES:
         group = [row for row in own if has(row, {"method": method, "source": source, "share": size})]
@@ -99,6 +99,28 @@ def compression() -> str:
         )
     ]
     return table(["energy lost at", *(f"{100 * size:g} %" for size in SIZES)], lines)
+
+
+def compression_sets() -> str:
+    """The energy lost at 12.5 % by sets of five seeds, of two tasks and of two ranks."""
+    at = SIZES.index(0.125)
+    lines = []
+    for adapters, label in (("lora-2", "code, r = 2"), ("lora-2-prose", "prose, r = 2"), ("lora-8", "code, r = 8")):
+        shares = [
+            lost(method, source, adapters)[at]
+            for method, source in (
+                ("allocated", "trained"),
+                ("joint_diagonal", "trained"),
+                ("joint_diagonal", "random"),
+                ("joint_full", "trained"),
+            )
+        ]
+        lines.append([label, *("no room" if share is None else percent(share, 1) for share in shares)])
+    columns = [
+        "energy lost at 12.5 %", "largest singular terms, nothing shared", "joint bases, diagonal core",
+        "the same, random LoRAs", "joint bases, full core",
+    ]  # fmt: skip
+    return table(columns, lines)
 
 
 def sizes_used() -> str:
@@ -124,4 +146,13 @@ def kept_by_one_side() -> str:
     return f"{kept['trained']:.2f}, and {kept['random']:.2f} by chance"
 
 
-BLOCKS = (neighbours, number_of_methods, localized, compression, sizes_used, lost_at, kept_by_one_side)
+BLOCKS = (
+    neighbours,
+    number_of_methods,
+    localized,
+    compression,
+    compression_sets,
+    sizes_used,
+    lost_at,
+    kept_by_one_side,
+)
