@@ -2,7 +2,7 @@
 
     python -m experiments.floors                 # 18 minutes on two cores, searches for floors for the most part
     python -m experiments.floors --solver-only   # solves anew beside the floors that the file has
-    python -m experiments.floors --model mpnet --ks 1 --effort quick --seconds 120
+    python -m experiments.floors --model mpnet --ks 1 --effort quick --seconds 600
 
 One row of floors.csv in --out for every model, stack, r and k, errors squared and in units of e_lora; an interrupted
 run goes on after the last row. floors.png shows the bundled updates at r = 8:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import rasa_theory as rt
 from experiments.pages.crossings import LIMITS, counted
-from experiments.pages.sharing import results_at_1
 from experiments.pages.words import (
     Line,
     allocation_share,
@@ -16,6 +15,7 @@ from experiments.pages.words import (
     has,
     kinds_of,
     model_table,
+    one,
     percent,
     percents,
     record,
@@ -29,24 +29,17 @@ from experiments.support.rows import Row
 
 
 def summary() -> str:
-    """Gain, its limit, the share of allocation and the crossings at r = 8, k = 1, for every kind.
-
-    A kind without a two-sided floor has the closed one of `why_sharing_pays`.
-    """
+    """Gain, its two-sided limit, the share of allocation and the crossings at r = 8, k = 1, for every kind."""
     attempts = [row for row in rows("iteration_count.csv") if has(row, {"part": "real", "rank": 8, "k": 1})]
     solved = [row for row in rows("floors.csv") if row["k"] == 1]
 
     def lines(own: list[Row]) -> Iterable[Line]:
         for kind in kinds_of(own):
             of_kind = [row for row in own if row["stack"] == kind]
-            result = next((row for row in of_kind if "best_found" in row), None)
-            if result is not None:
-                limit = percent(1 - result["two_sided"])
-            else:
-                result = results_at_1(of_kind[0]["model"])[kind]
-                limit = f"{percent(1 - result['floor'])} (closed)"
-            gains = [percent(1 - result["best_found"]), limit, percent(allocation_share(result), 0)]
-            yield [spelled(kind), *gains, *counted([row for row in of_kind if "iterations" in row])]
+            result = one([row for row in of_kind if "best_found" in row])
+            gains = [percent(1 - result["best_found"]), percent(1 - result["two_sided"])]
+            crossed = counted([row for row in of_kind if "iterations" in row])
+            yield [spelled(kind), *gains, percent(allocation_share(result), 0), *crossed]
 
     columns = ["r = 8, k = 1", "gain over LoRA", "at most", "unequal ranks, of the gain", *LIMITS]
     return model_table(columns, [*solved, *attempts], lines)
@@ -95,6 +88,10 @@ def limit_k1() -> str:
     return percents((1 - ratio for ratio in ratios("two_sided", 1)), 1)
 
 
+def limit_k1_mpnet() -> str:
+    return percents((1 - row["two_sided"] for row in second_model("floors.csv", k=1)), 1)
+
+
 @functools.cache
 def gains_of_rank_9() -> dict[str, float]:
     """How far the best LoRA of rank 9 lies below that of rank 8 on the bundled updates, in units of e_lora, by kind."""
@@ -134,10 +131,17 @@ def allocation_k8() -> str:
     return percents((allocation_share(row) for row in first_model("floors.csv", k=8)), 0)
 
 
-def floor_seconds() -> str:
+def longest_searches(own: list[Row]) -> str:
     """The longest searches for the dual and the two-sided floor."""
-    own = first_model("floors.csv")
     return f"{max(row['dual_seconds'] for row in own):.0f} and {max(row['two_sided_seconds'] for row in own):.0f} s"
+
+
+def floor_seconds() -> str:
+    return longest_searches(first_model("floors.csv"))
+
+
+def floor_seconds_mpnet() -> str:
+    return longest_searches(second_model("floors.csv"))
 
 
 def updates() -> str:
@@ -195,6 +199,7 @@ def recovery() -> str:
 
 
 BLOCKS = (
-    summary, floors, first_command, gain_k1, limit_k1, gain_rank_9, gain_in_ranks, limit_in_ranks, gain_k8, limit_k8,
-    allocation_k1, allocation_k8, floor_seconds, updates, entropy_ranks_mpnet, fine_tuning, recovery,
+    summary, floors, first_command, gain_k1, limit_k1, limit_k1_mpnet, gain_rank_9, gain_in_ranks, limit_in_ranks,
+    gain_k8, limit_k8, allocation_k1, allocation_k8, floor_seconds, floor_seconds_mpnet, updates, entropy_ranks_mpnet,
+    fine_tuning, recovery,
 )  # fmt: skip

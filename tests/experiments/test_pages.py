@@ -270,19 +270,14 @@ def test_synthetic_rows_are_of_no_model(figures: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_kind_without_a_two_sided_floor_has_the_closed_one(figures: Path) -> None:
+def test_the_summary_has_gain_limit_and_crossings_of_each_model(figures: Path) -> None:
     write_rows(figures / "floors.csv", ("model", "stack", "k", "best_found", "allocation", "two_sided"),
-               [floor_row("query", 0.99, model="")])  # fmt: skip
+               [floor_row("query", 0.99, model=""), floor_row("query", 0.96, model="mpnet")])  # fmt: skip
     write_rows(figures / "iteration_count.csv", ("model", "part", "stack", "rank", "k", "iterations"),
                [attempt("query", 5, model="mpnet")])  # fmt: skip
-    pool = {"model": "mpnet", "part": "pool", "source": "updates", "stack": "query", "k": 1}
-    own = [
-        pool | {"item": i, "value": value} for i, value in (("allocation", 0.97), ("best_found", 0.96), ("floor", 0.9))
-    ]
-    write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
     assert cells(block("summary"))[1:] == [
         [words.FIRST_MODEL, "query", "1.00 %", "5.00 %", "80 %", "", "", "", ""],
-        ["mpnet", "query", "4.00 %", "10.00 % (closed)", "75 %", *["1 of 1"] * 4],
+        ["mpnet", "query", "4.00 %", "5.00 %", "20 %", *["1 of 1"] * 4],
     ]
 
 
