@@ -102,23 +102,22 @@ def compression() -> str:
 
 
 def compression_sets() -> str:
-    """The energy lost at 12.5 % by sets of five seeds, of two tasks and of two ranks."""
-    at = SIZES.index(0.125)
+    """The energy lost at two sizes by sets of five seeds, of two tasks and of two ranks."""
+    compared = (
+        ("allocated", "trained"), ("joint_diagonal", "trained"), ("joint_diagonal", "random"),
+        ("joint_full", "trained"), ("joint_full", "random"),
+    )  # fmt: skip
     lines = []
     for adapters, label in (("lora-2", "code, r = 2"), ("lora-2-prose", "prose, r = 2"), ("lora-8", "code, r = 8")):
-        shares = [
-            lost(method, source, adapters)[at]
-            for method, source in (
-                ("allocated", "trained"),
-                ("joint_diagonal", "trained"),
-                ("joint_diagonal", "random"),
-                ("joint_full", "trained"),
-            )
-        ]
-        lines.append([label, *("no room" if share is None else percent(share, 1) for share in shares)])
+        shares = [lost(method, source, adapters) for method, source in compared]
+        for size in (0.0776, 0.125):
+            cells = [of_sizes[SIZES.index(size)] for of_sizes in shares]
+            lines.append([
+                label, f"{100 * size:g} %", *("no room" if share is None else percent(share, 1) for share in cells)
+            ])  # fmt: skip
     columns = [
-        "energy lost at 12.5 %", "largest singular terms, nothing shared", "joint bases, diagonal core",
-        "the same, random LoRAs", "joint bases, full core",
+        "energy lost", "at", "largest singular terms, nothing shared", "joint bases, diagonal core",
+        "the same, random LoRAs", "joint bases, full core", "the same, random LoRAs",
     ]  # fmt: skip
     return table(columns, lines)
 

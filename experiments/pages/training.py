@@ -150,9 +150,17 @@ def drift_r8() -> str:
     return difference("rasa(8,1)", "drift", 3)
 
 
-def on_cpu_r8(key: str, digits: int) -> str:
+def on_cpu_r8(key: str, digits: int, method: str = "rasa(8,1)") -> str:
     """RaSA(8, 1) minus LoRA(8) on CPUs."""
-    return plus_minus(one(rows(CPU), method="rasa(8,1)"), key, digits)
+    return plus_minus(one(rows(CPU), method=method), key, digits)
+
+
+def drift_r8_at_002() -> str:
+    return on_cpu_r8("drift_minus_lora_at_equal_rate", 3, "rasa(8,1) at 0.002")
+
+
+def mrr_r8_at_002() -> str:
+    return on_cpu_r8("test_mrr_minus_lora_at_equal_rate", 4, "rasa(8,1) at 0.002")
 
 
 def drift_r8_equal_rate() -> str:
@@ -213,6 +221,6 @@ def extra_range_of_model() -> str:
 
 BLOCKS = (
     training, training_summary, equal_rates, data_starts, trained_ranks, mrr_r2, mrr_r8, drift_r2, drift_r8,
-    drift_r8_equal_rate, drift_r8_finer, mrr_r8_equal_rate, mrr_r8_finer, extra_parameters, extra_range,
-    extra_range_of_model, ranks_used,
+    drift_r8_equal_rate, drift_r8_finer, mrr_r8_equal_rate, mrr_r8_finer, drift_r8_at_002, mrr_r8_at_002,
+    extra_parameters, extra_range, extra_range_of_model, ranks_used,
 )  # fmt: skip

@@ -177,10 +177,25 @@ def finer_rates() -> str:
     return table(["rate", *map(titled, tried)], lines)
 
 
-def higher_rate_of_lora(value: Callable[[Row], float], digits: int = 4) -> str:
-    """LoRA(8) on CPUs at the rate that validation chose, minus the same at 0.001, paired by seed."""
+def on_cpus(method: str, other: str, value: Callable[[Row], float], digits: int = 4) -> str:
+    """The first of two methods or rates minus the second, paired by seed, on CPUs."""
     runs = runs_of("train_adapters_cpu.jsonl")
-    return signed(claims.paired(runs["lora(8)"], runs["lora(8) at 0.001"], value), digits)
+    return signed(claims.paired(runs[method], runs[other], value), digits)
+
+
+def higher_rate_of_lora(value: Callable[[Row], float], digits: int = 4) -> str:
+    """LoRA(8) at the rate that validation chose, minus the same at 0.001."""
+    return on_cpus("lora(8)", "lora(8) at 0.001", value, digits)
+
+
+def rasa_rate_validation() -> str:
+    """RaSA(8, 1) at 0.002 minus the same at the rate that validation chose."""
+    return on_cpus("rasa(8,1) at 0.002", "rasa(8,1)", claims.validation)
+
+
+def validation_at_002() -> str:
+    """RaSA(8, 1) minus LoRA(8), both at 0.002."""
+    return on_cpus("rasa(8,1) at 0.002", "lora(8)", claims.validation)
 
 
 def lora_rate_validation() -> str:
@@ -208,5 +223,5 @@ def full_gains_all() -> str:
 BLOCKS = (
     table_of_pairs, pairs_that_differ, chance_pairs, smallest_p, prose_change, prose_before, validation_change,
     more_parameters, fewer_shared, starts_from_data, tuned_rates, finer_rates, full_gain_8_1, full_gains_all,
-    lora_rate_validation, lora_rate_mrr, lora_rate_drift,
+    lora_rate_validation, lora_rate_mrr, lora_rate_drift, rasa_rate_validation, validation_at_002,
 )  # fmt: skip
