@@ -158,7 +158,7 @@ EXPERIMENTS = {
     ),
     "ranks_and_pools": Experiment(
         (
-            "-m experiments.ranks_and_pools --kinds query attention_output --ranks 8 16 4 --out {out}",
+            "-m experiments.ranks_and_pools --kinds query attention_output --ranks 8 16 4 32 --out {out}",
             f"-m experiments.ranks_and_pools {MPNET_FLAGS} --ranks 8 4 16 --out {{out}}",
             "-m experiments.ranks_and_pools --model synthetic --ranks 8 --out {out}",
             "-m experiments.ranks_and_pools --kinds key value --ranks 8 --out {out}",
@@ -172,7 +172,7 @@ EXPERIMENTS = {
                 "on two models; with --model mpnet the command makes mpnet's data",
             )
         },
-        takes="half an hour on one core for MiniLM, and three quarters of an hour for mpnet",
+        takes="three quarters of an hour on one core for each model",
     ),
     "seeds_and_tasks": Experiment(
         (
