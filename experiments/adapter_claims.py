@@ -45,12 +45,8 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
     rows = read_rows(path)
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
-    trials: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["tuning"]:
-            trials[row["name"]].append(row)
     best = {}
-    for name, tried in trials.items():
+    for name, tried in trials_by_method(rows).items():
         try:
             best[name] = best_rate(tried)
         except ValueError as error:
@@ -61,6 +57,15 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
             other = "" if rate(row) == best.get(row["name"], rate(row)) else f" at {rate(row):g}"
             by_seed[row["name"] + other][row["run"]["seed"]] = row
     return dict(by_seed)
+
+
+def trials_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs that chose learning rates."""
+    trials: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["tuning"]:
+            trials[row["name"]].append(row)
+    return dict(trials)
 
 
 def validation(row: Row) -> float:

@@ -304,7 +304,7 @@ EXPERIMENTS = {
         },
         "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
         has("lorashare", "vlora"),
-        takes="37 CPU minutes",
+        takes="an hour on one core",
     ),
     "why_sharing_pays": Experiment(
         ("-m experiments.why_sharing_pays --out {out}", f"-m experiments.why_sharing_pays {MPNET_FLAGS} --out {{out}}"),

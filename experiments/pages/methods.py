@@ -85,10 +85,14 @@ def lost(method: str, source: str = "trained", adapters: str = "lora-2") -> list
     return means
 
 
+def percent_or_no_room(share: float | None) -> str:
+    return "no room" if share is None else percent(share, 1)
+
+
 def compression() -> str:
     """Five seeds of LoRA(2) together: the energy that is lost at four sizes, over adapters and layers."""
     lines = [
-        [label, *("no room" if share is None else percent(share, 1) for share in lost(method, source))]
+        [label, *map(percent_or_no_room, lost(method, source))]
         for label, method, source in (
             ("largest singular terms, nothing shared", "allocated", "trained"),
             ("joint bases, diagonal core (CP)", "joint_diagonal", "trained"),
@@ -112,9 +116,7 @@ def compression_sets() -> str:
         shares = [lost(method, source, adapters) for method, source in compared]
         for size in (0.0776, 0.125):
             cells = [of_sizes[SIZES.index(size)] for of_sizes in shares]
-            lines.append([
-                label, f"{100 * size:g} %", *("no room" if share is None else percent(share, 1) for share in cells)
-            ])  # fmt: skip
+            lines.append([label, f"{100 * size:g} %", *map(percent_or_no_room, cells)])
     columns = [
         "energy lost", "at", "largest singular terms, nothing shared", "joint bases, diagonal core",
         "the same, random LoRAs", "joint bases, full core", "the same, random LoRAs",

@@ -116,7 +116,7 @@ def synthetic_layers() -> str:
     own = of_model(MODEL_NAMES["synthetic"], FILE, r=8)
     lines = [
         [spelled(row["stack"]), str(row["k"]), percent(gain(row)), percent(allocation_share(row), 0),
-         percent(row["allocation"] - row["best_found"]), f"{row['by_loss']:.2f}", percent(1 - row["floor"])]
+         sharing([row]), f"{row['by_loss']:.2f}", percent(1 - row["floor"])]
         for row in own
     ]  # fmt: skip
     columns = [

@@ -87,7 +87,7 @@ def lora_rank(method: str) -> str:
 
 
 def compared_rates(name: str, row: Row, suffix: str) -> str:
-    """The learning rates of RaSA and of LoRA, in a row that compares them at one rate or as validation chose them."""
+    """How a row names the learning rates of RaSA and LoRA. With a suffix it compares them at the same rate."""
     lora = one(rows(name), method=f"lora({lora_rank(row['method'])})")
     both = f"both at {row['rate']:g}"
     if suffix:

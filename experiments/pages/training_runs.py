@@ -142,18 +142,9 @@ def starts_from_data() -> str:
     return table(columns, lines)
 
 
-def trials_of(file: str) -> dict[str, list[Row]]:
-    """The runs that chose learning rates, by method."""
-    tried: dict[str, list[Row]] = {}
-    for row in rows(file):
-        if row["tuning"]:
-            tried.setdefault(row["name"], []).append(row)
-    return tried
-
-
 def tuned_rates() -> str:
     """The rates that were tried on the GPU, by method; the best of them is marked."""
-    tried = trials_of("train_adapters.jsonl")
+    tried = claims.trials_by_method(rows("train_adapters.jsonl"))
     lines = []
     for method in gpu_runs():
         best, rates = best_rate(tried[method]), sorted(map(claims.rate, tried[method]))
@@ -163,7 +154,7 @@ def tuned_rates() -> str:
 
 def finer_rates() -> str:
     """Validation MRR at r = 8 on CPUs: a line for each rate, the mean of all tuning seeds; the best one is marked."""
-    tried = {name: own for name, own in trials_of("train_adapters_cpu.jsonl").items() if own[0]["run"]["rank"] == 8}
+    tried = claims.trials_by_method([row for row in rows("train_adapters_cpu.jsonl") if row["run"]["rank"] == 8])
     best = {name: best_rate(trials) for name, trials in tried.items()}
     lines = []
     for rate in sorted({claims.rate(row) for trials in tried.values() for row in trials}):

@@ -146,12 +146,11 @@ class Runs:
     def find(self, run: Run, tuning: bool) -> Row | None:
         return next((row for row in self.rows if row["run"] == asdict(run) and row["tuning"] == tuning), None)
 
-    def found(self, runs: Sequence[Run], tuning: bool) -> list[Row]:
-        """The rows of finished runs. Raises LookupError if one of them is missing."""
-        rows = [self.find(run, tuning) for run in runs]
-        if None in rows:
-            raise LookupError(f"{self.path} has no row of {runs[rows.index(None)]}")
-        return [row for row in rows if row is not None]
+    def get(self, run: Run, tuning: bool) -> Row:
+        """The row of a finished run. Raises LookupError if it is missing."""
+        if (row := self.find(run, tuning)) is None:
+            raise LookupError(f"{self.path} has no row of {run}")
+        return row
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -231,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     if at_rate is None:
         tried = {run.name: trials(run, rates_of(run), args.tuning_seeds) for run in compared}
         perform(list(itertools.chain(*tried.values())), True, rows, task, device, args.jobs, None)
-        chosen = {name: best_rate(rows.found(runs, True)) for name, runs in tried.items()}
+        chosen = {name: best_rate(rows.get(run, True) for run in runs) for name, runs in tried.items()}
     final = [
         replace(run, learning_rate=chosen[run.name], seed=seed)
         for seed in range(1 if args.smoke else args.seeds)

@@ -71,27 +71,27 @@ def test_the_commands_of_an_experiment_make_the_rows_of_every_model_and_kind_in_
     """Else the data that `--from-scratch` makes would lack those that are published."""
     seen = set()
     for experiment in figures.EXPERIMENTS.values():
-        made = set()
+        from_commands = set()
         for command in map(shlex.split, experiment.commands):
             (model,) = flag(command, "--model", ["minilm"])
-            made |= {(MODEL_NAMES[model], kind) for kind in flag(command, "--kinds", STACKS_OF[model])}
+            from_commands |= {(MODEL_NAMES[model], kind) for kind in flag(command, "--kinds", STACKS_OF[model])}
         for file in experiment.data:
             rows = read_rows(FIGURES / file) if isinstance(file, str) and file.endswith(".csv") else []
             stacks = {(row["model"], row["stack"]) for row in rows if row.get("model") and row.get("stack")}
-            known = {one for one in stacks if one[1] in {*words.KINDS, *OVERLAPS}}
-            assert known <= made, file
-            seen |= known
+            published = {(model, stack) for model, stack in stacks if stack in {*words.KINDS, *OVERLAPS}}
+            assert published <= from_commands, file
+            seen |= published
     assert {model for model, _ in seen} == set(MODEL_NAMES.values())
 
 
 @pytest.mark.parametrize("file", ["train_adapters.jsonl", "train_adapters_cpu.jsonl"])
 def test_runs_at_another_rate_than_the_chosen_one_have_a_command(file: str) -> None:
-    made = set()
+    from_commands = set()
     for command in map(shlex.split, figures.EXPERIMENTS["train_adapters"].commands):
         if f"{{out}}/{file}" in command:
-            made |= {f"{name} at {float(rate):g}" for rate in flag(command, "--at-rate", [])
-                     for name in flag(command, "--only", [])}  # fmt: skip
-    assert {name for name in adapter_claims.read(FIGURES / file) if " at " in name} <= made
+            names, rates = flag(command, "--only", []), flag(command, "--at-rate", [])
+            from_commands |= {f"{name} at {float(rate):g}" for name, rate in itertools.product(names, rates)}
+    assert {name for name in adapter_claims.read(FIGURES / file) if " at " in name} <= from_commands
 
 
 def test_from_scratch_leaves_out_no_experiment_unless_pictures_are_named(

@@ -209,8 +209,8 @@ def test_the_rate_is_chosen_by_the_mean_over_tuning_seeds() -> None:
     for trials, seeds in ((lucky + steady[:1], "1 and 2"), ([], "no")):
         with pytest.raises(ValueError, match=f"tried with {seeds} tuning seeds"):
             experiment.best_rate(trials)
-    found = [(run.learning_rate, run.seed) for run in experiment.trials(run_of("lora", 2, 0), (1e-3, 3e-3), 2)]
-    assert found == [(1e-3, 100), (1e-3, 101), (3e-3, 100), (3e-3, 101)]
+    runs = experiment.trials(run_of("lora", 2, 0), (1e-3, 3e-3), 2)
+    assert [(run.learning_rate, run.seed) for run in runs] == [(1e-3, 100), (1e-3, 101), (3e-3, 100), (3e-3, 101)]
 
 
 def test_the_seeds_run_at_the_rate_that_the_tuning_seeds_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
