@@ -30,8 +30,10 @@ from scipy import stats
 
 import rasa_theory as rt
 from experiments.support import looks
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, read_rows, write_rows
 from experiments.train_adapters.protocol import best_rate
+from rasa_theory.common import InputError
 from rasa_theory.plotting import style
 
 SMOOTH = 20  # steps
@@ -40,9 +42,11 @@ SMOOTH = 20  # steps
 def read(path: Path) -> dict[str, dict[int, Row]]:
     """The final runs: name -> seed -> row; `name at RATE` where the rate is not the one that tuning chose.
 
-    Runs of several settings in one file are refused.
+    Runs of several settings in one file are refused. Raises InputError for a file without runs, and for rates that were
+    tried with different numbers of tuning seeds.
     """
-    rows = read_rows(path)
+    if not (rows := read_rows(path)):
+        raise InputError(f"{path} has no runs")
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
     best = {}
@@ -50,7 +54,7 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
         try:
             best[name] = best_rate(tried)
         except ValueError as error:
-            raise SystemExit(f"{path}: {name}: {error}") from None
+            raise InputError(f"{path}: {name}: {error}") from None
     by_seed: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if not row["tuning"]:
@@ -371,6 +375,7 @@ def report(rows: Path, out: Path) -> dict[str, dict[int, Row]]:
     return runs
 
 
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(

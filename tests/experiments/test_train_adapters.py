@@ -22,6 +22,7 @@ from experiments import adapter_claims as claims
 from experiments.models import sentences
 from experiments.models.data import TASKS
 from experiments.models.encoder import Encoder
+from experiments.support.rows import append_rows
 from experiments.train_adapters import protocol, starts, training
 from experiments.train_adapters import run as experiment
 from rasa_theory.peft.library import PeftModel
@@ -231,6 +232,18 @@ def test_the_seeds_run_at_the_rate_that_the_tuning_seeds_chose(tmp_path: Path, m
     assert (len(done), final) == (6, [(3e-3, 0), (3e-3, 1)])
     with pytest.raises(SystemExit, match="2"):
         experiment.main([*options, "--tuning-seeds", "0", "--out", str(tmp_path / "rows.jsonl")])
+
+
+@pytest.mark.parametrize(("seeds", "sentence"), [([], "has no runs"), ([100, 101, 100], "with 1 and 2 tuning seeds")])
+def test_claims_refuse_no_runs_and_rates_that_cannot_be_compared(
+    seeds: list[int], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = [trial(rate, seed, 0.5) for rate, seed in zip((1e-3, 1e-3, 3e-3), seeds, strict=False)]
+    append_rows(tmp_path / "rows.jsonl", [row | {"name": "lora(2)", "tuning": True, "settings": {}} for row in trials])
+    with pytest.raises(SystemExit, match="2"):
+        claims.main(["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
