@@ -42,18 +42,18 @@ SMOOTH = 20  # steps
 def read(path: Path) -> dict[str, dict[int, Row]]:
     """The final runs: name -> seed -> row; `name at RATE` where the rate is not the one that tuning chose.
 
-    Runs of several settings in one file are refused. Raises InputError for a file without runs, and for rates that were
-    tried with different numbers of tuning seeds.
+    Raises InputError for a file without runs or with runs of several settings, and for rates that were tried with
+    different numbers of tuning seeds.
     """
     if not (rows := read_rows(path)):
         raise InputError(f"{path} has no runs")
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
-        raise SystemExit(f"{path} holds runs of different settings; take out those that are not to be compared")
+        raise InputError(f"{path} holds runs of different settings; take out those that are not to be compared")
     best = {}
     for name, tried in trials_by_method(rows).items():
         try:
             best[name] = best_rate(tried)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{path}: {name}: {error}") from None
     by_seed: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:

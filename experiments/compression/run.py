@@ -13,11 +13,13 @@ from pathlib import Path
 import rasa_theory as rt
 from experiments.compression import __doc__ as description
 from experiments.compression.approaches import OF_CHANCE, SLOW, SLOW_TERMS, SOLVERS
-from experiments.compression.collections import EVERY, Collection, collections_of, sets_of
+from experiments.compression.collections import EVERY, Collection, collections_of, kind_of, sets_of
 from experiments.compression.figure import plot, report
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table
 from rasa_theory import methods
 from rasa_theory.commands.progress import ProgressBar
+from rasa_theory.common import InputError
 from rasa_theory.plotting import style
 
 COLUMNS = (
@@ -98,6 +100,16 @@ def small(stacked: Collection) -> Collection:
     return replace(stacked, factors=rt.LoraFactors(f.B[:, :24].clone(), f.A[:, :, :16].clone()))
 
 
+def chosen_collections(folders: Sequence[Path], kinds: Sequence[str] | None) -> list[Collection]:
+    """The collections of all sets. Raises InputError for a kind that no adapter has."""
+    sets = sets_of(folders)
+    there = {kind_of(module) for adapters in sets.values() for module in adapters[0].pairs}
+    if unknown := [kind for kind in kinds or () if kind not in there]:
+        raise InputError(f"--kinds {unknown[0]!r} is none of {', '.join(sorted(there))}")
+    return [each for name, adapters in sets.items() for each in collections_of(name, adapters, kinds)]
+
+
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     trained = Path(__file__).resolve().parents[1] / "trained"
@@ -119,11 +131,12 @@ def main(arguments: list[str] | None = None) -> None:
     kinds, shares, draws = options.kinds, options.shares, options.draws
     if options.smoke:
         kinds, shares, draws = ["query"], (0.125, 0.5, 0.8), 1
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise InputError(f"--shares must be above 0 and at most 1, not {wrong[0]:g}")
 
     table = Table(options.out / "compression.csv", COLUMNS, KEY)
     if not options.figure:
-        sets = sets_of(options.adapters)
-        collections = [each for name in sets for each in collections_of(name, sets[name], kinds)]
+        collections = chosen_collections(options.adapters, kinds)
         if options.smoke:
             collections = [small(each) for each in collections[:2]]
         for row in compared(collections, shares, draws, table, options.methods):

@@ -22,9 +22,9 @@ class Encoder:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Encoder:
-        """Read model and tokenizer. Raises SystemExit if transformers is missing."""
+        """Read model and tokenizer. Raises InputError with the remedy if transformers is missing."""
         if importlib.util.find_spec("transformers") is None:
-            raise SystemExit('transformers is missing: pip install -c constraints.txt -e ".[finetune]"')
+            raise InputError('transformers is missing: pip install -c constraints.txt -e ".[finetune]"')
         from transformers import AutoModel, AutoTokenizer
 
         model = AutoModel.from_pretrained(folder, local_files_only=True)
@@ -32,12 +32,8 @@ class Encoder:
 
     @classmethod
     def pretrained(cls, model: str = "minilm") -> Encoder:
-        """Read a model of `MODELS`. Raises SystemExit with the remedy if its packages or transformers are missing."""
-        try:
-            folder = MODELS[model].folder()
-        except InputError as error:
-            raise SystemExit(str(error)) from None
-        return cls.from_folder(folder)
+        """Read a model of `MODELS`. Raises InputError with the remedy if its packages or transformers are missing."""
+        return cls.from_folder(MODELS[model].folder())
 
     def __call__(self, texts: list[str], max_tokens: int) -> torch.Tensor:
         """(n,) texts -> (n, hidden), rows of unit norm."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments.models.data import Pair, Split, cached, pairs_of, split_by_module
 from experiments.models.sentences import consecutive
 from experiments.support.rows import Row
+from rasa_theory.common import InputError
 
 PROSE_PACKAGES = ("numpy", "scipy", "torch", "transformers", "matplotlib", "safetensors", "tqdm")
 
@@ -101,7 +102,7 @@ class Task:
 def best_rate(trials: Iterable[Row]) -> float:
     """The learning rate of the highest mean validation MRR over tuning seeds, the lowest of equal ones.
 
-    Raises ValueError if rates were tried with different numbers of seeds, so that their means are not comparable.
+    Raises InputError if rates were tried with different numbers of seeds, so that their means are not comparable.
     """
     scores: dict[float, list[float]] = defaultdict(list)
     for row in trials:
@@ -109,7 +110,7 @@ def best_rate(trials: Iterable[Row]) -> float:
     counts = {len(values) for values in scores.values()}
     if len(counts) != 1:
         numbers = " and ".join(map(str, sorted(counts))) or "no"
-        raise ValueError(f"rates were tried with {numbers} tuning seeds: finish these runs, or take the others out")
+        raise InputError(f"rates were tried with {numbers} tuning seeds: finish these runs, or take the others out")
     return max(sorted(scores), key=lambda rate: statistics.fmean(scores[rate]))
 
 

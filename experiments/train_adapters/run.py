@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import multiprocessing
 import os
 import time
@@ -20,11 +21,13 @@ from safetensors.torch import load_file, save_file
 import rasa_theory as rt
 from experiments.models.data import TASKS
 from experiments.models.encoder import Encoder, machine
+from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, append_rows, read_rows
 from experiments.train_adapters import __doc__ as description
 from experiments.train_adapters.protocol import PROSE_PACKAGES, Data, Run, Settings, Task, best_rate
 from experiments.train_adapters.starts import adapted, factors_of_data, kinds, start_from, updates
 from experiments.train_adapters.training import look, retrieval, train
+from rasa_theory.common import InputError
 from rasa_theory.distributed import end_with_parent
 from rasa_theory.peft import save_as_lora
 from rasa_theory.peft.library import PeftModel
@@ -118,7 +121,7 @@ def reconstruction(stack: torch.Tensor, rank: int, k: int, start: str = "best") 
 def methods(rank: int, data_starts: bool) -> list[Run]:
     """Return the compared methods at rank r, each as a run without rate and seed."""
     layers = len(next(iter(kinds().values())))
-    shared = sorted({1, rank // 2})
+    shared = sorted({1, max(1, rank // 2)})
     if data_starts:
         budgets = [("lora", 0), *(("rasa", k) for k in shared)]
         return [Run(method, rank, k, 0.0, 0, start) for method, k in budgets for start in ("gradient", "updates")]
@@ -129,10 +132,10 @@ def methods(rank: int, data_starts: bool) -> list[Run]:
 
 
 def named(runs: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
-    """Return the runs of these names, or all of them. Raises SystemExit for a name that no run has."""
+    """Return the runs of these names, or all of them. Raises InputError for a name that no run has."""
     names = [run.name for run in runs]
     if unknown := [name for name in only or [] if name not in names]:
-        raise SystemExit(f"--only {unknown[0]!r} is none of {', '.join(names)}")
+        raise InputError(f"--only {unknown[0]!r} is none of {', '.join(names)}")
     return [run for run in runs if not only or run.name in only]
 
 
@@ -189,6 +192,19 @@ def trials(run: Run, rates: Sequence[float], seeds: int) -> list[Run]:
     return [replace(run, learning_rate=rate, seed=TUNING_SEED + n) for rate in rates for n in range(seeds)]
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for numbers that no run can have, before anything is loaded."""
+    for flag in ("rank", "seeds", "tuning_seeds", "jobs"):
+        if (value := getattr(args, flag)) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    for flag, rates in (("rates", args.rates), ("at-rate", [] if args.at_rate is None else [args.at_rate])):
+        if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+            raise InputError(f"--{flag} must be above 0, not {wrong[0]:g}")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder; give a file, such as {args.out / 'train_adapters.jsonl'}")
+
+
+@refuses_bad_input
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(description).split("\n")[0])
     parser.add_argument("--rank", type=int, default=2, help="r of LoRA and RaSA")
@@ -211,8 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if missing := [name for name in PROSE_PACKAGES if importlib.util.find_spec(name) is None]:
         parser.error(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e '.[finetune]'")
-    if args.tuning_seeds < 1:
-        parser.error(f"--tuning-seeds must be at least 1, not {args.tuning_seeds}")
+    check(args)
     settings, rates = Settings(task=args.task, bfloat16=not args.float32), args.rates
     if args.smoke:
         settings = replace(settings, steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8,

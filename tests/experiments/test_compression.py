@@ -204,6 +204,24 @@ def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
     assert (tmp_path / "compression.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--kinds", "norm"], "--kinds 'norm' is none of head, query"),
+        (["--shares", "0.5", "1.5"], "--shares must be above 0 and at most 1, not 1.5"),
+        (["--shares", "0"], "--shares must be above 0 and at most 1, not 0"),
+        (["--adapters", "missing"], "missing: not a folder with adapter_config.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    folders: list[Path], tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--adapters", *map(str, folders), *words, "--out", str(tmp_path / "out")])
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_means_are_over_stacks_that_all_have_room() -> None:
     base = {"set": "x", "source": "trained", "share": 0.5}
     rows = [base | {"kind": kind, "layer": "all", "method": "lora", "error": e} for kind, e in (("q", 0.2), ("k", 0.4))]

@@ -25,6 +25,7 @@ from experiments.models.encoder import Encoder
 from experiments.support.rows import append_rows
 from experiments.train_adapters import protocol, starts, training
 from experiments.train_adapters import run as experiment
+from rasa_theory.common import InputError
 from rasa_theory.peft.library import PeftModel
 from rasa_theory.peft.pools import Pool
 from tests.experiments.test_finetune import tiny
@@ -169,13 +170,14 @@ def test_the_methods_have_equal_parameters_or_the_largest_rank() -> None:
     assert names == ["full", "lora(2)", "rasa(2,1)", "lora(3)"]  # of two layers: q + R = 1 + 2
     assert [run.name for run in experiment.methods(8, False)][-2:] == ["lora(9)", "lora(12)"]
     assert len({run.name for run in experiment.methods(2, True)}) == 4
+    assert [run.name for run in experiment.methods(1, False)] == ["full", "lora(1)", "rasa(1,1)", "lora(2)"]
 
 
 def test_only_takes_names_that_there_are() -> None:
     runs = experiment.methods(2, False)
     assert experiment.named(runs, None) == runs
     assert [run.name for run in experiment.named(runs, ["rasa(2,1)", "lora(2)"])] == ["lora(2)", "rasa(2,1)"]
-    with pytest.raises(SystemExit, match=r"--only 'lora\(4\)' is none of full, lora\(2\), rasa"):
+    with pytest.raises(InputError, match=r"--only 'lora\(4\)' is none of full, lora\(2\), rasa"):
         experiment.named(runs, ["lora(2)", "lora(4)"])
 
 
@@ -208,7 +210,7 @@ def test_the_rate_is_chosen_by_the_mean_over_tuning_seeds() -> None:
     assert experiment.best_rate(lucky + steady) == 3e-3
     assert experiment.best_rate([trial(3e-3, 100, 0.5), trial(1e-3, 100, 0.5)]) == 1e-3
     for trials, seeds in ((lucky + steady[:1], "1 and 2"), ([], "no")):
-        with pytest.raises(ValueError, match=f"tried with {seeds} tuning seeds"):
+        with pytest.raises(InputError, match=f"tried with {seeds} tuning seeds"):
             experiment.best_rate(trials)
     runs = experiment.trials(run_of("lora", 2, 0), (1e-3, 3e-3), 2)
     assert [(run.learning_rate, run.seed) for run in runs] == [(1e-3, 100), (1e-3, 101), (3e-3, 100), (3e-3, 101)]
@@ -230,8 +232,30 @@ def test_the_seeds_run_at_the_rate_that_the_tuning_seeds_chose(tmp_path: Path, m
     experiment.main([*options, "--tuning-seeds", "2", "--out", str(tmp_path / "rows.jsonl")])
     final = [(run.learning_rate, run.seed) for run, tuning in done if not tuning]
     assert (len(done), final) == (6, [(3e-3, 0), (3e-3, 1)])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rank", "0"], "--rank must be at least 1, not 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
+        (["--tuning-seeds", "0"], "--tuning-seeds must be at least 1, not 0"),
+        (["--jobs", "-1"], "--jobs must be at least 1, not -1"),
+        (["--rates", "1e-3", "0"], "--rates must be above 0, not 0"),
+        (["--rates", "nan"], "--rates must be above 0, not nan"),
+        (["--at-rate", "inf"], "--at-rate must be above 0, not inf"),
+        (["--only", "lora(9)"], "--only 'lora(9)' is none of full, lora(2)"),
+        (["--out", "."], "--out . is a folder; give a file, such as train_adapters.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiment.Data, "collected", lambda settings, folder: None)
+    monkeypatch.setattr(experiment, "perform", lambda *given: pytest.fail("a run was begun"))
     with pytest.raises(SystemExit, match="2"):
-        experiment.main([*options, "--tuning-seeds", "0", "--out", str(tmp_path / "rows.jsonl")])
+        experiment.main(words)
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seeds", "sentence"), [([], "has no runs"), ([100, 101, 100], "with 1 and 2 tuning seeds")])
@@ -340,7 +364,7 @@ def test_tables_and_figures_of_all_methods(tmp_path: Path, capsys: pytest.Captur
     (gains,) = claims.predicted(runs).values()
     assert gains == [(pytest.approx(1 - (0.2 * 5 + 0.5) / (0.4 * 5 + 0.5)), pytest.approx(0.02))] * 3
     file.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"settings": {"short_steps": 1}}])))
-    with pytest.raises(SystemExit, match="runs of different settings"):
+    with pytest.raises(InputError, match="runs of different settings"):
         claims.read(file)
 
 

