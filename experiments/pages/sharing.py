@@ -36,18 +36,19 @@ def of_first_model(**where: Any) -> list[Row]:
     return first_model("why_sharing_pays.csv", **where)
 
 
-def value(item: str, **where: Any) -> float:
-    """The single value of an item."""
-    return float(one(of_first_model(item=item), **where)["value"])
-
-
 def values(item: str, **where: Any) -> list[float]:
     return [float(row["value"]) for row in of_first_model(item=item, **where)]
 
 
 def parts(**where: Any) -> tuple[float, float]:
-    """What allocation and what sharing takes off, in units of e_lora."""
-    allocation, best = value("allocation", **where), value("best_found", **where)
+    """What allocation and what sharing takes off, of the first model, in units of e_lora."""
+    return parts_of(of_first_model(**where))
+
+
+def parts_of(own: Iterable[Row], **where: Any) -> tuple[float, float]:
+    """The same of some rows."""
+    chosen = [row for row in own if has(row, where)]
+    allocation, best = (float(one(chosen, item=item)["value"]) for item in ("allocation", "best_found"))
     return 1 - allocation, allocation - best
 
 
@@ -83,7 +84,7 @@ def owners() -> str:
 
     def lines(own: list[Row]) -> Iterable[Line]:
         for source, label in (
-            ("updates", "bundled updates"), ("second task", "updates of a second task"), (APART, "layers turned apart"),
+            ("updates", "updates"), ("second task", "updates of a second task"), (APART, "layers turned apart"),
             ("weights", "pretrained weights"), ("hidden dyads", "updates with three dyads hidden in each kind"),
             ("shared bases", "layers with common bases"),
         ):  # fmt: skip
@@ -117,11 +118,6 @@ def results_at_1(model: str) -> dict[str, Row]:
 def allocation_mpnet() -> str:
     """The share of mpnet's gain at k = 1 that unequal ranks explain, over its kinds."""
     return percents(map(allocation_share, results_at_1(MODEL_NAMES["mpnet"]).values()), 0)
-
-
-def gain_mpnet() -> str:
-    """mpnet's gain at r = 8 and k = 1, over its kinds."""
-    return percents(1 - row["best_found"] for row in results_at_1(MODEL_NAMES["mpnet"]).values())
 
 
 def sides() -> str:
@@ -187,30 +183,47 @@ def width() -> str:
 
 
 def pooled_kinds() -> str:
-    """One pool over all kinds beside a pool for each."""
-    lines = []
-    for k in (1, 2):
-        allocation, sharing = (sum(cell) for cell in zip(*(weighted(kind, k) for kind in KINDS), strict=True))
-        lines.append([str(k), "a pool for each kind", percent(allocation), percent(sharing)])
-        for source, label in (
-            ("as they are", "one pool over all kinds"),
-            ("attention output transposed", "one pool, attention output transposed"),
-            (APART, "one pool, layers turned apart"),
-        ):
-            both = parts(part="kinds", source=source, k=k)
-            lines.append([str(k), label, *map(percent, both)])
-    return table(["k", "", "unequal ranks", "sharing"], lines)
+    """One pool over all kinds beside a pool for each, of every model that was solved so."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        for k in sorted({row["k"] for row in own if row["part"] == "kinds" and row["k"]}):
+            for source, label in (
+                ("a pool for each kind", "a pool for each kind"),
+                ("as they are", "one pool over all kinds"),
+                ("attention output transposed", "one pool, attention output transposed"),
+                (APART, "one pool, layers turned apart"),
+                ("a pool for each layer", "a pool for each layer, over its four kinds"),
+                ("a pool over different layers", "the same, kinds of different layers"),
+            ):
+                of_pool = [row for row in own if has(row, {"part": "kinds", "source": source, "k": k})]
+                served = [
+                    [row["value"] for row in of_pool if row["item"] == item] for item in ("by_loss", "by_loss_of_kinds")
+                ]
+                medians = [f"{statistics.median(counts):.2f}" if counts else "" for counts in served]
+                yield [str(k), label, *map(percent, parts_of(of_pool)), *medians]
+
+    columns = ["k", "", "unequal ranks", "sharing", "matrices that a term serves", "kinds"]
+    return model_table(columns, rows("why_sharing_pays.csv"), lines)
 
 
-def weighted(kind: str, k: int) -> tuple[float, float]:
-    """The parts of a kind's gain in units of the summed e_lora of all kinds."""
-    own = {"part": "pool", "source": "updates"}
-    share = value("e_lora", stack=kind, **own) / sum(values("e_lora", **own))
-    allocation, sharing = parts(stack=kind, k=k, **own)
-    return share * allocation, share * sharing
+def in_one_layer(model: str) -> str:
+    """What the four kinds share at k = 1 if a pool is over those of one layer, and over those of different layers."""
+    own = of_model(model, "why_sharing_pays.csv", part="kinds", k=1)
+    one_layer, others = (
+        parts_of(own, source=way)[1] for way in ("a pool for each layer", "a pool over different layers")
+    )
+    return f"{percent(one_layer)}, and over different layers {percent(others)}"
+
+
+def layer_sharing() -> str:
+    return in_one_layer(MODEL_NAMES["minilm"])
+
+
+def layer_sharing_mpnet() -> str:
+    return in_one_layer(MODEL_NAMES["mpnet"])
 
 
 BLOCKS = (
-    gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, gain_mpnet, sides,
-    update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds,
+    gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, sides,
+    update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds, layer_sharing, layer_sharing_mpnet,
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """The gain of RaSA over LoRA split into unequal ranks and sharing, and the layers that own the pool.
 
     python -m experiments.why_sharing_pays
-    python -m experiments.why_sharing_pays --model mpnet      its updates, turned apart, and one pool over kinds
+    python -m experiments.why_sharing_pays --model mpnet      its updates, turned apart, and one pool over kinds, where
+                                                              --runs has a run with all of them
     python -m experiments.why_sharing_pays --figure      the pictures alone, from the data
 
 Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; an interrupted run goes on from there:
@@ -14,7 +15,8 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       depth      source: bases of a synthetic stack with the singular values of query; `stack` names its layers
       width      independent bases, six layers with the 80 leading singular values of query, at growing width
       one-sided  the same stacks as depth by pools that share one side alone, at the parameters of RaSA of k = 1
-      kinds      one pool over query, key, value and attention output
+      kinds      query, key, value and attention output of one run: one pool over all, a pool for each kind, and a pool
+                 over one layer of each kind, the same one or different ones
       tasks      one pool over the layers of both tasks; see `experiments.seeds_and_tasks` for their overlaps
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     sharing_gain.png, pool_owners.png, pool_scope.png

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 HOW = ("as they are", "attention output transposed", "turned apart")
 """Ways to put layers into one stack. Transposed, all kinds face the residual stream with the same side."""
+EACH, LAYER, LAYERS = "a pool for each kind", "a pool for each layer", "a pool over different layers"
+"""Ways to have several pools. In the last two the attention output is transposed, and a pool has a layer of each kind:
+the same layer of all, or layers a quarter of the depth apart."""
 ALLOCATION, SHARING = style.BLUE, style.VERMILION
 E_LORA = "$e_{\\mathrm{LoRA}}$"
 
@@ -114,13 +117,14 @@ def plot_owners(rows: list[Row]) -> Figure:
 
 
 def plot_scope(rows: list[Row]) -> Figure:
-    """Bars for four kinds together, and for two tasks of each kind: a pool each, one pool, one pool turned apart."""
+    """Bars for four kinds together, and for two tasks of each kind: several pools, one pool, one pool turned apart."""
     table = Results(rows)
-    kinds = [("updates", name) for name in table.column("stack", part="pool", source="updates")]
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     if table.column("k", part="kinds"):
         groups["four kinds"] = {
-            "four pools": separate_pools(table, kinds, 1),
+            "a pool for each kind": both_errors(table, part="kinds", source=EACH, k=1),
+            "a pool for each layer": both_errors(table, part="kinds", source=LAYER, k=1),
+            "over different layers": both_errors(table, part="kinds", source=LAYERS, k=1),
             "one pool": both_errors(table, part="kinds", source=HOW[0], k=1),
             "one, turned apart": both_errors(table, part="kinds", source=HOW[2], k=1),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,12 +13,27 @@ from pathlib import Path
 import torch
 
 import rasa_theory as rt
-from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_flags, chosen_updates
+from experiments.models.update_sets import (
+    FIRST_MODEL,
+    MODEL_NAMES,
+    add_model_flags,
+    chosen_updates,
+    updates_of_one_run,
+)
 from experiments.support.command import refuses_bad_input
-from experiments.support.rows import Table, of_models, read_rows
+from experiments.support.rows import Row, Table, of_models, read_rows
 from experiments.why_sharing_pays import __doc__ as description
-from experiments.why_sharing_pays.figure import FIGURES, HOW, Results, summary
-from experiments.why_sharing_pays.stacks import KINDS, PLANS, SMOKE, Plan, cropped, second_task, updates, weights
+from experiments.why_sharing_pays.figure import EACH, FIGURES, HOW, LAYER, LAYERS, Results, summary
+from experiments.why_sharing_pays.stacks import (
+    KINDS,
+    PLANS,
+    SMOKE,
+    Plan,
+    all_cropped,
+    second_task,
+    updates,
+    weights,
+)
 from rasa_theory import methods, null_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
@@ -27,12 +43,14 @@ COLUMNS = ("part", "source", "stack", "k", "item", "index", "value", "model")
 KEY = ("part", "source", "stack", "model")
 Item = tuple[int | str, str, str, float | str]  # k, item, index, value
 Key = tuple[str, str, str]  # part, source, stack
+Floors = dict[tuple[str, int], Row]
+"""Rows of figures/floors.csv by stack and k."""
 
 
 # --------------------------------------------------------------------------------------------- what is measured
 
 
-def split_gain(stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...], floors: dict[int, float]) -> Iterator[Item]:
+def split_gain(stack: rt.LayerStack, plan: Plan, ks: tuple[int, ...], floors: dict[int, Row]) -> Iterator[Item]:
     """The parts of the gain and the participation of every pool term, for each k; one path over all k."""
     e_lora = rt.solve_lora(stack, plan.rank).error
     yield "", "e_lora", "", e_lora
@@ -48,15 +66,21 @@ def split_changed(
     yield from split_gain(change(stack), plan, ks, {})
 
 
-def point(
-    stack: rt.LayerStack, budget: rt.RankBudget, solution: rt.RasaSolution, floor: float | None
-) -> Iterator[Item]:
-    """All items of one solution. `floor`: a two-sided floor over e_lora, in place of the closed forms."""
+def point(stack: rt.LayerStack, budget: rt.RankBudget, solution: rt.RasaSolution, floor: Row | None) -> Iterator[Item]:
+    """All items of one solution. `floor`: the row of a two-sided floor, in place of the closed forms.
+
+    A floor of other updates of the same name is not used. The allocation bound, a function of all spectra, tells them.
+    """
     k, parts = budget.shared_rank, rt.gain(stack, budget, solution=solution)
-    yield k, "allocation", "", parts.e_allocation / parts.e_lora
+    allocation = parts.e_allocation / parts.e_lora
+    yield k, "allocation", "", allocation
     yield k, "best_found", "", parts.e_rasa / parts.e_lora
-    yield k, "floor", "", parts.floor.value / parts.e_lora if floor is None else floor
-    yield k, "floor_name", "", parts.floor.name if floor is None else "two-sided"
+    if floor is not None and math.isclose(floor["allocation"], allocation, rel_tol=1e-9):
+        yield k, "floor", "", floor["two_sided"]
+        yield k, "floor_name", "", "two-sided"
+    else:
+        yield k, "floor", "", parts.floor.value / parts.e_lora
+        yield k, "floor_name", "", parts.floor.name
     yield k, "stop", "", f"{solution.stop_reason.name} after {solution.sweeps} from {solution.start}"
     yield k, "cancellation", "", solution.cancellation
     terms = rt.pool_participation(solution.factors)
@@ -100,8 +124,8 @@ def one_sided(stack: rt.LayerStack, plan: Plan, layers: int, bases: str) -> Iter
 
 def over_kinds(stacks: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterator[Item]:
     """One pool over all kinds; `how` is one of HOW."""
-    own = [s.values.mT if how == HOW[1] and name == "attention_output" else s.values for name, s in stacks.items()]
-    stack = rt.LayerStack(torch.cat(own), "all kinds")
+    own = to_stream(stacks) if how == HOW[1] else stacks
+    stack = rt.LayerStack(torch.cat([one.values for one in own.values()]), "all kinds")
     if how == HOW[2]:
         stack = null_models.turned_apart(stack, seed=2)
     yield "", "e_lora", "", rt.solve_lora(stack, plan.rank).error
@@ -111,6 +135,36 @@ def over_kinds(stacks: dict[str, rt.LayerStack], how: str, plan: Plan) -> Iterat
             yield k, "by_loss_of_kinds", str(j), kinds
         parameters = methods.lora_parameters(stack.layers, stack.shape, plan.rank) + solution.factors.mixing.numel()
         yield k, "parameters", "", parameters
+
+
+def to_stream(stacks: dict[str, rt.LayerStack]) -> dict[str, rt.LayerStack]:
+    """The kinds with the attention output transposed, so that all face the residual stream with the same side."""
+    return {name: stack.transpose() if name == "attention_output" else stack for name, stack in stacks.items()}
+
+
+def one_of_each_kind(stacks: dict[str, rt.LayerStack], step: int) -> dict[str, rt.LayerStack]:
+    """As many stacks as there are layers: layer i of the first kind, i + step of the second (cyclic), and so on."""
+    kinds = [stack.values for stack in to_stream(stacks).values()]
+    layers = len(kinds[0])
+    groups = ([kind[(i + n * step) % layers] for n, kind in enumerate(kinds)] for i in range(layers))
+    return {f"layer {i}": rt.LayerStack(torch.stack(group), f"layer {i}") for i, group in enumerate(groups)}
+
+
+def separately(stacks: dict[str, rt.LayerStack], plan: Plan) -> Iterator[Item]:
+    """A pool for each stack: the parts of their gains together, in units of the summed e_lora, and all their terms."""
+    paths = [(stack, rt.solve_path(stack, plan.rank, plan.kinds_ks, plan.solver)) for stack in stacks.values()]
+    yield "", "e_lora", "", sum(rt.solve_lora(stack, plan.rank).error for stack, _ in paths)
+    for k in plan.kinds_ks:
+        gains = [rt.gain(stack, rt.RankBudget(plan.rank, k), solution=path[k]) for stack, path in paths]
+        e_lora = sum(gain.e_lora for gain in gains)
+        yield k, "allocation", "", sum(gain.e_allocation for gain in gains) / e_lora
+        yield k, "best_found", "", sum(gain.e_rasa for gain in gains) / e_lora
+        yield k, "floor", "", sum(gain.floor.value for gain in gains) / e_lora
+        for name, (_, path) in zip(stacks, paths, strict=True):
+            terms = rt.pool_participation(path[k].factors)
+            for j, (by_weight, by_loss) in enumerate(zip(terms.by_weight, terms.by_loss, strict=True)):
+                yield k, "by_weight", f"{name} {j}", float(by_weight)
+                yield k, "by_loss", f"{name} {j}", float(by_loss)
 
 
 def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str) -> Iterator[Item]:
@@ -153,7 +207,7 @@ def sides(stack: rt.LayerStack, plan: Plan) -> Iterator[Item]:
 # ------------------------------------------------------------------------------------------------ units of work
 
 
-def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
+def units(plan: Plan, floors: Floors) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
     """Yield (part, source, stack) and the work that gives its rows, the cheap ones first."""
     tuned, base, other = updates(plan), weights(plan), second_task(plan)
     query = tuned["query"]
@@ -183,14 +237,27 @@ def units(plan: Plan, floors: dict[tuple[str, int], float]) -> Iterator[tuple[Ke
     for width in plan.widths:
         resize = partial(at_size, query, plan, query.layers, width, plan.widths[0], "independent")
         yield ("width", "independent", f"width {width}"), resize
+    yield from units_over_kinds(tuned, plan)
+
+
+def units_over_kinds(
+    stacks: dict[str, rt.LayerStack], plan: Plan
+) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
+    apart = next(iter(stacks.values())).layers // len(stacks)
+    for how, groups in (
+        (EACH, stacks),
+        (LAYER, one_of_each_kind(stacks, 0)),
+        (LAYERS, one_of_each_kind(stacks, apart)),
+    ):
+        yield ("kinds", how, "all kinds"), partial(separately, groups, plan)
     for how in HOW:
-        yield ("kinds", how, "all kinds"), partial(over_kinds, tuned, how, plan)
+        yield ("kinds", how, "all kinds"), partial(over_kinds, stacks, how, plan)
 
 
 def units_of_model(
-    tuned: dict[str, rt.LayerStack], plan: Plan, floors: dict[tuple[str, int], float]
+    tuned: dict[str, rt.LayerStack], together: dict[str, rt.LayerStack] | None, plan: Plan, floors: Floors
 ) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
-    """The same units of another model: its updates as they are, turned apart, and in one pool over kinds."""
+    """The same units of another model: its updates as they are, turned apart, and four kinds of one run together."""
     for name, stack in tuned.items():
         yield ("side", "updates", name), partial(sides, stack, plan)
     for name, stack in tuned.items():
@@ -199,14 +266,13 @@ def units_of_model(
     for name, stack in tuned.items():
         change = partial(null_models.turned_apart, seed=2)
         yield ("pool", "turned apart", name), partial(split_changed, change, stack, plan, plan.control_ks)
-    for how in HOW if set(KINDS) <= set(tuned) else ():
-        yield ("kinds", how, "all kinds"), partial(over_kinds, {name: tuned[name] for name in KINDS}, how, plan)
+    if together is not None:
+        yield from units_over_kinds(together, plan)
 
 
-def two_sided_floors(path: Path, model: str) -> dict[tuple[str, int], float]:
-    """The two-sided floors of a model, r = 8, where they have been computed: (stack, k) -> value."""
-    rows = of_models(read_rows(path), model)
-    return {(row["stack"], row["k"]): row["two_sided"] for row in rows if row["r"] == 8}
+def two_sided_floors(path: Path, model: str) -> Floors:
+    """The rows of the two-sided floors of a model, r = 8, where they have been computed."""
+    return {(row["stack"], row["k"]): row for row in of_models(read_rows(path), model) if row["r"] == 8}
 
 
 @refuses_bad_input
@@ -226,10 +292,12 @@ def main(arguments: list[str] | None = None) -> None:
         if model == FIRST_MODEL:
             work = units(plan, floors)
         else:
-            chosen = {
-                name: cropped(stack.values, name, plan) for name, stack in chosen_updates(parser, options).items()
-            }
-            work = units_of_model(chosen, plan, floors)
+            chosen = chosen_updates(parser, options)
+            whole = set(KINDS) <= set(chosen)
+            together = updates_of_one_run(options.model, KINDS, options.runs) if whole else None
+            work = units_of_model(
+                all_cropped(chosen, plan), None if together is None else all_cropped(together, plan), plan, floors
+            )
         tasks = list(work)
         with ProgressBar(len(tasks), "tasks") as progress:
             for done, (key, task) in enumerate(tasks):

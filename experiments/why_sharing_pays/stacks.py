@@ -53,7 +53,7 @@ SMOKE = Plan(
 
 def updates(plan: Plan) -> dict[str, rt.LayerStack]:
     """The bundled updates, or a corner of them."""
-    return {stack.name: cropped(stack.values.double(), stack.name, plan) for stack in rt.load("minilm-code")[0]}
+    return all_cropped({stack.name: stack for stack in rt.load("minilm-code")[0]}, plan)
 
 
 def weights(plan: Plan) -> dict[str, rt.LayerStack]:
@@ -70,7 +70,12 @@ def weights(plan: Plan) -> dict[str, rt.LayerStack]:
 
 def second_task(plan: Plan) -> dict[str, rt.LayerStack]:
     """The updates of the task prose of `experiments.finetune`."""
-    return {stack.name: cropped(stack.values.double(), stack.name, plan) for stack in rt.load(str(SECOND_TASK))[0]}
+    return all_cropped({stack.name: stack for stack in rt.load(str(SECOND_TASK))[0]}, plan)
+
+
+def all_cropped(stacks: dict[str, rt.LayerStack], plan: Plan) -> dict[str, rt.LayerStack]:
+    """These stacks in float64, or corners of them."""
+    return {name: cropped(stack.values.double(), name, plan) for name, stack in stacks.items()}
 
 
 def cropped(values: Tensor, name: str, plan: Plan) -> rt.LayerStack:

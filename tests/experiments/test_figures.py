@@ -392,7 +392,7 @@ def expected_heights(name: str, path: Path) -> list[float]:
         return [row["value"] for row in rows if row["part"] == "pool" and row["k"] == 1 and row["item"] == "by_loss"]
     if name == "pool_scope":
         wide = [row for row in rows if row["part"] in ("kinds", "tasks") and row["k"] == 1]
-        plain = [row for row in wide if row["source"] in ("as they are", "turned apart")]
+        plain = [row for row in wide if row["source"] != "attention output transposed"]
         return [100 * (1 - row["value"]) for row in plain if row["item"] in ("allocation", "best_found")]
     if name == "iteration_count":
         eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]

@@ -251,12 +251,43 @@ def test_numbers_of_the_second_model_are_its_own_and_none_is_invented(figures: P
     values = [*errors, ("by_loss", 1.0), ("by_loss", 3.0), ("by_weight", 1.0)]
     own = [pool | {"item": item, "value": value} for item, value in values]
     write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
-    assert (block("gain_mpnet"), block("allocation_mpnet"), block("median_owners_mpnet")) == ("4.00 %", "75 %", "2.00")
-    assert cells(block("owners"))[1:] == [["bundled updates", "2.00", "1 of 2", "1.00"]]
+    assert (block("allocation_mpnet"), block("median_owners_mpnet")) == ("75 %", "2.00")
+    assert cells(block("owners"))[1:] == [["updates", "2.00", "1 of 2", "1.00"]]
     write_rows(file, columns, [attempt("query", 1)])
     words.rows.cache_clear()
     with pytest.raises(ValueError, match=r"iteration_count\.csv has no rows of all-mpnet-base-v2 with"):
         block("mpnet_by_10")
+
+
+def test_one_pool_over_kinds_stands_beside_a_pool_for_each_in_every_model(figures: Path) -> None:
+    ways = {
+        "a pool for each kind": 0.98,
+        "as they are": 0.96,
+        "attention output transposed": 0.95,
+        "turned apart": 0.97,
+        "a pool for each layer": 0.94,
+        "a pool over different layers": 0.93,
+    }
+    own = [
+        {"part": "kinds", "source": way, "stack": "all kinds", "k": k, "item": item, "value": value, "model": model}
+        for model, k in ((words.FIRST_MODEL, 1), (words.FIRST_MODEL, 2), ("all-mpnet-base-v2", 1))
+        for way, best in ways.items()
+        for item, value in (
+            ("allocation", 0.99),
+            ("best_found", best - 0.01 * k),
+            ("by_loss", 1.5),
+            ("by_loss", 2.5),
+            *[("by_loss_of_kinds", 1.25)] * (not way.startswith("a pool")),
+        )
+    ]
+    write_rows(figures / "why_sharing_pays.csv", tuple(own[0]), own)
+    lines = cells(block("pooled_kinds"))[1:]
+    assert [line[:2] for line in lines[::6]] == [[words.FIRST_MODEL, "1"], [words.FIRST_MODEL, "2"],
+                                                 ["all-mpnet-base-v2", "1"]]  # fmt: skip
+    assert block("layer_sharing") == "6.00 %, and over different layers 7.00 %"
+    assert [line[5:] for line in lines[:2]] == [["2.00", ""], ["2.00", "1.25"]]
+    assert [line[3:5] for line in lines[:5]] == [["1.00 %", "2.00 %"], ["1.00 %", "4.00 %"], ["1.00 %", "5.00 %"],
+                                                ["1.00 %", "3.00 %"], ["1.00 %", "6.00 %"]]  # fmt: skip
 
 
 def test_synthetic_rows_are_of_no_model(figures: Path) -> None:

@@ -12,19 +12,46 @@ from rasa_theory.common import InputError
 from rasa_theory.formats import write_halves
 
 
-def test_updates_of_a_run_come_before_those_of_the_repository_but_for_the_published_set(tmp_path: Path) -> None:
-    for model, task in (("minilm", "code"), ("minilm", "prose"), ("mpnet", "code")):
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Runs of both models that were made again."""
+    for model, task in (("minilm", "code"), ("minilm", "prose"), ("mpnet", "code"), ("mpnet", "prose")):
         file = sets.run_file(model, task, 0, tmp_path)
         file.parent.mkdir()
-        write_halves({"query": torch.ones(2, 4, 4), "output": torch.ones(2, 4, 8)}, file)
-    assert sets.source_of("minilm", "code", 0, tmp_path) == "minilm-code"
-    for model, task in (("minilm", "prose"), ("mpnet", "code")):
-        assert sets.source_of(model, task, 0, tmp_path) == str(sets.run_file(model, task, 0, tmp_path))
-    assert sets.source_of("mpnet", "code", 0, tmp_path / "none") == "mpnet-code"
-    square = sets.updates_of("mpnet", runs=tmp_path)
-    assert list(square) == ["query"]
-    assert square["query"].values.dtype == torch.float64
-    assert sets.updates_of("mpnet", runs=tmp_path, kinds=["output"])["output"].shape == (4, 8)
+        kinds = {name: torch.ones(2, 4, 4) for name in ("query", "key", "value")}
+        write_halves(kinds | {"output": torch.ones(2, 4, 8)}, file)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("model", "task"), [("minilm", "code"), ("minilm", "prose"), ("mpnet", "code")])
+def test_updates_of_the_repository_come_before_those_of_a_run_that_was_made_again(
+    model: str, task: str, runs: Path
+) -> None:
+    """Else published numbers would be continued with other updates as soon as somebody trains again."""
+    stacks, published = (sets.updates_of(model, task, 0, each) for each in (runs, runs / "none"))
+    assert published.keys() <= stacks.keys()
+    assert all(torch.equal(stacks[kind].values, stack.values) for kind, stack in published.items())
+    assert stacks["query"].shape == (384, 384) if model == "minilm" else (768, 768)
+    assert sets.updates_of(model, task, 0, runs, ["output"])["output"].shape == (4, 8)
+
+
+def test_a_run_gives_the_kinds_that_the_repository_has_not(runs: Path) -> None:
+    square = sets.updates_of("mpnet", runs=runs)
+    assert {kind: stack.shape[0] for kind, stack in square.items()} == {
+        "query": 768, "key": 4, "value": 4, "attention_output": 768,
+    }  # fmt: skip
+    assert square["key"].values.dtype == torch.float64
+    assert list(sets.updates_of("mpnet", "prose", 0, runs)) == ["query", "key", "value"]
+
+
+def test_kinds_that_belong_together_are_of_one_run(runs: Path) -> None:
+    together = sets.updates_of_one_run("mpnet", ["query", "key"], runs)
+    assert together is not None
+    assert {kind: stack.shape for kind, stack in together.items()} == {"query": (4, 4), "key": (4, 4)}
+    bundled = sets.updates_of_one_run("mpnet", ["query", "attention_output"], runs)
+    assert bundled is not None
+    assert bundled["query"].shape == (768, 768)
+    assert sets.updates_of_one_run("mpnet", ["key", "attention_output"], runs) is None
 
 
 def test_missing_runs_name_the_command_that_makes_them(tmp_path: Path) -> None:

@@ -63,6 +63,43 @@ def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
     assert row["best_found"] == pytest.approx(plain["best_found"])
 
 
+@pytest.mark.slow
+def test_a_pool_for_each_kind_gains_what_each_gains_alone() -> None:
+    plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
+    stacks = {"query": alike(0, 3), "key": alike(3, 3, 0.9)}
+    row, budget = items(run.separately(stacks, plan)), rt.RankBudget(1, 1)
+    e_lora = [rt.solve_lora(stack, 1).error for stack in stacks.values()]
+    assert row["e_lora"] == pytest.approx([sum(e_lora)])
+    assert row["best_found"] == pytest.approx([0], abs=1e-9)  # three dyads, three terms
+    allocations = [rt.allocation_bound(stack, budget).value for stack in stacks.values()]
+    assert row["allocation"] == pytest.approx([sum(allocations) / sum(e_lora)])
+    assert len(row["by_loss"]) == 6
+
+
+def test_a_pool_for_each_layer_has_one_layer_of_each_kind() -> None:
+    kinds = {
+        "query": stack(noise(3, 5, 5, 0)),
+        "key": stack(noise(3, 5, 5, 1)),
+        "attention_output": stack(noise(3, 5, 5, 2)),
+    }
+    query, key, output = (kind.values for kind in kinds.values())
+    same, other = (run.one_of_each_kind(kinds, step) for step in (0, 1))
+    assert len(same) == len(other) == 3
+    assert torch.equal(same["layer 2"].values, torch.stack([query[2], key[2], output[2].mT]))
+    assert torch.equal(other["layer 2"].values, torch.stack([query[2], key[0], output[1].mT]))
+
+
+def test_a_floor_of_other_updates_of_the_same_name_is_not_used() -> None:
+    one, budget = stack(noise(L, B, A)), rt.RankBudget(2, 1)
+    solution = rt.solve_rasa(one, budget, rt.SolverOptions(max_sweeps=3))
+    parts = rt.gain(one, budget, solution=solution)
+    allocation = parts.e_allocation / parts.e_lora
+    own = items(run.point(one, budget, solution, {"allocation": allocation, "two_sided": 0.5}))
+    assert (own["floor"], own["floor_name"]) == ([0.5], ["two-sided"])
+    other = items(run.point(one, budget, solution, {"allocation": allocation + 1e-6, "two_sided": 0.5}))
+    assert (other["floor"], other["floor_name"]) == ([parts.floor.value / parts.e_lora], [parts.floor.name])
+
+
 def test_separate_pools_are_weighed_by_the_errors_of_lora() -> None:
     def rows(source: str, name: str, e_lora: float, allocation: float, best: float) -> list[dict[str, object]]:
         base = {"part": "pool", "source": source, "stack": name}
