@@ -31,6 +31,7 @@ from experiments.models.update_sets import FIRST_MODEL, MODEL_NAMES, add_model_f
 from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models, read_rows, write_rows
 from rasa_theory.commands.progress import ProgressBar
+from rasa_theory.common import InputError
 from rasa_theory.plotting import style
 
 KEY = ("model", "stack", "r", "k", "effort")
@@ -74,7 +75,7 @@ def row(
 def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.SolverOptions) -> Iterator[Row]:
     """The same rows with the errors of the solver as it is now; rows of other stacks stay as they are.
 
-    Raises ValueError for rows that do not belong to these stacks, by their allocation bound.
+    Raises InputError for rows that do not belong to these stacks, by their allocation bound.
     """
     done = 0
     with ProgressBar(len(rows), "rows") as progress:
@@ -85,13 +86,21 @@ def solved_anew(stacks: dict[str, rt.LayerStack], rows: list[Row], solver: rt.So
             e_lora = rt.solve_lora(stack, r).error
             for row in own:
                 allocation = rt.allocation_bound(stack, rt.RankBudget(r, row["k"])).value / e_lora
-                if not math.isclose(row["allocation"], allocation, rel_tol=1e-6):
-                    raise ValueError(f"the row of {name}, k = {row['k']} is not of rank {r}")
+                if not is_floor_of(row, allocation):
+                    raise InputError(f"the row of {name}, k = {row['k']} is of another rank than {r}, or other updates")
             solutions = rt.solve_path(stack, r, [row["k"] for row in own], solver)
             best = [solutions[row["k"]].error / e_lora for row in own]
             for row, x in zip(own, best, strict=True):
                 yield row | {"effort": solver.effort, "best_found": x, "gap": x - row["two_sided"]}
             done += len(own)
+
+
+def is_floor_of(row: Row, allocation: float) -> bool:
+    """Whether a row of floors.csv is of the stack, r and k that have this allocation bound, over e_lora.
+
+    The bound is a function of all spectra, so it tells updates apart, but not a stack from itself turned apart.
+    """
+    return math.isclose(row["allocation"], allocation, rel_tol=1e-9)
 
 
 LOOKS = {
@@ -138,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    stacks, r, ks = chosen_updates(parser, options), options.rank, options.ks
+    stacks, r, ks = chosen_updates(options), options.rank, options.ks
     if options.smoke:
         stacks, r, ks = corner(stacks), 2, [1]
     solver, search = rt.SolverOptions(effort=options.effort), rt.FloorOptions(max_seconds=options.seconds)

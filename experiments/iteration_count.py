@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     table = Table(args.out / "iteration_count.csv", COLUMNS, tuple(Case.__dataclass_fields__))
     if not args.figure:
-        kinds = tuple(chosen_updates(parser, args))
+        kinds = tuple(chosen_updates(args))
         selected = [
             case
             for case in cases(1 if args.smoke else args.seeds, args.model, kinds)

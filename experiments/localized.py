@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranks, seeds = ([4], 1) if options.smoke else (options.ranks, options.seeds)
     if wrong := [rank for rank in ranks if rank < 1 or any(rank % side for side in SIDES)]:
         parser.error(f"--ranks: {wrong[0]} is no multiple of {max(SIDES)}, so blocks of equal rank cannot match it")
-    chosen = chosen_updates(parser, options)
+    chosen = chosen_updates(options)
     if options.smoke:
         chosen = corner(chosen, 2, 32)
     table = Table(options.out / "localized.csv", COLUMNS, KEY)

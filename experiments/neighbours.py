@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a corner of two stacks at ranks 1 and 2, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    chosen, ranks = chosen_updates(parser, options), options.ranks
+    chosen, ranks = chosen_updates(options), options.ranks
     if options.smoke:
         chosen, ranks = corner(chosen, 3, 20, count=2), [1, 2]
 

@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a corner of one stack at rank 8, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    stacks, ranks = chosen_updates(parser, options), options.ranks
+    stacks, ranks = chosen_updates(options), options.ranks
     if options.smoke:
         stacks, ranks = corner(stacks), [8]
     table = Table(options.out / "ranks_and_pools.csv", COLUMNS, KEY)

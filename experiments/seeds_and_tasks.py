@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a corner of one stack, in seconds")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    first, others = sets_of(options.model, chosen_updates(parser, options), options.runs)
+    first, others = sets_of(options.model, chosen_updates(options), options.runs)
     plan = Plan(options.rank, options.k, rt.SolverOptions(effort=options.effort, max_sweeps=options.sweeps))
     if options.smoke:
         first, others = corner(first, 4), {relation: corner(second, 4) for relation, second in others.items()}

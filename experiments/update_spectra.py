@@ -30,7 +30,7 @@ from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.plotting import style
-from rasa_theory.sources import provenance
+from rasa_theory.sources import is_bundled, provenance
 
 KEY = ("model", "stack", "layer")
 MEASURES = ("relative_norm", "stable_rank", "entropy_rank", "energy_in_rank_8")
@@ -44,14 +44,16 @@ def bundled_spectra() -> dict[str, torch.Tensor]:
 
 
 def relative_norms(model: str, runs: Path) -> dict[str, list[float]]:
-    """||M_i|| / ||W_i|| of every layer of every kind, as the run of seed 0 on code recorded them."""
-    record = run_file(model, "code", 0, runs).with_name("run.json")
-    if model != "minilm" and record.exists():
-        update = json.loads(record.read_text(encoding="utf-8"))["update"]
-    else:
-        facts = provenance(f"{model}-code")
-        update = next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
-    return {kind: facts["relative_norm"] for kind, facts in update.items()}
+    """||M_i|| / ||W_i|| of every layer of every kind, as the runs of seed 0 on code recorded them.
+
+    As in `updates_of`, a kind in the repository is of the bundled run, also if `runs` has another.
+    """
+    record, name = run_file(model, "code", 0, runs).with_name("run.json"), f"{model}-code"
+    update = json.loads(record.read_text(encoding="utf-8"))["update"] if record.exists() else {}
+    if is_bundled(name):
+        facts = provenance(name)
+        update |= next(run for run in facts["runs"] if run["seed"] == facts["shipped_seed"])["update"]
+    return {kind: about["relative_norm"] for kind, about in update.items()}
 
 
 def measured(stack: rt.LayerStack, norms: Sequence[float], solver: rt.SolverOptions) -> list[Row]:
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
 
-    stacks, table = chosen_updates(parser, options), Table(options.out / "updates.csv", COLUMNS, KEY)
+    stacks, table = chosen_updates(options), Table(options.out / "updates.csv", COLUMNS, KEY)
     if options.smoke:
         stacks = corner(stacks)
     model = MODEL_NAMES[options.model]

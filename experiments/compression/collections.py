@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import rasa_theory as rt
+from rasa_theory.common import InputError
 from rasa_theory.formats import StoredAdapter, peft_adapter
 from rasa_theory.problem import Factored
 
@@ -61,13 +62,19 @@ class Collection:
 
 
 def sets_of(folders: Sequence[Path]) -> dict[str, list[StoredAdapter]]:
-    """Group folders that differ in a number at the end; sets of one rank, where there are several, make one more."""
+    """Group folders that differ in a number at the end; sets of one rank, where there are several, make one more.
+
+    Raises InputError for a folder that is no adapter, and for adapters of different modules.
+    """
     sets: dict[str, list[StoredAdapter]] = {}
-    for folder in folders:
-        sets.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(peft_adapter(folder))
+    adapters = [peft_adapter(folder) for folder in folders]
+    for folder, adapter in zip(folders, adapters, strict=True):
+        sets.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(adapter)
+    every = [(folder, frozenset(peft.pairs)) for folder, peft in zip(folders, adapters, strict=True)]
+    if other := [folder for folder, modules in every if modules != every[0][1]]:
+        raise InputError(f"{folders[0]} and {other[0]} are adapters of different modules; compare them apart")
     sets = dict(sorted(sets.items()))
-    ranks = {name: frozenset(pair.rank for x in adapters for pair in x.pairs.values())
-             for name, adapters in sets.items()}  # fmt: skip
+    ranks = {name: frozenset(pair.rank for x in own for pair in x.pairs.values()) for name, own in sets.items()}
     for rank in sorted(set(ranks.values()), key=sorted):
         same = [name for name in ranks if ranks[name] == rank]
         if len(same) > 1:

@@ -130,7 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     kinds, shares, draws = options.kinds, options.shares, options.draws
     if options.smoke:
-        kinds, shares, draws = ["query"], (0.125, 0.5, 0.8), 1
+        shares, draws = (0.125, 0.5, 0.8), 1
+    if draws < 1:
+        raise InputError(f"--draws must be at least 1, not {draws}")
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise InputError(f"--shares must be above 0 and at most 1, not {wrong[0]:g}")
 

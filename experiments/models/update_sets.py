@@ -4,9 +4,9 @@
     mpnet        all-mpnet-base-v2: 12 layers, 768 wide
     synthetic    32 layers of 128 x 128 with sigma_j = j^-0.7, seed 0: with independent bases, and with half common ones
 
-Updates of a model are taken from the repository, which holds few of them, and to which all published numbers belong.
-What it has not is read from --runs, the folder where `python -m experiments.finetune` leaves them. A run that is made
-again on another processor rounds otherwise, and ends a few per cent away.
+Updates of a model are taken from the repository, which holds few of them; the published numbers of these belong to
+them. What it has not is read from --runs, the folder where `python -m experiments.finetune` leaves them. A run that is
+made again on another processor rounds otherwise, and ends a few per cent away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import rasa_theory as rt
 from experiments.models.pretrained import MODELS
 from rasa_theory.common import InputError
-from rasa_theory.sources import StackSource, open_source, synthetic_stack
+from rasa_theory.sources import StackSource, is_bundled, open_source, synthetic_stack
 
 FIRST_MODEL = MODELS["minilm"].name
 MODEL_NAMES = {"minilm": FIRST_MODEL, "mpnet": MODELS["mpnet"].name, "synthetic": "synthetic"}
@@ -47,8 +47,8 @@ def sources_of(model: str, task: str, seed: int, runs: Path) -> list[dict[str, S
 
     Raises InputError with the command that makes the run, if there are neither.
     """
-    file, bundled = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
-    sources = [bundled] if bundled is not None else []
+    file, own = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
+    sources = [own] if own is not None and (is_bundled(own) or Path(own).exists()) else []
     if file.exists():
         sources.append(str(file))
     if not sources:
@@ -81,7 +81,10 @@ def updates_of(
 
 
 def updates_of_one_run(model: str, kinds: Sequence[str], runs: Path = RUNS) -> dict[str, rt.LayerStack] | None:
-    """The updates of these kinds, all of one run on code from seed 0, in float64; None if no run has them all."""
+    """The updates of these kinds, all of one run on code from seed 0, in float64; None if no run has them all.
+
+    Of several such runs it is the one in the repository. Raises InputError if there are no updates at all.
+    """
     for sources in sources_of(model, "code", 0, runs):
         if set(kinds) <= set(sources):
             return {kind: sources[kind].load(torch.float64, None) for kind in kinds}
@@ -102,15 +105,12 @@ def add_model_flags(parser: argparse.ArgumentParser, models: Sequence[str] = tup
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the trained updates (rasa-finetune)")
 
 
-def chosen_updates(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, rt.LayerStack]:
+def chosen_updates(options: argparse.Namespace) -> dict[str, rt.LayerStack]:
     """The stacks that --model, --kinds and --runs name, after training on code from seed 0.
 
-    Ends with one sentence and status 2 if there are none.
+    Raises InputError if there are none.
     """
-    try:
-        return updates_of(options.model, runs=options.runs, kinds=options.kinds)
-    except InputError as error:
-        parser.error(str(error))
+    return updates_of(options.model, runs=options.runs, kinds=options.kinds)
 
 
 def corner(

@@ -26,8 +26,9 @@ from experiments.pages.words import (
     table,
 )  # fmt: skip
 from experiments.support.rows import Row
+from experiments.why_sharing_pays.figure import EACH, HOW, LAYER, LAYERS
 
-APART = "turned apart"
+APART = HOW[2]
 STREAM = {kind: "rows" for kind in KINDS} | {"attention_output": "columns"}
 """The side of every kind that faces the residual stream."""
 
@@ -46,7 +47,10 @@ def parts(**where: Any) -> tuple[float, float]:
 
 
 def parts_of(own: Iterable[Row], **where: Any) -> tuple[float, float]:
-    """The same of some rows."""
+    """What allocation and what sharing takes off, of the rows with these values, in units of e_lora.
+
+    Raises ValueError unless they are of one solution.
+    """
     chosen = [row for row in own if has(row, where)]
     allocation, best = (float(one(chosen, item=item)["value"]) for item in ("allocation", "best_found"))
     return 1 - allocation, allocation - best
@@ -188,12 +192,12 @@ def pooled_kinds() -> str:
     def lines(own: list[Row]) -> Iterable[Line]:
         for k in sorted({row["k"] for row in own if row["part"] == "kinds" and row["k"]}):
             for source, label in (
-                ("a pool for each kind", "a pool for each kind"),
-                ("as they are", "one pool over all kinds"),
-                ("attention output transposed", "one pool, attention output transposed"),
-                (APART, "one pool, layers turned apart"),
-                ("a pool for each layer", "a pool for each layer, over its four kinds"),
-                ("a pool over different layers", "the same, kinds of different layers"),
+                (EACH, EACH),
+                (HOW[0], "one pool over all kinds"),
+                (HOW[1], "one pool, attention output transposed"),
+                (HOW[2], "one pool, layers turned apart"),
+                (LAYER, "a pool for each layer, over its four kinds"),
+                (LAYERS, "the same, kinds of different layers"),
             ):
                 of_pool = [row for row in own if has(row, {"part": "kinds", "source": source, "k": k})]
                 served = [
@@ -209,9 +213,7 @@ def pooled_kinds() -> str:
 def in_one_layer(model: str) -> str:
     """What the four kinds share at k = 1 if a pool is over those of one layer, and over those of different layers."""
     own = of_model(model, "why_sharing_pays.csv", part="kinds", k=1)
-    one_layer, others = (
-        parts_of(own, source=way)[1] for way in ("a pool for each layer", "a pool over different layers")
-    )
+    one_layer, others = (parts_of(own, source=way)[1] for way in (LAYER, LAYERS))
     return f"{percent(one_layer)}, and over different layers {percent(others)}"
 
 

@@ -193,15 +193,17 @@ def trials(run: Run, rates: Sequence[float], seeds: int) -> list[Run]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise InputError for numbers that no run can have, before anything is loaded."""
+    """Raise InputError for numbers that no run can have, and for a file that cannot take its rows."""
     for flag in ("rank", "seeds", "tuning_seeds", "jobs"):
         if (value := getattr(args, flag)) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     for flag, rates in (("rates", args.rates), ("at-rate", [] if args.at_rate is None else [args.at_rate])):
         if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
-            raise InputError(f"--{flag} must be above 0, not {wrong[0]:g}")
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out} is a folder; give a file, such as {args.out / 'train_adapters.jsonl'}")
+            raise InputError(f"--{flag} must be positive and finite, not {wrong[0]:g}")
+        if len(set(rates)) < len(rates):
+            raise InputError(f"--{flag} names a rate twice: {' '.join(f'{rate:g}' for rate in rates)}")
+    if args.out.suffix != ".jsonl" or args.out.is_dir():
+        raise InputError(f"--out {args.out} must be a .jsonl file, such as {args.out / 'train_adapters.jsonl'}")
 
 
 @refuses_bad_input
@@ -226,20 +228,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="three steps of each method on few pairs")
     args = parser.parse_args(arguments)
     if missing := [name for name in PROSE_PACKAGES if importlib.util.find_spec(name) is None]:
-        parser.error(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e '.[finetune]'")
+        raise InputError(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e '.[finetune]'")
     check(args)
+    compared, device = named(methods(args.rank, args.data_starts), args.only), str(compute_device(args.device))
     settings, rates = Settings(task=args.task, bfloat16=not args.float32), args.rates
     if args.smoke:
         settings = replace(settings, steps=3, batch=4, warmup=1, validation_pairs=20, test_pairs=20, prose_pairs=8,
                            every=3, short_steps=1)  # fmt: skip
         rates = GRID[:1]
-    task, device = Task(settings, Data.collected(settings, args.data)), str(compute_device(args.device))
+    task = Task(settings, Data.collected(settings, args.data))
 
     def rates_of(run: Run) -> Sequence[float]:
         return GRID if run.method == "full" else rates  # its best one is far from the adapters'
 
     rows = Runs(args.out, settings)
-    compared = named(methods(args.rank, args.data_starts), args.only)
     at_rate = rates[0] if args.smoke else args.at_rate
     chosen = {run.name: at_rate for run in compared}
     if at_rate is None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import rasa_theory as rt
+from experiments.floors import is_floor_of
 from experiments.models.update_sets import (
     FIRST_MODEL,
     MODEL_NAMES,
@@ -69,16 +69,18 @@ def split_changed(
 def point(stack: rt.LayerStack, budget: rt.RankBudget, solution: rt.RasaSolution, floor: Row | None) -> Iterator[Item]:
     """All items of one solution. `floor`: the row of a two-sided floor, in place of the closed forms.
 
-    A floor of other updates of the same name is not used. The allocation bound, a function of all spectra, tells them.
+    A floor of other updates of the same name is left out, which is printed.
     """
     k, parts = budget.shared_rank, rt.gain(stack, budget, solution=solution)
     allocation = parts.e_allocation / parts.e_lora
     yield k, "allocation", "", allocation
     yield k, "best_found", "", parts.e_rasa / parts.e_lora
-    if floor is not None and math.isclose(floor["allocation"], allocation, rel_tol=1e-9):
+    if floor is not None and is_floor_of(floor, allocation):
         yield k, "floor", "", floor["two_sided"]
         yield k, "floor_name", "", "two-sided"
     else:
+        if floor is not None:
+            print(f"two-sided floor of {stack.name}, k = {k} left out: it is of other updates")
         yield k, "floor", "", parts.floor.value / parts.e_lora
         yield k, "floor_name", "", parts.floor.name
     yield k, "stop", "", f"{solution.stop_reason.name} after {solution.sweeps} from {solution.start}"
@@ -143,7 +145,10 @@ def to_stream(stacks: dict[str, rt.LayerStack]) -> dict[str, rt.LayerStack]:
 
 
 def one_of_each_kind(stacks: dict[str, rt.LayerStack], step: int) -> dict[str, rt.LayerStack]:
-    """As many stacks as there are layers: layer i of the first kind, i + step of the second (cyclic), and so on."""
+    """As many stacks as there are layers: layer i of the first kind, i + step of the second (cyclic), and so on.
+
+    The attention output is transposed.
+    """
     kinds = [stack.values for stack in to_stream(stacks).values()]
     layers = len(kinds[0])
     groups = ([kind[(i + n * step) % layers] for n, kind in enumerate(kinds)] for i in range(layers))
@@ -153,13 +158,14 @@ def one_of_each_kind(stacks: dict[str, rt.LayerStack], step: int) -> dict[str, r
 def separately(stacks: dict[str, rt.LayerStack], plan: Plan) -> Iterator[Item]:
     """A pool for each stack: the parts of their gains together, in units of the summed e_lora, and all their terms."""
     paths = [(stack, rt.solve_path(stack, plan.rank, plan.kinds_ks, plan.solver)) for stack in stacks.values()]
-    yield "", "e_lora", "", sum(rt.solve_lora(stack, plan.rank).error for stack, _ in paths)
+    e_lora = sum(rt.solve_lora(stack, plan.rank).error for stack in stacks.values())
+    yield "", "e_lora", "", e_lora
     for k in plan.kinds_ks:
         gains = [rt.gain(stack, rt.RankBudget(plan.rank, k), solution=path[k]) for stack, path in paths]
-        e_lora = sum(gain.e_lora for gain in gains)
         yield k, "allocation", "", sum(gain.e_allocation for gain in gains) / e_lora
         yield k, "best_found", "", sum(gain.e_rasa for gain in gains) / e_lora
         yield k, "floor", "", sum(gain.floor.value for gain in gains) / e_lora
+        yield k, "floor_name", "", "sum of " + ", ".join(sorted({gain.floor.name for gain in gains}))
         for name, (_, path) in zip(stacks, paths, strict=True):
             terms = rt.pool_participation(path[k].factors)
             for j, (by_weight, by_loss) in enumerate(zip(terms.by_weight, terms.by_loss, strict=True)):
@@ -243,12 +249,12 @@ def units(plan: Plan, floors: Floors) -> Iterator[tuple[Key, Callable[[], Iterat
 def units_over_kinds(
     stacks: dict[str, rt.LayerStack], plan: Plan
 ) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
-    apart = next(iter(stacks.values())).layers // len(stacks)
-    for how, groups in (
-        (EACH, stacks),
-        (LAYER, one_of_each_kind(stacks, 0)),
-        (LAYERS, one_of_each_kind(stacks, apart)),
-    ):
+    """Yield the pools over the kinds of one run; those over different layers only if there are enough layers."""
+    step = next(iter(stacks.values())).layers // len(stacks)
+    ways = {EACH: stacks, LAYER: one_of_each_kind(stacks, 0)}
+    if step > 0:
+        ways[LAYERS] = one_of_each_kind(stacks, step)
+    for how, groups in ways.items():
         yield ("kinds", how, "all kinds"), partial(separately, groups, plan)
     for how in HOW:
         yield ("kinds", how, "all kinds"), partial(over_kinds, stacks, how, plan)
@@ -268,6 +274,15 @@ def units_of_model(
         yield ("pool", "turned apart", name), partial(split_changed, change, stack, plan, plan.control_ks)
     if together is not None:
         yield from units_over_kinds(together, plan)
+
+
+def kinds_together(chosen: Collection[str], model: str, runs: Path) -> dict[str, rt.LayerStack] | None:
+    """The four kinds of one run, if all of them are chosen. None, and a line of print, where no run has all."""
+    if not set(KINDS) <= set(chosen):
+        return None
+    if (together := updates_of_one_run(model, KINDS, runs)) is None:
+        print(f"pools over kinds left out: no run in {runs} has all of {', '.join(KINDS)}")
+    return together
 
 
 def two_sided_floors(path: Path, model: str) -> Floors:
@@ -292,9 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
         if model == FIRST_MODEL:
             work = units(plan, floors)
         else:
-            chosen = chosen_updates(parser, options)
-            whole = set(KINDS) <= set(chosen)
-            together = updates_of_one_run(options.model, KINDS, options.runs) if whole else None
+            chosen = chosen_updates(options)
+            together = kinds_together(chosen, options.model, options.runs)
             work = units_of_model(
                 all_cropped(chosen, plan), None if together is None else all_cropped(together, plan), plan, floors
             )

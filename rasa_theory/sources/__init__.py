@@ -1,7 +1,7 @@
 """Sources of stacks: bundled sets, numpy files, checkpoints and pairs of them, adapters, generators, null models."""
 
 from rasa_theory.sources import null_models
-from rasa_theory.sources.bundled import BUNDLED, DEFAULT, provenance
+from rasa_theory.sources.bundled import BUNDLED, DEFAULT, is_bundled, provenance
 from rasa_theory.sources.catalogue import Catalogue, StackSource
 from rasa_theory.sources.grouping import Group, group
 from rasa_theory.sources.open import load, open_source
@@ -28,6 +28,7 @@ __all__ = [
     "Updates",
     "check_synthetic",
     "group",
+    "is_bundled",
     "left_out_lines",
     "load",
     "memory_line",

@@ -47,10 +47,19 @@ def provenance(name: str) -> dict[str, Any]:
     return facts
 
 
+def is_bundled(name: str) -> bool:
+    """Whether there is a bundled set of this name, and its file is in this installation."""
+    return name in BUNDLED and _path(name, "safetensors").is_file()
+
+
+def _path(name: str, suffix: str) -> Path:
+    return Path(str(importlib.resources.files("rasa_theory"))) / "data" / f"{BUNDLED[name].stem}.{suffix}"
+
+
 def _file(name: str, suffix: str) -> Path:
     if name not in BUNDLED:
         raise InputError(f"no bundled set is named {name!r}; there are: {', '.join(BUNDLED)}")
-    file = Path(str(importlib.resources.files("rasa_theory"))) / "data" / f"{BUNDLED[name].stem}.{suffix}"
+    file = _path(name, suffix)
     if not file.is_file():
         raise InputError(
             f"the set {name} is not in this installation ({file} is missing): wheels leave it out for its size; "

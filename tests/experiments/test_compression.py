@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import rasa_theory as rt
 from experiments.compression import approaches, collections, figure, run
 from experiments.support.rows import read_rows
 from rasa_theory import methods
+from rasa_theory.common import InputError
 from tests.helpers.problems import noise
 
 
@@ -211,6 +212,7 @@ def test_a_run_goes_on_where_it_was_and_one_without_room_is_left_out(
         (["--shares", "0.5", "1.5"], "--shares must be above 0 and at most 1, not 1.5"),
         (["--shares", "0"], "--shares must be above 0 and at most 1, not 0"),
         (["--adapters", "missing"], "missing: not a folder with adapter_config.json"),
+        (["--draws", "0"], "--draws must be at least 1, not 0"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -220,6 +222,14 @@ def test_bad_input_is_one_sentence_and_status_2(
         run.main(["--adapters", *map(str, folders), *words, "--out", str(tmp_path / "out")])
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_modules_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    other = folder(tmp_path / "lora-2-seed-7", 7)
+    file = other / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "head" not in name}, file)
+    with pytest.raises(InputError, match=r"lora-2-seed-0 and .*lora-2-seed-7 are adapters of different modules"):
+        collections.sets_of([*folders, other])
 
 
 def test_means_are_over_stacks_that_all_have_room() -> None:

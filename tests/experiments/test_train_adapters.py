@@ -241,18 +241,20 @@ def test_the_seeds_run_at_the_rate_that_the_tuning_seeds_chose(tmp_path: Path, m
         (["--seeds", "0"], "--seeds must be at least 1, not 0"),
         (["--tuning-seeds", "0"], "--tuning-seeds must be at least 1, not 0"),
         (["--jobs", "-1"], "--jobs must be at least 1, not -1"),
-        (["--rates", "1e-3", "0"], "--rates must be above 0, not 0"),
-        (["--rates", "nan"], "--rates must be above 0, not nan"),
-        (["--at-rate", "inf"], "--at-rate must be above 0, not inf"),
+        (["--rates", "1e-3", "0"], "--rates must be positive and finite, not 0"),
+        (["--rates", "nan"], "--rates must be positive and finite, not nan"),
+        (["--rates", "1e-3", "0.001", "3e-3"], "--rates names a rate twice: 0.001 0.001 0.003"),
+        (["--at-rate", "inf"], "--at-rate must be positive and finite, not inf"),
+        (["--out", "rows.csv"], "--out rows.csv must be a .jsonl file"),
+        (["--device", "abacus"], "abacus"),
         (["--only", "lora(9)"], "--only 'lora(9)' is none of full, lora(2)"),
-        (["--out", "."], "--out . is a folder; give a file, such as train_adapters.jsonl"),
+        (["--out", "."], "--out . must be a .jsonl file, such as train_adapters.jsonl"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
     words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiment.Data, "collected", lambda settings, folder: None)
-    monkeypatch.setattr(experiment, "perform", lambda *given: pytest.fail("a run was begun"))
+    monkeypatch.setattr(experiment.Data, "collected", lambda *given: pytest.fail("data were collected"))
     with pytest.raises(SystemExit, match="2"):
         experiment.main(words)
     assert sentence in capsys.readouterr().err

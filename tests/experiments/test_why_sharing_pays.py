@@ -66,13 +66,14 @@ def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
 @pytest.mark.slow
 def test_a_pool_for_each_kind_gains_what_each_gains_alone() -> None:
     plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
-    stacks = {"query": alike(0, 3), "key": alike(3, 3, 0.9)}
+    stacks = {"query": stack(noise(L, B, A)), "key": stack(3 * noise(L, B, A, 1))}
     row, budget = items(run.separately(stacks, plan)), rt.RankBudget(1, 1)
-    e_lora = [rt.solve_lora(stack, 1).error for stack in stacks.values()]
-    assert row["e_lora"] == pytest.approx([sum(e_lora)])
-    assert row["best_found"] == pytest.approx([0], abs=1e-9)  # three dyads, three terms
-    allocations = [rt.allocation_bound(stack, budget).value for stack in stacks.values()]
-    assert row["allocation"] == pytest.approx([sum(allocations) / sum(e_lora)])
+    own = [rt.gain(one, budget, plan.solver) for one in stacks.values()]
+    e_lora = sum(gain.e_lora for gain in own)
+    assert row["e_lora"] == pytest.approx([e_lora])
+    assert row["allocation"] == pytest.approx([sum(gain.e_allocation for gain in own) / e_lora])
+    assert row["best_found"] == pytest.approx([sum(gain.e_rasa for gain in own) / e_lora], rel=1e-3)
+    assert row["floor"] == pytest.approx([sum(gain.floor.value for gain in own) / e_lora])
     assert len(row["by_loss"]) == 6
 
 
@@ -89,7 +90,7 @@ def test_a_pool_for_each_layer_has_one_layer_of_each_kind() -> None:
     assert torch.equal(other["layer 2"].values, torch.stack([query[2], key[0], output[1].mT]))
 
 
-def test_a_floor_of_other_updates_of_the_same_name_is_not_used() -> None:
+def test_a_floor_of_other_updates_of_the_same_name_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
     one, budget = stack(noise(L, B, A)), rt.RankBudget(2, 1)
     solution = rt.solve_rasa(one, budget, rt.SolverOptions(max_sweeps=3))
     parts = rt.gain(one, budget, solution=solution)
@@ -98,6 +99,7 @@ def test_a_floor_of_other_updates_of_the_same_name_is_not_used() -> None:
     assert (own["floor"], own["floor_name"]) == ([0.5], ["two-sided"])
     other = items(run.point(one, budget, solution, {"allocation": allocation + 1e-6, "two_sided": 0.5}))
     assert (other["floor"], other["floor_name"]) == ([parts.floor.value / parts.e_lora], [parts.floor.name])
+    assert "two-sided floor of query, k = 1 left out" in capsys.readouterr().out
 
 
 def test_separate_pools_are_weighed_by_the_errors_of_lora() -> None:
