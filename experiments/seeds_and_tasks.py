@@ -42,7 +42,7 @@ from experiments.models.update_sets import MODEL_NAMES, add_model_flags, chosen_
 from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table
 from experiments.support.timing import percents
-from experiments.why_sharing_pays.run import groups_served
+from experiments.why_sharing_pays.measures import groups_served
 from rasa_theory import null_models
 from rasa_theory.commands.progress import ProgressBar
 from rasa_theory.common import InputError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from experiments.why_sharing_pays import figure, run
+from experiments.why_sharing_pays import figure, measures
 from experiments.why_sharing_pays.stacks import Plan
 from tests.helpers.problems import noise, orthogonal
 
@@ -27,7 +27,7 @@ def alike(first: int, count: int, scale: float = 1.0) -> rt.LayerStack:
     return stack((U * sizes[:, None]) @ V.mT)
 
 
-def items(rows: Iterable[run.Item]) -> dict[str, list[float | str]]:
+def items(rows: Iterable[measures.Item]) -> dict[str, list[float | str]]:
     values: dict[str, list[float | str]] = {}
     for _, item, _, value in rows:
         values.setdefault(item, []).append(value)
@@ -37,14 +37,14 @@ def items(rows: Iterable[run.Item]) -> dict[str, list[float | str]]:
 @pytest.mark.slow
 def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
     plan = Plan(rank=1, task_ks=(1,), sweeps=30)
-    apart = items(run.over_tasks(alike(0, 3), alike(3, 3, 0.9), plan, figure.HOW[0]))
+    apart = items(measures.over_tasks(alike(0, 3), alike(3, 3, 0.9), plan, figure.HOW[0]))
     assert apart["by_loss_of_tasks"] == pytest.approx([1] * 6)  # three dyads of either task, six terms
     assert min(map(float, apart["by_loss"])) > 2
     one, other = alike(0, 6), alike(0, 6, 1.1)
-    both = items(run.over_tasks(one, other, plan, figure.HOW[0]))
+    both = items(measures.over_tasks(one, other, plan, figure.HOW[0]))
     assert min(map(float, both["by_loss_of_tasks"])) > 1.9
     assert float(both["e_lora"][0]) == pytest.approx(sum(rt.solve_lora(s, 1).error for s in (one, other)))
-    turned = items(run.over_tasks(one, other, plan, figure.HOW[2]))
+    turned = items(measures.over_tasks(one, other, plan, figure.HOW[2]))
     assert turned["allocation"] == pytest.approx(both["allocation"])
     assert float(turned["best_found"][0]) > 0.1 > float(both["best_found"][0])
 
@@ -53,13 +53,13 @@ def test_one_pool_over_two_tasks_counts_the_tasks_that_a_term_serves() -> None:
 def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
     plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
     found = {"query": alike(0, 3), "key": alike(3, 3, 0.9)}
-    row = items(run.over_kinds(found, figure.HOW[0], plan))
+    row = items(measures.over_kinds(found, figure.HOW[0], plan))
     assert row["by_loss_of_kinds"] == pytest.approx([1] * 6)
     assert row["parameters"] == [2 * L * (A + B) + (2 * L) ** 2]
     square = stack(noise(L, B, B))
     flipped = {"query": square, "attention_output": square.transpose()}
-    row = items(run.over_kinds(flipped, figure.HOW[1], plan))  # transposed again, the two are one
-    plain = items(run.over_kinds({"query": square, "key": square}, figure.HOW[0], plan))
+    row = items(measures.over_kinds(flipped, figure.HOW[1], plan))  # transposed again, the two are one
+    plain = items(measures.over_kinds({"query": square, "key": square}, figure.HOW[0], plan))
     assert row["best_found"] == pytest.approx(plain["best_found"])
 
 
@@ -67,7 +67,7 @@ def test_one_pool_over_kinds_counts_the_kinds_and_the_numbers() -> None:
 def test_a_pool_for_each_kind_gains_what_each_gains_alone() -> None:
     plan = Plan(rank=1, kinds_ks=(1,), sweeps=30)
     stacks = {"query": stack(noise(L, B, A)), "key": stack(3 * noise(L, B, A, 1))}
-    row, budget = items(run.separately(stacks, plan)), rt.RankBudget(1, 1)
+    row, budget = items(measures.separately(stacks, plan)), rt.RankBudget(1, 1)
     own = [rt.gain(one, budget, plan.solver) for one in stacks.values()]
     e_lora = sum(gain.e_lora for gain in own)
     assert row["e_lora"] == pytest.approx([e_lora])
@@ -84,7 +84,7 @@ def test_a_pool_for_each_layer_has_one_layer_of_each_kind() -> None:
         "attention_output": stack(noise(3, 5, 5, 2)),
     }
     query, key, output = (kind.values for kind in kinds.values())
-    same, other = (run.one_of_each_kind(kinds, step) for step in (0, 1))
+    same, other = (measures.one_of_each_kind(kinds, step) for step in (0, 1))
     assert len(same) == len(other) == 3
     assert torch.equal(same["layer 2"].values, torch.stack([query[2], key[2], output[2].mT]))
     assert torch.equal(other["layer 2"].values, torch.stack([query[2], key[0], output[1].mT]))
@@ -95,9 +95,9 @@ def test_a_floor_of_other_updates_of_the_same_name_is_not_used(capsys: pytest.Ca
     solution = rt.solve_rasa(one, budget, rt.SolverOptions(max_sweeps=3))
     parts = rt.gain(one, budget, solution=solution)
     allocation = parts.e_allocation / parts.e_lora
-    own = items(run.point(one, budget, solution, {"allocation": allocation, "two_sided": 0.5}))
+    own = items(measures.point(one, budget, solution, {"allocation": allocation, "two_sided": 0.5}))
     assert (own["floor"], own["floor_name"]) == ([0.5], ["two-sided"])
-    other = items(run.point(one, budget, solution, {"allocation": allocation + 1e-6, "two_sided": 0.5}))
+    other = items(measures.point(one, budget, solution, {"allocation": allocation + 1e-6, "two_sided": 0.5}))
     assert (other["floor"], other["floor_name"]) == ([parts.floor.value / parts.e_lora], [parts.floor.name])
     assert "two-sided floor of query, k = 1 left out" in capsys.readouterr().out
 
@@ -120,7 +120,7 @@ def test_ranks_of_layers_are_those_of_equal_values() -> None:
     sigma = torch.zeros(2, 10, dtype=torch.float64)
     sigma[0, :4], sigma[1, 0] = 2.0, 3.0
     U, V = torch.as_tensor(orthogonal(B, 1))[:, :10], torch.as_tensor(orthogonal(A, 2))[:, :10]
-    row = items(run.sides(stack((U * sigma[:, None]) @ V.mT), PLAN))
+    row = items(measures.sides(stack((U * sigma[:, None]) @ V.mT), PLAN))
     assert row["entropy_rank"] == pytest.approx([4, 1])
     assert row["stable_rank"] == pytest.approx([4, 1])
     assert row["rank_90"] == [4, 1]
