@@ -80,12 +80,14 @@ def updates_of(
     return {kind: sources[kind].load(torch.float64, None) for kind in _chosen(model, kinds, ordered, square)}
 
 
-def updates_of_one_run(model: str, kinds: Sequence[str], runs: Path = RUNS) -> dict[str, rt.LayerStack] | None:
-    """The updates of these kinds, all of one run on code from seed 0, in float64; None if no run has them all.
+def updates_of_one_run(
+    model: str, task: str, seed: int, runs: Path, kinds: Sequence[str]
+) -> dict[str, rt.LayerStack] | None:
+    """The updates of these kinds, all of one run, in float64; None if no run has them all.
 
     Of several such runs it is the one in the repository. Raises InputError if there are no updates at all.
     """
-    for sources in sources_of(model, "code", 0, runs):
+    for sources in sources_of(model, task, seed, runs):
         if set(kinds) <= set(sources):
             return {kind: sources[kind].load(torch.float64, None) for kind in kinds}
     return None

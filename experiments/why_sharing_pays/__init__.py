@@ -16,8 +16,9 @@ Ranks are r = 8 throughout. Written to --out, each unit of work as it is done; a
       width      independent bases, six layers with the 80 leading singular values of query, at growing width
       one-sided  the same stacks as depth by pools that share one side alone, at the parameters of RaSA of k = 1
       kinds      query, key, value and attention output of one run: one pool over all, a pool for each kind, and a pool
-                 over one matrix of each kind, of the same layer or of layers L // 4 apart. Several pools have the
-                 items allocation, best_found, floor, floor_name, by_weight and by_loss alone
+                 over one matrix of each kind, of the same layer (also turned apart) or of layers L // 4 apart. Several
+                 pools have the items allocation, best_found, floor, floor_name, by_weight and by_loss alone, and
+                 two_kinds, those that lose most without a term. `stack` names the run
       tasks      one pool over the layers of both tasks; see `experiments.seeds_and_tasks` for their overlaps
       side       the mean projector of rank 8, and the ranks of every layer, of updates and weights
     sharing_gain.png, pool_owners.png, pool_scope.png

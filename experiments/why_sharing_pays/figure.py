@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 HOW = ("as they are", "attention output transposed", "turned apart")
 """Ways to put layers into one stack. Transposed, all kinds face the residual stream with the same side."""
 EACH, LAYER, LAYERS = "a pool for each kind", "a pool for each layer", "a pool over different layers"
-"""Ways to have several pools. In the last two a pool has one matrix of each kind, and the attention output is
+LAYER_APART = "a pool for each layer, turned apart"
+"""Ways to have several pools. In all but the first a pool has one matrix of each kind, and the attention output is
 transposed; they are of the same layer, or of layers L // 4 apart, which is 1 of MiniLM's 6 and 3 of mpnet's 12."""
+RUNS = {"all kinds": ("code", 0), "all kinds, second seed": ("code", 1), "all kinds, prose": ("prose", 0)}
+"""Task and seed of the runs whose kinds are put into pools, by their name in the column `stack`."""
+FIRST_RUN = next(iter(RUNS))
 ALLOCATION, SHARING = style.BLUE, style.VERMILION
 E_LORA = "$e_{\\mathrm{LoRA}}$"
 
@@ -120,9 +124,11 @@ def plot_scope(rows: list[Row]) -> Figure:
     """Bars for four kinds together, and for two tasks of each kind: several pools, one pool, one pool turned apart."""
     table = Results(rows)
     groups: dict[str, dict[str, tuple[float, float]]] = {}
-    measured = table.column("source", part="kinds")
-    ways = {EACH: EACH, LAYER: LAYER, LAYERS: "over different layers", HOW[0]: "one pool", HOW[2]: "one, turned apart"}
-    if bars := {ways[way]: both_errors(table, part="kinds", source=way, k=1) for way in ways if way in measured}:
+    measured = table.column("source", part="kinds", stack=FIRST_RUN)
+    ways = {EACH: EACH, LAYER: LAYER, LAYERS: "over different layers", LAYER_APART: "for each, turned apart",
+            HOW[1]: "one pool", HOW[2]: "one, turned apart"}  # fmt: skip
+    here = {"part": "kinds", "stack": FIRST_RUN, "k": 1}
+    if bars := {ways[way]: both_errors(table, source=way, **here) for way in ways if way in measured}:
         groups["four kinds"] = bars
     for name in table.column("stack", part="tasks"):
         groups[f"two tasks, {name.replace('_', ' ')}"] = {

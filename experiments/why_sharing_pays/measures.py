@@ -10,7 +10,7 @@ import rasa_theory as rt
 from experiments.floors import is_floor_of
 from experiments.support.rows import Row
 from experiments.why_sharing_pays.figure import HOW
-from experiments.why_sharing_pays.stacks import Plan
+from experiments.why_sharing_pays.stacks import KINDS, Plan
 from rasa_theory import methods, null_models
 from rasa_theory.problem import participation_ratio
 
@@ -123,7 +123,10 @@ def one_of_each_kind(stacks: dict[str, rt.LayerStack], step: int) -> dict[str, r
 
 
 def separately(stacks: dict[str, rt.LayerStack], plan: Plan) -> Iterator[Item]:
-    """A pool for each stack: the parts of their gains together, in units of the summed e_lora, and all their terms."""
+    """A pool for each stack: the parts of their gains together, in units of the summed e_lora, and all their terms.
+
+    Of a stack with one matrix of each kind also the two kinds that lose most without a term.
+    """
     paths = [(stack, rt.solve_path(stack, plan.rank, plan.kinds_ks, plan.solver)) for stack in stacks.values()]
     e_lora = sum(rt.solve_lora(stack, plan.rank).error for stack in stacks.values())
     yield "", "e_lora", "", e_lora
@@ -138,6 +141,9 @@ def separately(stacks: dict[str, rt.LayerStack], plan: Plan) -> Iterator[Item]:
             for j, (by_weight, by_loss) in enumerate(zip(terms.by_weight, terms.by_loss, strict=True)):
                 yield k, "by_weight", f"{name} {j}", float(by_weight)
                 yield k, "by_loss", f"{name} {j}", float(by_loss)
+                if (shares := terms.losses[:, j]).numel() == len(KINDS):
+                    first, second = shares.argsort(descending=True)[:2].sort().values.tolist()
+                    yield k, "two_kinds", f"{name} {j}", f"{KINDS[first]} and {KINDS[second]}"
 
 
 def over_tasks(first: rt.LayerStack, second: rt.LayerStack, plan: Plan, how: str) -> Iterator[Item]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,18 @@ from experiments.models.update_sets import (
 from experiments.support.command import refuses_bad_input
 from experiments.support.rows import Row, Table, of_models, read_rows
 from experiments.why_sharing_pays import __doc__ as description
-from experiments.why_sharing_pays.figure import EACH, FIGURES, HOW, LAYER, LAYERS, Results, summary
+from experiments.why_sharing_pays.figure import (
+    EACH,
+    FIGURES,
+    FIRST_RUN,
+    HOW,
+    LAYER,
+    LAYER_APART,
+    LAYERS,
+    RUNS,
+    Results,
+    summary,
+)
 from experiments.why_sharing_pays.measures import (
     Item,
     at_size,
@@ -45,6 +56,7 @@ from experiments.why_sharing_pays.stacks import (
 )
 from rasa_theory import null_models
 from rasa_theory.commands.progress import ProgressBar
+from rasa_theory.common import InputError
 from rasa_theory.plotting import style
 
 COLUMNS = ("part", "source", "stack", "k", "item", "index", "value", "model")
@@ -87,27 +99,30 @@ def units(plan: Plan, floors: Floors) -> Iterator[tuple[Key, Callable[[], Iterat
     for width in plan.widths:
         resize = partial(at_size, query, plan, query.layers, width, plan.widths[0], "independent")
         yield ("width", "independent", f"width {width}"), resize
-    yield from units_over_kinds(tuned, plan)
 
 
 def units_over_kinds(
-    stacks: dict[str, rt.LayerStack], plan: Plan
+    stacks: dict[str, rt.LayerStack], plan: Plan, run: str
 ) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
-    """Yield the pools over the kinds of one run; those over different layers only if there are enough layers."""
-    step = next(iter(stacks.values())).layers // len(stacks)
-    ways = {EACH: stacks, LAYER: one_of_each_kind(stacks, 0)}
+    """Yield the pools over the kinds of a run of `RUNS`: all of them for the first run, several pools for the others.
+
+    Pools over different layers are left out if there are fewer layers than kinds.
+    """
+    layers, step = one_of_each_kind(stacks, 0), next(iter(stacks.values())).layers // len(stacks)
+    turned = {name: null_models.turned_apart(group, seed=2 + i) for i, (name, group) in enumerate(layers.items())}
+    ways = {EACH: stacks, LAYER: layers, LAYER_APART: turned}
     if step > 0:
         ways[LAYERS] = one_of_each_kind(stacks, step)
     for how, groups in ways.items():
-        yield ("kinds", how, "all kinds"), partial(separately, groups, plan)
-    for how in HOW:
-        yield ("kinds", how, "all kinds"), partial(over_kinds, stacks, how, plan)
+        yield ("kinds", how, run), partial(separately, groups, plan)
+    for how in HOW if run == FIRST_RUN else ():
+        yield ("kinds", how, run), partial(over_kinds, stacks, how, plan)
 
 
 def units_of_model(
-    tuned: dict[str, rt.LayerStack], together: dict[str, rt.LayerStack] | None, plan: Plan, floors: Floors
+    tuned: dict[str, rt.LayerStack], plan: Plan, floors: Floors
 ) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
-    """The same units of another model: its updates as they are, turned apart, and four kinds of one run together."""
+    """The same units of another model: its updates as they are, and turned apart."""
     for name, stack in tuned.items():
         yield ("side", "updates", name), partial(sides, stack, plan)
     for name, stack in tuned.items():
@@ -116,17 +131,19 @@ def units_of_model(
     for name, stack in tuned.items():
         change = partial(null_models.turned_apart, seed=2)
         yield ("pool", "turned apart", name), partial(split_changed, change, stack, plan, plan.control_ks)
-    if together is not None:
-        yield from units_over_kinds(together, plan)
 
 
-def kinds_together(chosen: Collection[str], model: str, runs: Path) -> dict[str, rt.LayerStack] | None:
-    """The four kinds of one run, if all of them are chosen. None, and a line of print, where no run has all."""
-    if not set(KINDS) <= set(chosen):
-        return None
-    if (together := updates_of_one_run(model, KINDS, runs)) is None:
-        print(f"pools over kinds left out: no run in {runs} has all of {', '.join(KINDS)}")
-    return together
+def units_of_runs(model: str, runs: Path, plan: Plan) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
+    """Yield the pools over four kinds of every run of a model; a line of print says which run is missing."""
+    for run, (task, seed) in RUNS.items():
+        try:
+            stacks = updates_of_one_run(model, task, seed, runs, KINDS)
+        except InputError:
+            stacks = None
+        if stacks is None:
+            print(f"pools over kinds left out: {runs} has no run of {model} on {task}, seed {seed}, with all four")
+        else:
+            yield from units_over_kinds(all_cropped(stacks, plan), plan, run)
 
 
 def two_sided_floors(path: Path, model: str) -> Floors:
@@ -149,14 +166,12 @@ def main(arguments: list[str] | None = None) -> None:
         plan = SMOKE if options.smoke else PLANS[options.model]
         floors = {} if options.smoke else two_sided_floors(options.floors, model)
         if model == FIRST_MODEL:
-            work = units(plan, floors)
+            chosen, tasks = set(KINDS), [*units(plan, floors)]
         else:
-            chosen = chosen_updates(options)
-            together = kinds_together(chosen, options.model, options.runs)
-            work = units_of_model(
-                all_cropped(chosen, plan), None if together is None else all_cropped(together, plan), plan, floors
-            )
-        tasks = list(work)
+            stacks = all_cropped(chosen_updates(options), plan)
+            chosen, tasks = set(stacks), [*units_of_model(stacks, plan, floors)]
+        if chosen >= set(KINDS):
+            tasks += units_of_runs(options.model, options.runs, plan)
         with ProgressBar(len(tasks), "tasks") as progress:
             for done, (key, task) in enumerate(tasks):
                 progress(done, ", ".join(key))

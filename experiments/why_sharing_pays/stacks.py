@@ -47,7 +47,7 @@ PLANS = {
 """The sizes of each model: of the larger ones fewer, with less effort."""
 SMOKE = Plan(
     rank=3, ks=(1, 3), control_ks=(1,), kinds_ks=(1,), depths=(3, 5), depth_ks=(1,), size=16, widths=(12, 16),
-    sweeps=3, depth_sweeps=3, one_sided_sweeps=2, crop=(3, 20, 20),
+    sweeps=3, depth_sweeps=3, one_sided_sweeps=2, crop=(4, 20, 20),
 )  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def test_a_run_gives_the_kinds_that_the_repository_has_not(runs: Path) -> None:
 
 
 def test_kinds_that_belong_together_are_of_one_run(runs: Path) -> None:
-    together = sets.updates_of_one_run("mpnet", ["query", "key"], runs)
+    together = sets.updates_of_one_run("mpnet", "code", 0, runs, ["query", "key"])
     assert together is not None
     assert {kind: stack.shape for kind, stack in together.items()} == {"query": (4, 4), "key": (4, 4)}
-    bundled = sets.updates_of_one_run("mpnet", ["query", "attention_output"], runs)
+    bundled = sets.updates_of_one_run("mpnet", "code", 0, runs, ["query", "attention_output"])
     assert bundled is not None
     assert {stack.shape for stack in bundled.values()} == {(768, 768)}
-    assert sets.updates_of_one_run("mpnet", ["key", "intermediate"], runs) is None
+    assert sets.updates_of_one_run("mpnet", "code", 0, runs, ["key", "intermediate"]) is None
 
 
 def test_a_run_is_used_where_the_bundled_file_is_not(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
