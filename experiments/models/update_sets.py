@@ -6,7 +6,7 @@
 
 Updates of a model are taken from the repository, which holds few of them; the published numbers of these belong to
 them. What it has not is read from --runs, the folder where `python -m experiments.finetune` leaves them. A run that is
-made again on another processor rounds otherwise, and ends a few per cent away.
+made again on another machine rounds otherwise, and ends a few per cent away.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,9 +28,12 @@ from experiments.pages.words import (
     table,
 )  # fmt: skip
 from experiments.support.rows import Row
-from experiments.why_sharing_pays.figure import EACH, HOW, LAYER, LAYERS
+from experiments.why_sharing_pays.figure import EACH, FIRST_RUN, HOW, LAYER, LAYER_APART, LAYERS, RUNS
 
 APART = HOW[2]
+PAIRS = tuple(f"{one} and {other}" for one, other in itertools.combinations(KINDS, 2))
+SHARED = 1.5
+"""Terms are called shared if they serve more matrices, by loss."""
 STREAM = {kind: "rows" for kind in KINDS} | {"attention_output": "columns"}
 """The side of every kind that faces the residual stream."""
 
@@ -190,16 +195,18 @@ def pooled_kinds() -> str:
     """One pool over all kinds beside a pool for each, of every model that was solved so."""
 
     def lines(own: list[Row]) -> Iterable[Line]:
-        for k in sorted({row["k"] for row in own if row["part"] == "kinds" and row["k"]}):
+        own = [row for row in own if has(row, {"part": "kinds", "stack": FIRST_RUN})]
+        for k in sorted({row["k"] for row in own if row["k"]}):
             for source, label in (
                 (EACH, EACH),
                 (HOW[0], "one pool over all kinds"),
                 (HOW[1], "one pool, attention output transposed"),
                 (HOW[2], "one pool, layers turned apart"),
-                (LAYER, "a pool for each layer, over its four kinds"),
-                (LAYERS, "the same, kinds of different layers"),
+                (LAYER, "a pool for each layer, transposed too"),
+                (LAYERS, "the same, matrices of different layers"),
+                (LAYER_APART, "the same, matrices turned apart"),
             ):
-                of_pool = [row for row in own if has(row, {"part": "kinds", "source": source, "k": k})]
+                of_pool = [row for row in own if has(row, {"source": source, "k": k})]
                 served = [
                     [row["value"] for row in of_pool if row["item"] == item] for item in ("by_loss", "by_loss_of_kinds")
                 ]
@@ -210,22 +217,57 @@ def pooled_kinds() -> str:
     return model_table(columns, rows("why_sharing_pays.csv"), lines)
 
 
-def in_one_layer(model: str) -> str:
-    """What the four kinds share at k = 1 if a pool is over those of one layer, and over those of different layers."""
-    own = of_model(model, "why_sharing_pays.csv", part="kinds", k=1)
-    one_layer, others = (parts_of(own, source=way)[1] for way in (LAYER, LAYERS))
-    return f"{percent(one_layer)}, and over different layers {percent(others)}"
+def layer_pools() -> str:
+    """What several pools share at k = 1, in every run that has all four kinds."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        at_1 = [row for row in own if has(row, {"part": "kinds", "k": 1})]
+        for run, (task, seed) in RUNS.items():
+            of_run = [row for row in at_1 if row["stack"] == run]
+            if of_run:
+                shared = [percent(parts_of(of_run, source=way)[1]) for way in (EACH, LAYER, LAYERS, LAYER_APART)]
+                terms = [row["value"] for row in of_run if has(row, {"source": LAYER, "item": "by_loss"})]
+                yield [f"{task}, seed {seed}", *shared, f"{statistics.median(terms):.2f}", f"{max(terms):.2f}"]
+
+    columns = ["run", EACH, LAYER, LAYERS, "each layer, turned apart", "matrices a term serves", "at most"]
+    return model_table(columns, rows("why_sharing_pays.csv"), lines)
+
+
+def two_kinds() -> str:
+    """The pairs of kinds that share a term of a pool for each layer, most frequent first; all runs of a model."""
+
+    def lines(own: list[Row]) -> Iterable[Line]:
+        of_layer = [row for row in own if has(row, {"part": "kinds", "source": LAYER, "k": 1})]
+        served = {(row["stack"], row["index"]): row["value"] for row in of_layer if row["item"] == "by_loss"}
+        pairs = Counter(
+            row["value"]
+            for row in of_layer
+            if row["item"] == "two_kinds" and served[row["stack"], row["index"]] > SHARED
+        )
+        if pairs:
+            yield [f"{sum(pairs.values())} of {len(served)}", *(str(pairs[pair]) for pair in PAIRS)]
+
+    return model_table(["shared terms", *map(spelled, PAIRS)], rows("why_sharing_pays.csv"), lines)
 
 
 def layer_sharing() -> str:
-    return in_one_layer(MODEL_NAMES["minilm"])
+    """What a pool for each kind, for each layer, and over different layers shares on MiniLM, at k = 1."""
+    return in_units_of_e_lora(MODEL_NAMES["minilm"])
 
 
 def layer_sharing_mpnet() -> str:
-    return in_one_layer(MODEL_NAMES["mpnet"])
+    """The same on mpnet."""
+    return in_units_of_e_lora(MODEL_NAMES["mpnet"])
+
+
+def in_units_of_e_lora(model: str) -> str:
+    own = of_model(model, "why_sharing_pays.csv", part="kinds", stack=FIRST_RUN, k=1)
+    each, layer, layers = (percent(parts_of(own, source=way)[1]) for way in (EACH, LAYER, LAYERS))
+    return f"{each}, {layer} and {layers}"
 
 
 BLOCKS = (
     gain_parts, owners, median_owners, median_owners_mpnet, allocation_mpnet, sides,
-    update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds, layer_sharing, layer_sharing_mpnet,
+    update_ranks, entropy_ranks, ranks_of_90, depth, width, pooled_kinds, layer_pools, two_kinds, layer_sharing,
+    layer_sharing_mpnet,
 )  # fmt: skip

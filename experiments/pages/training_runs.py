@@ -126,20 +126,29 @@ def fewer_shared() -> str:
 
 
 def starts_from_data() -> str:
-    """Starts from data minus random starts, each at its own rate."""
+    """Starts from data minus random starts, each at its own rate, and at the same rate where there are both."""
     runs = runs_of("train_adapters_cpu.jsonl")
     lines = []
-    for method in ("lora(2)", "rasa(2,1)"):
-        for start in ("updates", "gradient"):
-            of = runs[f"{method} from {start}"]
-            lines.append([
-                f"{titled(method)} from {start}",
-                signed(claims.paired(of, runs[method], test_mrr)),
-                signed(claims.paired(of, runs[method], early_loss), 3),
-                signed(claims.paired(of, runs[method], claims.final_loss), 3),
-            ])  # fmt: skip
-    columns = ["minus random start", "test MRR", "loss, first 20 steps", "loss, last 20 steps"]
+    for method, start in itertools.product(("lora(2)", "rasa(2,1)"), ("updates", "gradient")):
+        of = runs[f"{method} from {start}"]
+        rate = run_rate(of)
+        for random in (runs[method], runs.get(f"{method} at {rate:g}")):
+            if random is not None:
+                other = run_rate(random)
+                lines.append([
+                    f"{titled(method)} from {start}",
+                    f"both {rate:g}" if other == rate else f"{rate:g}, random {other:g}",
+                    signed(claims.paired(of, random, test_mrr)),
+                    signed(claims.paired(of, random, early_loss), 3),
+                    signed(claims.paired(of, random, claims.final_loss), 3),
+                ])  # fmt: skip
+    columns = ["minus random start", "rates", "test MRR", "loss, first 20 steps", "loss, last 20 steps"]
     return table(columns, lines)
+
+
+def run_rate(of: Seeds) -> float:
+    """The learning rate of the runs of one name."""
+    return claims.rate(next(iter(of.values())))
 
 
 def tuned_rates() -> str:

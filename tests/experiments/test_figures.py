@@ -391,9 +391,10 @@ def expected_heights(name: str, path: Path) -> list[float]:
     if name == "pool_owners":
         return [row["value"] for row in rows if row["part"] == "pool" and row["k"] == 1 and row["item"] == "by_loss"]
     if name == "pool_scope":
-        wide = [row for row in rows if row["part"] in ("kinds", "tasks") and row["k"] == 1]
-        plain = [row for row in wide if row["source"] != "attention output transposed"]
-        return [100 * (1 - row["value"]) for row in plain if row["item"] in ("allocation", "best_found")]
+        kinds = [row for row in rows if row["part"] == "kinds" and row["stack"] == "all kinds"]
+        shown = [row for row in kinds if row["source"] != "as they are"]
+        wide = [row for row in [*shown, *(row for row in rows if row["part"] == "tasks")] if row["k"] == 1]
+        return [100 * (1 - row["value"]) for row in wide if row["item"] in ("allocation", "best_found")]
     if name == "iteration_count":
         eight = [row for row in rows if row["part"] == "real" and row["rank"] == 8]
         return [row["iterations"] for row in eight if row["iterations"] is not None]
