@@ -225,7 +225,7 @@ def layer_pools() -> str:
         for run, (task, seed) in RUNS.items():
             of_run = [row for row in at_1 if row["stack"] == run]
             if of_run:
-                shared = [percent(parts_of(of_run, source=way)[1]) for way in (EACH, LAYER, LAYERS, LAYER_APART)]
+                shared = [percent(parts_of(of_run, source=way)[1], 3) for way in (EACH, LAYER, LAYERS, LAYER_APART)]
                 terms = [row["value"] for row in of_run if has(row, {"source": LAYER, "item": "by_loss"})]
                 yield [f"{task}, seed {seed}", *shared, f"{statistics.median(terms):.2f}", f"{max(terms):.2f}"]
 

@@ -289,7 +289,7 @@ def test_pools_over_kinds_stand_beside_each_other_for_every_model_and_run(figure
     assert [line[5:] for line in lines[:2]] == [["1.95", ""], ["1.95", "1.25"]]
     assert [line[4] for line in lines[:7]] == ["2.00 %", "4.00 %", "5.00 %", "3.00 %", "6.00 %", "7.00 %", "8.00 %"]
     assert block("layer_sharing") == "2.00 %, 6.00 % and 7.00 %"
-    shared = ["2.00 %", "6.00 %", "7.00 %", "8.00 %", "1.95", "2.50"]
+    shared = ["2.000 %", "6.000 %", "7.000 %", "8.000 %", "1.95", "2.50"]
     assert cells(block("layer_pools"))[1:] == [
         [model, run, *shared]
         for model, run in ((first, "code, seed 0"), (first, "prose, seed 0"), (second, "code, seed 0"))
