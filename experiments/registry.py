@@ -345,8 +345,7 @@ EXPERIMENTS = {
         (
             "-m experiments.iteration_count --jobs 2 --out {out}",
             "-m experiments.iteration_count --jobs 2 --model synthetic --out {out}",
-            f"-m experiments.iteration_count {MPNET_FLAGS} --parts real --ks 1 --jobs 1 --out {{out}}",
-            f"-m experiments.iteration_count {MPNET_FLAGS} --parts layers --seeds 7 --jobs 1 --out {{out}}",
+            f"-m experiments.iteration_count {MPNET_FLAGS} --jobs 1 --out {{out}}",
         ),
         ("iteration_count.csv",),
         {
