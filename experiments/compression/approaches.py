@@ -126,7 +126,7 @@ SOLVERS: dict[str, Callable[[Collection, int], methods.Fit | None]] = {
     **{name: solve for name, solve in (("lorashare", lorashare), ("vlora", vlora)) if importlib.util.find_spec(name)},
 }
 """Name -> the best Fit within a number of parameters, or None."""
-OF_CHANCE = ("joint_diagonal", "joint_full", "share_columns", "share_whole", "share_lora", "one_sided")
+OF_CHANCE = ("joint_diagonal", "joint_full", "share_columns", "share_whole", "share_lora", "one_sided", "vb_lora")
 """The methods that are also run on random LoRAs: their error depends on the directions that layers share."""
 SLOW, SLOW_TERMS = {"tied_lora", "vb_lora", "vera", "mos"}, 64
 """Methods that are not solved turned would take hours on more terms L r; VeRA is slow on fewer, too."""

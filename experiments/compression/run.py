@@ -39,7 +39,9 @@ def tasks(stacked: Collection, shares: Sequence[float], draws: int) -> Iterator[
         left_out.add("vera")
     for share in shares:
         yield from (("trained", 0, share, name) for name in SOLVERS if name not in left_out)
-        yield from (("random", draw, share, name) for draw in range(draws) for name in OF_CHANCE)
+        yield from (
+            ("random", draw, share, name) for draw in range(draws) for name in OF_CHANCE if name not in left_out
+        )
     for source, count in (("trained", 1), ("random", draws)):
         yield from ((source, draw, "", f"side_{side}") for draw in range(count) for side in ("columns", "rows"))
 

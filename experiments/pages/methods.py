@@ -98,6 +98,8 @@ def compression() -> str:
             ("joint bases, diagonal core (CP)", "joint_diagonal", "trained"),
             ("the same, random LoRAs", "joint_diagonal", "random"),
             ("joint bases, full core", "joint_full", "trained"),
+            ("VB-LoRA", "vb_lora", "trained"),
+            ("VB-LoRA, random LoRAs", "vb_lora", "random"),
             ("SHARE, as lorashare computes it", "share_columns", "trained"),
             ("ShareLoRA", "share_lora", "trained"),
         )
