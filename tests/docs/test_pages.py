@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from experiments.support.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -79,3 +82,13 @@ def test_the_training_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(compile(re.sub(r'from_pretrained\("[^"]*"\)', 'from_pretrained("base")', example), str(README), "exec"), {})
     assert (tmp_path / "rasa-adapter/adapter_model.safetensors").exists()
     assert (tmp_path / "lora-adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_chooses_a_model_where_a_table_has_several(notebook: Path) -> None:
+    """Rows of a second model, which are added to a table later, must not get into its numbers."""
+    for cell in json.loads(text(notebook))["cells"]:
+        source = "".join(cell["source"])
+        for name in re.findall(r'"(\w+\.csv)"', source) if cell["cell_type"] == "code" else ():
+            models = {row.get("model") for row in read_rows(ROOT / "figures" / name)}
+            assert len(models) < 2 or 'row["model"]' in source, f"{name} has rows of {models}"
