@@ -111,17 +111,21 @@ def compression_sets() -> str:
     """The energy lost at two sizes by sets of five seeds, of two tasks and of two ranks."""
     compared = (
         ("allocated", "trained"), ("joint_diagonal", "trained"), ("joint_diagonal", "random"),
-        ("joint_full", "trained"), ("joint_full", "random"),
+        ("joint_full", "trained"), ("joint_full", "random"), ("vb_lora", "trained"), ("vb_lora", "random"),
     )  # fmt: skip
     lines = []
     for adapters, label in (("lora-2", "code, r = 2"), ("lora-2-prose", "prose, r = 2"), ("lora-8", "code, r = 8")):
         shares = [lost(method, source, adapters) for method, source in compared]
         for size in (0.0776, 0.125):
-            cells = [of_sizes[SIZES.index(size)] for of_sizes in shares]
-            lines.append([label, f"{100 * size:g} %", *map(percent_or_no_room, cells)])
+            cells = [
+                "not run" if set(of_sizes) == {None} else percent_or_no_room(of_sizes[SIZES.index(size)])
+                for of_sizes in shares
+            ]
+            lines.append([label, f"{100 * size:g} %", *cells])
     columns = [
         "energy lost", "at", "largest singular terms, nothing shared", "joint bases, diagonal core",
-        "the same, random LoRAs", "joint bases, full core", "the same, random LoRAs",
+        "the same, random LoRAs", "joint bases, full core", "the same, random LoRAs", "VB-LoRA",
+        "the same, random LoRAs",
     ]  # fmt: skip
     return table(columns, lines)
 
@@ -141,12 +145,26 @@ def lost_at() -> str:
 
 def kept_by_one_side() -> str:
     """The energy that one common column space of r dimensions keeps, trained and by chance."""
-    own = [row for row in rows("compression.csv") if has(row, {"set": "lora-2", "method": "side_columns"})]
-    kept = {
+    return kept("lora-2", "side_columns")
+
+
+def kept_by_rows() -> str:
+    """The same of a common row space."""
+    return kept("lora-2", "side_rows")
+
+
+def kept_on_prose() -> str:
+    """The same of a common column space on the second task."""
+    return kept("lora-2-prose", "side_columns")
+
+
+def kept(adapters: str, side: str) -> str:
+    own = [row for row in rows("compression.csv") if has(row, {"set": adapters, "method": side})]
+    shares = {
         source: statistics.fmean(1 - row["error"] for row in own if row["source"] == source and row["layer"] != "all")
         for source in ("trained", "random")
     }
-    return f"{kept['trained']:.2f}, and {kept['random']:.2f} by chance"
+    return f"{shares['trained']:.2f}, and {shares['random']:.2f} by chance"
 
 
 BLOCKS = (
@@ -158,4 +176,6 @@ BLOCKS = (
     sizes_used,
     lost_at,
     kept_by_one_side,
+    kept_by_rows,
+    kept_on_prose,
 )
