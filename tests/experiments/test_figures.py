@@ -568,5 +568,5 @@ def test_floors_stay_what_they_are_beside_a_solver_that_has_changed() -> None:
     (changed,) = floors.solved_anew({"q": stack}, [row], rt.SolverOptions())
     assert changed["best_found"] == pytest.approx(rt.solve_rasa(stack, rt.RankBudget(2, 1)).error / e_lora)
     assert (changed["two_sided"], changed["gap"]) == (0.25, changed["best_found"] - 0.25)
-    with pytest.raises(ValueError, match="not of rank 3"):
+    with pytest.raises(ValueError, match="of another rank than 3, or other updates"):
         list(floors.solved_anew({"q": stack}, [row | {"r": 3}], rt.SolverOptions()))
