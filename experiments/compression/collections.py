@@ -70,9 +70,8 @@ def sets_of(folders: Sequence[Path]) -> dict[str, list[StoredAdapter]]:
     adapters = [peft_adapter(folder) for folder in folders]
     for folder, adapter in zip(folders, adapters, strict=True):
         sets.setdefault(re.sub(r"(-seed)?-\d+$", "", folder.name), []).append(adapter)
-    every = [(folder, frozenset(peft.pairs)) for folder, peft in zip(folders, adapters, strict=True)]
-    if other := [folder for folder, modules in every if modules != every[0][1]]:
-        raise InputError(f"{folders[0]} and {other[0]} are adapters of different modules; compare them apart")
+        if adapter.pairs.keys() != adapters[0].pairs.keys():
+            raise InputError(f"{folders[0]} and {folder} are adapters of different modules; compare them apart")
     sets = dict(sorted(sets.items()))
     ranks = {name: frozenset(pair.rank for x in own for pair in x.pairs.values()) for name, own in sets.items()}
     for rank in sorted(set(ranks.values()), key=sorted):

@@ -43,19 +43,11 @@ def run_file(model: str, task: str, seed: int, runs: Path) -> Path:
 
 
 def sources_of(model: str, task: str, seed: int, runs: Path) -> list[dict[str, StackSource]]:
-    """The stacks of these updates by name: first those in the repository, then those of the run in `runs`.
-
-    Raises InputError with the command that makes the run, if there are neither.
-    """
+    """The stacks of these updates by name: those in the repository and those of the run in `runs`, where there are any."""
     file, own = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
     sources = [own] if own is not None and (is_bundled(own) or Path(own).exists()) else []
     if file.exists():
         sources.append(str(file))
-    if not sources:
-        raise InputError(
-            f"{file} is missing: python -m experiments.finetune --model {model} --task {task} --seeds {seed} "
-            f"--runs {runs} makes it"
-        )
     return [{each.name: each for each in open_source(source).stacks} for source in sources]
 
 
@@ -75,6 +67,11 @@ def updates_of(
     sources: dict[str, StackSource] = {}
     for stacks in reversed(sources_of(model, task, seed, runs)):
         sources |= stacks  # a kind that both have is of the repository
+    if not sources:
+        raise InputError(
+            f"{run_file(model, task, seed, runs)} is missing: python -m experiments.finetune --model {model} "
+            f"--task {task} --seeds {seed} --runs {runs} makes it"
+        )
     ordered = [kind for kind in KINDS if kind in sources]
     square = [kind for kind in ordered if len(set(sources[kind].shape)) == 1]
     return {kind: sources[kind].load(torch.float64, None) for kind in _chosen(model, kinds, ordered, square)}
@@ -85,7 +82,7 @@ def updates_of_one_run(
 ) -> dict[str, rt.LayerStack] | None:
     """The updates of these kinds, all of one run, in float64; None if no run has them all.
 
-    Of several such runs it is the one in the repository. Raises InputError if there are no updates at all.
+    Of several such runs it is the one in the repository.
     """
     for sources in sources_of(model, task, seed, runs):
         if set(kinds) <= set(sources):

@@ -56,7 +56,6 @@ from experiments.why_sharing_pays.stacks import (
 )
 from rasa_theory import null_models
 from rasa_theory.commands.progress import ProgressBar
-from rasa_theory.common import InputError
 from rasa_theory.plotting import style
 
 COLUMNS = ("part", "source", "stack", "k", "item", "index", "value", "model")
@@ -136,10 +135,7 @@ def units_of_model(
 def units_of_runs(model: str, runs: Path, plan: Plan) -> Iterator[tuple[Key, Callable[[], Iterator[Item]]]]:
     """Yield the pools over four kinds of every run of a model; a line of print says which run is missing."""
     for run, (task, seed) in RUNS.items():
-        try:
-            stacks = updates_of_one_run(model, task, seed, runs, KINDS)
-        except InputError:
-            stacks = None
+        stacks = updates_of_one_run(model, task, seed, runs, KINDS)
         if stacks is None:
             print(f"pools over kinds left out: {runs} has no run of {model} on {task}, seed {seed}, with all four")
         else:

@@ -55,6 +55,13 @@ def test_kinds_that_belong_together_are_of_one_run(runs: Path) -> None:
     assert bundled is not None
     assert {stack.shape for stack in bundled.values()} == {(768, 768)}
     assert sets.updates_of_one_run("mpnet", "code", 0, runs, ["key", "intermediate"]) is None
+    assert sets.updates_of_one_run("mpnet", "code", 1, runs, ["key"]) is None
+
+
+def test_a_run_that_cannot_be_read_is_not_taken_for_a_missing_one(runs: Path) -> None:
+    sets.run_file("mpnet", "code", 0, runs).write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"updates\.safetensors"):
+        sets.updates_of_one_run("mpnet", "code", 0, runs, ["key"])
 
 
 def test_a_run_is_used_where_the_bundled_file_is_not(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rasa_theory as rt
-from experiments.why_sharing_pays import figure, measures
-from experiments.why_sharing_pays.stacks import Plan
+from experiments.why_sharing_pays import figure, measures, run
+from experiments.why_sharing_pays.stacks import KINDS, Plan
 from tests.helpers.problems import noise, orthogonal
 
 PLAN = Plan(rank=2, kinds_ks=(1,), task_ks=(1,), sweeps=30)
@@ -88,6 +88,21 @@ def test_a_pool_for_each_layer_has_one_layer_of_each_kind() -> None:
     assert len(same) == len(other) == 3
     assert torch.equal(same["layer 2"].values, torch.stack([query[2], key[2], output[2].mT]))
     assert torch.equal(other["layer 2"].values, torch.stack([query[2], key[0], output[1].mT]))
+
+
+def test_pools_over_kinds_have_the_matrices_that_their_names_say() -> None:
+    kinds = {name: stack(noise(4, 5, 5, n), name) for n, name in enumerate(KINDS)}
+    first = {key[1]: work.args[0] for key, work in run.units_over_kinds(kinds, PLAN, figure.FIRST_RUN)}
+    assert first[figure.EACH] is kinds
+    query, key = (kinds[name].values for name in ("query", "key"))
+    assert torch.equal(first[figure.LAYER]["layer 1"].values[:2], torch.stack([query[1], key[1]]))
+    assert torch.equal(first[figure.LAYERS]["layer 1"].values[:2], torch.stack([query[1], key[2]]))
+    turned, same = first[figure.LAYER_APART]["layer 1"], first[figure.LAYER]["layer 1"]
+    assert torch.allclose(turned.spectra.singular_values(), same.spectra.singular_values())
+    assert not torch.allclose(turned.values, same.values)
+    few = {name: stack(one.values[:3], name) for name, one in kinds.items()}
+    ways = [key[1] for key, _ in run.units_over_kinds(few, PLAN, "all kinds, prose")]
+    assert ways == [figure.EACH, figure.LAYER, figure.LAYER_APART]  # three layers of four kinds cannot all differ
 
 
 def test_a_floor_of_other_updates_of_the_same_name_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
