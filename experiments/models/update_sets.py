@@ -43,7 +43,7 @@ def run_file(model: str, task: str, seed: int, runs: Path) -> Path:
 
 
 def sources_of(model: str, task: str, seed: int, runs: Path) -> list[dict[str, StackSource]]:
-    """The stacks of these updates by name: those in the repository and those of the run in `runs`, where there are any."""
+    """The stacks of these updates by name: those in the repository and those of the run in `runs`, where they exist."""
     file, own = run_file(model, task, seed, runs), IN_REPOSITORY.get((model, task, seed))
     sources = [own] if own is not None and (is_bundled(own) or Path(own).exists()) else []
     if file.exists():
