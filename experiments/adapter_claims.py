@@ -45,8 +45,9 @@ def read(path: Path) -> dict[str, dict[int, Row]]:
     Raises InputError for a file without runs or with runs of several settings, and for rates that were tried with
     different numbers of tuning seeds.
     """
-    if not (rows := read_rows(path)):
-        raise InputError(f"{path} has no runs")
+    rows = read_rows(path) if path.suffix == ".jsonl" else []
+    if not rows or any("settings" not in row for row in rows):
+        raise InputError(f"{path} has no runs of experiments.train_adapters")
     if any(row["settings"] != rows[-1]["settings"] for row in rows):
         raise InputError(f"{path} holds runs of different settings; take out those that are not to be compared")
     best = {}

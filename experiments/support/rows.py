@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rasa_theory.common import csv_text, write_file
+from rasa_theory.common import InputError, csv_text, write_file
 
 Row = dict[str, Any]
 
@@ -17,12 +17,16 @@ Row = dict[str, Any]
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, in order; an empty list if there is no file.
 
-    Numbers of a CSV file become int or float, empty fields become None.
+    Numbers of a CSV file become int or float, empty fields become None. Raises InputError for a `.jsonl` file with a
+    line that is no JSON.
     """
     if not path.exists():
         return []
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} has a line that is no JSON: {error}") from None
     if path.suffix == ".json":
         return list(json.loads(path.read_text(encoding="utf-8"))["records"])
     with path.open(encoding="utf-8", newline="") as file:

@@ -272,6 +272,23 @@ def test_claims_refuse_no_runs_and_rates_that_cannot_be_compared(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("notes.md", "# Notes\n", "notes.md has no runs of experiments.train_adapters"),
+        ("rows.jsonl", '{"a": 1}\n', "rows.jsonl has no runs of experiments.train_adapters"),
+        ("rows.jsonl", '{"settings": {\n', "rows.jsonl has a line that is no JSON"),
+    ],
+)
+def test_claims_refuse_files_of_other_things(
+    name: str, text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        claims.main(["--rows", str(tmp_path / name), "--out", str(tmp_path / "out")])
+    assert sentence in capsys.readouterr().err
+
+
 def test_trained_adapters_have_folders_that_say_what_they_are() -> None:
     assert run_of("lora", 2, 0).folder("code") == "lora-2-seed-0"
     assert run_of("rasa", 8, 4, seed=3).folder("prose") == "rasa-8-4-prose-seed-3"
